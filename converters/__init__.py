@@ -1,0 +1,1 @@
+"""Checkpoint in, statistics or a smaller checkpoint out."""

@@ -1,0 +1,6 @@
+"""`python -m edge_moe` is the `edge-moe` command."""
+
+from edge_moe.cli import main
+
+if __name__ == "__main__":
+    main()

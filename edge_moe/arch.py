@@ -1,0 +1,77 @@
+"""How each architecture family spells its tensors. One table; `w1/w2/w3` appear nowhere else.
+
+`{layer}` and `{expert}` are filled in by `ModelSpec`. `{proj}` becomes the family's own names.
+Module paths are those of transformers 5, which stacks experts under `<moe_module>.experts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one architecture family, on disk and in transformers."""
+
+    architecture: str
+    """Class name in transformers, as in config.json's `architectures`."""
+    moe_prefix: str
+    """Checkpoint prefix of the MoE block, e.g. `model.layers.{layer}.mlp`."""
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """On-disk names of gate_proj, up_proj, down_proj."""
+    moe_module: str = "model.layers.{layer}.mlp"
+    """Module path of the MoE block in transformers."""
+    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    """config.json keys that may hold the number of routed experts; all present ones are patched."""
+    router_tensors: tuple[str, ...] = ("gate.weight",)
+    """Tensors under `moe_prefix` with one row per expert: sliced when experts are dropped."""
+    optional_router_tensors: tuple[str, ...] = ()
+    score_function: str = "softmax"
+    always_renormalises: bool = False
+    """Router weights are renormalised whatever `norm_topk_prob` says."""
+    norm_topk_default: bool = False
+    """Value of `norm_topk_prob` when config.json does not hold it."""
+    gguf_arch: str | None = None
+    """llama.cpp architecture this project can export to; None where it cannot."""
+    gguf_renormalises: bool | None = None
+    """llama.cpp hard-codes renormalisation per architecture; an export must agree."""
+    config_expert_width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    notes: tuple[str, ...] = field(default=())
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        moe_prefix="model.layers.{layer}.mlp",
+        gguf_arch="qwen3moe",
+        gguf_renormalises=True,
+    ),
+    "qwen2_moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        moe_prefix="model.layers.{layer}.mlp",
+    ),
+    "olmoe": Family(
+        architecture="OlmoeForCausalLM",
+        moe_prefix="model.layers.{layer}.mlp",
+        config_expert_width_keys=("intermediate_size",),
+        gguf_arch="olmoe",
+        gguf_renormalises=False,
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        moe_prefix="model.layers.{layer}.block_sparse_moe",
+        projections=("w1", "w3", "w2"),
+        num_experts_keys=("num_local_experts", "num_experts"),
+        always_renormalises=True,
+        config_expert_width_keys=("intermediate_size",),
+    ),
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        moe_prefix="model.layers.{layer}.mlp",
+        num_experts_keys=("n_routed_experts", "num_local_experts", "num_experts"),
+        optional_router_tensors=("gate.e_score_correction_bias",),
+        score_function="sigmoid",
+        norm_topk_default=True,
+        config_expert_width_keys=("moe_intermediate_size",),
+    ),
+}

@@ -1,0 +1,337 @@
+"""Safetensors checkpoints as byte ranges: headers first, tensors one at a time, never the whole model.
+
+Layout of a safetensors file: 8 bytes little-endian header length N, N bytes of JSON
+{"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}, then the data;
+offsets count from the end of the header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe.errors import CheckpointError
+from edge_moe.spec import ModelSpec
+
+FloatArray = npt.NDArray[np.float32]
+
+ITEMSIZE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
+_FLOAT_DTYPES = ("BF16", "F16", "F32")
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    name: str
+    path: Path
+    dtype: str
+    """safetensors spelling: BF16, F16, F32, ..."""
+    shape: tuple[int, ...]
+    offset: int
+    """First byte, counted from the start of the file."""
+    num_bytes: int
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """(tensors by name, metadata) of one safetensors file, fully checked against the file's size.
+
+    Raises:
+        CheckpointError: missing, truncated, or a header that contradicts itself.
+    """
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as handle:
+            header_bytes = _header_length(handle.read(8), file_bytes, path)
+            header = json.loads(handle.read(header_bytes))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: download the checkpoint again") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} has no readable header ({error})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is not a JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    data_start = 8 + header_bytes
+    tensors = {
+        name: _tensor_info(name, entry, path, data_start, file_bytes)
+        for name, entry in header.items()
+    }
+    return tensors, metadata
+
+
+def _header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path} is truncated: {file_bytes} bytes hold no header")
+    length: int = struct.unpack("<Q", prefix)[0]
+    if length > _MAX_HEADER_BYTES or 8 + length > file_bytes:
+        raise CheckpointError(
+            f"{path} is truncated or not safetensors: it states a header of {length} bytes "
+            f"in a file of {file_bytes}; download the file again"
+        )
+    return length
+
+
+def _tensor_info(name: str, entry: Any, path: Path, data_start: int, file_bytes: int) -> TensorInfo:
+    try:
+        dtype = entry["dtype"]
+        shape = tuple(int(size) for size in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path}: the header entry of {name!r} is malformed") from None
+    if begin < 0 or end < begin or min(shape, default=0) < 0:
+        raise CheckpointError(f"{path}: {name!r} has an impossible range {begin}..{end}")
+    if data_start + end > file_bytes:
+        raise CheckpointError(
+            f"{path} is truncated: {name!r} ends at byte {data_start + end} "
+            f"but the file has {file_bytes}; download the file again"
+        )
+    itemsize_bytes = ITEMSIZE_BYTES.get(dtype)
+    expected_bytes = int(np.prod(shape, dtype=np.int64)) * (itemsize_bytes or 0)
+    if itemsize_bytes is not None and expected_bytes != end - begin:
+        raise CheckpointError(
+            f"{path}: {name!r} of shape {list(shape)} {dtype} needs {expected_bytes} bytes, "
+            f"the header gives it {end - begin}"
+        )
+    return TensorInfo(name, path, dtype, shape, data_start + begin, end - begin)
+
+
+def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> FloatArray:
+    """Flat float32 values of BF16, F16 or F32 bytes; BF16 is the upper half of a float32."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return np.frombuffer(raw, dtype="<f2").astype(np.float32)
+    return np.frombuffer(raw, dtype="<f4").astype(np.float32)
+
+
+class Checkpoint:
+    """A local Hugging Face checkpoint folder. Opening it reads headers only."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`.
+
+        Raises:
+            SpecError: config.json is missing or not supported.
+            CheckpointError: a weight file is missing, truncated, or lacks expected tensors.
+        """
+        self.folder = folder
+        self.spec = ModelSpec.from_file(folder / "config.json")
+        self.tensors = _read_all_headers(folder)
+        self._check_names_and_shapes()
+
+    @cached_property
+    def is_fused(self) -> bool:
+        """Experts are stored stacked, [E, 2I, H] and [E, H, I], instead of one by one."""
+        return self.spec.fused_tensor_names(self.spec.moe_layer_ids[0])[0] in self.tensors
+
+    @cached_property
+    def expert_tensors(self) -> frozenset[str]:
+        """Names of every tensor that holds routed experts."""
+        spec = self.spec
+        if self.is_fused:
+            names = [spec.fused_tensor_names(layer) for layer in spec.moe_layer_ids]
+            return frozenset(name for pair in names for name in pair)
+        return frozenset(
+            name
+            for layer in spec.moe_layer_ids
+            for expert in range(spec.num_experts)
+            for name in spec.expert_tensor_names(layer, expert)
+        )
+
+    @cached_property
+    def unused_tensors(self) -> frozenset[str]:
+        """Tensors of layers past `num_layers` (multi-token prediction heads): never loaded."""
+        prefixes = tuple(
+            f"model.layers.{layer}."
+            for layer in range(self.spec.num_layers, self.spec.num_layers + 16)
+        )
+        return frozenset(name for name in self.tensors if name.startswith(prefixes))
+
+    @cached_property
+    def dense_tensors(self) -> tuple[TensorInfo, ...]:
+        """Everything that is not a routed expert, in file order."""
+        skipped = self.expert_tensors | self.unused_tensors
+        return tuple(info for name, info in self.tensors.items() if name not in skipped)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over config.json, every header and sixteen 4 KiB samples of each weight file."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted({info.path for info in self.tensors.values()}):
+            digest.update(path.name.encode())
+            for piece in _samples(path):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def read(self, name: str) -> FloatArray:
+        """Tensor `name` as float32. Memory: one tensor in its own dtype plus one in float32.
+
+        Raises:
+            CheckpointError: unknown name, a dtype that is not a plain float, NaN or infinity.
+        """
+        info = self._info(name)
+        return self._checked(info, info.offset, info.num_bytes).reshape(info.shape)
+
+    def read_raw(self, name: str) -> bytes:
+        """The stored bytes of tensor `name`."""
+        info = self._info(name)
+        return _read_range(info.path, info.offset, info.num_bytes)
+
+    def expert(self, layer_id: int, expert_id: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(gate_proj [I, H], up_proj [I, H], down_proj [H, I]) of one expert, float32.
+
+        Memory: one expert in its own dtype plus one in float32.
+        """
+        if not self.is_fused:
+            gate, up, down = self.spec.expert_tensor_names(layer_id, expert_id)
+            return self.read(gate), self.read(up), self.read(down)
+        gate_up_name, down_name = self.spec.fused_tensor_names(layer_id)
+        gate_up = self._row_block(gate_up_name, expert_id)
+        gate, up = np.split(gate_up, 2)
+        return gate, up, self._row_block(down_name, expert_id)
+
+    def expert_ranges(self, layer_id: int, expert_id: int) -> tuple[TensorInfo, ...]:
+        """Stored byte ranges of one expert: (gate_proj, up_proj, down_proj), stacked or not."""
+        spec = self.spec
+        if not self.is_fused:
+            names = spec.expert_tensor_names(layer_id, expert_id)
+            return tuple(self._info(name) for name in names)
+        gate_up, down = (self._info(name) for name in spec.fused_tensor_names(layer_id))
+        shape = (spec.expert_width, spec.hidden_size)
+        part_bytes = gate_up.num_bytes // spec.num_experts // 2
+        start = gate_up.offset + 2 * part_bytes * expert_id
+        return (
+            TensorInfo(gate_up.name, gate_up.path, gate_up.dtype, shape, start, part_bytes),
+            TensorInfo(
+                gate_up.name, gate_up.path, gate_up.dtype, shape, start + part_bytes, part_bytes
+            ),
+            TensorInfo(
+                down.name,
+                down.path,
+                down.dtype,
+                shape[::-1],
+                down.offset + down.num_bytes // spec.num_experts * expert_id,
+                down.num_bytes // spec.num_experts,
+            ),
+        )
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the checkpoint")
+        return self.tensors[name]
+
+    def _row_block(self, name: str, index: int) -> FloatArray:
+        """`tensor[index]` of a stacked tensor, reading only its own bytes."""
+        info = self._info(name)
+        block_bytes = info.num_bytes // info.shape[0]
+        flat = self._checked(info, info.offset + index * block_bytes, block_bytes)
+        return flat.reshape(info.shape[1:])
+
+    def _checked(self, info: TensorInfo, offset: int, num_bytes: int) -> FloatArray:
+        if info.dtype not in _FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{info.path}: {info.name!r} is {info.dtype}; edge-moe reads BF16, F16 and F32 "
+                "checkpoints, so give it the unquantised one"
+            )
+        values = to_float32(_read_range(info.path, offset, num_bytes), info.dtype)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{info.path}: {info.name!r} holds NaN or infinity; the checkpoint is damaged"
+            )
+        return values
+
+    def _check_names_and_shapes(self) -> None:
+        spec = self.spec
+        missing = [name for name in sorted(self.expert_tensors) if name not in self.tensors]
+        routers = [name for layer in spec.moe_layer_ids for name in spec.router_tensor_names(layer)]
+        missing += [name for name in routers if name not in self.tensors]
+        if missing:
+            raise CheckpointError(
+                f"{self.folder}: {len(missing)} tensors that config.json promises are missing, "
+                f"first {missing[0]!r}; a weight file may not have been downloaded"
+            )
+        for layer_id in spec.moe_layer_ids:
+            self._check_layer_shapes(layer_id)
+
+    def _check_layer_shapes(self, layer_id: int) -> None:
+        spec = self.spec
+        up, down = (spec.expert_width, spec.hidden_size), (spec.hidden_size, spec.expert_width)
+        expected: dict[str, tuple[int, ...]] = {}
+        if self.is_fused:
+            gate_up_name, down_name = spec.fused_tensor_names(layer_id)
+            expected[gate_up_name] = (spec.num_experts, 2 * up[0], up[1])
+            expected[down_name] = (spec.num_experts, *down)
+        else:
+            for expert_id in range(spec.num_experts):
+                names = spec.expert_tensor_names(layer_id, expert_id)
+                expected.update(zip(names, (up, up, down), strict=True))
+        for name in spec.router_tensor_names(layer_id):
+            expected[name] = (spec.num_experts, *self.tensors[name].shape[1:])
+        for name, shape in expected.items():
+            found = self.tensors[name].shape
+            if found != shape:
+                raise CheckpointError(
+                    f"{self.tensors[name].path}: {name!r} has shape {list(found)}, "
+                    f"config.json implies {list(shape)}"
+                )
+
+
+def _read_all_headers(folder: Path) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for path in _weight_files(folder):
+        tensors.update(read_header(path)[0])
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if single.exists():
+            return [single]
+        raise CheckpointError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json: "
+            "edge-moe reads safetensors checkpoints"
+        )
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error}): download it again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: weight file {name!r} points outside the folder")
+    return [folder / name for name in names]
+
+
+def _read_range(path: Path, offset: int, num_bytes: int) -> bytes:
+    with path.open("rb") as handle:
+        raw = os.pread(handle.fileno(), num_bytes, offset)
+        while len(raw) < num_bytes:  # pread stops at 2 GiB
+            more = os.pread(handle.fileno(), num_bytes - len(raw), offset + len(raw))
+            if not more:
+                raise CheckpointError(f"{path} ended early: it was truncated while being read")
+            raw += more
+    return raw
+
+
+def _samples(path: Path, count: int = 16, sample_bytes: int = 4096) -> Iterator[bytes]:
+    """The header and `count` evenly spaced pieces of the file."""
+    file_bytes = path.stat().st_size
+    with path.open("rb") as handle:
+        header_bytes = _header_length(handle.read(8), file_bytes, path)
+        yield handle.read(header_bytes)
+        for index in range(count):
+            handle.seek(8 + header_bytes + (file_bytes - 8 - header_bytes) * index // count)
+            yield handle.read(sample_bytes)

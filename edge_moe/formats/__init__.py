@@ -1,0 +1,30 @@
+"""Storage forms of an expert. A pruned expert is an expert at zero bits: `drop` is a form too.
+
+Every packed form is a ggml block layout, so the native package, GGUF files and kernels share one
+family. A form packs along rows: gate_proj and up_proj have rows of hidden_size weights, down_proj
+has rows of expert_width weights, and both widths must be multiples of the form's block.
+"""
+
+from edge_moe.formats.base import (
+    DROP,
+    FORM_NAMES,
+    Form,
+    expert_bytes,
+    expert_packed_bytes,
+    form_fits,
+    get_form,
+    pack_expert,
+    unpack_expert,
+)
+
+__all__ = [
+    "DROP",
+    "FORM_NAMES",
+    "Form",
+    "expert_bytes",
+    "expert_packed_bytes",
+    "form_fits",
+    "get_form",
+    "pack_expert",
+    "unpack_expert",
+]

@@ -1,0 +1,147 @@
+"""The `Form` interface, its registry, and byte arithmetic. Implementations register themselves."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe.errors import FormError
+
+FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
+
+DROP = "drop"
+"""The form of a pruned expert: zero bytes, no router row."""
+
+# name -> module that implements it; the order is from fewest to most bits
+_MODULES = {
+    "tq1_0": "edge_moe.formats.ternary",
+    "tq2_0": "edge_moe.formats.ternary",
+    "q2_0": "edge_moe.formats.ternary",
+    "q2_k": "edge_moe.formats.k_quants",
+    "q3_k": "edge_moe.formats.k_quants",
+    "q4_0": "edge_moe.formats.grouped",
+    "q4_k": "edge_moe.formats.k_quants",
+    "q8_0": "edge_moe.formats.grouped",
+    "f16": "edge_moe.formats.floats",
+    "bf16": "edge_moe.formats.floats",
+    "f32": "edge_moe.formats.floats",
+}
+FORM_NAMES = (DROP, *_MODULES)
+
+
+class Form(ABC):
+    """One packed weight format. Subclasses set the class variables and two methods.
+
+    Subclassing with `name=` registers the form.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    """For people: `ternary`, `4-bit`, ..."""
+    ggml_type: ClassVar[int]
+    """Number of the type in ggml, as written to GGUF files."""
+    block_size: ClassVar[int]
+    """Weights per block; rows must be a multiple of it."""
+    block_bytes: ClassVar[int]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.block_bytes * 8 / self.block_size
+
+    def row_bytes(self, width: int) -> int:
+        """Packed bytes of a row of `width` weights.
+
+        Raises:
+            FormError: `width` is not a multiple of the block.
+        """
+        if width % self.block_size:
+            raise FormError(
+                f"form {self.name} packs blocks of {self.block_size} weights; "
+                f"a row of {width} is not a multiple"
+            )
+        return width // self.block_size * self.block_bytes
+
+    @abstractmethod
+    def pack(self, weights: FloatArray) -> ByteArray:
+        """[..., width] float32 -> [..., row_bytes(width)] uint8."""
+
+    @abstractmethod
+    def unpack(self, packed: ByteArray, width: int) -> FloatArray:
+        """[..., row_bytes(width)] uint8 -> [..., width] float32."""
+
+
+_REGISTRY: dict[str, Form] = {}
+
+
+def register(form: type[Form]) -> type[Form]:
+    """Class decorator: make `form` available to `get_form`."""
+    if form.name in _REGISTRY:
+        raise ValueError(f"form {form.name} is registered twice")
+    _REGISTRY[form.name] = form()
+    return form
+
+
+def get_form(name: str) -> Form:
+    """The packed form called `name` (not `drop`, which packs nothing).
+
+    Raises:
+        FormError: unknown name, with the known ones.
+    """
+    if name not in _REGISTRY:
+        if name not in _MODULES:
+            raise FormError(f"form {name!r} is unknown; known forms: {', '.join(FORM_NAMES)}")
+        importlib.import_module(_MODULES[name])
+    return _REGISTRY[name]
+
+
+def form_fits(name: str, hidden_size: int, expert_width: int) -> bool:
+    """Whether both row widths of an expert are multiples of the form's block."""
+    if name == DROP:
+        return True
+    block_size = get_form(name).block_size
+    return hidden_size % block_size == 0 and expert_width % block_size == 0
+
+
+def expert_packed_bytes(name: str, hidden_size: int, expert_width: int) -> tuple[int, int, int]:
+    """Bytes of (gate_proj [I, H], up_proj [I, H], down_proj [H, I]) in form `name`."""
+    if name == DROP:
+        return 0, 0, 0
+    form = get_form(name)
+    gate = expert_width * form.row_bytes(hidden_size)
+    return gate, gate, hidden_size * form.row_bytes(expert_width)
+
+
+def expert_bytes(name: str, hidden_size: int, expert_width: int) -> int:
+    """Bytes of one whole expert in form `name`."""
+    return sum(expert_packed_bytes(name, hidden_size, expert_width))
+
+
+def pack_expert(name: str, gate: FloatArray, up: FloatArray, down: FloatArray) -> ByteArray:
+    """One expert as flat bytes: packed gate_proj rows, then up_proj rows, then down_proj rows."""
+    form = get_form(name)
+    return np.concatenate([form.pack(matrix).reshape(-1) for matrix in (gate, up, down)])
+
+
+def unpack_expert(
+    name: str, record: ByteArray, hidden_size: int, expert_width: int
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Inverse of `pack_expert`: (gate_proj [I, H], up_proj [I, H], down_proj [H, I]).
+
+    Raises:
+        FormError: `record` has another length than the form implies.
+    """
+    form = get_form(name)
+    sizes = expert_packed_bytes(name, hidden_size, expert_width)
+    if record.size != sum(sizes):
+        raise FormError(f"an expert in form {name} takes {sum(sizes)} bytes, found {record.size}")
+    gate, up, down = np.split(record, np.cumsum(sizes)[:-1])
+    return (
+        form.unpack(gate.reshape(expert_width, -1), hidden_size),
+        form.unpack(up.reshape(expert_width, -1), hidden_size),
+        form.unpack(down.reshape(hidden_size, -1), expert_width),
+    )

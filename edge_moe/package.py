@@ -1,0 +1,152 @@
+"""The native artefact on disk: a folder that holds a shrunken model, checked before it is used.
+
+    config.json, tokenizer files, ...   byte for byte those of the source checkpoint
+    plan.json                           the plan it was built from
+    edge_moe.json                       PackageManifest; written last, marks the folder complete
+    resident.safetensors                dense tensors in their source dtype, router rows sliced
+    experts-00001.safetensors, ...      expert records, tensors `layers.{layer}.experts.{expert}` of U8
+
+One record is one expert: gate_proj [I, H], up_proj [I, H], down_proj [H, I] packed in its form, one
+after the other, then zeros up to a multiple of 4096. Every record starts at a multiple of 4096 in
+its file (the safetensors header is padded with spaces), so it can be read with O_DIRECT.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge_moe.errors import PackageError
+from edge_moe.formats import FORM_NAMES
+from edge_moe.plan import Plan
+from edge_moe.spec import ModelSpec
+
+PACKAGE_VERSION = 1
+MANIFEST_NAME = "edge_moe.json"
+PLAN_NAME = "plan.json"
+RESIDENT_NAME = "resident.safetensors"
+RECORD_ALIGNMENT_BYTES = 4096
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ExpertRecord(_Model):
+    """Where one expert's packed bytes lie."""
+
+    expert_id: int = Field(ge=0)
+    """Id in the source checkpoint."""
+    form: str
+    file: str
+    offset: int = Field(ge=0, multiple_of=RECORD_ALIGNMENT_BYTES)
+    num_bytes: int = Field(gt=0)
+    """Without the padding."""
+    crc32: int = Field(ge=0, lt=2**32)
+    """zlib.crc32 of those bytes."""
+
+
+class LayerRecords(_Model):
+    """Kept experts of one layer, ascending by id: row r of the sliced router is `experts[r]`."""
+
+    layer_id: int = Field(ge=0)
+    experts: list[ExpertRecord]
+
+
+class PackageManifest(_Model):
+    """`edge_moe.json`."""
+
+    version: int = PACKAGE_VERSION
+    edge_moe_version: str
+    model_fingerprint: str
+    layers: list[LayerRecords]
+    resident_bytes: int
+    """Size of resident.safetensors."""
+    resident_sha256: str
+
+
+class Package:
+    """An opened native package. Reads manifests and file sizes only."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open and check `folder`.
+
+        Raises:
+            PackageError: not a finished package, or damaged.
+        """
+        self.folder = folder
+        self.manifest = _read_manifest(folder)
+        self.spec = ModelSpec.from_file(folder / "config.json")
+        self._check()
+
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan.load(self.folder / PLAN_NAME)
+
+    def _check(self) -> None:
+        sizes: dict[str, int] = {}
+        layer_ids = tuple(layer.layer_id for layer in self.manifest.layers)
+        if layer_ids != self.spec.moe_layer_ids:
+            raise PackageError(
+                f"{self.folder / MANIFEST_NAME} lists layers {list(layer_ids)}, "
+                f"config.json implies {list(self.spec.moe_layer_ids)}: build the package again"
+            )
+        for layer in self.manifest.layers:
+            if len(layer.experts) < self.spec.top_k:
+                raise PackageError(
+                    f"{self.folder}: layer {layer.layer_id} keeps {len(layer.experts)} experts, "
+                    f"fewer than top_k={self.spec.top_k}: build the package again"
+                )
+            for record in layer.experts:
+                self._check_record(layer.layer_id, record, sizes)
+        self._check_size(RESIDENT_NAME, self.manifest.resident_bytes, sizes)
+
+    def _check_record(self, layer_id: int, record: ExpertRecord, sizes: dict[str, int]) -> None:
+        where = f"{self.folder / MANIFEST_NAME}: layer {layer_id} expert {record.expert_id}"
+        if Path(record.file).name != record.file:
+            raise PackageError(f"{where} points outside the package: {record.file!r}")
+        if record.form not in FORM_NAMES:
+            raise PackageError(f"{where} has the unknown form {record.form!r}")
+        self._check_size(record.file, record.offset + record.num_bytes, sizes)
+
+    def _check_size(self, name: str, needed_bytes: int, sizes: dict[str, int]) -> None:
+        path = self.folder / name
+        if name not in sizes:
+            sizes[name] = path.stat().st_size if path.exists() else 0
+        if sizes[name] < needed_bytes:
+            raise PackageError(
+                f"{path} is missing or truncated: {sizes[name]} bytes, at least {needed_bytes} "
+                "needed; build the package again"
+            )
+
+
+def is_package(folder: Path) -> bool:
+    """Whether `folder` is a finished native package."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def _read_manifest(folder: Path) -> PackageManifest:
+    path = folder / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PackageError(
+            f"{folder} is not a finished edge-moe package (no {MANIFEST_NAME}): "
+            "run or resume `edge-moe build`"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PackageError(f"{path} is not readable JSON ({error}): build again") from None
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if version != PACKAGE_VERSION:
+        raise PackageError(
+            f"{path} has version {version}, this edge-moe reads {PACKAGE_VERSION}: build again"
+        )
+    try:
+        return PackageManifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PackageError(f"{path} is damaged: {where}: {first['msg']}: build again") from None

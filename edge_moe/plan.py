@@ -1,0 +1,160 @@
+"""The `Plan`: the form and tier of every expert, the bytes by term, what was expected of it.
+
+Plain JSON, diffable. The optimiser writes it, builders and runtimes read it, the report explains it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edge_moe.errors import PlanError
+from edge_moe.files import write_text
+from edge_moe.formats import DROP, FORM_NAMES
+
+PLAN_VERSION = 1
+Target = Literal["native", "gguf", "hf", "onnx"]
+Device = Literal["cpu", "cuda"]
+Source = Literal["headers", "formula", "measured", "assumed", "plan"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MemoryTerm(_Model):
+    """One term of the memory bill, and where the number comes from."""
+
+    name: str
+    num_bytes: int = Field(ge=0)
+    source: Source
+    note: str = ""
+
+
+class FrontierPoint(_Model):
+    """The best plan at one size."""
+
+    total_bytes: int
+    expert_bytes: int
+    loss: float
+    """Predicted loss, in the plan's own unit (see `Plan.loss_unit`)."""
+
+
+class Rival(_Model):
+    """Another way to spend the same expert bytes."""
+
+    name: str
+    """`prune only`, `quantise only`, `random retention`."""
+    expert_bytes: int
+    loss: float
+    forms: list[list[str]]
+    """[L][E], as in the plan, so that a rival can be built and measured too."""
+    note: str = ""
+
+
+class Plan(_Model):
+    """Everything that building, running and reporting need to know. L MoE layers, E experts."""
+
+    version: int = PLAN_VERSION
+    edge_moe_version: str
+    model: str
+    """The MODEL argument the plan was made from (a local path or a hub id)."""
+    model_type: str
+    model_fingerprint: str
+    stats_fingerprint: str
+    tasks: list[str]
+    target: Target
+    device: Device
+    budget_bytes: int
+    context_tokens: int
+    moe_layer_ids: list[int]
+    top_k: int
+    forms: list[list[str]]
+    """[L][E] form of every expert; `drop` means pruned."""
+    tiers: list[list[Literal["device", "ram", "disk", "none"]]]
+    """[L][E] where a kept expert lives; `none` for dropped ones."""
+    terms: list[MemoryTerm]
+    """The bill: dense weights, experts, KV cache, workspace, runtime. Their sum is `total_bytes`."""
+    loss: float
+    loss_unit: str
+    frontier: list[FrontierPoint]
+    rivals: list[Rival]
+    saliency: list[list[float]]
+    """[L][E] the loss of dropping this expert, as a share of its layer's sum."""
+    routed_share: list[list[float]]
+    """[L][E] share of the layer's routed calibration tokens."""
+    super_experts: list[tuple[int, int]]
+    """(layer_id, expert_id) protected from being dropped or stored below 4 bits."""
+    limits: list[str]
+    """What the target cannot express, in sentences."""
+    warnings: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        num_layers = len(self.moe_layer_ids)
+        for name in ("forms", "tiers", "saliency", "routed_share"):
+            rows = getattr(self, name)
+            widths = {len(row) for row in rows}
+            if len(rows) != num_layers or len(widths) != 1:
+                raise ValueError(f"{name} is not a {num_layers} x E table")
+        for layer_id, row in zip(self.moe_layer_ids, self.forms, strict=True):
+            for form in row:
+                if form not in FORM_NAMES:
+                    raise ValueError(f"layer {layer_id} names the unknown form {form!r}")
+            if len(self.kept(row)) < self.top_k:
+                raise ValueError(f"layer {layer_id} keeps fewer than top_k={self.top_k} experts")
+        return self
+
+    @staticmethod
+    def kept(row: list[str]) -> list[int]:
+        """Ids of the experts that a layer's `forms` row keeps, ascending."""
+        return [expert_id for expert_id, form in enumerate(row) if form != DROP]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(term.num_bytes for term in self.terms)
+
+    def term(self, name: str) -> MemoryTerm:
+        """The term called `name`.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for term in self.terms:
+            if term.name == name:
+                return term
+        raise KeyError(name)
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: missing, not JSON, another version, or inconsistent.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"plan {path} does not exist: make one with `edge-moe plan`") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"plan {path} is not readable JSON ({error}): make it again") from None
+        version = raw.get("version") if isinstance(raw, dict) else None
+        if version != PLAN_VERSION:
+            raise PlanError(
+                f"plan {path} has version {version}, this edge-moe reads {PLAN_VERSION}: "
+                "make it again with `edge-moe plan`"
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "plan"
+            raise PlanError(f"plan {path} is damaged: {where}: {first['msg']}") from None

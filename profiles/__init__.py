@@ -1,0 +1,1 @@
+"""Shipped data about devices and tasks, and the code that finds it."""

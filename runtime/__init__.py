@@ -1,0 +1,1 @@
+"""Run a package under a memory budget."""
