@@ -1,4 +1,4 @@
-"""Safetensors checkpoints as byte ranges: headers first, tensors one at a time, never the whole model.
+"""Safetensors checkpoints as byte ranges: headers first, one tensor at a time, never the model.
 
 Layout of a safetensors file: 8 bytes little-endian header length N, N bytes of JSON
 {"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}, then the data;
@@ -194,8 +194,8 @@ class Checkpoint:
         Memory: one expert in its own dtype plus one in float32.
         """
         if not self.is_fused:
-            gate, up, down = self.spec.expert_tensor_names(layer_id, expert_id)
-            return self.read(gate), self.read(up), self.read(down)
+            names = self.spec.expert_tensor_names(layer_id, expert_id)
+            return self.read(names[0]), self.read(names[1]), self.read(names[2])
         gate_up_name, down_name = self.spec.fused_tensor_names(layer_id)
         gate_up = self._row_block(gate_up_name, expert_id)
         gate, up = np.split(gate_up, 2)

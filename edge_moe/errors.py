@@ -1,4 +1,4 @@
-"""The errors a user can meet. `cli.main` prints their message on one line and exits with `exit_code`.
+"""The errors a user can meet. `cli.main` prints one line and exits with `exit_code`.
 
 Every message names the thing, the value that was found, and the remedy.
 """

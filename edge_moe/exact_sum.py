@@ -8,6 +8,7 @@ statistics of shards merge into bit for bit what one run gives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ class ExactSum:
     def shape(self) -> tuple[int, ...]:
         return self.high.shape
 
-    def add(self, values: npt.ArrayLike, index: object = ...) -> None:
+    def add(self, values: npt.ArrayLike, index: Any = ...) -> None:
         """Add finite `values` to `self[index]`.
 
         Raises:
@@ -42,7 +43,7 @@ class ExactSum:
         floats = np.asarray(values, dtype=np.float64)
         if not (np.abs(floats) < _LIMIT).all():  # also false for NaN
             raise OverflowError("a calibration sum is not finite or exceeds 2**53")
-        scaled = floats * _HIGH_SCALE
+        scaled: npt.NDArray[np.float64] = floats * _HIGH_SCALE
         high = np.floor(scaled)
         low = np.rint((scaled - high) * _LOW_SCALE).astype(np.int64)
         self._add_limbs(high.astype(np.int64), low, index)
@@ -64,9 +65,9 @@ class ExactSum:
         return cls(limbs[..., 0].copy(), limbs[..., 1].copy())
 
     def _add_limbs(
-        self, high: npt.NDArray[np.int64], low: npt.NDArray[np.int64], index: object
+        self, high: npt.NDArray[np.int64], low: npt.NDArray[np.int64], index: Any
     ) -> None:
-        total = self.low[index] + low  # type: ignore[index]
+        total = self.low[index] + low
         carry = total >> _LOW_BITS
-        self.low[index] = total - (carry << _LOW_BITS)  # type: ignore[index]
-        self.high[index] += high + carry  # type: ignore[index]
+        self.low[index] = total - (carry << _LOW_BITS)
+        self.high[index] += high + carry

@@ -4,7 +4,7 @@
     plan.json                           the plan it was built from
     edge_moe.json                       PackageManifest; written last, marks the folder complete
     resident.safetensors                dense tensors in their source dtype, router rows sliced
-    experts-00001.safetensors, ...      expert records, tensors `layers.{layer}.experts.{expert}` of U8
+    experts-00001.safetensors, ...      expert records: U8 tensors `layers.{layer}.experts.{expert}`
 
 One record is one expert: gate_proj [I, H], up_proj [I, H], down_proj [H, I] packed in its form, one
 after the other, then zeros up to a multiple of 4096. Every record starts at a multiple of 4096 in

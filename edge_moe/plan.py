@@ -1,6 +1,6 @@
 """The `Plan`: the form and tier of every expert, the bytes by term, what was expected of it.
 
-Plain JSON, diffable. The optimiser writes it, builders and runtimes read it, the report explains it.
+Plain JSON, diffable. The optimiser writes it, builders and runtimes read it, reports explain it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Plan(_Model):
     tiers: list[list[Literal["device", "ram", "disk", "none"]]]
     """[L][E] where a kept expert lives; `none` for dropped ones."""
     terms: list[MemoryTerm]
-    """The bill: dense weights, experts, KV cache, workspace, runtime. Their sum is `total_bytes`."""
+    """The bill: dense weights, experts, KV cache, workspace, runtime; adds up to `total_bytes`."""
     loss: float
     loss_unit: str
     frontier: list[FrontierPoint]

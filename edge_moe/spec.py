@@ -64,7 +64,7 @@ class ModelSpec:
     vocab_size: int
     num_attention_heads: int
     kv_key_width: int
-    """Key values cached per token and layer (kv heads x head width), as transformers caches them."""
+    """Key values that transformers caches per token and layer: kv heads x head width."""
     kv_value_width: int
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -105,7 +105,7 @@ class ModelSpec:
         return f"{prefix}.{gate}.weight", f"{prefix}.{up}.weight", f"{prefix}.{down}.weight"
 
     def fused_tensor_names(self, layer_id: int) -> tuple[str, str]:
-        """Names of (gate_up_proj [E, 2I, H], down_proj [E, H, I]) when experts are stored stacked."""
+        """Names of (gate_up_proj [E, 2I, H], down_proj [E, H, I]) of stacked experts."""
         prefix = f"{self.moe_prefix(layer_id)}.experts"
         return f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
 

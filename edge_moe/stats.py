@@ -75,7 +75,7 @@ class ExpertStats:
     layer_sums: dict[str, ExactSum]
     """[L] each, keyed by `LAYER_SUMS`."""
     form_loss: ExactSum
-    """[L, E, F] sum over tokens of |change of the MoE output|**2 when only this expert takes form f.
+    """[L, E, F] sum over tokens of |change of the MoE output|**2 if only this expert is in form f.
 
     For a packed form that is (g |f - f_form|)**2; for `drop` it is the change after the router has
     chosen again without the expert.
