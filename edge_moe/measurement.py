@@ -1,0 +1,237 @@
+"""What was measured, where and by which command: JSON that the report puts beside the plan.
+
+PACKAGE/measurements/run-<time>.json      RunMeasurement, written by `run --record`
+PACKAGE/measurements/eval-<task>.json     EvalResult, written by `eval --record`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge_moe import __version__
+from edge_moe.errors import InputError
+from edge_moe.files import write_text
+from edge_moe.metrics import Comparison, Estimate
+from edge_moe.plan import MemoryTerm
+
+MEASUREMENT_VERSION = 1
+MEASUREMENTS_FOLDER = "measurements"
+_PACKAGES = ("torch", "transformers", "numpy", "llama-cpp-python")
+
+ModelKind = Literal["package", "checkpoint", "gguf"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Machine(_Model):
+    """The computer that a number was measured on."""
+
+    cpu: str
+    cores: int
+    """Cores this process may use."""
+    ram_bytes: int
+    os: str
+    python: str
+    packages: dict[str, str]
+    """Installed versions of the packages that do the arithmetic."""
+    accelerator: str = ""
+    """Name of the GPU that was used, or empty."""
+
+
+class Provenance(_Model):
+    """Enough to repeat a measurement."""
+
+    command: str
+    """The command line, ready to paste into a shell."""
+    time: datetime
+    edge_moe_version: str
+    machine: Machine
+    seed: int | None = None
+    """Seed of sampling; None when nothing was drawn at random."""
+
+    @classmethod
+    def here(cls, *, seed: int | None = None, accelerator: str = "") -> Provenance:
+        """This process, now."""
+        return cls(
+            command=this_command(),
+            time=datetime.now(UTC).replace(microsecond=0),
+            edge_moe_version=__version__,
+            machine=this_machine(accelerator),
+            seed=seed,
+        )
+
+
+class _Record(_Model):
+    """A measurement file."""
+
+    version: int = MEASUREMENT_VERSION
+    provenance: Provenance
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read one file.
+
+        Raises:
+            InputError: missing, damaged, or written by another version.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"measurement {path} is not readable ({error}): remove it") from None
+        found = raw.get("version") if isinstance(raw, dict) else None
+        if found != MEASUREMENT_VERSION:
+            raise InputError(
+                f"measurement {path} has version {found}, this edge-moe reads "
+                f"{MEASUREMENT_VERSION}: remove it and measure again"
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(
+                f"measurement {path} is damaged: {where}: {first['msg']}: remove it"
+            ) from None
+
+    def _save(self, folder: Path, name: str) -> Path:
+        path = folder / MEASUREMENTS_FOLDER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+        return path
+
+
+class RunMeasurement(_Record):
+    """One `edge-moe run`: what was planned, what was used, how fast."""
+
+    model: str
+    """The MODEL argument."""
+    model_kind: ModelKind
+    device: str
+    budget_bytes: int | None
+    """None: no budget was given."""
+    context_tokens: int
+    terms: list[MemoryTerm]
+    """What the memory was planned to hold under this budget."""
+    measured_terms: dict[str, int] = Field(default_factory=dict)
+    """Bytes really taken, for those terms that can be told apart; keyed by the term's name."""
+    peak_memory_bytes: int
+    """Peak of the whole process: VmHWM on CPU, torch's allocator on CUDA."""
+    prompt_tokens: int
+    generated_tokens: int
+    load_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+    """Generated tokens per second of decoding."""
+    paging: dict[str, float] = Field(default_factory=dict)
+    """The fields of the runtime's PagingStatistics, by name."""
+    text: str = ""
+    """What was generated, to be looked at."""
+
+    @property
+    def planned_bytes(self) -> int:
+        return sum(term.num_bytes for term in self.terms)
+
+    def save(self, folder: Path) -> Path:
+        """Write `folder`/measurements/run-<time>.json; returns its path."""
+        stamp = self.provenance.time.strftime("%Y%m%dT%H%M%SZ")
+        return self._save(folder, f"run-{stamp}-{os.getpid()}.json")
+
+
+class EvalResult(_Record):
+    """The quality of one model on one task, alone or against a reference."""
+
+    model: str
+    model_kind: ModelKind
+    against: str | None
+    task: str
+    in_task: bool | None
+    """Whether the model was shrunken for this task; None when its plan is not known."""
+    budget_bytes: int | None = None
+    window_tokens: int
+    num_windows: int
+    num_tokens: int
+    """Scored tokens: all but the first of every window."""
+    perplexity: Estimate
+    base_perplexity: Estimate | None = None
+    comparison: Comparison | None = None
+    num_problems: int = 0
+    exact_match: Estimate | None = None
+    """Share of the task's problems solved, where the task has problems."""
+    base_exact_match: Estimate | None = None
+    recovery_percent: float | None = None
+    """100 x score / reference score: exact match where there is one, else 1 / perplexity."""
+    seconds: float
+
+    def save(self, folder: Path) -> Path:
+        """Write `folder`/measurements/eval-<task>.json; returns its path."""
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.task).stem) or "task"
+        return self._save(folder, f"eval-{name}.json")
+
+
+def load_runs(folder: Path) -> list[RunMeasurement]:
+    """Every recorded run of the package in `folder`, oldest first."""
+    paths = sorted((folder / MEASUREMENTS_FOLDER).glob("run-*.json"))
+    return sorted(map(RunMeasurement.load, paths), key=lambda run: run.provenance.time)
+
+
+def load_evals(folder: Path) -> list[EvalResult]:
+    """Every recorded evaluation of the package in `folder`; the plan's own tasks come first."""
+    paths = sorted((folder / MEASUREMENTS_FOLDER).glob("eval-*.json"))
+    return sorted(map(EvalResult.load, paths), key=lambda result: not result.in_task)
+
+
+def this_command() -> str:
+    """The running command line, with `edge-moe` for the ways in which it can be started."""
+    program = Path(sys.argv[0])
+    if program.stem in ("__main__", "edge-moe", "edge_moe"):
+        return shlex.join(["edge-moe", *sys.argv[1:]])
+    return shlex.join([program.name or "python", *sys.argv[1:]])
+
+
+def this_machine(accelerator: str = "") -> Machine:
+    """Describe the computer without importing any of the packages named."""
+    return Machine(
+        cpu=_cpu_model(),
+        cores=_usable_cores(),
+        ram_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        packages={name: found for name in _PACKAGES if (found := _installed(name))},
+        accelerator=accelerator,
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.machine()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
