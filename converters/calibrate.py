@@ -1,0 +1,274 @@
+"""Checkpoint + task text -> ExpertStats, one decoder layer at a time.
+
+Every window runs alone through every layer, without padding, and its sums are rounded once to a
+fixed grid (see `exact_sum`). So the result does not depend on shards, on the order of windows or on
+how often the run was killed; shards of one text are bit-equal in sum to one run, on machines whose
+float32 arithmetic agrees.
+
+Cost per token and MoE layer: 6HI x (k + 1) floating point operations to run the layer (k top_k,
+one more expert to learn who would replace a dropped one), 6HI x k x (1 + lossy forms) to measure
+forms, and 2 per dense weight. Packing costs the same per weight and form for any text.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import edge_moe
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibration_memory import (
+    calibration_terms,
+    hidden_file_bytes,
+    require_free_memory,
+)
+from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter
+from edge_moe.converters.form_loss import FormLosses
+from edge_moe.converters.layer_stream import LayerStream
+from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservation
+from edge_moe.errors import CheckpointError, InputError
+from edge_moe.files import require_free_disk
+from edge_moe.formats import DROP, get_form
+from edge_moe.spec import ModelSpec
+from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
+from edge_moe.tasks import (
+    Tokenizer,
+    task_label,
+    task_windows,
+    tokenizer_fingerprint,
+    windows_fingerprint,
+)
+from edge_moe.units import format_bytes
+
+
+def calibrate(
+    model: Path,
+    tasks: Sequence[str],
+    output: Path,
+    *,
+    window_tokens: int = 512,
+    max_windows: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    forms: Sequence[str] | None = None,
+) -> ExpertStats:
+    """Measure every expert of the checkpoint `model` on the calibration text of `tasks`.
+
+    Writes `output` (a folder) and returns what it holds. A killed run goes on where it stopped when
+    it is started again with the same arguments. `shard=(i, N)` covers the windows whose number
+    modulo N is i; `ExpertStats.merge` joins shards. `forms` defaults to the planner's candidates.
+    Memory: `calibration_terms`. Disk: twice the hidden states of all windows, while it runs.
+
+    Raises:
+        EdgeMoeError: bad model, text, option or output, or not enough memory or disk.
+    """
+    checkpoint = Checkpoint(model)
+    _check_options(checkpoint.spec, window_tokens, shard)
+    windows = task_windows(tasks, "calibration", _tokenizer(model), window_tokens, max_windows)
+    covered = _shard_windows(len(windows), shard)
+    texts = [windows[index] for index in covered]
+    info = StatsInfo(
+        version=STATS_VERSION,
+        edge_moe_version=edge_moe.__version__,
+        model_type=checkpoint.spec.model_type,
+        model_fingerprint=checkpoint.fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint(model),
+        data_fingerprint=windows_fingerprint(windows),
+        tasks=tuple(task_label(task) for task in tasks),
+        window_tokens=window_tokens,
+        num_windows=len(windows),
+        windows=covered,
+        num_tokens=sum(map(len, texts)),
+        moe_layer_ids=checkpoint.spec.moe_layer_ids,
+        num_experts=checkpoint.spec.num_experts,
+        top_k=checkpoint.spec.top_k,
+        forms=_checked_forms(checkpoint.spec, forms),
+    )
+    _require_room(checkpoint, info, output)
+    work = CalibrationWork(output, info, [len(text) for text in texts])
+    stats = _Run(checkpoint, info, work, texts).finish()
+    stats.save(output)
+    work.remove()
+    return stats
+
+
+class _Run:
+    """One pass over the layers that are not done yet."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        info: StatsInfo,
+        work: CalibrationWork,
+        texts: Sequence[Sequence[int]],
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.info = info
+        self.work = work
+        self.texts = texts
+        self.stream = LayerStream(checkpoint, OBSERVE)
+        self.form_losses = FormLosses(checkpoint, info.forms)
+        self.progress = _progress_bar()
+        self.bar = self.progress.add_task(
+            "calibrating", total=self._units(checkpoint.spec.num_layers)
+        )
+
+    def finish(self) -> ExpertStats:
+        """The statistics of all layers."""
+        num_layers = self.checkpoint.spec.num_layers
+        with torch.inference_mode(), self.progress:
+            if self.work.next_layer is None:
+                self._embed()
+            first_layer = self.work.next_layer or 0
+            self.progress.advance(self.bar, self._units(first_layer))
+            for layer_id in range(first_layer, num_layers):
+                self.progress.update(self.bar, description=f"layer {layer_id + 1} of {num_layers}")
+                with self.work.committing(layer_id + 1, self.checkpoint.spec.hidden_size) as writer:
+                    self._layer(layer_id, writer)
+        return self.work.collect()
+
+    def _units(self, num_layers: int) -> float:
+        """Progress units of the first layers: a window run, or one form measured on a window."""
+        num_moe = sum(layer_id < num_layers for layer_id in self.info.moe_layer_ids)
+        return len(self.texts) * (num_layers + num_moe * len(self.info.forms))
+
+    def _embed(self) -> None:
+        with self.work.committing(0, self.checkpoint.spec.hidden_size) as writer:
+            for text in self.texts:
+                writer.write(self.stream.embed(text))
+
+    def _layer(self, layer_id: int, writer: HiddenWriter) -> None:
+        with self.stream.loaded(layer_id):
+            if layer_id in self.info.moe_layer_ids:
+                self.work.save_layer(self._moe_layer(layer_id, writer))
+                return
+            for _ in self._outputs(layer_id, writer):
+                pass
+
+    def _moe_layer(self, layer_id: int, writer: HiddenWriter) -> ExpertStats:
+        """Run all windows while watching the MoE block, then measure its experts' forms."""
+        block = self.stream.moe_block(layer_id)
+        seen: list[tuple[WindowObservation, float]] = []
+        with BlockObserver(block, self.checkpoint.spec) as observer:
+            for output in self._outputs(layer_id, writer):
+                seen.append((observer.take(), float(output.double().square().sum())))
+        observations = [observation for observation, _ in seen]
+        step = len(seen) * len(self.info.forms) / self.info.num_experts
+        form_losses = self.form_losses.measure(
+            layer_id, block.experts, observations, lambda: self.progress.advance(self.bar, step)
+        )
+        stats = self.work.layer_zeros(layer_id)
+        for (observation, residual_square), losses in zip(seen, form_losses, strict=True):
+            losses[:, stats.form_index(DROP)] = observation.drop_loss
+            try:
+                _add_window(stats, observation, residual_square, losses)
+            except OverflowError as error:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged"
+                ) from None
+        return stats
+
+    def _outputs(self, layer_id: int, writer: HiddenWriter) -> Iterator[Tensor]:
+        """Hidden states after the loaded layer, [1, W, H] of each window, also written down."""
+        hidden = self.work.hidden(layer_id)
+        for index in range(len(self.texts)):
+            output = self.stream.run(layer_id, hidden.read(index))
+            writer.write(output)
+            self.progress.advance(self.bar)
+            yield output
+
+
+def _add_window(
+    stats: ExpertStats,
+    observation: WindowObservation,
+    residual_square: float,
+    form_losses: npt.NDArray[np.float64],
+) -> None:
+    """Add one window to the statistics of one layer; `form_losses` is [E, F]."""
+    stats.routed_tokens[0] += observation.routed_tokens
+    np.maximum(stats.max_output[0], observation.max_output, out=stats.max_output[0])
+    for name, values in observation.expert_sums.items():
+        stats.expert_sums[name].add(values, index=0)
+    stats.layer_sums["moe_square"].add(observation.moe_square, index=0)
+    stats.layer_sums["residual_square"].add(residual_square, index=0)
+    stats.form_loss.add(form_losses, index=0)
+
+
+def _tokenizer(model: Path) -> Tokenizer:
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{model} has no usable tokenizer ({reason}): add its files") from None
+    return tokenizer
+
+
+def _check_options(spec: ModelSpec, window_tokens: int, shard: tuple[int, int]) -> None:
+    if window_tokens > spec.max_position_embeddings:
+        raise InputError(
+            f"windows of {window_tokens} tokens exceed the model's context of "
+            f"{spec.max_position_embeddings}: use a smaller window"
+        )
+    index, count = shard
+    if not 0 <= index < count:
+        raise InputError(
+            f"shard {index}/{count} does not exist: use 0/{count} to {count - 1}/{count}"
+        )
+
+
+def _shard_windows(num_windows: int, shard: tuple[int, int]) -> tuple[int, ...]:
+    index, count = shard
+    covered = tuple(range(index, num_windows, count))
+    if not covered:
+        raise InputError(f"shard {index}/{count} is empty: the text has only {num_windows} windows")
+    return covered
+
+
+def _checked_forms(spec: ModelSpec, forms: Sequence[str] | None) -> tuple[str, ...]:
+    """`drop` first, then the packed forms; each must fit the expert's shapes."""
+    if forms is None:
+        from edge_moe.candidates import candidate_forms
+
+        forms = candidate_forms(spec, "native")
+    packed = tuple(dict.fromkeys(form for form in forms if form != DROP))
+    for name in packed:
+        form = get_form(name)
+        form.row_bytes(spec.hidden_size)
+        form.row_bytes(spec.expert_width)
+    return (DROP, *packed)
+
+
+def _require_room(checkpoint: Checkpoint, info: StatsInfo, output: Path) -> None:
+    """State the memory needed on stderr, and refuse when it or the disk is not there."""
+    longest = min(info.window_tokens, info.num_tokens)
+    terms = calibration_terms(checkpoint, info.num_tokens, longest)
+    peak_bytes = sum(term.num_bytes for term in terms)
+    parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
+    Console(stderr=True, highlight=False).print(
+        f"calibrating on {info.num_tokens} tokens in {len(info.windows)} windows; "
+        f"memory at most {format_bytes(peak_bytes)} beside the libraries ({parts})",
+        soft_wrap=True,
+    )
+    require_free_memory(peak_bytes)
+    hidden_bytes = hidden_file_bytes(checkpoint.spec.hidden_size, info.num_tokens)
+    require_free_disk(output, 2 * hidden_bytes, "calibration")
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )

@@ -1,0 +1,118 @@
+"""What calibration needs in memory, before it starts. No torch.
+
+Calibration holds one decoder layer, never the model. H hidden_size, I expert_width, E experts,
+k top_k, T tokens in all windows, W tokens in one window.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.errors import BudgetError
+from edge_moe.plan import MemoryTerm
+from edge_moe.units import format_bytes
+
+PACK_CHUNK_WEIGHTS = 2**17
+"""Weights that are packed and unpacked at a time."""
+_PACK_BYTES_PER_WEIGHT = 64  # the forms take 6 to 25
+_READ_BYTES_PER_WEIGHT = 11  # stored 2 + widened 4 + shifted 4 + finite mask 1
+_ALLOWANCE_BYTES = 96_000_000  # libraries paged in by the first forward pass, allocator slack
+
+
+def calibration_terms(
+    checkpoint: Checkpoint, num_tokens: int, window_tokens: int
+) -> list[MemoryTerm]:
+    """Upper bounds of what calibration adds to a process that has imported torch, by term.
+
+    layer        4 bytes x (E 3HI + the largest layer's dense weights)
+    activations  T x (4H MoE inputs + 4H outputs of an expert that gets every token
+                 + 16 (k + 1) routing)
+    window       W x (4 ((k + 11) H + 6I + 6 x widest dense row) + 32 k (k + 1))
+                 + 8 x heads x W**2 attention scores
+    scratch      the largest tensor while it is read, one expert unpacked, one chunk being packed
+    allowance    libraries and allocator slack
+    """
+    spec = checkpoint.spec
+    hidden, width, top_k = spec.hidden_size, spec.expert_width, spec.top_k
+    dense = [_layer_dense_tensors(checkpoint, layer_id) for layer_id in range(spec.num_layers)]
+    dense_weights = max(sum(map(_num_weights, tensors)) for tensors in dense)
+    tensors = [info for layer in dense for info in layer]
+    largest_weights = max([2 * hidden * width, *map(_num_weights, tensors)])
+    widest = max(max(info.shape, default=1) for info in tensors)
+    row_bytes = 4 * ((top_k + 11) * hidden + 6 * width + 6 * widest) + 32 * top_k * (top_k + 1)
+    terms = {
+        "layer": 4 * (spec.num_experts * spec.expert_weights + dense_weights),
+        "activations": num_tokens * (8 * hidden + 16 * (top_k + 1)),
+        "window": window_tokens * row_bytes + 8 * spec.num_attention_heads * window_tokens**2,
+        "scratch": _READ_BYTES_PER_WEIGHT * largest_weights
+        + 4 * spec.expert_weights
+        + _PACK_BYTES_PER_WEIGHT * PACK_CHUNK_WEIGHTS,
+        "allowance": _ALLOWANCE_BYTES,
+    }
+    return [
+        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
+    ]
+
+
+def calibration_peak_bytes(checkpoint: Checkpoint, num_tokens: int, window_tokens: int) -> int:
+    """Sum of `calibration_terms`: the most that calibration adds to its process."""
+    return sum(term.num_bytes for term in calibration_terms(checkpoint, num_tokens, window_tokens))
+
+
+def hidden_file_bytes(hidden_size: int, num_tokens: int) -> int:
+    """Disk bytes of the hidden states of all windows, float32."""
+    return 4 * hidden_size * num_tokens
+
+
+def require_free_memory(needed_bytes: int) -> None:
+    """Refuse a calibration that cannot fit, where the system tells how much is available.
+
+    Raises:
+        BudgetError: with the bytes needed and the bytes available.
+    """
+    available_bytes = available_memory_bytes()
+    if available_bytes is not None and needed_bytes > available_bytes:
+        raise BudgetError(
+            f"calibration needs {format_bytes(needed_bytes)} of memory, but only "
+            f"{format_bytes(available_bytes)} is available: use fewer windows (--max-windows), "
+            "several shards (--shard), or a machine with more memory",
+            minimum_bytes=needed_bytes,
+        )
+
+
+def available_memory_bytes() -> int | None:
+    """Memory this process may still take: the machine's, or its cgroup's if that has less.
+
+    None where there is no /proc/meminfo.
+    """
+    try:
+        machine = _numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
+    except (OSError, KeyError):
+        return None
+    cgroup = Path("/sys/fs/cgroup")
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        stat = _numbers(cgroup / "memory.stat")
+    except (OSError, ValueError):  # version 1, the root group, or no limit ("max")
+        return machine
+    return min(machine, limit - used + stat.get("inactive_file", 0) + stat.get("active_file", 0))
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """First two columns of a file such as /proc/meminfo."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows}
+
+
+def _layer_dense_tensors(checkpoint: Checkpoint, layer_id: int) -> list[TensorInfo]:
+    prefix = f"model.layers.{layer_id}."
+    return [info for info in checkpoint.dense_tensors if info.name.startswith(prefix)]
+
+
+def _num_weights(info: TensorInfo) -> int:
+    count = 1
+    for size in info.shape:
+        count *= size
+    return count

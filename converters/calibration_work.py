@@ -1,0 +1,179 @@
+"""The work folder of a calibration: what survives kill -9, and where a resumed run goes on.
+
+    run.json               StatsInfo of the run; a resume with other settings is refused
+    hidden_0007.safetensors  hidden states that enter layer 7, one tensor per window
+    layer_0006.safetensors   statistics of layer 6
+
+A layer writes its statistics first and then renames the hidden states of the next layer into
+place. That rename is the commit: the highest complete hidden file names the layer to go on with,
+and every lower MoE layer's statistics exist.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from edge_moe.checkpoint import TensorInfo, read_header
+from edge_moe.converters.safetensors_writer import TensorEntry, header
+from edge_moe.errors import InputError, StatsError
+from edge_moe.files import atomic_path, require_new_output, write_text
+from edge_moe.stats import ExpertStats, StatsInfo
+
+_HIDDEN = re.compile(r"hidden_(\d+)\.safetensors")
+
+
+class HiddenWriter:
+    """Appends the hidden states of one window after another to a safetensors file."""
+
+    def __init__(self, handle: BinaryIO, window_lengths: Sequence[int], hidden_size: int) -> None:
+        entries = [
+            TensorEntry(str(index), "F32", (1, length, hidden_size))
+            for index, length in enumerate(window_lengths)
+        ]
+        self._handle = handle
+        self._handle.write(header(entries))
+
+    def write(self, hidden: Tensor) -> None:
+        """Append the next window, [1, W, H] float32."""
+        self._handle.write(hidden.contiguous().numpy().data)
+
+
+class HiddenReader:
+    """Hidden states of one layer's windows, read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors: dict[str, TensorInfo] = read_header(path)[0]
+
+    def read(self, index: int) -> Tensor:
+        """[1, W, H] float32 of window `index`, in memory of torch's own."""
+        info = self._tensors[str(index)]
+        hidden = torch.empty(info.shape)
+        with info.path.open("rb") as handle:
+            handle.seek(info.offset)
+            handle.readinto(hidden.numpy().data.cast("B"))
+        return hidden
+
+
+class CalibrationWork:
+    """Progress of one run inside its output folder."""
+
+    def __init__(self, output: Path, info: StatsInfo, window_lengths: Sequence[int]) -> None:
+        """Start a run in `output`, or go on with the one that was begun there.
+
+        Raises:
+            InputError: `output` holds finished statistics, another run, or something else.
+        """
+        self.folder = output / "work"
+        self._info = info
+        self._window_lengths = tuple(window_lengths)
+        if (output / "stats.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise InputError(
+                f"output {output} already holds finished statistics: "
+                "choose another path or remove it first"
+            )
+        settings = self.folder / "run.json"
+        if settings.exists():
+            _require_same_run(settings, info)
+        else:
+            if not self.folder.exists():
+                require_new_output(output)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(settings, info.model_dump_json(indent=1) + "\n")
+        self._remove_leftovers()
+
+    @property
+    def next_layer(self) -> int | None:
+        """The layer whose input is on disk; None before the embeddings are."""
+        return max(self._hidden_layers(), default=None)
+
+    def hidden(self, layer_id: int) -> HiddenReader:
+        """The hidden states that enter layer `layer_id`."""
+        return HiddenReader(self._hidden_path(layer_id))
+
+    @contextmanager
+    def committing(self, layer_id: int, hidden_size: int) -> Iterator[HiddenWriter]:
+        """Write the hidden states that enter layer `layer_id`; they count when the block ends."""
+        with atomic_path(self._hidden_path(layer_id)) as temporary:
+            with temporary.open("wb") as handle:
+                yield HiddenWriter(handle, self._window_lengths, hidden_size)
+        self._remove_leftovers()
+
+    def save_layer(self, stats: ExpertStats) -> None:
+        """Write the statistics of one layer (`stats` of a single MoE layer)."""
+        (layer_id,) = stats.info.moe_layer_ids
+        with atomic_path(self._layer_path(layer_id)) as temporary:
+            save_file(stats.to_arrays(), temporary)
+
+    def layer_zeros(self, layer_id: int) -> ExpertStats:
+        """Empty statistics of one MoE layer."""
+        return ExpertStats.zeros(self._info.model_copy(update={"moe_layer_ids": (layer_id,)}))
+
+    def collect(self) -> ExpertStats:
+        """Statistics of all layers together.
+
+        Raises:
+            StatsError: a layer's file is missing or damaged.
+        """
+        try:
+            parts = [load_file(self._layer_path(layer)) for layer in self._info.moe_layer_ids]
+        except (OSError, SafetensorError) as error:
+            raise StatsError(
+                f"{self.folder} is damaged ({error}): remove it and calibrate again"
+            ) from None
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return ExpertStats.from_arrays(self._info, arrays)
+
+    def remove(self) -> None:
+        """Delete the folder: the run is finished."""
+        shutil.rmtree(self.folder)
+
+    def _hidden_layers(self) -> list[int]:
+        matches = (_HIDDEN.fullmatch(path.name) for path in self.folder.iterdir())
+        return [int(match.group(1)) for match in matches if match]
+
+    def _remove_leftovers(self) -> None:
+        """Hidden states of layers that are done, and temporary files of killed runs."""
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink()
+        for layer_id in sorted(self._hidden_layers())[:-1]:
+            self._hidden_path(layer_id).unlink()
+
+    def _hidden_path(self, layer_id: int) -> Path:
+        return self.folder / f"hidden_{layer_id:04}.safetensors"
+
+    def _layer_path(self, layer_id: int) -> Path:
+        return self.folder / f"layer_{layer_id:04}.safetensors"
+
+
+def _require_same_run(settings: Path, info: StatsInfo) -> None:
+    remedy = f"choose another output or remove {settings.parent.parent}"
+    try:
+        begun = StatsInfo.model_validate_json(settings.read_bytes())
+    except (OSError, ValidationError):
+        raise InputError(f"{settings} is damaged: {remedy}") from None
+    fields = sorted(info.model_dump().items(), key=lambda field: field[0].endswith("fingerprint"))
+    for name, value in fields:  # a changed option is named before the fingerprint it changes
+        found = getattr(begun, name)
+        if found != value:
+            raise InputError(
+                f"cannot resume: {name} is {_brief(found)} in {settings} and {_brief(value)} now; "
+                f"{remedy}"
+            )
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

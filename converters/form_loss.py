@@ -1,0 +1,108 @@
+"""How much each expert's output changes when its weights are stored in each form.
+
+One expert in one form is in memory at a time, and every expert is packed once per form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
+from edge_moe.converters.observe import WindowObservation, expert_output
+from edge_moe.formats import DROP, get_form
+
+_LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
+"""Stored dtype -> forms that hold it without loss."""
+
+
+class FormLosses:
+    """Losses of one MoE layer; expert by expert, over all of its windows.
+
+    Cost per routed token: (1 + number of lossy forms) x 6HI floating point operations.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, forms: Sequence[str]) -> None:
+        """`forms` in the order of the statistics' last axis."""
+        spec = checkpoint.spec
+        self._checkpoint = checkpoint
+        self._forms = tuple(forms)
+        self._gate_up = torch.empty(2 * spec.expert_width, spec.hidden_size)
+        self._down = torch.empty(spec.hidden_size, spec.expert_width)
+
+    def measure(
+        self,
+        layer_id: int,
+        experts: Any,
+        windows: Sequence[WindowObservation],
+        on_expert: Callable[[], None],
+    ) -> npt.NDArray[np.float64]:
+        """[windows, E, F] sum over routed tokens of (g |f - f_form|)**2; `drop` stays 0."""
+        num_experts = self._checkpoint.spec.num_experts
+        losses = np.zeros((len(windows), num_experts, len(self._forms)))
+        for expert_id in range(num_experts):
+            routed = [(window.expert_ids == expert_id).nonzero(as_tuple=True) for window in windows]
+            if any(len(token) for token, _ in routed):
+                lossy = self._lossy_forms(layer_id, expert_id)
+                losses[:, expert_id, lossy] = self._expert_losses(
+                    experts, expert_id, windows, routed, lossy
+                )
+            on_expert()
+        return losses
+
+    def _lossy_forms(self, layer_id: int, expert_id: int) -> list[int]:
+        """Positions of the forms that change this expert's stored weights."""
+        parts = self._checkpoint.expert_ranges(layer_id, expert_id)
+        return [
+            position
+            for position, form in enumerate(self._forms)
+            if form != DROP and not _is_lossless(form, parts)
+        ]
+
+    def _expert_losses(
+        self,
+        experts: Any,
+        expert_id: int,
+        windows: Sequence[WindowObservation],
+        routed: Sequence[tuple[Tensor, ...]],
+        lossy: Sequence[int],
+    ) -> npt.NDArray[np.float64]:
+        """[windows, len(lossy)]; each window is multiplied on its own."""
+        gate_up, down = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
+        exact = [
+            expert_output(experts, window.inputs[token], gate_up, down)
+            for window, (token, _) in zip(windows, routed, strict=True)
+        ]
+        losses = np.zeros((len(windows), len(lossy)))
+        for column, position in enumerate(lossy):
+            round_trip(self._forms[position], gate_up, self._gate_up)
+            round_trip(self._forms[position], down, self._down)
+            for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):
+                stored = expert_output(experts, window.inputs[token], self._gate_up, self._down)
+                square = (stored - exact[row]).double().square().sum(dim=1)
+                losses[row, column] = float((window.gates[token, slot].square() * square).sum())
+        return losses
+
+
+def round_trip(form_name: str, weights: Tensor, output: Tensor) -> None:
+    """Pack and unpack `weights` [rows, width] into `output`, a bounded number of rows at a time.
+
+    Every form packs each row on its own, so this is what packing the whole matrix gives.
+    """
+    form = get_form(form_name)
+    source, target = weights.numpy(), output.numpy()
+    num_rows, width = source.shape
+    step = max(1, PACK_CHUNK_WEIGHTS // width)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        target[rows] = form.unpack(form.pack(source[rows]), width)
+
+
+def _is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
+    return all(form in _LOSSLESS.get(part.dtype, ()) for part in parts)

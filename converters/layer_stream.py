@@ -1,0 +1,180 @@
+"""A transformers model of which one decoder layer at a time has weights.
+
+The model is built on the meta device. Its own base model is run once per window length with every
+layer replaced by a recorder, so masks, positions and rotary embeddings are transformers', not ours.
+Memory: one layer in float32, its dense tensors read one by one and its experts one by one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from edge_moe.checkpoint import Checkpoint, FloatArray, to_float32
+from edge_moe.errors import CheckpointError, InputError
+
+_EMBEDDING_NAME = "model.embed_tokens.weight"
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps its keyword arguments and returns its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+class LayerStream:
+    """Decoder layers of `checkpoint`, loaded and run one at a time, in float32 on the CPU."""
+
+    def __init__(self, checkpoint: Checkpoint, experts_implementation: str) -> None:
+        """Build the model without weights.
+
+        `experts_implementation` is a name registered in transformers' `ALL_EXPERTS_FUNCTIONS`.
+        """
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.float32, experts_implementation=experts_implementation
+            )
+        self._checkpoint = checkpoint
+        self._model: nn.Module = model.eval().requires_grad_(False)
+        self._base: Any = model.base_model
+        self._base.rotary_emb = type(self._base.rotary_emb)(config=config)  # buffers off meta
+        self._layers: Any = self._base.layers
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._expert_buffers: tuple[Tensor, Tensor] | None = None
+
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """Hidden states that enter layer 0, [1, T, H]. Reads only the rows it needs.
+
+        Raises:
+            InputError: a token id outside the embedding table.
+            CheckpointError: NaN or infinity in a row.
+        """
+        info = self._checkpoint.tensors.get(_EMBEDDING_NAME)
+        if info is None:
+            raise CheckpointError(f"{self._checkpoint.folder}: {_EMBEDDING_NAME!r} is missing")
+        num_rows, row_bytes = info.shape[0], info.num_bytes // info.shape[0]
+        wanted, positions = np.unique(np.asarray(token_ids), return_inverse=True)
+        if wanted[0] < 0 or wanted[-1] >= num_rows:
+            raise InputError(
+                f"token id {wanted[-1]} is outside the model's {num_rows} embedding rows: "
+                "the tokenizer does not belong to this model"
+            )
+        with info.path.open("rb") as handle:
+            raw = b"".join(
+                os.pread(handle.fileno(), row_bytes, info.offset + int(row) * row_bytes)
+                for row in wanted
+            )
+        rows = to_float32(raw, info.dtype).reshape(len(wanted), -1)
+        if not np.isfinite(rows).all():
+            raise CheckpointError(f"{info.path}: {info.name!r} holds NaN or infinity")
+        return _aligned(rows[positions])[None]
+
+    @contextmanager
+    def loaded(self, layer_id: int) -> Iterator[nn.Module]:
+        """Layer `layer_id` with its weights; they are dropped when the block ends.
+
+        Raises:
+            CheckpointError: a tensor is missing, misshapen, or holds NaN or infinity.
+        """
+        layer: nn.Module = self._layers[layer_id]
+        with torch.no_grad():
+            self._assign(layer, layer_id)
+        try:
+            yield layer
+        finally:
+            layer.to(device="meta")
+
+    def moe_block(self, layer_id: int) -> Any:
+        """The MoE block of layer `layer_id`."""
+        return self._model.get_submodule(self._checkpoint.spec.moe_module(layer_id))
+
+    def run(self, layer_id: int, hidden: Tensor) -> Tensor:
+        """[1, W, H] -> [1, W, H] through the loaded layer `layer_id`; one window, no padding.
+
+        Raises:
+            CheckpointError: the result holds NaN or infinity.
+        """
+        arguments = self._layer_arguments(hidden)[layer_id]
+        output: Tensor = self._layers[layer_id](hidden, **arguments)
+        if not torch.isfinite(output).all():
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: layer {layer_id} computes NaN or infinity from finite "
+                "input; its weights are damaged"
+            )
+        return output
+
+    def _layer_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
+        """Keyword arguments of every layer for windows of this length."""
+        num_tokens = hidden.shape[1]
+        if num_tokens not in self._arguments:
+            recorders = nn.ModuleList(_Recorder() for _ in self._layers)
+            norm, self._base.norm = self._base.norm, nn.Identity()
+            self._base.layers = recorders
+            try:
+                self._base(inputs_embeds=hidden, use_cache=False)
+            finally:
+                self._base.layers, self._base.norm = self._layers, norm
+            self._arguments[num_tokens] = [dict(recorder.arguments) for recorder in recorders]  # type: ignore[arg-type]
+        return self._arguments[num_tokens]
+
+    def _assign(self, layer: nn.Module, layer_id: int) -> None:
+        spec = self._checkpoint.spec
+        prefix = f"model.layers.{layer_id}."
+        state: dict[str, Tensor] = {}
+        for info in self._checkpoint.dense_tensors:
+            name = spec.module_name(info.name)
+            if name.startswith(prefix):
+                state[name[len(prefix) :]] = _aligned(self._checkpoint.read(info.name))
+        if layer_id in spec.moe_layer_ids:
+            experts = f"{spec.moe_module(layer_id)[len(prefix) :]}.experts"
+            gate_up, down = self._experts(layer_id)
+            state[f"{experts}.gate_up_proj"], state[f"{experts}.down_proj"] = gate_up, down
+        try:
+            missing, _ = layer.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: layer {layer_id} does not fit config.json: {reason}"
+            ) from None
+        if missing:
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: layer {layer_id} lacks {len(missing)} tensors, "
+                f"first {prefix + missing[0]!r}; a weight file may not have been downloaded"
+            )
+
+    def _experts(self, layer_id: int) -> tuple[Tensor, Tensor]:
+        """(gate_up_proj [E, 2I, H], down_proj [E, H, I]); the same memory for every layer."""
+        spec = self._checkpoint.spec
+        num_experts, width, hidden = spec.num_experts, spec.expert_width, spec.hidden_size
+        if self._expert_buffers is None:
+            self._expert_buffers = (
+                torch.empty(num_experts, 2 * width, hidden),
+                torch.empty(num_experts, hidden, width),
+            )
+        gate_up, down = (buffer.numpy() for buffer in self._expert_buffers)
+        for expert_id in range(num_experts):
+            gate_proj, up_proj, down_proj = self._checkpoint.expert(layer_id, expert_id)
+            gate_up[expert_id, :width], gate_up[expert_id, width:] = gate_proj, up_proj
+            down[expert_id] = down_proj
+        return self._expert_buffers
+
+
+def _aligned(values: FloatArray) -> Tensor:
+    """A copy in memory of torch's own: the same alignment in every run, so the same last bits."""
+    tensor = torch.empty(values.shape)
+    tensor.numpy()[...] = values
+    return tensor
