@@ -118,8 +118,8 @@ def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> FloatArray:
 class Checkpoint:
     """A local Hugging Face checkpoint folder. Opening it reads headers only."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open `folder`.
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo] | None = None) -> None:
+        """Open `folder`. `tensors` are its headers where they were already read, as from a hub.
 
         Raises:
             SpecError: config.json is missing or not supported.
@@ -127,7 +127,7 @@ class Checkpoint:
         """
         self.folder = folder
         self.spec = ModelSpec.from_file(folder / "config.json")
-        self.tensors = _read_all_headers(folder)
+        self.tensors = _read_all_headers(folder) if tensors is None else tensors
         self._check_names_and_shapes()
 
     @cached_property
