@@ -88,6 +88,8 @@ class Plan(_Model):
     """[L][E] share of the layer's routed calibration tokens."""
     super_experts: list[tuple[int, int]]
     """(layer_id, expert_id) protected from being dropped or stored below 4 bits."""
+    form_bytes: dict[str, int] = {}
+    """Bytes of one expert in every form that was considered, the 16-bit one included."""
     limits: list[str]
     """What the target cannot express, in sentences."""
     warnings: list[str] = []
