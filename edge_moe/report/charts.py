@@ -1,0 +1,232 @@
+"""Charts of the report, as plotly figures. Pure functions of `ReportData`; no I/O."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edge_moe.errors import MissingExtraError
+from edge_moe.formats import DROP, FORM_NAMES, get_form
+from edge_moe.units import format_bytes
+
+if TYPE_CHECKING:
+    from edge_moe.report.data import ReportData
+
+INK, MUTED, BUDGET_COLOUR = "#1f2937", "#94a3b8", "#dc2626"
+# darker means more bits; a dropped expert is paper with a cross
+FORM_COLOURS = {
+    DROP: "#f5f5f4",
+    "tq1_0": "#dbeafe",
+    "tq2_0": "#dbeafe",
+    "q2_0": "#bfdbfe",
+    "q2_k": "#bfdbfe",
+    "q3_k": "#93c5fd",
+    "q4_0": "#60a5fa",
+    "q4_k": "#60a5fa",
+    "q8_0": "#2563eb",
+    "f16": "#1e3a8a",
+    "bf16": "#1e3a8a",
+    "f32": "#0f172a",
+}
+
+
+def graph_objects() -> Any:
+    """plotly.graph_objects, imported when a chart is drawn.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    try:
+        import plotly.graph_objects
+    except ImportError:
+        raise MissingExtraError("plotly", "report", "the HTML report") from None
+    return plotly.graph_objects
+
+
+def form_label(form: str) -> str:
+    """`q4_k` -> `4-bit (q4_k)`; `drop` -> `dropped`."""
+    return "dropped" if form == DROP else f"{get_form(form).label} ({form})"
+
+
+def memory_waterfall(data: ReportData) -> Any:
+    """From the experts as they were to the whole bill, beside the budget line. Megabytes."""
+    go = graph_objects()
+    steps = data.waterfall()
+    figure = go.Figure(
+        go.Waterfall(
+            x=[step.label for step in steps],
+            y=[step.num_bytes / 1e6 for step in steps],
+            measure=[step.kind for step in steps],
+            text=[format_bytes(step.num_bytes) for step in steps],
+            textposition="outside",
+            connector={"line": {"color": MUTED, "width": 1}},
+            decreasing={"marker": {"color": "#16a34a"}},
+            increasing={"marker": {"color": "#93c5fd"}},
+            totals={"marker": {"color": "#2563eb"}},
+            hovertemplate="%{x}: %{text}<extra></extra>",
+        )
+    )
+    budget = data.plan.budget_bytes
+    figure.add_hline(
+        y=budget / 1e6,
+        line={"color": BUDGET_COLOUR, "dash": "dash", "width": 2},
+        annotation={
+            "text": f"budget {format_bytes(budget)}",
+            "font": {"color": BUDGET_COLOUR},
+            "yanchor": "bottom",
+        },
+        annotation_position="top left",
+    )
+    if data.peak_memory_bytes is not None:
+        figure.add_hline(
+            y=data.peak_memory_bytes / 1e6,
+            line={"color": INK, "dash": "dot", "width": 1.5},
+            annotation={"text": f"measured peak {format_bytes(data.peak_memory_bytes)}"},
+            annotation_position="bottom left",
+        )
+    return _finish(figure, y_title="MB")
+
+
+def frontier(data: ReportData) -> Any:
+    """Predicted loss against the size of the experts, with rivals of equal bytes."""
+    go = graph_objects()
+    points = sorted(data.plan.frontier, key=lambda point: point.expert_bytes)
+    figure = go.Figure(
+        go.Scatter(
+            x=[point.expert_bytes / 1e6 for point in points],
+            y=[point.loss for point in points],
+            mode="lines+markers",
+            name="best plan at each size",
+            line={"color": "#2563eb", "width": 2},
+            hovertemplate="%{x:.3g} MB of experts, loss %{y:.4g}<extra></extra>",
+        )
+    )
+    symbols = ("x", "diamond", "square", "triangle-up", "star", "cross", "pentagon")
+    for index, rival in enumerate(data.plan.rivals):
+        figure.add_trace(
+            go.Scatter(
+                x=[rival.expert_bytes / 1e6],
+                y=[rival.loss],
+                mode="markers",
+                name=rival.name,
+                marker={"symbol": symbols[index % len(symbols)], "size": 11},
+            )
+        )
+    figure.add_trace(
+        go.Scatter(
+            x=[data.plan.term("experts").num_bytes / 1e6],
+            y=[data.plan.loss],
+            mode="markers",
+            name="this plan",
+            marker={"size": 16, "color": BUDGET_COLOUR, "symbol": "circle-open", "line_width": 3},
+        )
+    )
+    figure.update_yaxes(type="log")
+    return _finish(figure, x_title="experts, MB", y_title="predicted loss (log)", legend=True)
+
+
+def expert_forms(data: ReportData) -> Any:
+    """Layers x experts, coloured by form: darker means more bits, a cross means dropped."""
+    used = [form for form in FORM_NAMES if any(form in row for row in data.plan.forms)]
+    codes = [[used.index(form) for form in row] for row in data.plan.forms]
+    figure = _grid(
+        data,
+        values=codes,
+        scale=_steps([FORM_COLOURS[form] for form in used]),
+        hover=[
+            [_expert_hover(data, layer, expert) for expert in range(len(row))]
+            for layer, row in enumerate(data.plan.forms)
+        ],
+        marks=[["x" if form == DROP else "" for form in row] for row in data.plan.forms],
+    )
+    figure.update_traces(
+        zmin=-0.5,
+        zmax=len(used) - 0.5,
+        colorbar={
+            "tickvals": list(range(len(used))),
+            "ticktext": [form_label(form) for form in used],
+            "outlinewidth": 0,
+        },
+    )
+    return figure
+
+
+def expert_saliency(data: ReportData) -> Any:
+    """Layers x experts: the share of the layer's loss that dropping the expert would cost."""
+    figure = _grid(
+        data,
+        values=data.plan.saliency,
+        scale="Oranges",
+        hover=[
+            [_expert_hover(data, layer, expert) for expert in range(len(row))]
+            for layer, row in enumerate(data.plan.forms)
+        ],
+        marks=[["x" if form == DROP else "" for form in row] for row in data.plan.forms],
+    )
+    figure.update_traces(zmin=0, colorbar={"title": "share", "outlinewidth": 0})
+    return figure
+
+
+def _expert_hover(data: ReportData, layer: int, expert: int) -> str:
+    plan = data.plan
+    return (
+        f"layer {plan.moe_layer_ids[layer]}, expert {expert}<br>"
+        f"{form_label(plan.forms[layer][expert])}<br>"
+        f"saliency {plan.saliency[layer][expert]:.1%} of the layer<br>"
+        f"chosen by {plan.routed_share[layer][expert]:.1%} of routed tokens"
+    )
+
+
+def _grid(
+    data: ReportData, *, values: Any, scale: Any, hover: list[list[str]], marks: list[list[str]]
+) -> Any:
+    go = graph_objects()
+    plan = data.plan
+    few = len(plan.forms[0]) <= 40  # a cross per cell stays readable up to here
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=list(range(len(plan.forms[0]))),
+            y=[str(layer_id) for layer_id in plan.moe_layer_ids],
+            colorscale=scale,
+            xgap=1,
+            ygap=1,
+            customdata=hover,
+            hovertemplate="%{customdata}<extra></extra>",
+            text=marks if few else None,
+            texttemplate="%{text}" if few else None,
+            textfont={"color": MUTED},
+        )
+    )
+    figure.update_yaxes(autorange="reversed", type="category")
+    height = max(220, 120 + 34 * len(plan.forms)) if few else max(220, 120 + 14 * len(plan.forms))
+    return _finish(figure, x_title="expert", y_title="layer", height=min(height, 1200))
+
+
+def _steps(colours: list[str]) -> list[list[Any]]:
+    """A colour scale of flat steps, one per colour."""
+    count = len(colours)
+    scale: list[list[Any]] = []
+    for index, colour in enumerate(colours):
+        scale += [[index / count, colour], [(index + 1) / count, colour]]
+    return scale
+
+
+def _finish(
+    figure: Any,
+    *,
+    x_title: str | None = None,
+    y_title: str | None = None,
+    legend: bool = False,
+    height: int = 420,
+) -> Any:
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "color": INK, "size": 13},
+        margin={"l": 60, "r": 20, "t": 30, "b": 50},
+        height=height,
+        showlegend=legend,
+        legend={"orientation": "h", "y": -0.2},
+    )
+    figure.update_xaxes(title=x_title)
+    figure.update_yaxes(title=y_title)
+    return figure

@@ -1,0 +1,84 @@
+"""The report as text: what a person reads before opening the page."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from edge_moe.formats import DROP, FORM_NAMES
+from edge_moe.report import facts
+from edge_moe.report.data import ReportData
+
+_TONES = {"good": "bold green", "bad": "bold red", "": "bold"}
+_MAP_COLUMNS = 64  # wider maps are left to the HTML page
+_SHADES = {"tq": "░", "q2": "░", "q3": "▒", "q4": "▒", "q8": "▓"}
+
+
+def print_facts(data: ReportData, console: Console) -> None:
+    """Print verdict, bill, experts, quality, speed and what to know."""
+    console.print(Text(facts.title(data), style="dim"))
+    verdict = Text()
+    for part in facts.verdict(data):
+        verdict.append(part["text"] + " ", style=_TONES[part["tone"]])
+    console.print(verdict)
+    console.print(_bill(data))
+    _print_experts(data, console)
+    if data.evals:
+        console.print(_quality(data))
+    else:
+        console.print(f"quality not measured yet: {facts.eval_command(data)}", style="dim")
+    if data.run is None:
+        console.print(f"memory not measured yet: {facts.record_command(data)}", style="dim")
+    else:
+        console.print(f"decoding {data.run.tokens_per_second:.1f} tokens per second")
+    for remark in (*data.plan.limits, *data.plan.warnings):
+        console.print(f"note: {remark}", style="yellow", highlight=False)
+
+
+def _bill(data: ReportData) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memory")
+    for heading in ("planned", "measured", "error"):
+        table.add_column(heading, justify="right")
+    table.add_column("planned from", style="dim")
+    for row in facts.term_table(data):
+        table.add_row(
+            row["name"],
+            row["planned"],
+            row["measured"],
+            row["error"],
+            row["source"],
+            style="bold" if row["is_total"] else None,
+        )
+    return table
+
+
+def _print_experts(data: ReportData, console: Console) -> None:
+    every = [form for row in data.plan.forms for form in row]
+    counts = ", ".join(f"{every.count(form)} {form}" for form in FORM_NAMES if form in every)
+    console.print(f"experts: {counts}", highlight=False)
+    if len(data.plan.forms[0]) > _MAP_COLUMNS or len(data.plan.forms) > 16:
+        return
+    for layer_id, row in zip(data.plan.moe_layer_ids, data.plan.forms, strict=True):
+        cells = "".join(_shade(form) for form in row)
+        console.print(f"  layer {layer_id:>3} {cells}", highlight=False)
+    console.print("  · dropped  ░ to 2 bits  ▒ 3-4  ▓ 8  █ 16", style="dim")
+
+
+def _shade(form: str) -> str:
+    if form == DROP:
+        return "·"
+    return _SHADES.get(form[:2], "█")
+
+
+def _quality(data: ReportData) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("quality, held out")
+    for heading in ("ppl before", "ppl after", "KL mean", "KL 99 %", "same top token"):
+        table.add_column(heading, justify="right")
+    for row in facts.quality_table(data):
+        table.add_row(
+            row["task"], row["before"], row["after"], row["kl_mean"], row["kl_99"], row["same_top"]
+        )
+    return table

@@ -1,0 +1,176 @@
+"""The report: rows worked out by hand, one offline file, and a picture from a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from edge_moe.errors import InputError
+from edge_moe.measurement import Provenance, RunMeasurement
+from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, Rival
+from edge_moe.report import print_report, write_report
+from edge_moe.report.data import load_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def _terms() -> list[MemoryTerm]:
+    return [
+        MemoryTerm(name="dense weights", num_bytes=10_000_000, source="headers"),
+        MemoryTerm(name="experts", num_bytes=2_500_000, source="plan"),
+        MemoryTerm(name="KV cache", num_bytes=1_000_000, source="formula"),
+        MemoryTerm(name="workspace", num_bytes=500_000, source="formula"),
+        MemoryTerm(name="runtime", num_bytes=6_000_000, source="measured"),
+    ]
+
+
+def _plan() -> Plan:
+    """2 layers x 4 experts of 1 MB at 16 bits: two dropped, four at 16 bits and so on."""
+    forms = [["bf16", "drop", "q8_0", "drop"], ["q8_0", "q8_0", "drop", "drop"]]
+    return Plan(
+        edge_moe_version="0.1.0",
+        model="some/<model>",
+        model_type="qwen3_moe",
+        model_fingerprint="a" * 64,
+        stats_fingerprint="b" * 64,
+        tasks=["code"],
+        target="native",
+        device="cpu",
+        budget_bytes=21_000_000,
+        context_tokens=1000,
+        moe_layer_ids=[0, 1],
+        top_k=2,
+        forms=forms,
+        tiers=[["none" if form == "drop" else "device" for form in row] for row in forms],
+        terms=_terms(),
+        loss=0.5,
+        loss_unit="squared error of the MoE output",
+        frontier=[
+            FrontierPoint(total_bytes=19_500_000, expert_bytes=2_000_000, loss=0.9),
+            FrontierPoint(total_bytes=25_500_000, expert_bytes=8_000_000, loss=0.01),
+        ],
+        rivals=[Rival(name="prune only", expert_bytes=2_000_000, loss=2.0, forms=forms)],
+        saliency=[[0.7, 0.0, 0.3, 0.0], [0.5, 0.5, 0.0, 0.0]],
+        routed_share=[[0.6, 0.1, 0.3, 0.0], [0.5, 0.4, 0.1, 0.0]],
+        super_experts=[],
+        form_bytes={"drop": 0, "q8_0": 500_000, "bf16": 1_000_000},
+        limits=["nothing to say about </script>"],
+    )
+
+
+def _measured(folder: Path) -> None:
+    RunMeasurement(
+        provenance=Provenance.here(),
+        model=str(folder),
+        model_kind="package",
+        device="cpu",
+        budget_bytes=21_000_000,
+        context_tokens=1000,
+        terms=_terms(),
+        measured_terms={"dense weights": 10_500_000},
+        peak_memory_bytes=20_400_000,
+        prompt_tokens=5,
+        generated_tokens=20,
+        load_seconds=1.0,
+        prefill_seconds=0.5,
+        decode_seconds=2.0,
+        tokens_per_second=10.0,
+        paging={"hits": 7, "page_in_bytes": 1_000_000, "stall_seconds": 0.25},
+    ).save(folder)
+
+
+@pytest.fixture
+def artefact(tmp_path: Path) -> Path:
+    """A folder as `build` and `run --record` leave it, as far as the report looks."""
+    folder = tmp_path / "out"
+    _plan().save(folder / "plan.json")
+    _measured(folder)
+    return folder
+
+
+def test_waterfall_adds_up(artefact: Path) -> None:
+    steps = {step.label: step.num_bytes for step in load_report(artefact).waterfall()}
+    assert steps["experts at 16 bits"] == 8_000_000
+    assert steps["dropped"] == -4_000_000
+    assert steps["fewer bits"] == -1_500_000
+    assert steps["experts kept"] == 2_500_000
+    assert steps["total"] == 20_000_000
+
+
+def test_terms_carry_their_error(artefact: Path) -> None:
+    rows = {row.name: row for row in load_report(artefact).term_rows()}
+    assert rows["dense weights"].error == pytest.approx(0.05)
+    assert rows["KV cache"].error is None
+    assert rows["total"].error == pytest.approx(0.02)
+
+
+def test_context_rows_scale_the_kv_cache_only(artefact: Path) -> None:
+    rows = {tokens: (kv, total) for tokens, kv, total in load_report(artefact).context_rows()}
+    assert rows[512] == (512_000, 20_000_000 - 1_000_000 + 512_000)
+
+
+def test_terminal_report_says_what_matters(artefact: Path) -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    print_report(artefact, console)
+    text = console.export_text()
+    assert "Fits: 20.4 MB measured of 21.0 MB" in text
+    assert "+2.0%" in text
+    assert "4 drop, 3 q8_0, 1 bf16" in text
+    assert len(text.splitlines()) <= 40
+
+
+def test_folder_without_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no plan\.json.*edge-moe build"):
+        load_report(tmp_path)
+    with pytest.raises(InputError, match="is not a folder"):
+        load_report(tmp_path / "missing")
+
+
+def test_page_is_offline_and_escapes(artefact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    output = tmp_path / "report.html"
+    write_report(artefact, output)
+    page = output.read_text(encoding="utf-8")
+    body = page[page.index("</head>") :]
+    assert not re.search(r'(src|href)="https?://', body)
+    assert "some/&lt;model&gt;" in body
+    assert body.count("</script>") == body.count("<script")
+    for name in ("waterfall", "frontier", "forms", "saliency"):
+        assert f'id="chart-{name}"' in body
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_page_draws_in_a_browser(artefact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    output = tmp_path / "report.html"
+    write_report(artefact, output)
+    dom = _browse(output, tmp_path, "--dump-dom", "--virtual-time-budget=20000")
+    assert dom.count('class="main-svg"') >= 4
+    picture = tmp_path / "report.png"
+    _browse(
+        output,
+        tmp_path,
+        f"--screenshot={picture}",
+        "--window-size=1100,3600",
+        "--virtual-time-budget=20000",
+    )
+    assert picture.stat().st_size > 50_000
+
+
+def _browse(page: Path, profile: Path, *options: str) -> str:
+    assert CHROMIUM is not None
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync"
+    )
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={profile / 'browser'}", *options]
+    done = subprocess.run(
+        [*command, page.as_uri()], capture_output=True, text=True, timeout=180, check=True
+    )
+    return done.stdout
