@@ -206,7 +206,7 @@ def this_machine(accelerator: str = "") -> Machine:
     """Describe the computer without importing any of the packages named."""
     return Machine(
         cpu=_cpu_model(),
-        cores=_usable_cores(),
+        cores=usable_cores(),
         ram_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
@@ -224,7 +224,8 @@ def _cpu_model() -> str:
     return match.group(1).strip() if match else platform.machine()
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,0 +1,72 @@
+"""Evaluation results as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from edge_moe.measurement import EvalResult
+from edge_moe.metrics import Estimate
+
+_WHERE = {True: "in task", False: "out of task", None: ""}
+
+
+def print_eval(results: Sequence[EvalResult], console: Console) -> None:
+    """One column per task; rows are named as in llama-perplexity."""
+    table = Table(title=_title(results[0]) if results else None, title_justify="left")
+    table.add_column("")
+    for result in results:
+        where = _WHERE[result.in_task]
+        table.add_column(f"{result.task}\n{where}" if where else result.task, justify="right")
+    cells = [dict(_rows(result)) for result in results]
+    for name in dict.fromkeys(name for column in cells for name in column):
+        table.add_row(name, *(column.get(name, "") for column in cells))
+    console.print(table)
+
+
+def _title(result: EvalResult) -> str:
+    return f"{result.model} against {result.against}" if result.against else result.model
+
+
+def _rows(result: EvalResult) -> list[tuple[str, str]]:
+    rows = [("tokens scored", f"{result.num_tokens:,}"), ("Mean PPL(Q)", _text(result.perplexity))]
+    if result.base_perplexity is not None:
+        rows.append(("Mean PPL(base)", _text(result.base_perplexity)))
+    rows += _comparison_rows(result)
+    if result.exact_match is not None:
+        rows.append((f"exact match (Q), {result.num_problems}", _percent(result.exact_match)))
+    if result.base_exact_match is not None:
+        rows.append(
+            (f"exact match (base), {result.num_problems}", _percent(result.base_exact_match))
+        )
+    if result.recovery_percent is not None:
+        rows.append(("recovery", f"{result.recovery_percent:.1f} %"))
+    return rows
+
+
+def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:
+    found = result.comparison
+    if found is None:
+        return []
+    return [
+        ("Mean ln(PPL(Q)/PPL(base))", _text(found.ln_ppl_ratio)),
+        ("Mean PPL(Q)/PPL(base)", _text(found.ppl_ratio)),
+        ("Mean KLD", _text(found.mean_kld)),
+        ("Maximum KLD", f"{found.max_kld:.4f}"),
+        ("99.0% KLD", f"{found.kld_99:.4f}"),
+        ("95.0% KLD", f"{found.kld_95:.4f}"),
+        ("90.0% KLD", f"{found.kld_90:.4f}"),
+        ("Median KLD", f"{found.median_kld:.4f}"),
+        ("RMS Δp", _percent(found.rms_delta_p)),
+        ("Same top p", _percent(found.same_top_p)),
+    ]
+
+
+def _text(estimate: Estimate) -> str:
+    return f"{estimate:.4f}" if abs(estimate.value) < 10 else f"{estimate:.2f}"
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.2f} ± {100 * estimate.error:.2f} %"

@@ -1,0 +1,338 @@
+"""The quality of a model on held-out text of its task and of others, alone or beside a reference.
+
+Models are native packages, Hugging Face folders or GGUF files. The reference's logits are computed
+once per window, compared, and dropped: memory is that of the open models and two windows of logits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from edge_moe import metrics
+from edge_moe.demo import task_dir, task_names
+from edge_moe.demo.arithmetic import extract_answer
+from edge_moe.errors import InputError
+from edge_moe.measurement import EvalResult, ModelKind, Provenance
+from edge_moe.metrics import Estimate, TokenScores
+from edge_moe.package import PLAN_NAME, is_package
+from edge_moe.plan import Plan
+from edge_moe.tasks import load_task_texts, task_label, token_windows
+
+WINDOW_TOKENS = 256
+MAX_PROBLEMS = 100
+_ANSWER_TOKENS = 48
+_PROBLEM_CONTEXT_TOKENS = 256
+_PROBE = 'The answer is 12.\n\tdef f(x):  # "naïve" {1: [2, 3]} SELECT *'
+
+Advance = Callable[[], None]
+
+
+class LanguageModel(Protocol):
+    """What evaluation needs of a model; `Session` and `GgufModel` offer it."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]: ...
+
+    def generate(
+        self, prompt: str, *, max_new_tokens: int, stop: Sequence[str]
+    ) -> Iterator[str]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How much is scored."""
+
+    window_tokens: int
+    max_windows: int | None
+    max_problems: int
+
+    def check(self) -> None:
+        if self.window_tokens < 2:
+            raise InputError(
+                f"a window of {self.window_tokens} tokens predicts nothing: use 2 or more"
+            )
+        if self.max_windows is not None and self.max_windows < 1:
+            raise InputError(f"max_windows is {self.max_windows}: use 1 or more")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The opened model under test, and its reference."""
+
+    path: Path
+    model: LanguageModel
+    against: Path | None
+    base: LanguageModel | None
+    budget_bytes: int | None
+
+
+def evaluate(
+    model: Path,
+    against: Path | None,
+    tasks: Sequence[str],
+    *,
+    max_windows: int | None = None,
+    window_tokens: int = WINDOW_TOKENS,
+    max_problems: int = MAX_PROBLEMS,
+    budget_bytes: int | None = None,
+) -> list[EvalResult]:
+    """Evaluate `model` on the held-out text of every task, beside `against` when it is given.
+
+    `budget_bytes` caps the memory of `model` only. Tasks that come with problems to solve are
+    scored by exact match too, on the first `max_problems` of them.
+
+    Raises:
+        InputError: no task, a window below 2 tokens, models with different tokenizers, or logits
+            that are not finite.
+        MissingExtraError: a GGUF file without llama-cpp-python.
+    """
+    settings = _Settings(window_tokens, max_windows, max_problems)
+    settings.check()
+    if not tasks:
+        raise InputError(f"no task to evaluate on: give --task, such as {', '.join(task_names())}")
+    context_tokens = max(window_tokens, _PROBLEM_CONTEXT_TOKENS)
+    with ExitStack() as stack:
+        tested = _open(stack, model, context_tokens, budget_bytes)
+        base = _open(stack, against, context_tokens, None) if against else None
+        if base is not None and against is not None:
+            check_same_tokenizer({str(model): tested, str(against): base})
+        pair = _Pair(model, tested, against, base, budget_bytes)
+        return [_evaluate_task(pair, task, settings) for task in tasks]
+
+
+def open_model(
+    path: Path, *, context_tokens: int, budget_bytes: int | None = None
+) -> LanguageModel:
+    """A native package or Hugging Face folder as a Session, a .gguf file through llama.cpp."""
+    if model_kind(path) == "gguf":
+        from edge_moe.runtime.gguf_logits import GgufModel
+
+        return GgufModel(path, context_tokens)
+    from edge_moe.runtime.session import Session
+
+    return Session.open(path, budget_bytes=budget_bytes, context_tokens=context_tokens)
+
+
+def model_kind(path: Path) -> ModelKind:
+    """What `path` is, from its name and its manifest."""
+    if path.suffix == ".gguf":
+        return "gguf"
+    return "package" if is_package(path) else "checkpoint"
+
+
+def heldout_windows(
+    task: str, tokenizer: Any, window_tokens: int, max_windows: int | None
+) -> list[list[int]]:
+    """The task's held-out text as token windows; with `max_windows`, evenly spread ones.
+
+    Raises:
+        InputError: the task has fewer than three tokens of held-out text.
+    """
+    windows = token_windows(load_task_texts(task, "heldout", tokenizer), tokenizer, window_tokens)
+    if max_windows is not None and len(windows) > max_windows:
+        windows = [windows[index * len(windows) // max_windows] for index in range(max_windows)]
+    if sum(len(window) - 1 for window in windows) < 2:
+        raise InputError(f"task {task!r} has too little held-out text: give at least 3 tokens")
+    return windows
+
+
+def score_windows(
+    models: Mapping[str, LanguageModel],
+    base: LanguageModel,
+    windows: Sequence[Sequence[int]],
+    advance: Advance = lambda: None,
+) -> dict[str, TokenScores]:
+    """Each model's scores beside `base`, whose logits are computed once per window.
+
+    Raises:
+        InputError: logits that are not finite, or of another vocabulary than the reference's.
+    """
+    parts: dict[str, list[TokenScores]] = {name: [] for name in models}
+    for window in windows:
+        base_logits = _finite_logits("the reference", base, window)
+        for name, model in models.items():
+            logits = _finite_logits(name, model, window)
+            _check_same_vocabulary(name, logits, base_logits)
+            parts[name].append(metrics.compare_tokens(logits, base_logits, window))
+        advance()
+    return {name: TokenScores.join(found) for name, found in parts.items()}
+
+
+def solve_problems(
+    model: LanguageModel, problems: Sequence[Mapping[str, str]], advance: Advance = lambda: None
+) -> Estimate:
+    """Share of problems whose greedy answer is exactly right."""
+    is_correct = []
+    for problem in problems:
+        pieces = model.generate(problem["prompt"], max_new_tokens=_ANSWER_TOKENS, stop=("\n",))
+        is_correct.append(extract_answer("".join(pieces)) == problem["answer"])
+        advance()
+    return metrics.exact_match(is_correct)
+
+
+def task_problems(task: str, max_problems: int) -> list[dict[str, str]]:
+    """{"prompt", "answer"} of a shipped task that is scored by exact match; none for others."""
+    if task not in task_names():
+        return []
+    folder = task_dir(task)
+    about = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    if about.get("metric") != "exact_match":
+        return []
+    lines = (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    problems = [json.loads(line) for line in lines[:max_problems]]
+    return problems if len(problems) >= 2 else []
+
+
+def check_same_tokenizer(models: Mapping[str, LanguageModel]) -> None:
+    """Compare the token ids of a probe text.
+
+    Raises:
+        InputError: two models split it differently, so their logits cannot be compared.
+    """
+    ids = {
+        name: list(model.tokenizer.encode(_PROBE, add_special_tokens=False))
+        for name, model in models.items()
+    }
+    first = next(iter(ids))
+    for name, found in ids.items():
+        if found != ids[first]:
+            raise InputError(
+                f"{first} and {name} have different tokenizers (a probe text of {len(_PROBE)} "
+                f"characters gives {len(ids[first])} and {len(found)} tokens): "
+                "compare models of the same origin"
+            )
+
+
+def is_in_task(model: Path, task: str) -> bool | None:
+    """Whether `model` was shrunken for `task`, from the plan beside it; None without a plan."""
+    plan_path = (model.parent if model.suffix == ".gguf" else model) / PLAN_NAME
+    if not plan_path.exists():
+        return None
+    return task_label(task) in Plan.load(plan_path).tasks
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Advance]:
+    """A bar on stderr, only when somebody is looking."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        bar_id = bar.add_task(description, total=total)
+        yield lambda: bar.advance(bar_id)
+
+
+def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
+    start = time.perf_counter()
+    tokenizer = (pair.base or pair.model).tokenizer
+    windows = heldout_windows(task, tokenizer, settings.window_tokens, settings.max_windows)
+    with progress(f"{task}: held-out text", len(windows)) as advance:
+        quality = _text_quality(pair, windows, advance)
+    problems = task_problems(task, settings.max_problems)
+    if problems:
+        quality |= _problem_quality(pair, task, problems)
+    return EvalResult(
+        provenance=Provenance.here(),
+        model=str(pair.path),
+        model_kind=model_kind(pair.path),
+        against=str(pair.against) if pair.against else None,
+        task=task,
+        in_task=is_in_task(pair.path, task),
+        budget_bytes=pair.budget_bytes,
+        window_tokens=settings.window_tokens,
+        num_windows=len(windows),
+        num_problems=len(problems),
+        recovery_percent=_recovery_percent(quality),
+        seconds=time.perf_counter() - start,
+        **quality,
+    )
+
+
+def _text_quality(
+    pair: _Pair, windows: Sequence[Sequence[int]], advance: Advance
+) -> dict[str, Any]:
+    name = str(pair.path)
+    if pair.base is not None:
+        scores = score_windows({name: pair.model}, pair.base, windows, advance)[name]
+        return {
+            "num_tokens": scores.nll.size,
+            "perplexity": metrics.perplexity(scores.nll),
+            "base_perplexity": metrics.perplexity(scores.base_nll),
+            "comparison": metrics.compare(scores),
+        }
+    parts = []
+    for window in windows:
+        parts.append(metrics.token_nll(_finite_logits(name, pair.model, window), window))
+        advance()
+    nll = np.concatenate(parts)
+    return {"num_tokens": nll.size, "perplexity": metrics.perplexity(nll)}
+
+
+def _problem_quality(
+    pair: _Pair, task: str, problems: Sequence[Mapping[str, str]]
+) -> dict[str, Any]:
+    models = {"exact_match": pair.model}
+    if pair.base is not None:
+        models["base_exact_match"] = pair.base
+    with progress(f"{task}: problems", len(problems) * len(models)) as advance:
+        return {key: solve_problems(each, problems, advance) for key, each in models.items()}
+
+
+def _recovery_percent(quality: Mapping[str, Any]) -> float | None:
+    if base := quality.get("base_exact_match"):
+        return 100 * quality["exact_match"].value / base.value if base.value else None
+    if base := quality.get("base_perplexity"):
+        return float(100 * base.value / quality["perplexity"].value)
+    return None
+
+
+def _open(
+    stack: ExitStack, path: Path, context_tokens: int, budget_bytes: int | None
+) -> LanguageModel:
+    model = open_model(path, context_tokens=context_tokens, budget_bytes=budget_bytes)
+    stack.callback(model.close)
+    return model
+
+
+def _finite_logits(
+    name: str, model: LanguageModel, window: Sequence[int]
+) -> npt.NDArray[np.float32]:
+    logits = model.logits(window)
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"{name} computes logits that are not finite: its weights are damaged or its form does "
+            "not suit this engine; build it again"
+        )
+    return logits
+
+
+def _check_same_vocabulary(
+    name: str, logits: npt.NDArray[np.float32], base_logits: npt.NDArray[np.float32]
+) -> None:
+    if logits.shape != base_logits.shape:
+        raise InputError(
+            f"{name} has a vocabulary of {logits.shape[-1]} tokens, the reference of "
+            f"{base_logits.shape[-1]}: compare models of the same origin"
+        )

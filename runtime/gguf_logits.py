@@ -1,0 +1,127 @@
+"""Logits and greedy text of a GGUF file, through llama-cpp-python (extra `gguf`).
+
+The KV cache is kept in float32 and flash attention is off, so that the logits differ from those of
+transformers by the weights' form and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe.errors import InputError, MissingExtraError
+from edge_moe.measurement import usable_cores
+
+_GGML_TYPE_F32 = 0
+
+
+class GgufTokenizer:
+    """The part of a transformers tokenizer's interface that `edge_moe.tasks` uses."""
+
+    chat_template = None
+    """Chat messages are rendered by the reference's tokenizer, or refused."""
+
+    def __init__(self, llama: Any) -> None:
+        self._llama = llama
+        self.eos_token_id: int = llama.token_eos()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; the file's metadata decides which special tokens are added."""
+        ids: list[int] = self._llama.tokenize(
+            text.encode(), add_bos=add_special_tokens, special=True
+        )
+        return ids
+
+    def apply_chat_template(self, _conversation: Any, *, tokenize: bool) -> str:
+        raise InputError("a GGUF file alone renders no chat messages: evaluate --against its model")
+
+
+class GgufModel:
+    """One GGUF file, opened for evaluation: the interface of `runtime.session.Session` it needs."""
+
+    def __init__(self, path: Path, context_tokens: int) -> None:
+        """Load `path` with room for `context_tokens`; memory: the file and T x V float32 logits.
+
+        Raises:
+            MissingExtraError: llama-cpp-python is not installed.
+            InputError: llama.cpp cannot load the file.
+        """
+        self._path = path
+        self._context_tokens = context_tokens
+        self._llama = _load(path, context_tokens)
+        self.tokenizer = GgufTokenizer(self._llama)
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """[T, V] float32: row t follows `token_ids[: t + 1]`.
+
+        Raises:
+            InputError: more tokens than the context holds.
+        """
+        if len(token_ids) > self._context_tokens:
+            raise InputError(
+                f"{self._path}: {len(token_ids)} tokens do not fit a context of "
+                f"{self._context_tokens}: use smaller windows"
+            )
+        self._llama.reset()
+        self._llama.eval(list(token_ids))
+        return np.array(self._llama.scores[: len(token_ids)], dtype=np.float32)
+
+    def generate(
+        self, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
+        """Pieces of the greedy continuation of `prompt`."""
+        self._llama.reset()
+        pieces = self._llama.create_completion(
+            self.tokenizer.encode(prompt),
+            max_tokens=max_new_tokens,
+            temperature=0.0,
+            repeat_penalty=1.0,
+            stop=list(stop),
+            stream=True,
+        )
+        for piece in pieces:
+            yield piece["choices"][0]["text"]
+
+    def close(self) -> None:
+        self._llama.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _load(path: Path, context_tokens: int) -> Any:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        raise MissingExtraError("llama-cpp-python", "gguf", f"evaluating {path}") from None
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give the path of a GGUF file")
+    try:
+        return Llama(
+            str(path),
+            n_ctx=context_tokens,
+            n_batch=context_tokens,
+            n_threads=usable_cores(),
+            logits_all=True,
+            flash_attn=False,
+            type_k=_GGML_TYPE_F32,
+            type_v=_GGML_TYPE_F32,
+            verbose=False,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: llama.cpp cannot load it ({error}): export it again") from None
