@@ -83,6 +83,8 @@ def memory_waterfall(data: ReportData) -> Any:
             annotation={"text": f"measured peak {format_bytes(data.peak_memory_bytes)}"},
             annotation_position="bottom left",
         )
+    tallest = max(budget, data.plan.total_bytes, data.full_expert_bytes) / 1e6
+    figure.update_yaxes(range=[0, 1.12 * tallest])  # room for the labels above the bars
     return _finish(figure, y_title="MB")
 
 
@@ -198,6 +200,7 @@ def _grid(
         )
     )
     figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(dtick=max(1, len(plan.forms[0]) // 32))
     height = max(220, 120 + 34 * len(plan.forms)) if few else max(220, 120 + 14 * len(plan.forms))
     return _finish(figure, x_title="expert", y_title="layer", height=min(height, 1200))
 
