@@ -45,7 +45,7 @@ class LayerStream:
         """
         config = AutoConfig.from_pretrained(checkpoint.folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, experts_implementation=experts_implementation
             )
         self._checkpoint = checkpoint

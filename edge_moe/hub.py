@@ -8,13 +8,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.errors import InputError
-
-if TYPE_CHECKING:
-    from huggingface_hub.utils import SafetensorsFileMetadata
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SNAPSHOT_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "README.md"]
@@ -82,8 +79,11 @@ def remote_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(config.parent, tensors)
 
 
-def _tensor_infos(path: Path, file: SafetensorsFileMetadata) -> dict[str, TensorInfo]:
-    """`offset` counts from the end of the header, whose length the hub's answer leaves out."""
+def _tensor_infos(path: Path, file: Any) -> dict[str, TensorInfo]:
+    """`file` is huggingface_hub's SafetensorsFileMetadata.
+
+    `offset` counts from the end of the header, whose length the hub's answer leaves out.
+    """
     return {
         name: TensorInfo(
             name=name,

@@ -62,6 +62,6 @@ def _read_number(table: dict[str, Any], key: str, source: str) -> Any:
     if key not in table:
         return None
     entry = table[key]
-    if not isinstance(entry, dict) or not entry.get("value") or not entry.get("source"):
-        raise InputError(f"{source}: {key} needs a value such as '12 GiB' and a source")
+    if not isinstance(entry, dict) or entry.keys() != {"value", "source"} or not entry["source"]:
+        raise InputError(f"{source}: {key} needs a value such as '12 GiB', a source, and no more")
     return parse_bytes(str(entry["value"]))

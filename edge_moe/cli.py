@@ -1,0 +1,145 @@
+"""The command line. Every command is a thin function in `edge_moe.commands`; work is imported late.
+
+`--help`, `inspect`, `plan` and `report` never import torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+import edge_moe
+from edge_moe.commands.build import build_command
+from edge_moe.commands.calibrate import calibrate_command
+from edge_moe.commands.demo import demo_command
+from edge_moe.commands.evaluate import eval_command
+from edge_moe.commands.inspect import inspect_command
+from edge_moe.commands.plan import plan_command
+from edge_moe.commands.report import report_command
+from edge_moe.commands.run import run_command
+from edge_moe.commands.stats import stats_app
+from edge_moe.errors import EdgeMoeError
+
+EXIT_INTERNAL = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+_EXTRAS = {
+    "gguf": "gguf",
+    "llama_cpp": "gguf",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "pynvml": "cuda",
+    "triton": "cuda",
+    "jinja2": "report",
+    "plotly": "report",
+}
+"""Importable module -> the extra that installs it."""
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning OpenMP threads starve each other on a busy machine
+    "GOMP_SPINCOUNT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+}
+_NO_SPACE_IN_RUST = "(os error 28)"  # how safetensors spells ENOSPC
+
+app = typer.Typer(
+    help="Fit a Mixture-of-Experts model into a memory budget, run it there, show every byte.",
+    epilog="Exit codes: 0 fine, 2 bad usage or input, 3 does not fit.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _app_options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"edge-moe {edge_moe.__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        context.fail("Missing command.")
+
+
+app.command("inspect")(inspect_command)
+app.command("calibrate")(calibrate_command)
+app.add_typer(stats_app, name="stats")
+app.command("plan")(plan_command)
+app.command("build")(build_command)
+app.command("run")(run_command)
+app.command("eval")(eval_command)
+app.command("report")(report_command)
+app.command("demo")(demo_command)
+
+
+def main() -> None:
+    """Run `sys.argv` and exit with the command's code."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    sys.exit(run(sys.argv[1:] or ["--help"]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; errors become one line on stderr."""
+    try:
+        return app(list(arguments), prog_name="edge-moe", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if os.environ.get("EDGE_MOE_DEBUG"):
+            traceback.print_exc()
+        message, exit_code = explain(error)
+        print(f"error: {message}", file=sys.stderr)
+        return exit_code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """(one line that names the thing, the value and the remedy; exit code) for any exception."""
+    if isinstance(error, EdgeMoeError):
+        return _one_line(str(error)), error.exit_code
+    if isinstance(error, TyperException):
+        return _explain_usage(error), EXIT_USAGE
+    if getattr(error, "errno", None) == errno.ENOSPC or _NO_SPACE_IN_RUST in str(error):
+        filename = getattr(error, "filename", None)
+        place = f" for {filename}" if filename else ""
+        return f"no space left on the disk{place}: free some space and start again", EXIT_USAGE
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return _explain_missing_module(error.name), EXIT_USAGE
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{place}: check the path and its permissions", EXIT_USAGE
+    if isinstance(error, MemoryError):
+        return "out of memory: free some, or use a smaller model or context", EXIT_USAGE
+    name = type(error).__name__
+    return (
+        f"internal error, {name}: {_one_line(str(error))} "
+        "(EDGE_MOE_DEBUG=1 shows where; please report it)",
+        EXIT_INTERNAL,
+    )
+
+
+def _explain_usage(error: TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "edge-moe"
+    return f"{_one_line(error.format_message()).rstrip('.')}: see `{command} --help`"
+
+
+def _explain_missing_module(name: str) -> str:
+    package = name.split(".")[0]
+    extra = _EXTRAS.get(package)
+    remedy = f"pip install 'edge-moe[{extra}]'" if extra else "pip install edge-moe"
+    return f"this needs the package {package!r}, which is not installed: {remedy}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

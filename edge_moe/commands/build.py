@@ -1,0 +1,47 @@
+"""`edge-moe build`: turn a plan into an artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_moe.commands.options import TargetName, stderr
+
+
+def build_command(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json of `edge-moe plan`.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="New folder to write.", show_default=False)
+    ],
+    target: Annotated[
+        TargetName | None,
+        typer.Option(help="Build something else than the plan's own target.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint, where it has moved since.", show_default=False),
+    ] = None,
+) -> None:
+    """Build what a plan says, streaming. A killed build resumes by running it again."""
+    from edge_moe.hub import resolve_model
+    from edge_moe.plan import Plan
+    from edge_moe.units import format_bytes
+
+    loaded = Plan.load(plan)
+    folder = resolve_model(model or loaded.model)
+    from edge_moe.converters.build import build
+
+    path = build(loaded, output, model=folder, target=target.value if target else None)
+    num_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    console = stderr()
+    console.print(f"{path}: {format_bytes(num_bytes)}")
+    console.print(f"next: {_next_command(path, target.value if target else loaded.target)}")
+
+
+def _next_command(path: Path, target: str) -> str:
+    if target == "native":
+        return f'edge-moe run {path} --prompt "..."'
+    artefact = path / "model.gguf" if target == "gguf" else path
+    return f"edge-moe eval {artefact} --against MODEL --task TASK"

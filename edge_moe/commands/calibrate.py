@@ -1,0 +1,65 @@
+"""`edge-moe calibrate`: measure every expert on task text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_moe.commands.options import (
+    Model,
+    Output,
+    Revision,
+    Tasks,
+    parse_names,
+    parse_shard,
+    stderr,
+)
+
+
+def calibrate_command(
+    model: Model,
+    task: Tasks,
+    output: Output = Path("stats"),
+    window_tokens: Annotated[int, typer.Option(help="Tokens per window of text.")] = 512,
+    max_windows: Annotated[
+        int | None, typer.Option(help="Use at most this many windows.", show_default=False)
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(help="i/N: cover every Nth window, from the ith; merge afterwards.")
+    ] = "0/1",
+    forms: Annotated[
+        str | None,
+        typer.Option(
+            help="Forms to measure, comma separated. [default: one per bit class that fits]",
+            show_default=False,
+        ),
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Measure every expert on task text, layer by layer. A killed run resumes by running again."""
+    from edge_moe.hub import resolve_model
+
+    part = parse_shard(shard)
+    names = parse_names(forms) if forms is not None else None
+    folder = resolve_model(model, revision)
+    from edge_moe.converters.calibrate import calibrate
+
+    stats = calibrate(
+        folder,
+        task,
+        output,
+        window_tokens=window_tokens,
+        max_windows=max_windows,
+        shard=part,
+        forms=names,
+    )
+    info = stats.info
+    console = stderr()
+    console.print(
+        f"{output}: {info.num_tokens:,} tokens in {len(info.windows)} of {info.num_windows} "
+        f"windows, {len(info.moe_layer_ids)} layers x {info.num_experts} experts, "
+        f"forms {', '.join(info.forms)}"
+    )
+    console.print(f"next: edge-moe plan {model} --stats {output} --budget SIZE -o plan.json")

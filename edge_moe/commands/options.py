@@ -1,0 +1,110 @@
+"""Arguments and flags that several commands share, and where they print."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from edge_moe.errors import InputError
+from edge_moe.units import parse_bytes, parse_tokens
+
+_PLAIN_WIDTH = 110  # columns when nobody's terminal sets them, as in a pipe or a file
+
+
+class TargetName(StrEnum):
+    """The values of `edge_moe.plan.Target`."""
+
+    NATIVE = "native"
+    GGUF = "gguf"
+    HF = "hf"
+    ONNX = "onnx"
+
+
+class DeviceName(StrEnum):
+    """The values of `edge_moe.plan.Device`."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Checkpoint folder, native package, .gguf file, or hub id such as Qwen/Qwen3-30B-A3B.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Tasks = Annotated[
+    list[str],
+    typer.Option(
+        "--task",
+        help="Shipped task, or a .jsonl or .txt file. Repeat for several.",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        "--budget",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Hard limit on memory: 12GB, 500MB, 8GiB.",
+        show_default=False,
+    ),
+]
+ContextTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx",
+        parser=parse_tokens,
+        metavar="TOKENS",
+        help="Context length: 8k or 8192.",
+        show_default=False,
+    ),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+
+
+def stdout() -> Console:
+    """Results go here."""
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+
+
+def stderr() -> Console:
+    """Progress, statistics and hints go here."""
+    width = None if sys.stderr.isatty() else _PLAIN_WIDTH
+    return Console(stderr=True, width=width, highlight=False)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`"0/4"` -> (0, 4): the first of four shards.
+
+    Raises:
+        InputError: not i/N with 0 <= i < N.
+    """
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"shard {text!r} is not understood: write i/N with 0 <= i < N, as in 0/4")
+    return int(index), int(count)
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """`"q8_0, drop"` -> ("q8_0", "drop").
+
+    Raises:
+        InputError: no name at all.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise InputError(f"list of names {text!r} is empty: write for example drop,q4_0,q8_0")
+    return names

@@ -1,0 +1,192 @@
+"""A plan as a page for people, and as a summary for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from edge_moe.formats import DROP, FORM_NAMES, get_form
+from edge_moe.plan import FrontierPoint, MemoryTerm, Plan
+from edge_moe.units import format_bytes
+
+MAX_FRONTIER_ROWS = 12
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RivalSummary(_Model):
+    """Another way to spend the same expert bytes, without its table of forms."""
+
+    name: str
+    expert_bytes: int
+    loss: float
+    note: str
+
+
+class PlanSummary(_Model):
+    """What `edge-moe plan --json` prints; the whole plan is in the file it names."""
+
+    path: str
+    model: str
+    tasks: list[str]
+    target: str
+    device: str
+    fits: bool
+    budget_bytes: int
+    total_bytes: int
+    context_tokens: int
+    terms: list[MemoryTerm]
+    form_counts: dict[str, int]
+    """Experts by form, over all layers."""
+    loss: float
+    loss_unit: str
+    frontier: list[FrontierPoint]
+    rivals: list[RivalSummary]
+    super_experts: list[tuple[int, int]]
+    limits: list[str]
+    warnings: list[str]
+
+
+def summarise_plan(plan: Plan, path: Path) -> PlanSummary:
+    """The plan, saved at `path`, without its tables of one cell per expert."""
+    return PlanSummary(
+        path=str(path),
+        model=plan.model,
+        tasks=plan.tasks,
+        target=plan.target,
+        device=plan.device,
+        fits=plan.total_bytes <= plan.budget_bytes,
+        budget_bytes=plan.budget_bytes,
+        total_bytes=plan.total_bytes,
+        context_tokens=plan.context_tokens,
+        terms=plan.terms,
+        form_counts=form_counts(plan.forms),
+        loss=plan.loss,
+        loss_unit=plan.loss_unit,
+        frontier=plan.frontier,
+        rivals=[
+            RivalSummary(
+                name=rival.name, expert_bytes=rival.expert_bytes, loss=rival.loss, note=rival.note
+            )
+            for rival in plan.rivals
+        ],
+        super_experts=plan.super_experts,
+        limits=plan.limits,
+        warnings=plan.warnings,
+    )
+
+
+def form_counts(forms: Sequence[Sequence[str]]) -> dict[str, int]:
+    """form -> number of experts, from fewest to most bits."""
+    counts = Counter(form for row in forms for form in row)
+    return {form: counts[form] for form in FORM_NAMES if counts[form]}
+
+
+def print_plan(plan: Plan, path: Path, console: Console) -> None:
+    """Verdict, bytes by term, experts by form, frontier, rivals, limits, and what to do next."""
+    spare_bytes = plan.budget_bytes - plan.total_bytes
+    console.print(
+        f"[bold green]FITS[/] {format_bytes(plan.budget_bytes)} with "
+        f"{format_bytes(spare_bytes)} to spare: {plan.model} for {', '.join(plan.tasks)}, "
+        f"target {plan.target} on {plan.device}, {plan.context_tokens:,} tokens of context"
+    )
+    console.print(_terms_table(plan))
+    console.print(_forms_line(plan))
+    console.print(_frontier_table(plan))
+    if plan.rivals:
+        console.print(_rivals_table(plan))
+    for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
+        for sentence in sentences:
+            console.print(f"{heading}: {sentence}", style="yellow", markup=False)
+    console.print(f"next: edge-moe build {path} -o OUT", markup=False)
+
+
+def _terms_table(plan: Plan) -> Table:
+    table = _table("Memory")
+    table.add_column("term")
+    table.add_column("bytes", justify="right")
+    table.add_column("share of budget", justify="right")
+    table.add_column("source")
+    table.add_column("note")
+    for term in plan.terms:
+        table.add_row(
+            term.name,
+            format_bytes(term.num_bytes),
+            f"{term.num_bytes / plan.budget_bytes:.1%}",
+            term.source,
+            term.note,
+        )
+    total = plan.total_bytes
+    table.add_row("total", format_bytes(total), f"{total / plan.budget_bytes:.1%}", "", "")
+    table.add_row("budget", format_bytes(plan.budget_bytes), "", "", "")
+    return table
+
+
+def _forms_line(plan: Plan) -> str:
+    parts = []
+    for form, count in form_counts(plan.forms).items():
+        one_expert = plan.form_bytes.get(form, 0)
+        size = f" of {format_bytes(one_expert)}" if one_expert else ""
+        label = "dropped" if form == DROP else f"{form} ({get_form(form).label}{size})"
+        parts.append(f"{count} {label}")
+    num_experts = sum(len(row) for row in plan.forms)
+    protected = len(plan.super_experts)
+    suffix = f"; {protected} protected as super experts" if protected else ""
+    return f"{num_experts} experts: {', '.join(parts)}{suffix}"
+
+
+def _frontier_table(plan: Plan) -> Table:
+    table = _table("Frontier: quality against size")
+    table.add_column("total", justify="right")
+    table.add_column("experts", justify="right")
+    table.add_column(f"loss ({plan.loss_unit})", justify="right")
+    table.add_column("")
+    for point in frontier_rows(plan):
+        is_chosen = point.total_bytes == plan.total_bytes
+        table.add_row(
+            format_bytes(point.total_bytes),
+            format_bytes(point.expert_bytes),
+            f"{point.loss:.3g}",
+            "<- this plan" if is_chosen else "",
+            style="bold" if is_chosen else None,
+        )
+    return table
+
+
+def frontier_rows(plan: Plan) -> list[FrontierPoint]:
+    """At most `MAX_FRONTIER_ROWS` evenly spread points by size, and this plan among them."""
+    expert_bytes = plan.term("experts").num_bytes
+    chosen = FrontierPoint(total_bytes=plan.total_bytes, expert_bytes=expert_bytes, loss=plan.loss)
+    others = [point for point in plan.frontier if point.total_bytes != plan.total_bytes]
+    others.sort(key=lambda point: point.total_bytes)
+    step = max(1, -(-len(others) // (MAX_FRONTIER_ROWS - 1)))
+    shown = [*others[::-1][::step], chosen]
+    return sorted(shown, key=lambda point: point.total_bytes)
+
+
+def _rivals_table(plan: Plan) -> Table:
+    table = _table("The same bytes, spent otherwise")
+    table.add_column("strategy")
+    table.add_column("experts", justify="right")
+    table.add_column("loss", justify="right")
+    table.add_column("x this plan", justify="right")
+    table.add_column("note")
+    expert_bytes = plan.term("experts").num_bytes
+    table.add_row("this plan", format_bytes(expert_bytes), f"{plan.loss:.3g}", "1", "")
+    for rival in plan.rivals:
+        ratio = f"{rival.loss / plan.loss:.3g}" if plan.loss > 0 else ""
+        table.add_row(
+            rival.name, format_bytes(rival.expert_bytes), f"{rival.loss:.3g}", ratio, rival.note
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
