@@ -1,0 +1,118 @@
+"""`build`: a plan and its checkpoint in, an artefact folder out. Streaming, atomic, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from edge_moe import __version__
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.export_hf import check_hf, export_hf
+from edge_moe.converters.export_native import export_native
+from edge_moe.converters.model_card import SizeRow, model_card, plan_fingerprint
+from edge_moe.converters.sidecar import CARD_NAME
+from edge_moe.converters.staging import BuildFolder, build_folder
+from edge_moe.errors import PlanError, TargetError
+from edge_moe.files import require_free_disk, require_new_output, write_text
+from edge_moe.formats import expert_bytes
+from edge_moe.package import PLAN_NAME
+from edge_moe.plan import Plan, Target
+
+GGUF_NAME = "model.gguf"
+
+
+def build(
+    plan: Plan,
+    output: Path,
+    *,
+    model: Path | None = None,
+    target: Target | None = None,
+) -> Path:
+    """Build what `plan` says into the new folder `output`, which is returned.
+
+    The checkpoint is `model`, or else `plan.model` (a folder or a hub id); `target` overrides the
+    plan's. A build that was killed resumes when the same call is made again, with the same bytes
+    as a result. `output` appears when it is complete, never before.
+
+    Raises:
+        PlanError: the plan was made from another checkpoint.
+        TargetError: the target cannot express the plan.
+        InputError: `output` exists already.
+        DiskSpaceError: too little free space.
+        CheckpointError: weights that are missing, damaged, NaN or infinite.
+    """
+    target = target or plan.target
+    output = output.absolute()
+    _check_target(target)
+    require_new_output(output)
+    checkpoint = Checkpoint(model or _resolve(plan.model))
+    _check_plan(plan, checkpoint)
+    if target == "hf":
+        check_hf(plan, checkpoint.spec)
+    with build_folder(output, _build_fingerprint(plan, target, output.name)) as work:
+        if target == "native":
+            export_native(plan, checkpoint, work, output.name)
+        elif target == "hf":
+            export_hf(plan, checkpoint, work, output.name)
+        else:
+            _build_gguf(plan, checkpoint, work, output.name)
+    return output
+
+
+def _check_target(target: Target) -> None:
+    if target not in ("native", "hf", "gguf"):
+        raise TargetError(
+            f"target {target} cannot be built yet: use --target native, --target gguf or "
+            "--target hf"
+        )
+
+
+def _resolve(model: str) -> Path:
+    from edge_moe.hub import resolve_model
+
+    return resolve_model(model)
+
+
+def _check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Refuse a plan for another model, or one that was edited out of shape."""
+    spec = checkpoint.spec
+    if plan.model_fingerprint != checkpoint.fingerprint:
+        raise PlanError(
+            f"the plan was made from {plan.model} (fingerprint {plan.model_fingerprint[:12]}), "
+            f"but {checkpoint.folder} has the fingerprint {checkpoint.fingerprint[:12]}: "
+            "give the checkpoint it was made from, or plan again"
+        )
+    if tuple(plan.moe_layer_ids) != spec.moe_layer_ids:
+        raise PlanError(
+            f"the plan lists the MoE layers {plan.moe_layer_ids}, {checkpoint.folder} has "
+            f"{list(spec.moe_layer_ids)}: plan again"
+        )
+    if len(plan.forms[0]) != spec.num_experts or plan.top_k != spec.top_k:
+        raise PlanError(
+            f"the plan is for top-{plan.top_k} of {len(plan.forms[0])} experts, "
+            f"{checkpoint.folder} has top-{spec.top_k} of {spec.num_experts}: plan again"
+        )
+
+
+def _build_fingerprint(plan: Plan, target: Target, name: str) -> str:
+    """Equal for builds whose bytes are equal."""
+    parts = (__version__, plan_fingerprint(plan), target, name)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _build_gguf(plan: Plan, checkpoint: Checkpoint, work: BuildFolder, name: str) -> None:
+    from edge_moe.converters.export_gguf import export_gguf
+
+    spec = checkpoint.spec
+    expert_total_bytes = sum(
+        expert_bytes(form, spec.hidden_size, spec.expert_width)
+        for row in plan.forms
+        for form in row
+    )
+    dense_bytes = sum(info.num_bytes for info in checkpoint.dense_tensors)
+    require_free_disk(work.path, dense_bytes + expert_total_bytes, f"GGUF {name}")
+    path = export_gguf(plan, checkpoint, work.path / GGUF_NAME)
+    source_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
+    sizes = [SizeRow("whole model", source_bytes, path.stat().st_size)]
+    write_text(work.path / CARD_NAME, model_card(plan, checkpoint, name, "gguf", sizes))
+    plan.save(work.path / PLAN_NAME)

@@ -1,0 +1,173 @@
+"""Write a smaller Hugging Face checkpoint: dropped experts gone, the others renumbered from 0.
+
+Every output tensor is a list of source byte ranges, so nothing is held in memory but one chunk (or
+one matrix where an expert changes its dtype). One shard is complete or absent; a killed build
+resumes at the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.converters.model_card import model_card, size_rows
+from edge_moe.converters.progress import Advance, byte_progress
+from edge_moe.converters.safetensors_writer import (
+    file_bytes,
+    safetensors_file,
+    shard_names,
+    split_into_shards,
+    write_index,
+)
+from edge_moe.converters.sidecar import (
+    CARD_NAME,
+    CONFIG_NAME,
+    copy_sidecar,
+    patch_expert_count,
+    sidecar_bytes,
+)
+from edge_moe.converters.slicing import (
+    DTYPE_OF_FORM,
+    SlicedTensor,
+    data_bytes,
+    dense_tensors,
+    slice_rows,
+    whole_tensor,
+)
+from edge_moe.converters.staging import BuildFolder
+from edge_moe.errors import TargetError
+from edge_moe.files import require_free_disk, write_text
+from edge_moe.formats import DROP
+from edge_moe.package import PLAN_NAME
+from edge_moe.plan import Plan
+from edge_moe.spec import ModelSpec
+
+SHARD_BYTES = 5 * 10**9
+_SMALL_FILES_BYTES = 2**20  # index, plan, model card
+_MIN_EXPERTS_PER_GROUP = 2  # a group's score is the sum of its best two
+
+
+def export_hf(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    work: BuildFolder,
+    name: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the checkpoint called `name` into `work`, continuing where a killed build stopped.
+
+    Raises:
+        TargetError: the plan needs what a Hugging Face checkpoint cannot express.
+        DiskSpaceError: too little space, before anything is written.
+        CheckpointError: weights that are damaged, NaN or infinite.
+    """
+    check_hf(plan, checkpoint.spec)
+    dense = dense_tensors(plan, checkpoint)
+    experts = list(_kept_experts(plan, checkpoint))
+    tensors = {tensor.entry.name: tensor for tensor in dense + experts}
+    shards = split_into_shards([tensor.entry for tensor in tensors.values()], shard_bytes)
+    total_bytes = sum(file_bytes(shard) for shard in shards)
+    needed_bytes = total_bytes + sidecar_bytes(checkpoint.folder) + _SMALL_FILES_BYTES
+    require_free_disk(work.path, needed_bytes - work.written_bytes(), f"checkpoint {name}")
+    copy_sidecar(checkpoint.folder, work.path)
+    _write_config(plan, checkpoint, work)
+    with byte_progress(f"build {name}", total_bytes) as advance:
+        for shard_name, shard in zip(shard_names(len(shards)), shards, strict=True):
+            _write_shard(shard_name, [tensors[entry.name] for entry in shard], work, advance)
+    write_index(work.path, shards)
+    sizes = size_rows(checkpoint, data_bytes(dense), data_bytes(experts))
+    write_text(work.path / CARD_NAME, model_card(plan, checkpoint, name, "hf", sizes))
+    plan.save(work.path / PLAN_NAME)
+
+
+def check_hf(plan: Plan, spec: ModelSpec) -> None:
+    """Refuse plans that one `num_experts` and plain dtypes cannot express.
+
+    Raises:
+        TargetError: says which layer or form, and what to do.
+    """
+    counts = {len(plan.kept(row)) for row in plan.forms}
+    if len(counts) != 1:
+        raise TargetError(
+            f"target hf needs one number of experts for all layers, the plan keeps {min(counts)} "
+            f"to {max(counts)}: plan again with --target hf, or build with --target native"
+        )
+    forms = {form for row in plan.forms for form in row if form != DROP}
+    if len(forms) != 1 or not forms <= set(DTYPE_OF_FORM):
+        raise TargetError(
+            f"target hf stores experts unpacked in one dtype, the plan uses "
+            f"{', '.join(sorted(forms))}: plan again with --target hf, or build with "
+            "--target native"
+        )
+    for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
+        _check_groups(layer_id, plan.kept(row), spec)
+
+
+def _check_groups(layer_id: int, kept: list[int], spec: ModelSpec) -> None:
+    """Groups are equal consecutive runs of experts: dropping must keep them so."""
+    router = spec.router
+    if router.num_groups == 1:
+        return
+    group_width = spec.num_experts // router.num_groups
+    members = [expert_id // group_width for expert_id in kept]
+    counts = [members.count(group) for group in range(router.num_groups)]
+    if len(set(counts)) != 1 or counts[0] < _MIN_EXPERTS_PER_GROUP:
+        raise TargetError(
+            f"target hf needs the same number of experts, at least {_MIN_EXPERTS_PER_GROUP}, in "
+            f"each of the router's {router.num_groups} groups; the plan keeps {counts} in layer "
+            f"{layer_id}: plan again with --target hf, or build with --target native"
+        )
+    if counts[0] * router.top_groups < spec.top_k:
+        raise TargetError(
+            f"target hf: layer {layer_id} keeps {counts[0]} experts per group, so "
+            f"{router.top_groups} groups hold fewer than top_k={spec.top_k}: keep more experts"
+        )
+
+
+def _kept_experts(plan: Plan, checkpoint: Checkpoint) -> Iterator[SlicedTensor]:
+    """The experts layer by layer, under their new names."""
+    form = next(form for form in plan.forms[0] if form != DROP)
+    for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
+        yield from _layer_experts(layer_id, plan.kept(row), form, checkpoint)
+
+
+def _layer_experts(
+    layer_id: int, kept: list[int], form: str, checkpoint: Checkpoint
+) -> Iterator[SlicedTensor]:
+    spec, tensors = checkpoint.spec, checkpoint.tensors
+    if checkpoint.is_fused:
+        for name in spec.fused_tensor_names(layer_id):
+            yield slice_rows(tensors[name], kept, _conversion(tensors[name], form))
+        return
+    for new_id, expert_id in enumerate(kept):
+        old_names = spec.expert_tensor_names(layer_id, expert_id)
+        new_names = spec.expert_tensor_names(layer_id, new_id)
+        for old_name, new_name in zip(old_names, new_names, strict=True):
+            info = tensors[old_name]
+            yield whole_tensor(info, new_name, _conversion(info, form))
+
+
+def _conversion(info: TensorInfo, form: str) -> str | None:
+    """`form` when it is another dtype than the stored one."""
+    return None if DTYPE_OF_FORM[form] == info.dtype else form
+
+
+def _write_config(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:
+    text = (checkpoint.folder / CONFIG_NAME).read_bytes().decode("utf-8")
+    patched = patch_expert_count(text, checkpoint.spec, len(plan.kept(plan.forms[0])))
+    (work.path / CONFIG_NAME).write_bytes(patched.encode("utf-8"))
+
+
+def _write_shard(
+    name: str, tensors: list[SlicedTensor], work: BuildFolder, advance: Advance
+) -> None:
+    entries = [tensor.entry for tensor in tensors]
+    if work.finished(name) is not None:
+        advance(file_bytes(entries))
+        return
+    with safetensors_file(work.path / name, entries) as writer:
+        for tensor in tensors:
+            writer.write(tensor.entry.name, tensor.chunks())
+            advance(tensor.entry.num_bytes)
+    work.add(name)

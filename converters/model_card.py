@@ -1,0 +1,226 @@
+"""The README.md of a build: what it came from, what was done to it, how to do it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from edge_moe import __version__
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.formats import DROP
+from edge_moe.plan import Plan, Target
+from edge_moe.units import format_bytes
+
+_CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_LIBRARIES = {"hf": "transformers", "native": "edge-moe", "gguf": "gguf", "onnx": "onnx"}
+
+_CARD = Template("""\
+---
+base_model: $base_yaml
+base_model_relation: quantized
+${carried}library_name: $library
+tags:
+$tags
+---
+# $name
+
+$base, made smaller for $tasks with [edge-moe](https://pypi.org/project/edge-moe/) $version.
+$kept
+
+| form of an expert | experts |
+|---|---:|
+$forms
+
+| bytes | source | here | |
+|---|---:|---:|---:|
+$sizes
+
+Planned memory when it runs on $device with a context of $context tokens:
+
+| term | bytes | where the number comes from |
+|---|---:|---|
+$terms
+
+Predicted loss: $loss ($loss_unit).
+
+## Use
+
+```
+$use
+```
+
+## Made with
+
+```
+$commands
+```
+
+| fingerprint | sha256 |
+|---|---|
+| plan | `$plan_fingerprint` |
+| source checkpoint | `$model_fingerprint` |
+| calibration statistics | `$stats_fingerprint` |
+
+## Notes
+
+$notes
+""")
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """One line of the table of bytes."""
+
+    name: str
+    source_bytes: int
+    output_bytes: int
+
+    def text(self) -> str:
+        share = self.output_bytes / self.source_bytes if self.source_bytes else 1.0
+        source, output = format_bytes(self.source_bytes), format_bytes(self.output_bytes)
+        return f"| {self.name} | {source} | {output} | {share:.1%} |"
+
+
+def size_rows(checkpoint: Checkpoint, dense_bytes: int, expert_bytes: int) -> list[SizeRow]:
+    """The lines for a build whose dense part and experts take that many bytes."""
+    experts = checkpoint.expert_tensors
+    sizes = {name: info.num_bytes for name, info in checkpoint.tensors.items()}
+    expert_source_bytes = sum(sizes[name] for name in experts)
+    dense_source_bytes = sum(sizes.values()) - expert_source_bytes
+    return [
+        SizeRow("dense weights", dense_source_bytes, dense_bytes),
+        SizeRow("experts", expert_source_bytes, expert_bytes),
+    ]
+
+
+def plan_fingerprint(plan: Plan) -> str:
+    """sha256 of the plan's JSON."""
+    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+
+
+def model_card(
+    plan: Plan, checkpoint: Checkpoint, name: str, target: Target, sizes: Sequence[SizeRow]
+) -> str:
+    """The text of README.md for a build called `name`. Holds no date: equal builds, equal bytes."""
+    base = base_model(plan.model, checkpoint.folder)
+    return _CARD.substitute(
+        base_yaml=json.dumps(base),
+        base=base,
+        carried=_carried_front_matter(checkpoint.folder / "README.md"),
+        library=_LIBRARIES[target],
+        tags="\n".join(f"- {json.dumps(tag)}" for tag in _tags(plan)),
+        name=name,
+        tasks=", ".join(f"`{task}`" for task in plan.tasks),
+        version=__version__,
+        kept=_kept_sentence(plan),
+        forms="\n".join(f"| {form} | {count} |" for form, count in _form_counts(plan).items()),
+        sizes="\n".join(row.text() for row in (*sizes, _total(sizes))),
+        device=plan.device,
+        context=plan.context_tokens,
+        terms="\n".join(
+            f"| {term.name} | {format_bytes(term.num_bytes)} | {term.source} |"
+            for term in plan.terms
+        ),
+        loss=f"{plan.loss:.4g}",
+        loss_unit=plan.loss_unit,
+        use=_usage(name, target),
+        commands=reproduce_commands(plan, name, target),
+        plan_fingerprint=plan_fingerprint(plan),
+        model_fingerprint=plan.model_fingerprint,
+        stats_fingerprint=plan.stats_fingerprint,
+        notes="\n".join(f"- {note}" for note in _notes(plan, checkpoint)),
+    )
+
+
+def base_model(model: str, folder: Path) -> str:
+    """The hub id of the source where one is known, else the name of its folder."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
+        return model
+    for part in folder.resolve().parts:  # .../models--OWNER--NAME/snapshots/REVISION
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name
+
+
+def reproduce_commands(plan: Plan, name: str, target: Target) -> str:
+    """The commands that lead from the source to this build."""
+    model = shlex.quote(plan.model)
+    tasks = " ".join(f"--task {shlex.quote(task)}" for task in plan.tasks)
+    return "\n".join(
+        (
+            f"edge-moe calibrate {model} {tasks} -o stats",
+            f"edge-moe plan {model} --stats stats --budget {plan.budget_bytes}B "
+            f"--ctx {plan.context_tokens} --target {plan.target} -o plan.json",
+            f"edge-moe build plan.json -o {shlex.quote(name)} --target {target}",
+        )
+    )
+
+
+def _carried_front_matter(card: Path) -> str:
+    """The licence, language and pipeline lines of the source's card, byte for byte."""
+    if not card.is_file():
+        return ""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    match = re.match(r"---\r?\n(.*?\n)---\s*$", text, re.DOTALL | re.MULTILINE)
+    if match is None:
+        return ""
+    # a member starts at the margin and runs until the next line that does
+    members = re.findall(r"^([\w-]+):(.*\n(?:[ \t-].*\n|\n)*)", match.group(1), re.MULTILINE)
+    return "".join(f"{key}:{rest}" for key, rest in members if key in _CARRIED_KEYS)
+
+
+def _tags(plan: Plan) -> list[str]:
+    tags = ["edge-moe", "moe", "mixture-of-experts"]
+    if DROP in _form_counts(plan):
+        tags.append("expert-pruning")
+    return tags + [Path(task).stem for task in plan.tasks]
+
+
+def _form_counts(plan: Plan) -> dict[str, int]:
+    return dict(sorted(Counter(form for row in plan.forms for form in row).items()))
+
+
+def _kept_sentence(plan: Plan) -> str:
+    counts = [len(plan.kept(row)) for row in plan.forms]
+    num_experts = len(plan.forms[0])
+    share = sum(counts) / (len(counts) * num_experts)
+    low, high = min(counts), max(counts)
+    span = f"{low}" if low == high else f"{low} to {high}"
+    return f"Every layer keeps {span} of its {num_experts} experts ({share:.0%} of all)."
+
+
+def _total(sizes: Sequence[SizeRow]) -> SizeRow:
+    return SizeRow(
+        "**all**",
+        sum(row.source_bytes for row in sizes),
+        sum(row.output_bytes for row in sizes),
+    )
+
+
+def _usage(name: str, target: Target) -> str:
+    folder = shlex.quote(name)
+    return {
+        "native": f"edge-moe run {folder}",
+        "hf": f"python -m transformers chat {folder}  # or AutoModelForCausalLM.from_pretrained",
+        "gguf": f"llama-cli -m {folder}/model.gguf",
+        "onnx": f"edge-moe run {folder}",
+    }[target]
+
+
+def _notes(plan: Plan, checkpoint: Checkpoint) -> list[str]:
+    notes = [*plan.limits, *plan.warnings]
+    if checkpoint.unused_tensors:
+        notes.append(
+            f"{len(checkpoint.unused_tensors)} tensors of multi-token prediction layers were left "
+            "out: they hold experts of their own, and plain decoding does not use them."
+        )
+    if not _carried_front_matter(checkpoint.folder / "README.md"):
+        notes.append("The source folder had no model card: its licence is not repeated here.")
+    return notes or ["None."]

@@ -1,0 +1,71 @@
+"""Which source byte ranges make up each output tensor when experts are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.converters.safetensors_writer import TensorEntry
+from edge_moe.converters.source_bytes import read_all, read_float32, rows
+from edge_moe.formats import get_form
+from edge_moe.plan import Plan
+
+DTYPE_OF_FORM = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+"""Forms that are plain numbers, and how safetensors spells them."""
+
+
+@dataclass(frozen=True)
+class SlicedTensor:
+    """One output tensor, and the source ranges it is made of."""
+
+    entry: TensorEntry
+    pieces: tuple[TensorInfo, ...]
+    form: str | None = None
+    """Plain form to convert the pieces to; None copies their bytes."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """The tensor's bytes. Memory: one chunk, or one piece in float32 when converting.
+
+        Raises:
+            CheckpointError: NaN, infinity, or a file that ends early.
+        """
+        if self.form is None:
+            yield from read_all(self.pieces)
+            return
+        form = get_form(self.form)
+        for piece in self.pieces:
+            yield form.pack(read_float32(piece)).tobytes()
+
+
+def slice_rows(info: TensorInfo, row_ids: list[int], form: str | None = None) -> SlicedTensor:
+    """`info[row_ids]`, in its own dtype or converted to plain `form`."""
+    dtype = info.dtype if form is None else DTYPE_OF_FORM[form]
+    entry = TensorEntry(info.name, dtype, (len(row_ids), *info.shape[1:]))
+    return SlicedTensor(entry, rows(info, row_ids), form)
+
+
+def dense_tensors(plan: Plan, checkpoint: Checkpoint) -> list[SlicedTensor]:
+    """Everything but routed experts, in file order; routers keep the rows of kept experts."""
+    kept = {
+        name: plan.kept(row)
+        for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True)
+        for name in checkpoint.spec.router_tensor_names(layer_id)
+    }
+    return [
+        slice_rows(info, kept[info.name]) if info.name in kept else whole_tensor(info)
+        for info in checkpoint.dense_tensors
+    ]
+
+
+def whole_tensor(
+    info: TensorInfo, name: str | None = None, form: str | None = None
+) -> SlicedTensor:
+    """`info` as it is, possibly under another name or converted to plain `form`."""
+    dtype = info.dtype if form is None else DTYPE_OF_FORM[form]
+    return SlicedTensor(TensorEntry(name or info.name, dtype, info.shape), (info,), form)
+
+
+def data_bytes(tensors: Iterable[SlicedTensor]) -> int:
+    """Output bytes of `tensors`, without headers."""
+    return sum(tensor.entry.num_bytes for tensor in tensors)

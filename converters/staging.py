@@ -1,0 +1,147 @@
+"""`BuildFolder`: a build grows in a hidden folder beside its output and is renamed when complete.
+
+.NAME.building/
+    lock            held while a build runs
+    progress.json   fingerprint of the build, and what is known of every finished file
+    output/         becomes NAME
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edge_moe.errors import DiskSpaceError, EdgeMoeError, InputError
+from edge_moe.files import require_new_output, write_text
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class BuildFolder:
+    """The files of an unfinished build. `path` is the folder to write into."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        """Continue the unfinished build in `folder`, or start one.
+
+        Raises:
+            InputError: the folder holds the unfinished build of something else.
+        """
+        self.path = folder / "output"
+        self._progress = folder / "progress.json"
+        self._fingerprint = fingerprint
+        self._files: dict[str, dict[str, Any]] = self._load(folder)
+        self.path.mkdir(exist_ok=True)
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink()
+
+    def finished(self, name: str) -> Any | None:
+        """What `add` recorded of file `name`; None when it still has to be written."""
+        entry = self._files.get(name)
+        path = self.path / name
+        if entry is None or not path.exists() or path.stat().st_size != entry["num_bytes"]:
+            return None
+        return entry["facts"]
+
+    def add(self, name: str, facts: Any = True) -> None:
+        """Record that file `name` is complete, with JSON `facts` that a resumed build needs."""
+        num_bytes = (self.path / name).stat().st_size
+        self._files[name] = {"num_bytes": num_bytes, "facts": facts}
+        self._save()
+
+    def written_bytes(self) -> int:
+        """Bytes that finished files take already."""
+        names = [name for name in self._files if self.finished(name) is not None]
+        return sum(int(self._files[name]["num_bytes"]) for name in names)
+
+    def _save(self) -> None:
+        state = {"fingerprint": self._fingerprint, "files": self._files}
+        write_text(self._progress, json.dumps(state) + "\n")
+
+    def _load(self, folder: Path) -> dict[str, dict[str, Any]]:
+        try:
+            state = json.loads(self._progress.read_text(encoding="utf-8"))
+            found, files = state["fingerprint"], dict(state["files"])
+        except FileNotFoundError:
+            self._files = {}
+            self._save()
+            return {}
+        except (OSError, ValueError, KeyError, TypeError):
+            found, files = None, {}
+        if found != self._fingerprint:
+            raise InputError(
+                f"{folder} holds an unfinished build of another plan, target or model: "
+                "finish that one, or remove the folder, or choose another output"
+            )
+        return files
+
+
+@contextmanager
+def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
+    """Yield the folder to build in; when the block ends well it becomes `output`.
+
+    An interrupted or killed build, or one that met a full disk, stays in the hidden folder and is
+    resumed by the next call. A build that failed for its input is removed.
+
+    Raises:
+        InputError: `output` exists, cannot be written, or is being built already.
+        DiskSpaceError: the disk became full.
+    """
+    require_new_output(output)
+    if output.is_mount():
+        raise InputError(f"output {output} is a mount point: choose a folder inside it")
+    folder = output.with_name(f".{output.name}.building")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, output):
+            work = BuildFolder(folder, fingerprint)
+            yield from _failing_cleanly(work, folder)
+            os.rename(work.path, output)
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise _explained(error, output) from error
+
+
+def _failing_cleanly(work: BuildFolder, folder: Path) -> Iterator[BuildFolder]:
+    try:
+        yield work
+    except (DiskSpaceError, OSError):
+        if not work.written_bytes():
+            shutil.rmtree(folder)
+        raise
+    except EdgeMoeError:
+        shutil.rmtree(folder)
+        raise
+
+
+@contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"output {output} is being built by another process: wait for it to finish"
+            ) from None
+        yield
+
+
+def _explained(error: OSError, output: Path) -> Exception:
+    if error.errno in _DISK_FULL:
+        return DiskSpaceError(
+            f"the disk that holds {output.parent} is full: free some space and run the same "
+            "command again, it continues where it stopped"
+        )
+    if error.errno in _NOT_WRITABLE:
+        return InputError(
+            f"cannot build {output}: {error.filename or output}: {error.strerror}; "
+            "check the permissions or choose another folder"
+        )
+    return error
