@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from edge_moe.candidates import target_limits
+from edge_moe.candidates import find_candidates
 from edge_moe.checkpoint import Checkpoint, TensorInfo, read_header
+from edge_moe.errors import TargetError
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes, form_fits, get_form
 from edge_moe.hub import is_hub_id, local_path, remote_checkpoint
 from edge_moe.package import RESIDENT_NAME, Package, is_package
+from edge_moe.plan import Target
 from edge_moe.spec import ModelSpec
 
 KV_TOKENS = 1024
@@ -59,6 +61,16 @@ class FormBytes(_Model):
     """What one token reads: top_k experts in every MoE layer."""
 
 
+class TargetFit(_Model):
+    """What one target can express for this model."""
+
+    target: Target
+    forms: list[str]
+    """Forms a plan for it may choose from; none where it cannot hold the architecture."""
+    limits: list[str]
+    """What it cannot express, in sentences."""
+
+
 class ModelInspection(_Model):
     """`edge-moe inspect` of a checkpoint (local or on a hub) or of a native package."""
 
@@ -91,8 +103,7 @@ class ModelInspection(_Model):
     forms: list[FormBytes]
     kv_bytes_per_1024_tokens: int
     """In the checkpoint's dtype; the native runtime caches float32 on a CPU."""
-    targets: dict[str, list[str]]
-    """What each target cannot express for this model, in sentences."""
+    targets: list[TargetFit]
 
 
 def inspect_model(model: str, revision: str | None = None) -> ModelInspection:
@@ -214,7 +225,7 @@ def _inspection(
         forms=form_table(spec),
         kv_bytes_per_1024_tokens=KV_TOKENS
         * spec.kv_bytes_per_token(_CACHE_ITEMSIZE_BYTES[spec.dtype]),
-        targets=target_limits(spec),
+        targets=[target_fit(spec, target) for target in get_args(Target)],
     )
 
 
@@ -235,3 +246,12 @@ def form_table(spec: ModelSpec) -> list[FormBytes]:
             )
         )
     return sorted(rows, key=lambda row: row.expert_bytes)
+
+
+def target_fit(spec: ModelSpec, target: Target) -> TargetFit:
+    """Forms and limits of `target` for this model, on a CPU."""
+    try:
+        found = find_candidates(spec, target)
+    except TargetError as error:
+        return TargetFit(target=target, forms=[], limits=[str(error)])
+    return TargetFit(target=target, forms=list(found.forms), limits=list(found.limits))

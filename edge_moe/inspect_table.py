@@ -16,9 +16,11 @@ def print_inspection(found: ModelInspection, console: Console) -> None:
         console.print(f"  {name:<12}{value}", markup=False)
     console.print(_components_table(found))
     console.print(_forms_table(found))
-    for target, sentences in found.targets.items():
-        for sentence in sentences or ["expresses every plan for this model"]:
-            console.print(f"target {target}: {sentence}", markup=False)
+    for fit in found.targets:
+        forms = ", ".join(fit.forms) or "not possible"
+        console.print(f"target {fit.target}: {forms}", markup=False)
+        for sentence in fit.limits:
+            console.print(f"  {sentence}", markup=False)
 
 
 def _facts(found: ModelInspection) -> list[tuple[str, str]]:

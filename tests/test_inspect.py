@@ -95,7 +95,17 @@ def test_forms_state_exact_bytes(tiny_checkpoint: TinyCheckpoint) -> None:
     assert forms["q8_0"].expert_bytes == 3 * 256 * 256 // 32 * 34
     narrow = inspect_model(str(tiny_checkpoint("qwen3_moe")))
     assert "q4_k" not in {row.form for row in narrow.forms}  # 64 is no multiple of 256
-    assert set(narrow.targets) == {"native", "gguf", "hf", "onnx"}
+    targets = {fit.target: fit for fit in narrow.targets}
+    assert set(targets) == {"native", "gguf", "hf", "onnx"}
+    assert targets["native"].forms[0] == "drop" and targets["native"].forms[-1] == "bf16"
+    assert targets["gguf"].limits
+
+
+def test_a_target_that_cannot_hold_the_model_says_so(tiny_checkpoint: TinyCheckpoint) -> None:
+    found = inspect_model(str(tiny_checkpoint("deepseek_v3")))
+    gguf = next(fit for fit in found.targets if fit.target == "gguf")
+    assert not gguf.forms
+    assert "deepseek_v3" in gguf.limits[0]
 
 
 def test_json_round_trips(tiny_checkpoint: TinyCheckpoint) -> None:
