@@ -1,0 +1,230 @@
+"""Bad input ends in one line that names the thing, the value and the remedy; never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TinyCheckpoint
+
+import edge_moe
+from edge_moe.cli import explain, run
+from edge_moe.errors import BudgetError, InputError
+from edge_moe.stats import EXPERT_SUMS, ExpertStats, StatsInfo
+
+Failure = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Failure:
+    """`fails("inspect", "x")`: the single line on stderr, without `error: `; exit code 2."""
+
+    def call(*arguments: str | Path, code: int = 2) -> str:
+        assert run([str(argument) for argument in arguments]) == code
+        output = capsys.readouterr()
+        lines = output.err.splitlines()
+        assert len(lines) == 1, output.err
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+    return call
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint("qwen3_moe"), tmp_path / "model"))
+
+
+def stats_info(windows: tuple[int, ...] = (0,)) -> StatsInfo:
+    return StatsInfo(
+        version=1,
+        edge_moe_version=edge_moe.__version__,
+        model_type="qwen3_moe",
+        model_fingerprint="m",
+        tokenizer_fingerprint="t",
+        data_fingerprint="d",
+        tasks=("code",),
+        window_tokens=4,
+        num_windows=2,
+        windows=windows,
+        num_tokens=4,
+        moe_layer_ids=(0, 2),
+        num_experts=4,
+        top_k=2,
+        forms=("drop", "q8_0"),
+    )
+
+
+def save_stats(folder: Path, window: int) -> Path:
+    stats = ExpertStats.zeros(stats_info((window,)))
+    stats.routed_tokens[:] = [[6, 2, 0, 0], [2, 2, 2, 2]]
+    for name in EXPERT_SUMS:
+        stats.expert_sums[name].add(np.full((2, 4), 0.5))
+    stats.layer_sums["moe_square"].add(np.array([4.0, 8.0]))
+    stats.form_loss.add(np.full((2, 4, 2), [1.0, 0.25]))
+    stats.save(folder)
+    return folder
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"edge-moe {edge_moe.__version__}\n"
+    assert run(["--help"]) == 0
+    assert "calibrate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect",
+        "calibrate",
+        "plan",
+        "build",
+        "run",
+        "eval",
+        "report",
+        "demo",
+        "stats merge",
+        "stats show",
+    ],
+)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command.split(), "--help"]) == 0
+    assert "Usage: edge-moe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frob"], "No such command 'frob': see `edge-moe --help`"),
+        (["inspect"], "Missing argument 'MODEL': see `edge-moe inspect --help`"),
+        (["inspect", "x", "--frob"], "No such option: --frob"),
+        (["stats"], "Missing command: see `edge-moe stats --help`"),
+        (["plan", "x", "--stats", "s", "--budget", "12 parsecs"], "'12 parsecs' is not understood"),
+        (["plan", "x", "--stats", "s", "--budget", "1GB", "--ctx", "long"], "'long'"),
+        (["plan", "x", "--stats", "s", "--budget", "1GB", "--target", "tape"], "'tape'"),
+        (["run", "x", "--budget", "some"], "'some' is not understood"),
+        (["calibrate", "x", "--task", "code", "--shard", "4/4"], "shard '4/4'"),
+        (["calibrate", "x", "--task", "code", "--forms", ","], "','"),
+        (["build", "nowhere.json", "-o", "out"], "nowhere.json does not exist"),
+        (["stats", "show", "nowhere"], "nowhere holds no finished statistics"),
+        (["inspect", "nowhere"], "'nowhere' does not exist: give a checkpoint folder"),
+    ],
+)
+def test_bad_usage(arguments: list[str], message: str, fails: Failure) -> None:
+    assert message in fails(*arguments)
+
+
+def test_unknown_architecture(checkpoint: Path, fails: Failure) -> None:
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "abacus"}))
+    message = fails("inspect", checkpoint)
+    assert "'abacus' is not supported" in message and "qwen3_moe" in message
+
+
+def test_truncated_weights(checkpoint: Path, fails: Failure) -> None:
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "is truncated" in fails("inspect", checkpoint)
+
+
+def test_wrong_shapes(checkpoint: Path, fails: Failure) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(
+        path.read_text().replace('"moe_intermediate_size": 64', '"moe_intermediate_size": 32')
+    )
+    assert "config.json implies" in fails("inspect", checkpoint)
+
+
+def test_empty_task_text(checkpoint: Path, tmp_path: Path, fails: Failure) -> None:
+    task = tmp_path / "empty.jsonl"
+    task.write_text("\n\n")
+    message = fails("calibrate", checkpoint, "--task", task, "-o", tmp_path / "stats")
+    assert f"{task} holds no text" in message
+    assert not (tmp_path / "stats").exists()
+
+
+def test_stats_merge_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [str(save_stats(tmp_path / f"part{window}", window)) for window in (0, 1)]
+    assert run(["stats", "merge", str(tmp_path / "all"), *parts]) == 0
+    capsys.readouterr()
+    assert run(["stats", "show", str(tmp_path / "all"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["info"]["windows"] == [0, 1]
+    first, second = shown["layers"]
+    assert (first["unseen_experts"], first["experts_for_half"]) == (2, 1)
+    assert (second["unseen_experts"], second["experts_for_half"]) == (0, 2)
+    assert (first["busiest_expert_id"], first["busiest_share"]) == (0, 0.75)
+    assert first["form_loss"] == {"drop": 1.0, "q8_0": 0.25}
+    assert run(["stats", "show", str(tmp_path / "all")]) == 0
+    assert "qwen3_moe on code" in capsys.readouterr().out
+
+
+def test_stats_merge_refuses(tmp_path: Path, fails: Failure) -> None:
+    part = save_stats(tmp_path / "part", 0)
+    output = tmp_path / "all"
+    assert "window 0 is in both" in fails("stats", "merge", output, part, part)
+    assert "only" in fails("stats", "merge", output, part)
+    assert not output.exists()
+    assert f"output {part} already exists" in fails("stats", "merge", part, part, part)
+
+
+def test_explain_covers_what_users_meet() -> None:
+    assert explain(InputError("a\n b")) == ("a b", 2)
+    assert explain(BudgetError("too small: 3 GB is the smallest", 3))[1] == 3
+    full = OSError(errno.ENOSPC, "No space left on device", "/out/x")
+    assert explain(full) == (
+        "no space left on the disk for /out/x: free some space and start again",
+        2,
+    )
+    rust = Exception("I/O error: No space left on device (os error 28)")
+    assert "no space left" in explain(rust)[0]
+    denied = PermissionError(errno.EACCES, "Permission denied", "/root/x")
+    assert explain(denied) == ("Permission denied: /root/x: check the path and its permissions", 2)
+    missing = ModuleNotFoundError("No module named 'plotly'", name="plotly.graph_objects")
+    assert "pip install 'edge-moe[report]'" in explain(missing)[0]
+    message, code = explain(ZeroDivisionError("division by zero"))
+    assert code == 1 and "internal error, ZeroDivisionError" in message
+
+
+def test_debug_shows_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDGE_MOE_DEBUG", "1")
+    assert run(["inspect", "nowhere"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_module_starts_with_passive_threads(demo_model: Path) -> None:
+    code = (
+        "import os, sys; sys.argv = ['edge-moe', '--version']; from edge_moe.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print(os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["PASSIVE", "0"]
+
+
+def defaults(function: Callable[..., object]) -> dict[str, object]:
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
+def test_flags_repeat_the_defaults_of_the_functions() -> None:
+    from edge_moe.commands.calibrate import calibrate_command
+    from edge_moe.commands.evaluate import eval_command
+    from edge_moe.converters.calibrate import calibrate
+    from edge_moe.runtime.evaluate import evaluate
+
+    for command, function in ((calibrate_command, calibrate), (eval_command, evaluate)):
+        flags, wanted = defaults(command), defaults(function)
+        for name in flags.keys() & wanted.keys() - {"shard"}:
+            assert flags[name] == wanted[name], name
