@@ -1,0 +1,267 @@
+"""Several ways to spend the same bytes on the experts, each built and measured on held-out text.
+
+The plan is compared with its own rivals (prune only, quantise only, one type for all, random
+retention). Every contender is really built as a native package and run by the native runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import BaseModel, ConfigDict
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from edge_moe import metrics
+from edge_moe.budget import dense_bytes, memory_terms
+from edge_moe.candidates import candidate_forms
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import build
+from edge_moe.demo import task_names
+from edge_moe.errors import InputError
+from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
+from edge_moe.measurement import Provenance
+from edge_moe.metrics import Estimate, TokenScores
+from edge_moe.overhead import runtime_overhead
+from edge_moe.plan import MemoryTerm, Plan
+from edge_moe.planner import make_plan
+from edge_moe.runtime.evaluate import (
+    LanguageModel,
+    heldout_windows,
+    open_model,
+    progress,
+    score_windows,
+)
+from edge_moe.spec import ModelSpec
+from edge_moe.stats import ExpertStats
+from edge_moe.units import format_bytes
+
+CONTEXT_TOKENS = 1024
+WINDOW_TOKENS = 256
+PLAN_NAME = "edge-moe plan"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Contender(_Model):
+    """One way to spend the bytes, and what it costs in quality."""
+
+    name: str
+    expert_bytes: int
+    forms: dict[str, int]
+    """Number of experts in every form that is used."""
+    predicted_loss: float
+    in_task_kld: Estimate
+    """Mean KLD against the full model on held-out text of the task."""
+    in_task_ppl: Estimate
+    out_of_task_kld: Estimate
+    """The same on held-out text of all other shipped tasks."""
+
+
+class EqualBytes(_Model):
+    """All contenders at one share of the experts' 16-bit bytes."""
+
+    provenance: Provenance
+    model: str
+    task: str
+    share: float
+    full_expert_bytes: int
+    """All experts at 16 bits."""
+    window_tokens: int
+    max_windows: int | None
+    """Held-out windows per task at most."""
+    in_task_base_ppl: Estimate
+    contenders: list[Contender]
+    """The plan comes first."""
+
+    @property
+    def best_rival(self) -> Contender:
+        return min(self.contenders[1:], key=lambda each: each.in_task_kld.value)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    forms: list[list[str]]
+    loss: float
+
+
+def sixteen_bit_form(spec: ModelSpec) -> str:
+    """The form that stores an expert as the checkpoint does."""
+    return candidate_forms(spec, "native")[-1]
+
+
+def full_terms(checkpoint: Checkpoint, context_tokens: int = CONTEXT_TOKENS) -> list[MemoryTerm]:
+    """The memory bill of the whole model on CPU: every expert at 16 bits."""
+    spec = checkpoint.spec
+    runtime_bytes, runtime_source = runtime_overhead(spec.model_type, "cpu")
+    return memory_terms(
+        spec,
+        forms=_full_forms(spec),
+        dense_bytes=dense_bytes(checkpoint, "cpu", "native"),
+        context_tokens=min(context_tokens, spec.max_position_embeddings),
+        device="cpu",
+        target="native",
+        runtime_bytes=runtime_bytes,
+        runtime_source=runtime_source,
+    )
+
+
+def budget_for_share(
+    checkpoint: Checkpoint, share: float, context_tokens: int = CONTEXT_TOKENS
+) -> int:
+    """The budget that leaves `share` of the experts' 16-bit bytes to the experts.
+
+    Raises:
+        InputError: `share` is not between 0 and 1.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"share {share} is not between 0 and 1: use for example 0.5")
+    terms = full_terms(checkpoint, context_tokens)
+    return sum(
+        int(share * term.num_bytes) if term.name == "experts" else term.num_bytes for term in terms
+    )
+
+
+def equal_bytes(
+    model: Path, stats: ExpertStats, task: str, share: float, *, max_windows: int | None = 24
+) -> EqualBytes:
+    """Build and measure the plan and its rivals at `share` of the experts' 16-bit bytes.
+
+    Disk and memory: the full model and every package at once, so that the reference's logits are
+    computed only once per window. Meant for models of the demo's size.
+    """
+    checkpoint = Checkpoint(model)
+    spec = checkpoint.spec
+    plan = make_plan(
+        checkpoint,
+        stats,
+        budget_for_share(checkpoint, share),
+        model=str(model),
+        context_tokens=CONTEXT_TOKENS,
+        runtime=runtime_overhead(spec.model_type, "cpu"),
+    )
+    candidates = _candidates(plan)
+    with _opened(model, plan, candidates) as (base, packages):
+        windows = {
+            name: heldout_windows(name, base.tokenizer, WINDOW_TOKENS, max_windows)
+            for name in {task, *task_names()}
+        }
+        own = _score(f"{task}, {share:.0%}", packages, base, windows.pop(task))
+        others = _score("other tasks", packages, base, sum(windows.values(), []))
+    return EqualBytes(
+        provenance=Provenance.here(),
+        model=model.name,
+        task=task,
+        share=share,
+        full_expert_bytes=_total_bytes(spec, _full_forms(spec)),
+        window_tokens=WINDOW_TOKENS,
+        max_windows=max_windows,
+        in_task_base_ppl=metrics.perplexity(own[PLAN_NAME].base_nll),
+        contenders=[
+            _contender(spec, each, own[each.name], others[each.name]) for each in candidates
+        ],
+    )
+
+
+def print_equal_bytes(results: Sequence[EqualBytes], console: Console) -> None:
+    """One table, in Markdown, so that it can be pasted into a README."""
+    table = Table(box=box.MARKDOWN)
+    for heading in ("task", "experts' bytes", "how they are spent", "forms"):
+        table.add_column(heading)
+    for heading in ("KLD in task", "PPL in task", "KLD off task"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        for index, each in enumerate(result.contenders):
+            size = f"{result.share:.1%} of {format_bytes(result.full_expert_bytes)}"
+            table.add_row(
+                "" if index else result.task,
+                "" if index else size,
+                each.name,
+                ", ".join(f"{count} {form}" for form, count in each.forms.items()),
+                f"{each.in_task_kld:.4f}",
+                f"{each.in_task_ppl:.2f}",
+                f"{each.out_of_task_kld:.4f}",
+            )
+        base = f"{result.in_task_base_ppl:.2f}"
+        table.add_row("", "", "full model", "all 16-bit", "0", base, "0", end_section=True)
+    console.print(table)
+
+
+@contextmanager
+def _opened(
+    model: Path, plan: Plan, candidates: Sequence[_Candidate]
+) -> Iterator[tuple[LanguageModel, dict[str, LanguageModel]]]:
+    """The full model and one built and opened package per candidate, all gone afterwards."""
+    with TemporaryDirectory(prefix="edge-moe-") as work, ExitStack() as stack:
+
+        def opened(path: Path) -> LanguageModel:
+            found = open_model(path, context_tokens=WINDOW_TOKENS)
+            stack.callback(found.close)
+            return found
+
+        packages = {}
+        for index, candidate in enumerate(candidates):
+            folder = Path(work) / str(index)
+            build(_plan_with(plan, candidate.forms), folder, model=model)
+            packages[candidate.name] = opened(folder)
+        yield opened(model), packages
+
+
+def _score(
+    description: str,
+    packages: Mapping[str, LanguageModel],
+    base: LanguageModel,
+    windows: Sequence[Sequence[int]],
+) -> dict[str, TokenScores]:
+    with progress(description, len(windows)) as advance:
+        return score_windows(packages, base, windows, advance)
+
+
+def _candidates(plan: Plan) -> list[_Candidate]:
+    """The plan and its rivals; rivals of one name are numbered."""
+    found = [_Candidate(PLAN_NAME, plan.forms, plan.loss)]
+    names = [rival.name for rival in plan.rivals]
+    for index, rival in enumerate(plan.rivals):
+        number = names[: index + 1].count(rival.name)
+        name = f"{rival.name} {number}" if names.count(rival.name) > 1 else rival.name
+        found.append(_Candidate(name, rival.forms, rival.loss))
+    return found
+
+
+def _plan_with(plan: Plan, forms: list[list[str]]) -> Plan:
+    """`plan` with other forms; its expert bytes and tiers follow them."""
+    tiers = [["none" if form == DROP else "device" for form in row] for row in forms]
+    return Plan.model_validate(plan.model_dump() | {"forms": forms, "tiers": tiers})
+
+
+def _contender(
+    spec: ModelSpec, candidate: _Candidate, own: TokenScores, other: TokenScores
+) -> Contender:
+    every = [form for row in candidate.forms for form in row]
+    return Contender(
+        name=candidate.name,
+        expert_bytes=_total_bytes(spec, candidate.forms),
+        forms={form: every.count(form) for form in FORM_NAMES if form in every},
+        predicted_loss=candidate.loss,
+        in_task_kld=metrics.mean_and_error(own.kld),
+        in_task_ppl=metrics.perplexity(own.nll),
+        out_of_task_kld=metrics.mean_and_error(other.kld),
+    )
+
+
+def _full_forms(spec: ModelSpec) -> list[list[str]]:
+    return [[sixteen_bit_form(spec)] * spec.num_experts] * spec.num_moe_layers
+
+
+def _total_bytes(spec: ModelSpec, forms: Sequence[Sequence[str]]) -> int:
+    return sum(
+        expert_bytes(form, spec.hidden_size, spec.expert_width) for row in forms for form in row
+    )
