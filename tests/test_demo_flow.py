@@ -35,9 +35,9 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def run(work: Path, **options: Any) -> None:
-    options = {"budget_bytes": 400_000_000, "console": Console(file=io.StringIO())} | options
-    flow.run_demo(work, "code", **options)
+def run(work: Path, **options: int) -> None:
+    options = {"budget_bytes": 400_000_000} | options
+    flow.run_demo(work, "code", console=Console(file=io.StringIO()), **options)
 
 
 def test_a_stopped_demo_goes_on(commands: list[str], tmp_path: Path) -> None:
