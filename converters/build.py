@@ -51,11 +51,11 @@ def build(
         check_hf(plan, checkpoint.spec)
     with build_folder(output, _build_fingerprint(plan, target, output.name)) as work:
         if target == "native":
-            export_native(plan, checkpoint, work, output.name)
+            export_native(plan, checkpoint, work)
         elif target == "hf":
-            export_hf(plan, checkpoint, work, output.name)
+            export_hf(plan, checkpoint, work)
         else:
-            _build_gguf(plan, checkpoint, work, output.name)
+            _build_gguf(plan, checkpoint, work)
     return output
 
 
@@ -100,17 +100,17 @@ def _build_fingerprint(plan: Plan, target: Target, name: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _build_gguf(plan: Plan, checkpoint: Checkpoint, work: BuildFolder, name: str) -> None:
+def _build_gguf(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:
     from edge_moe.converters.export_gguf import export_gguf
 
-    spec = checkpoint.spec
+    name, spec = work.output.name, checkpoint.spec
     expert_total_bytes = sum(
         expert_bytes(form, spec.hidden_size, spec.expert_width)
         for row in plan.forms
         for form in row
     )
     dense_bytes = sum(info.num_bytes for info in checkpoint.dense_tensors)
-    require_free_disk(work.path, dense_bytes + expert_total_bytes, f"GGUF {name}")
+    require_free_disk(work.output.parent, dense_bytes + expert_total_bytes, f"GGUF {name}")
     path = export_gguf(plan, checkpoint, work.path / GGUF_NAME)
     source_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
     sizes = [SizeRow("whole model", source_bytes, path.stat().st_size)]

@@ -51,17 +51,17 @@ def export_hf(
     plan: Plan,
     checkpoint: Checkpoint,
     work: BuildFolder,
-    name: str,
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the checkpoint called `name` into `work`, continuing where a killed build stopped.
+    """Write the checkpoint into `work`, continuing where a killed build stopped.
 
     Raises:
         TargetError: the plan needs what a Hugging Face checkpoint cannot express.
         DiskSpaceError: too little space, before anything is written.
         CheckpointError: weights that are damaged, NaN or infinite.
     """
+    name = work.output.name
     check_hf(plan, checkpoint.spec)
     dense = dense_tensors(plan, checkpoint)
     experts = list(_kept_experts(plan, checkpoint))
@@ -69,7 +69,7 @@ def export_hf(
     shards = split_into_shards([tensor.entry for tensor in tensors.values()], shard_bytes)
     total_bytes = sum(file_bytes(shard) for shard in shards)
     needed_bytes = total_bytes + sidecar_bytes(checkpoint.folder) + _SMALL_FILES_BYTES
-    require_free_disk(work.path, needed_bytes - work.written_bytes(), f"checkpoint {name}")
+    require_free_disk(work.output.parent, needed_bytes - work.written_bytes(), f"output {name}")
     copy_sidecar(checkpoint.folder, work.path)
     _write_config(plan, checkpoint, work)
     with byte_progress(f"build {name}", total_bytes) as advance:

@@ -68,20 +68,21 @@ class _LayerFile:
         return file_bytes(self.entries, RECORD_ALIGNMENT_BYTES)
 
 
-def export_native(plan: Plan, checkpoint: Checkpoint, work: BuildFolder, name: str) -> None:
-    """Write the package called `name` into `work`, continuing where a killed build stopped.
+def export_native(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:
+    """Write the package into `work`, continuing where a killed build stopped.
 
     Raises:
         DiskSpaceError: too little space, before anything is written.
         FormError: a form does not fit the model's rows.
         CheckpointError: weights that are damaged, NaN or infinite.
     """
+    name = work.output.name
     dense = _dense_tensors(plan, checkpoint)
     layers = _layer_files(plan, checkpoint.spec)
     resident_bytes = file_bytes([tensor.entry for tensor in dense])
     total_bytes = resident_bytes + sum(layer.file_bytes for layer in layers)
     needed_bytes = total_bytes + sidecar_bytes(checkpoint.folder) + _SMALL_FILES_BYTES
-    require_free_disk(work.path, needed_bytes - work.written_bytes(), f"package {name}")
+    require_free_disk(work.output.parent, needed_bytes - work.written_bytes(), f"package {name}")
     copy_sidecar(checkpoint.folder, work.path)
     with byte_progress(f"build {name}", total_bytes) as advance:
         resident_sha256 = _write_resident(dense, work, advance)

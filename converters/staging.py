@@ -22,18 +22,19 @@ from edge_moe.errors import DiskSpaceError, EdgeMoeError, InputError
 from edge_moe.files import require_new_output, write_text
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 class BuildFolder:
     """The files of an unfinished build. `path` is the folder to write into."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        """Continue the unfinished build in `folder`, or start one.
+    def __init__(self, output: Path, folder: Path, fingerprint: str) -> None:
+        """Continue the unfinished build of `output` in the hidden `folder`, or start one.
 
         Raises:
             InputError: the folder holds the unfinished build of something else.
         """
+        self.output = output
         self.path = folder / "output"
         self._progress = folder / "progress.json"
         self._fingerprint = fingerprint
@@ -101,11 +102,13 @@ def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, output):
-            work = BuildFolder(folder, fingerprint)
+            work = BuildFolder(output, folder, fingerprint)
             yield from _failing_cleanly(work, folder)
             os.rename(work.path, output)
             shutil.rmtree(folder)
     except OSError as error:
+        if not (folder / "progress.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
         raise _explained(error, output) from error
 
 
@@ -139,9 +142,9 @@ def _explained(error: OSError, output: Path) -> Exception:
             f"the disk that holds {output.parent} is full: free some space and run the same "
             "command again, it continues where it stopped"
         )
-    if error.errno in _NOT_WRITABLE:
+    if error.errno in _NOT_USABLE:
         return InputError(
             f"cannot build {output}: {error.filename or output}: {error.strerror}; "
-            "check the permissions or choose another folder"
+            "choose another folder or change its permissions"
         )
     return error

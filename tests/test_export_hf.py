@@ -1,0 +1,258 @@
+"""Hugging Face output: loads in transformers without a missing key, computes what the plan says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
+from hand_plan import fused_copy, hand_plan, tree, uniform_forms
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import build
+from edge_moe.converters.export_hf import check_hf, export_hf
+from edge_moe.converters.model_card import base_model
+from edge_moe.converters.sidecar import patch_expert_count
+from edge_moe.converters.staging import build_folder
+from edge_moe.errors import TargetError
+from edge_moe.plan import Plan
+from edge_moe.spec import ModelSpec
+
+TOKENS = torch.arange(3, 35).reshape(2, 16)
+
+
+def load(folder: Path) -> nn.Module:
+    pair: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    model, info = pair
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(TOKENS).logits
+    return result
+
+
+def mask_routers(model: nn.Module, plan: Plan, spec: ModelSpec) -> None:
+    """Give dropped experts a router logit of -inf, so that none is ever chosen."""
+    for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
+        router = model.get_submodule(spec.moe_module(layer_id)).gate
+        assert isinstance(router, nn.Module)
+        dropped = [index for index, form in enumerate(row) if form == "drop"]
+        if spec.router.has_selection_bias:
+            bias = router.e_score_correction_bias
+            assert isinstance(bias, Tensor)
+            bias[dropped] = -torch.inf
+        _mask_linear(router, dropped)
+
+
+def _mask_linear(router: nn.Module, dropped: list[int]) -> None:
+    forward, linear = router.forward, torch.nn.functional.linear
+
+    def masked_linear(values: Tensor, weight: Tensor) -> Tensor:
+        return linear(values, weight).index_fill(-1, torch.tensor(dropped), -torch.inf)
+
+    def masked_forward(hidden_states: Tensor) -> object:
+        with mock.patch("torch.nn.functional.linear", masked_linear):
+            return forward(hidden_states)
+
+    router.forward = masked_forward
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_logits_are_those_of_the_source_with_masked_routers(
+    family: str, stacked: bool, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(family)
+    if stacked:
+        folder = fused_copy(folder, tmp_path / "fused")
+    checkpoint = Checkpoint(folder)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
+    output = build(plan, tmp_path / "out", model=checkpoint.folder)
+    source = load(tiny_checkpoint(family))
+    mask_routers(source, plan, checkpoint.spec)
+    smaller = load(output)
+    torch.testing.assert_close(logits(smaller), logits(source), atol=2e-5, rtol=1e-4)
+    assert Checkpoint(output).spec.num_experts == 4
+
+
+def test_keeping_everything_changes_no_weight(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("qwen2_moe")
+    checkpoint = Checkpoint(folder)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8), "hf")
+    output = build(plan, tmp_path / "out", model=folder)
+    found, source = tree(output), tree(folder)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert found[name] == source[name]
+    assert sorted(Checkpoint(output).tensors) == sorted(checkpoint.tensors)
+    for name in checkpoint.tensors:
+        assert Checkpoint(output).read_raw(name) == checkpoint.read_raw(name)
+
+
+def test_shards_and_index(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("mixtral"))
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
+    with build_folder(tmp_path / "out", "test") as work:
+        export_hf(plan, checkpoint, work, shard_bytes=60_000)
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    load(tmp_path / "out")
+
+
+def test_finished_shards_are_not_written_again(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("mixtral"))
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        mock.patch("edge_moe.converters.export_hf.write_index", interrupted),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        build(plan, tmp_path / "out", model=checkpoint.folder)
+    with mock.patch("edge_moe.converters.export_hf.safetensors_file", interrupted):
+        output = build(plan, tmp_path / "out", model=checkpoint.folder)
+    load(output)
+
+
+def test_float32_checkpoint_to_16_bit(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "source", "olmoe", dtype="float32")
+    checkpoint = Checkpoint(folder)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4, "f16"), "hf")
+    output = Checkpoint(build(plan, tmp_path / "out", model=folder))
+    kept = plan.kept(plan.forms[1])[2]
+    for found, expected in zip(output.expert(1, 2), checkpoint.expert(1, kept), strict=True):
+        np.testing.assert_array_equal(found, expected.astype(np.float16).astype(np.float32))
+    name = "model.embed_tokens.weight"
+    assert output.read_raw(name) == checkpoint.read_raw(name)
+
+
+QWEN3 = {
+    "num_hidden_layers": 1,
+    "num_experts_per_tok": 2,
+    "hidden_size": 8,
+    "vocab_size": 9,
+    "num_attention_heads": 1,
+    "moe_intermediate_size": 4,
+    "model_type": "qwen3_moe",
+}
+
+
+def _patched(text: str, num_experts: int = 4) -> str:
+    return patch_expert_count(text, ModelSpec.from_config(json.loads(text)), num_experts)
+
+
+def test_only_the_count_changes_in_config() -> None:
+    rest = json.dumps(QWEN3)[1:]
+    text = '{ "num_experts" :128,"nested": {"num_experts": 7},\r\n\t' + rest
+    assert _patched(text) == text.replace(":128", ":4", 1)
+
+
+def test_both_count_names_change() -> None:
+    text = json.dumps({"num_local_experts": 16} | QWEN3 | {"num_experts": 16}, indent=3)
+    expected = json.dumps({"num_local_experts": 4} | QWEN3 | {"num_experts": 4}, indent=3)
+    assert _patched(text) == expected
+
+
+def test_original_name_is_added_where_it_was_renamed() -> None:
+    text = json.dumps(QWEN3 | {"num_local_experts": 16}, indent=2)
+    expected = json.dumps(QWEN3 | {"num_experts": 4, "num_local_experts": 4}, indent=2)
+    assert _patched(text) == expected
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner),
+    max_leaves=6,
+)
+
+
+@given(extra=st.dictionaries(st.text(max_size=12), values), indent=st.sampled_from([None, 0, 2]))
+def test_patched_config_means_the_same(extra: dict[str, object], indent: int | None) -> None:
+    config = extra | QWEN3 | {"num_local_experts": 16}
+    spec = ModelSpec.from_config(QWEN3 | {"num_local_experts": 16})
+    patched = json.loads(patch_expert_count(json.dumps(config, indent=indent), spec, 4))
+    assert patched == config | {"num_experts": 4, "num_local_experts": 4}
+
+
+def test_plans_that_hf_cannot_express(tiny_checkpoint: TinyCheckpoint) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe"))
+    uneven = [["bf16"] * 8, ["bf16"] * 4 + ["drop"] * 4]
+    with pytest.raises(TargetError, match="one number of experts for all layers.*keeps 4 to 8"):
+        check_hf(hand_plan(checkpoint, uneven), checkpoint.spec)
+    for forms in ([["q8_0"] * 8] * 2, [["bf16", "f16"] * 4] * 2):
+        with pytest.raises(TargetError, match="in one dtype, the plan uses"):
+            check_hf(hand_plan(checkpoint, forms), checkpoint.spec)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ((0, 1, 2, 4), r"same number.*keeps \[3, 1\] in layer 1"),
+        ((0, 4), r"at least 2.*keeps \[1, 1\]"),
+    ],
+)
+def test_groups_stay_equal(
+    kept: tuple[int, ...], message: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("deepseek_v3"))
+    row = ["bf16" if index in kept else "drop" for index in range(8)]
+    with pytest.raises(TargetError, match=message):
+        check_hf(hand_plan(checkpoint, [row] * 2), checkpoint.spec)
+
+
+def test_model_card_keeps_the_licence(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_checkpoint("qwen3_moe"), tmp_path / "source")
+    (source / "README.md").write_text(
+        "---\nlanguage:\n- en\n- it\nlicense: other\nlicense_name: tiny\ntags:\n- x\n---\n# Hi\n"
+    )
+    checkpoint = Checkpoint(source)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
+    plan = plan.model_copy(update={"model": "Qwen/Tiny-MoE"})
+    card = (build(plan, tmp_path / "out", model=source) / "README.md").read_text()
+    front = card.split("---\n")[1]
+    assert 'base_model: "Qwen/Tiny-MoE"\nbase_model_relation: quantized\n' in front
+    assert "language:\n- en\n- it\nlicense: other\nlicense_name: tiny\nlibrary_name:" in front
+    assert "- x\n" not in front
+    assert "Every layer keeps 4 of its 8 experts (50% of all)." in card
+    assert "| drop | 8 |" in card
+    assert "edge-moe build plan.json -o out --target hf" in card
+    assert "edge-moe plan Qwen/Tiny-MoE --stats stats --budget 1000000000B --ctx 256" in card
+
+
+def test_model_card_is_valid_yaml(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe"))
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
+    card = (build(plan, tmp_path / "out", model=checkpoint.folder) / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["base_model"] == checkpoint.folder.name
+    assert front["tags"] == ["edge-moe", "moe", "mixture-of-experts", "expert-pruning", "code"]
+
+
+def test_base_model_of_a_hub_cache_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "models--Qwen--Qwen3-30B-A3B" / "snapshots" / "abc"
+    assert base_model(str(folder), folder) == "Qwen/Qwen3-30B-A3B"
+    assert base_model("Qwen/Qwen3-30B-A3B", folder) == "Qwen/Qwen3-30B-A3B"
+    assert base_model(str(tmp_path), tmp_path) == tmp_path.name
