@@ -47,7 +47,7 @@ class Rival(_Model):
     """Another way to spend the same expert bytes."""
 
     name: str
-    """`prune only`, `quantise only`, `random retention`."""
+    """`prune only`, `quantise only`, `one type for all`, `random retention`."""
     expert_bytes: int
     loss: float
     forms: list[list[str]]

@@ -1,0 +1,181 @@
+"""Pure arithmetic: the memory bill of a model, term by term. No I/O, no weights.
+
+Units: every result is bytes of the device that runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.formats import expert_bytes
+from edge_moe.plan import Device, MemoryTerm, Source, Target
+from edge_moe.spec import ModelSpec
+from edge_moe.units import format_bytes
+
+PREFILL_CHUNK_TOKENS = 256
+"""The native runtime feeds a prompt in pieces of this many tokens."""
+LLAMA_UBATCH_TOKENS = 512
+"""llama.cpp's default micro-batch."""
+FLOAT32_BYTES = 4
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+GGUF_RUNTIME_BYTES = 60_000_000
+"""A Python process with llama-cpp-python loaded takes 41 MB; the rest is vocabulary and graph."""
+ONNX_RUNTIME_BYTES = 100_000_000
+
+
+def memory_terms(
+    spec: ModelSpec,
+    *,
+    forms: Sequence[Sequence[str]],
+    dense_bytes: int,
+    context_tokens: int,
+    device: Device,
+    target: Target,
+    runtime_bytes: int,
+    runtime_source: Source,
+) -> list[MemoryTerm]:
+    """The bill: dense weights, experts, KV cache, workspace, runtime.
+
+    `forms` is [L][E], or empty for the bill without experts.
+    """
+    per_expert = {
+        form: expert_bytes(form, spec.hidden_size, spec.expert_width)
+        for form in {form for row in forms for form in row}
+    }
+    experts = sum(per_expert[form] for row in forms for form in row)
+    kv_itemsize = kv_itemsize_bytes(spec, device, target)
+    kv_bytes = context_tokens * spec.kv_bytes_per_token(kv_itemsize)
+    kv_note = f"{context_tokens} tokens, {kv_itemsize} bytes per value"
+    return [
+        MemoryTerm(
+            name="dense weights",
+            num_bytes=dense_bytes,
+            source="headers",
+            note="everything but routed experts; router rows of dropped experts are counted",
+        ),
+        MemoryTerm(name="experts", num_bytes=experts, source="formula"),
+        MemoryTerm(name="KV cache", num_bytes=kv_bytes, source="formula", note=kv_note),
+        MemoryTerm(
+            name="workspace",
+            num_bytes=_workspace_bytes(spec, context_tokens, device, target),
+            source="formula",
+            note=_workspace_note(target),
+        ),
+        _runtime_term(target, runtime_bytes, runtime_source),
+    ]
+
+
+def dense_bytes(checkpoint: Checkpoint, device: Device, target: Target) -> int:
+    """Bytes of everything but routed experts, as the target's runtime holds it.
+
+    The native runtime computes in float32 on a CPU, so every weight takes 4 bytes there. GGUF
+    stores vectors and routers as float32 and matrices in the checkpoint's dtype. A tied lm_head is
+    not counted again.
+    """
+    spec = checkpoint.spec
+    itemsize = FLOAT32_BYTES if _computes_in_float32(device, target) else _DTYPE_BYTES[spec.dtype]
+    routers = {
+        name for layer_id in spec.moe_layer_ids for name in spec.router_tensor_names(layer_id)
+    }
+    total = 0
+    for info in checkpoint.dense_tensors:
+        if info.name == "lm_head.weight" and spec.tie_word_embeddings:
+            continue
+        is_float32 = target == "gguf" and (len(info.shape) < 2 or info.name in routers)
+        total += num_weights(info) * (FLOAT32_BYTES if is_float32 else itemsize)
+    return total
+
+
+def num_weights(info: TensorInfo) -> int:
+    """Number of elements of a tensor."""
+    return prod(info.shape)
+
+
+def kv_itemsize_bytes(spec: ModelSpec, device: Device, target: Target) -> int:
+    """Bytes per cached value: native on a CPU float32, hf the checkpoint's dtype, else 16 bits."""
+    if _computes_in_float32(device, target):
+        return FLOAT32_BYTES
+    if target == "hf":
+        return _DTYPE_BYTES[spec.dtype]
+    return 2
+
+
+def workspace_bytes(spec: ModelSpec, context_tokens: int, device: Device) -> int:
+    """Native runtime: one expert unpacked to float32 and the activations of one prefill chunk.
+
+    With T = min(256, context) tokens, all in float32: residual stream, normed copy, MoE output and
+    an expert's input and output [T, H] each; queries, keys and values [T, ...]; gate, up and their
+    product [T, I]; router logits [T, E]; attention scores of all heads [heads, T, context]; logits
+    of one position [V]. The device does not change the formula.
+    """
+    tokens = min(PREFILL_CHUNK_TOKENS, context_tokens)
+    query_width = max(spec.hidden_size, spec.kv_key_width)
+    per_token = (
+        5 * spec.hidden_size
+        + query_width
+        + spec.kv_key_width
+        + spec.kv_value_width
+        + 3 * spec.expert_width
+        + spec.num_experts
+        + spec.num_attention_heads * context_tokens
+    )
+    return FLOAT32_BYTES * (spec.expert_weights + tokens * per_token + spec.vocab_size)
+
+
+def llama_compute_bytes(spec: ModelSpec, context_tokens: int) -> int:
+    """llama.cpp's compute buffer, which reuses its memory from layer to layer.
+
+    With U = min(512, context) tokens the larger of two moments, in float32: the output layer,
+    logits and hidden states [U, V + H]; and attention without flash attention, scores of all
+    heads [heads, U, context] beside hidden states. The first gives 300.8 MiB for Qwen3-30B-A3B, as
+    llama.cpp prints.
+    """
+    tokens = min(LLAMA_UBATCH_TOKENS, context_tokens)
+    output = spec.vocab_size + spec.hidden_size
+    attention = spec.num_attention_heads * context_tokens + 3 * spec.hidden_size
+    return FLOAT32_BYTES * tokens * max(output, attention)
+
+
+def minimum_budget_bytes(fixed_terms: Sequence[MemoryTerm], smallest_expert_bytes: int) -> int:
+    """The smallest budget that works: every term but the experts, and the cheapest expert set."""
+    return non_expert_bytes(fixed_terms) + smallest_expert_bytes
+
+
+def non_expert_bytes(terms: Sequence[MemoryTerm]) -> int:
+    """Bytes of every term but the experts."""
+    return sum(term.num_bytes for term in terms if term.name != "experts")
+
+
+def describe_terms(terms: Sequence[MemoryTerm]) -> str:
+    """`dense weights 1.20 GB + KV cache 403 MB + ...`."""
+    return " + ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
+
+
+def _computes_in_float32(device: Device, target: Target) -> bool:
+    return target == "native" and device == "cpu"
+
+
+def _workspace_bytes(spec: ModelSpec, context_tokens: int, device: Device, target: Target) -> int:
+    if target == "gguf":
+        return llama_compute_bytes(spec, context_tokens)
+    return workspace_bytes(spec, context_tokens, device)
+
+
+def _workspace_note(target: Target) -> str:
+    if target == "gguf":
+        return f"llama.cpp's compute buffer at a micro-batch of {LLAMA_UBATCH_TOKENS} tokens"
+    return f"one expert in float32, activations of {PREFILL_CHUNK_TOKENS} tokens"
+
+
+def _runtime_term(target: Target, num_bytes: int, source: Source) -> MemoryTerm:
+    """Only native and hf run in the process that was measured."""
+    if target == "gguf":
+        note = "a llama.cpp process without weights"
+        return MemoryTerm(name="runtime", num_bytes=GGUF_RUNTIME_BYTES, source="assumed", note=note)
+    if target == "onnx":
+        note = "an onnxruntime process without weights"
+        return MemoryTerm(name="runtime", num_bytes=ONNX_RUNTIME_BYTES, source="assumed", note=note)
+    return MemoryTerm(name="runtime", num_bytes=num_bytes, source=source)

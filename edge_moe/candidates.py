@@ -1,0 +1,158 @@
+"""Which forms an expert may take: one per class of bits, where shapes and the target allow it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_moe.errors import TargetError
+from edge_moe.formats import DROP, form_fits, get_form
+from edge_moe.plan import Device, Target
+from edge_moe.problem import FormScope
+from edge_moe.spec import ModelSpec
+
+SOURCE_FORMS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+"""Checkpoint dtype -> the form that stores it without loss."""
+
+_CLASSES = {
+    "ternary": ("tq1_0",),
+    "2-bit": ("q2_k", "q2_0"),
+    "3-bit": ("q3_k",),
+    "4-bit": ("q4_k", "q4_0"),
+    "8-bit": ("q8_0",),
+}
+"""Class -> forms, preferred first; the first that fits the shapes is the candidate."""
+_LLAMA_CPU_ONLY = ("tq1_0", "tq2_0")
+
+
+@dataclass(frozen=True)
+class TargetRules:
+    """What a target can express."""
+
+    scope: FormScope
+    """Which experts share a form; see `edge_moe.problem.Problem`."""
+    classes: tuple[str, ...]
+    """Classes of bits offered besides `drop` and 16 bits."""
+    limits: tuple[str, ...] = ()
+    """What it cannot express, in sentences."""
+
+
+TARGET_RULES: dict[Target, TargetRules] = {
+    "native": TargetRules(scope="expert", classes=tuple(_CLASSES)),
+    "gguf": TargetRules(
+        scope="layer",
+        classes=tuple(_CLASSES),
+        limits=(
+            "GGUF holds one expert count for the whole model: every layer keeps the same number.",
+            "GGUF stores the experts of a layer in one tensor per projection: "
+            "they share one form per layer.",
+        ),
+    ),
+    "hf": TargetRules(
+        scope="model",
+        classes=(),
+        limits=(
+            "Hugging Face safetensors holds one expert count for the whole model: "
+            "every layer keeps the same number.",
+            "Hugging Face safetensors is written in the checkpoint's own dtype: "
+            "experts are kept whole or dropped, never quantised.",
+        ),
+    ),
+    "onnx": TargetRules(
+        scope="model",
+        classes=("4-bit", "8-bit"),
+        limits=(
+            "ONNX export keeps the same number of experts in every layer.",
+            "onnxruntime's QMoE is planned with one width for the whole model, 4, 8 or 16 bits.",
+            "Losses for ONNX are those of ggml forms of the same width: QMoE rounds differently.",
+            "`build` cannot write ONNX yet: this plan only shows what it would take.",
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The forms on offer, and what is missing."""
+
+    forms: tuple[str, ...]
+    """`drop` first, then ascending in bytes; the last is 16-bit (for hf: the checkpoint's own)."""
+    limits: tuple[str, ...]
+    """What the target or the shapes rule out, in sentences."""
+
+
+def candidate_forms(spec: ModelSpec, target: Target, device: Device = "cpu") -> tuple[str, ...]:
+    """`drop`, then one form per class of bits that fits, then 16 bits.
+
+    Raises:
+        TargetError: the target cannot hold this architecture at all.
+    """
+    return find_candidates(spec, target, device).forms
+
+
+def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> Candidates:
+    """The forms on offer for `target`, with a sentence for everything that is not.
+
+    Raises:
+        TargetError: the target cannot hold this architecture at all.
+    """
+    check_target(spec, target)
+    rules = TARGET_RULES[target]
+    forms, limits = [DROP], list(rules.limits)
+    for name in rules.classes:
+        form, sentences = _pick(spec, name)
+        limits += sentences
+        if form in _LLAMA_CPU_ONLY and target == "gguf":
+            limits.append(_llama_sentence(device))
+            form = form if device == "cpu" else None
+        if form is not None:
+            forms.append(form)
+    forms.append(_widest(spec, target))
+    return Candidates(tuple(forms), tuple(limits))
+
+
+def check_target(spec: ModelSpec, target: Target) -> None:
+    """Refuse a target that cannot hold this architecture.
+
+    Raises:
+        TargetError: names the architecture, the reason and a target that works.
+    """
+    if target != "gguf":
+        return
+    family = spec.family
+    if family.gguf_arch is None:
+        raise TargetError(
+            f"target gguf cannot hold architecture {spec.model_type!r} yet: use --target native"
+        )
+    renormalises = spec.router.renormalises
+    if family.gguf_renormalises not in (None, renormalises):
+        raise TargetError(
+            f"target gguf: llama.cpp's {family.gguf_arch} always has norm_topk_prob="
+            f"{family.gguf_renormalises}, this checkpoint has {renormalises}: use --target native"
+        )
+
+
+def _pick(spec: ModelSpec, class_name: str) -> tuple[str | None, list[str]]:
+    """(the class's first form that fits or None, a sentence if it is not the preferred one)."""
+    preferred, *_ = names = _CLASSES[class_name]
+    widths = spec.hidden_size, spec.expert_width
+    chosen = next((name for name in names if form_fits(name, *widths)), None)
+    if chosen == preferred:
+        return chosen, []
+    instead = f"{class_name} is stored as {chosen}" if chosen else "not offered"
+    sentence = (
+        f"{preferred} packs rows of {get_form(preferred).block_size}; "
+        f"expert rows are {widths[0]} and {widths[1]}: {instead}."
+    )
+    return chosen, [sentence]
+
+
+def _llama_sentence(device: Device) -> str:
+    fact = "llama.cpp has no CUDA kernel for TQ1_0/TQ2_0"
+    return f"{fact}: runs on CPU." if device == "cpu" else f"{fact}: ternary is not offered."
+
+
+def _widest(spec: ModelSpec, target: Target) -> str:
+    source_form = SOURCE_FORMS[spec.dtype]
+    if target == "hf" or source_form == "bf16":
+        return source_form
+    return "f16"

@@ -1,0 +1,102 @@
+"""From calibration statistics to the loss that the optimiser minimises.
+
+The unit is the sum over calibration tokens of |change of the MoE output|**2: g**2 |f - f_form|**2
+for a packed form, so that dropping an expert and lowering its bits compete in one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe.formats import DROP
+from edge_moe.stats import ExpertStats
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class DropLoss(StrEnum):
+    """What dropping an expert is taken to cost."""
+
+    REROUTE = "reroute"
+    """The change of the output after the router has chosen again without it (measured): right when
+    the experts that take over are still there."""
+    ZERO = "zero"
+    """(g |f|)**2, the change if its output became zero: right when they are gone as well."""
+    MAX = "max"
+    MEAN = "mean"
+
+
+class LayerScale(StrEnum):
+    """How layers are weighed against each other."""
+
+    RAW = "raw"
+    """Squared change of the MoE output as it is."""
+    RELATIVE = "relative"
+    """Divided by the layer's sum of |hidden state after the layer|**2: later layers have larger
+    residual streams, where the same change matters less."""
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """One variant of the loss."""
+
+    drop: DropLoss = DropLoss.REROUTE
+    layers: LayerScale = LayerScale.RAW
+
+    @property
+    def unit(self) -> str:
+        """The unit, in words, as stored in plans."""
+        unit = "sum over calibration tokens of |change of the MoE output|^2"
+        if self.layers is LayerScale.RELATIVE:
+            unit += " / sum of |hidden state after the layer|^2"
+        if self.drop is DropLoss.REROUTE:
+            return unit + ", dropping measured with re-routing"
+        names = {"zero": "its output set to zero", "max": "the worse", "mean": "the mean"}
+        suffix = "" if self.drop is DropLoss.ZERO else " of re-routing and a zero output"
+        return f"{unit}, dropping counted as {names[self.drop]}{suffix}"
+
+
+DEFAULT_LOSS = LossKind()
+
+
+def loss_table(
+    stats: ExpertStats,
+    forms: Sequence[str],
+    source_form: str,
+    kind: LossKind = DEFAULT_LOSS,
+) -> FloatArray:
+    """[L, E, F] loss of every expert in every one of `forms`.
+
+    `source_form` is the checkpoint's own dtype and loses nothing by definition.
+
+    Raises:
+        StatsError: the loss of a form was not measured.
+    """
+    measured = stats.form_loss.values()
+    table = np.zeros((*measured.shape[:2], len(forms)))
+    for index, form in enumerate(forms):
+        if form == DROP:
+            table[..., index] = _drop_loss(stats, measured, kind.drop)
+        elif form != source_form:
+            table[..., index] = measured[..., stats.form_index(form)]
+    if kind.layers is LayerScale.RELATIVE:
+        residual = stats.layer_sums["residual_square"].values()
+        table /= np.maximum(residual, np.finfo(np.float64).tiny)[:, None, None]
+    return table
+
+
+def _drop_loss(stats: ExpertStats, measured: FloatArray, kind: DropLoss) -> FloatArray:
+    zero = stats.expert_sums["gated_square"].values()
+    if kind is DropLoss.ZERO:
+        return zero
+    rerouted: FloatArray = measured[..., stats.form_index(DROP)]
+    if kind is DropLoss.REROUTE:
+        return rerouted
+    if kind is DropLoss.MAX:
+        return np.maximum(rerouted, zero)
+    return (rerouted + zero) / 2

@@ -1,0 +1,281 @@
+"""`make_plan`: checkpoint, statistics and budget in; the plan with its bill and rivals out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from edge_moe import __version__
+from edge_moe.budget import (
+    dense_bytes,
+    describe_terms,
+    memory_terms,
+    minimum_budget_bytes,
+    non_expert_bytes,
+)
+from edge_moe.candidates import SOURCE_FORMS, TARGET_RULES, find_candidates
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.errors import BudgetError, StatsError
+from edge_moe.formats import DROP, expert_bytes, get_form
+from edge_moe.loss_table import DEFAULT_LOSS, LossKind, loss_table
+from edge_moe.optimise import solve
+from edge_moe.plan import Device, MemoryTerm, Plan, Source, Target
+from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_bytes
+from edge_moe.rivals import find_frontier, find_rivals, name_forms
+from edge_moe.spec import ModelSpec
+from edge_moe.stats import ExpertStats
+from edge_moe.super_experts import MINIMUM_BITS, find_super_experts
+from edge_moe.units import format_bytes
+
+DEFAULT_CONTEXT_TOKENS = 4096
+EVIDENCE_TOKENS = 32
+"""An expert that fewer calibration tokens chose has a loss that is hardly more than a guess."""
+THIN_EVIDENCE_SHARE = 0.1
+"""Share of experts below `EVIDENCE_TOKENS` from which a plan warns."""
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Where the plan will run."""
+
+    checkpoint: Checkpoint
+    target: Target
+    device: Device
+    context_tokens: int
+    runtime: tuple[int, Source]
+
+    def bill(self, forms: Sequence[Sequence[str]]) -> list[MemoryTerm]:
+        """Memory terms with experts in `forms` [L][E], or without any."""
+        return memory_terms(
+            self.checkpoint.spec,
+            forms=forms,
+            dense_bytes=dense_bytes(self.checkpoint, self.device, self.target),
+            context_tokens=self.context_tokens,
+            device=self.device,
+            target=self.target,
+            runtime_bytes=self.runtime[0],
+            runtime_source=self.runtime[1],
+        )
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What may be chosen: forms with measured losses, and everything that is ruled out."""
+
+    forms: tuple[str, ...]
+    limits: tuple[str, ...]
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    stats: ExpertStats,
+    budget_bytes: int,
+    *,
+    model: str,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    target: Target = "native",
+    device: Device = "cpu",
+    runtime: tuple[int, Source],
+    loss_kind: LossKind = DEFAULT_LOSS,
+) -> Plan:
+    """The form of every expert that loses least within `budget_bytes` of device memory.
+
+    `runtime` is the process's own overhead in bytes and where that number comes from. The context
+    is capped to what the model was made for.
+
+    Raises:
+        StatsError: the statistics belong to another model or lack a needed loss.
+        TargetError: the target cannot hold this architecture.
+        BudgetError: nothing fits; carries the smallest budget that works.
+    """
+    spec = checkpoint.spec
+    _check_stats(checkpoint, stats)
+    offer = _find_offer(spec, stats, target, device)
+    context = min(context_tokens, spec.max_position_embeddings)
+    setting = _Setting(checkpoint, target, device, context, runtime)
+    fixed_terms = setting.bill([])
+    fixed_bytes = non_expert_bytes(fixed_terms)
+    supers = find_super_experts(stats.max_output)
+    losses = loss_table(stats, offer.forms, SOURCE_FORMS[spec.dtype], loss_kind)
+    problem = build_problem(spec, offer.forms, losses, supers, target, budget_bytes - fixed_bytes)
+    _check_budget(problem, fixed_terms, budget_bytes, target)
+    solution = solve(problem)
+    rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
+    forms = name_forms(solution.choice, offer.forms)
+    return Plan(
+        edge_moe_version=__version__,
+        model=model,
+        model_type=spec.model_type,
+        model_fingerprint=checkpoint.fingerprint,
+        stats_fingerprint=stats_fingerprint(stats),
+        tasks=list(stats.info.tasks),
+        target=target,
+        device=device,
+        budget_bytes=budget_bytes,
+        context_tokens=context,
+        moe_layer_ids=list(spec.moe_layer_ids),
+        top_k=spec.top_k,
+        forms=forms,
+        tiers=[[_tier(form) for form in row] for row in forms],
+        terms=setting.bill(forms),
+        loss=solution.loss,
+        loss_unit=loss_kind.unit,
+        frontier=find_frontier(problem, fixed_bytes, solution),
+        rivals=rivals,
+        saliency=_share_of_layer(losses[..., 0]),
+        routed_share=_share_of_layer(stats.routed_tokens.astype(np.float64)),
+        super_experts=_expert_keys(spec, supers),
+        limits=[*offer.limits, *_super_expert_limits(spec, supers, target)],
+        warnings=[
+            *_solver_warnings(solution),
+            *_context_warnings(context_tokens, context),
+            *_evidence_warnings(stats),
+            *missing_rivals,
+        ],
+    )
+
+
+def build_problem(
+    spec: ModelSpec,
+    forms: Sequence[str],
+    losses: FloatArray,
+    supers: BoolArray,
+    target: Target,
+    expert_budget_bytes: int,
+) -> Problem:
+    """The optimiser's input: [L, E, F] `losses`, bytes of `forms`, rules of `target`.
+
+    `supers` [L, E] are neither dropped nor stored below 4 bits.
+    """
+    widths = spec.hidden_size, spec.expert_width
+    at_least_4_bits = [
+        form != DROP and get_form(form).bits_per_weight >= MINIMUM_BITS for form in forms
+    ]
+    return Problem(
+        loss=losses,
+        form_bytes=np.array([expert_bytes(form, *widths) for form in forms], np.int64),
+        allowed=~supers[..., None] | np.array(at_least_4_bits),
+        budget_bytes=expert_budget_bytes,
+        top_k=spec.top_k,
+        num_groups=spec.router.num_groups,
+        top_groups=spec.router.top_groups,
+        scope=TARGET_RULES[target].scope,
+    )
+
+
+def stats_fingerprint(stats: ExpertStats) -> str:
+    """sha256 over everything that the statistics hold."""
+    digest = hashlib.sha256(stats.info.model_dump_json().encode())
+    for name, array in sorted(stats.to_arrays().items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _check_stats(checkpoint: Checkpoint, stats: ExpertStats) -> None:
+    found, wanted = stats.info.model_fingerprint, checkpoint.fingerprint
+    if found != wanted:
+        raise StatsError(
+            f"the statistics were measured on another model (fingerprint {found[:12]}, "
+            f"{checkpoint.folder} has {wanted[:12]}): calibrate this one"
+        )
+    spec, info = checkpoint.spec, stats.info
+    if (info.moe_layer_ids, info.num_experts) != (spec.moe_layer_ids, spec.num_experts):
+        raise StatsError(
+            f"the statistics cover {len(info.moe_layer_ids)} layers of {info.num_experts} experts, "
+            f"{checkpoint.folder} has {spec.num_moe_layers} of {spec.num_experts}: calibrate again"
+        )
+
+
+def _find_offer(spec: ModelSpec, stats: ExpertStats, target: Target, device: Device) -> _Offer:
+    """Candidates whose loss was measured; `drop` must be, and something to keep."""
+    candidates = find_candidates(spec, target, device)
+    known = {*stats.info.forms, SOURCE_FORMS[spec.dtype]}
+    forms = tuple(form for form in candidates.forms if form in known)
+    if forms[:1] != (DROP,) or len(forms) < 2:
+        raise StatsError(
+            f"the statistics hold losses for {', '.join(stats.info.forms) or 'no form'}; "
+            f"target {target} needs {DROP} and one of {', '.join(candidates.forms[1:])}: "
+            "calibrate again"
+        )
+    unmeasured = [
+        f"{form} was not measured in this calibration: not offered."
+        for form in candidates.forms
+        if form not in known
+    ]
+    return _Offer(forms, (*candidates.limits, *unmeasured))
+
+
+def _check_budget(
+    problem: Problem, fixed_terms: Sequence[MemoryTerm], budget_bytes: int, target: Target
+) -> None:
+    least_expert_bytes = smallest_bytes(problem)
+    if least_expert_bytes is None:
+        raise StatsError("no form that was measured can hold the super experts: calibrate again")
+    minimum_bytes = minimum_budget_bytes(fixed_terms, least_expert_bytes)
+    if budget_bytes >= minimum_bytes:
+        return
+    rest = [term for term in fixed_terms if term.name != "experts"]
+    message = (
+        f"budget {format_bytes(budget_bytes)} is too small: the smallest that works is "
+        f"{minimum_bytes}B ({describe_terms(rest)} + experts at least "
+        f"{format_bytes(least_expert_bytes)}); raise --budget or lower --ctx"
+    )
+    if target == "native":
+        message += ", or plan for more and let `edge-moe run --budget` page experts from disk"
+    raise BudgetError(message, minimum_bytes)
+
+
+def _tier(form: str) -> Literal["device", "ram", "disk", "none"]:
+    return "none" if form == DROP else "device"
+
+
+def _share_of_layer(table: FloatArray) -> list[list[float]]:
+    """[L][E] values as a share of their layer's sum; zeros where that is zero."""
+    sums = table.sum(axis=1, keepdims=True)
+    shares = np.divide(table, sums, out=np.zeros_like(table), where=sums > 0)
+    return [[float(value) for value in row] for row in shares]
+
+
+def _expert_keys(spec: ModelSpec, supers: BoolArray) -> list[tuple[int, int]]:
+    return [(spec.moe_layer_ids[layer], int(expert)) for layer, expert in np.argwhere(supers)]
+
+
+def _super_expert_limits(spec: ModelSpec, supers: BoolArray, target: Target) -> list[str]:
+    """Where a shared form makes the neighbours of a super expert pay."""
+    scope = TARGET_RULES[target].scope
+    layers = [spec.moe_layer_ids[layer] for layer in np.flatnonzero(supers.any(axis=1))]
+    if scope == "expert" or target == "hf" or not layers:
+        return []
+    where = "the whole model" if scope == "model" else f"layers {', '.join(map(str, layers))}"
+    return [f"Super experts share their form: {where} cannot go below {MINIMUM_BITS} bits."]
+
+
+def _solver_warnings(solution: Solution) -> list[str]:
+    if solution.gap == 0.0:
+        return []
+    return [
+        "the optimiser stopped at its time limit: "
+        f"up to {solution.gap:.2%} of the predicted loss could still be won."
+    ]
+
+
+def _context_warnings(asked_tokens: int, context_tokens: int) -> list[str]:
+    if asked_tokens == context_tokens:
+        return []
+    return [f"context lowered from {asked_tokens} to {context_tokens} tokens, the model's maximum."]
+
+
+def _evidence_warnings(stats: ExpertStats) -> list[str]:
+    thin = int((stats.routed_tokens < EVIDENCE_TOKENS).sum())
+    if thin <= THIN_EVIDENCE_SHARE * stats.routed_tokens.size:
+        return []
+    return [
+        f"not enough evidence: {thin} of {stats.routed_tokens.size} experts were chosen by fewer "
+        f"than {EVIDENCE_TOKENS} of {stats.info.num_tokens} calibration tokens; "
+        "calibrate on more text."
+    ]

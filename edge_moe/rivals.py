@@ -1,0 +1,164 @@
+"""Other ways to spend the same expert bytes, and the best plan at other sizes.
+
+Rivals obey the rules of the same target and protect the same experts, so they can be built and
+measured beside the plan. Each is the best of its kind by the same loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edge_moe.optimise import solve
+from edge_moe.plan import FrontierPoint, Rival
+from edge_moe.problem import IntArray, Problem, Solution, smallest_bytes
+from edge_moe.relaxation import cheapest_price
+from edge_moe.uniform import UniformFrontier
+from edge_moe.units import format_bytes
+
+FRONTIER_POINTS = 9
+RANDOM_NAME = "random retention"
+RANDOM_SEEDS = (0, 1, 2)
+RIVAL_SECONDS = 15.0
+"""Time limit of the integer program for one rival."""
+
+
+def name_forms(choice: IntArray, forms: Sequence[str]) -> list[list[str]]:
+    """[L, E] form indices -> names."""
+    return [[forms[index] for index in row] for row in choice.tolist()]
+
+
+def find_rivals(
+    problem: Problem, forms: Sequence[str], expert_bytes: int
+) -> tuple[list[Rival], list[str]]:
+    """(rivals that exist at `expert_bytes`, a sentence for each that does not)."""
+    solutions = _best_of_each_kind(problem, forms, expert_bytes)
+    found = [
+        _rival(name, solution, forms, note)
+        for name, (solution, note) in solutions.items()
+        if solution is not None
+    ]
+    draws = [random_retention(problem, expert_bytes, seed) for seed in RANDOM_SEEDS]
+    drawn = [draw for draw in draws if draw is not None]
+    if drawn:
+        found.append(_random_rival(drawn, forms))
+    present = {rival.name for rival in found}
+    missing = [
+        f"Rival {name!r} does not exist at {format_bytes(expert_bytes)} of experts: "
+        "the least it may keep is larger."
+        for name in (*solutions, RANDOM_NAME)
+        if name not in present
+    ]
+    return found, missing
+
+
+def _best_of_each_kind(
+    problem: Problem, forms: Sequence[str], expert_bytes: int
+) -> dict[str, tuple[Solution | None, str]]:
+    """Rival's name -> (its best choice if one fits, note)."""
+    widest = len(forms) - 1
+    pruned = _best_with(problem, [0, widest], expert_bytes)
+    found = {"prune only": (pruned, f"kept experts in {forms[widest]}, the rest dropped")}
+    if widest == 1:  # the target cannot quantise
+        return found
+    quantised = _best_with(problem, list(range(1, widest + 1)), expert_bytes)
+    found["quantise only"] = (quantised, "mixed bits, no expert dropped")
+    single = "every expert in the largest single form that fits, super experts too"
+    found["one type for all"] = (_one_form(problem, expert_bytes), single)
+    return found
+
+
+def random_retention(problem: Problem, expert_bytes: int, seed: int) -> Solution | None:
+    """Whole experts in the last form, drawn at random, as many as fit; protected ones stay.
+
+    Layers keep equal numbers; where the target allows it, the first layers keep what is left over.
+    None where not even the smallest legal number fits.
+    """
+    widest = len(problem.form_bytes) - 1
+    whole = problem.only_forms([0, widest], expert_bytes)
+    least, most = whole.group_bounds
+    affordable = expert_bytes // int(problem.form_bytes[widest])
+    counts, extra = _spread(affordable, problem.num_layers, problem.num_groups)
+    if problem.scope == "expert":
+        counts[:extra] += 1
+    counts = np.minimum(np.maximum(counts, least), most)
+    if problem.scope != "expert":
+        counts[:] = counts.max()
+    if (counts > most).any() or int(counts.sum()) * problem.num_groups > affordable:
+        return None
+    order = np.random.default_rng(seed).random(problem.loss.shape[:2])
+    order[whole.must_keep] = -1.0
+    rank = np.argsort(np.argsort(problem.by_group(order), axis=-1), axis=-1)
+    kept = (rank < counts[:, None, None]).reshape(order.shape)
+    return Solution.of(problem, np.where(kept, widest, 0))
+
+
+def find_frontier(problem: Problem, fixed_bytes: int, plan: Solution) -> list[FrontierPoint]:
+    """The least loss at about nine sizes from the smallest possible to all experts whole.
+
+    Every point is the exact optimum for its own bytes; the plan's own point is among them.
+    """
+    widest = int(problem.form_bytes[-1])
+    largest_bytes = problem.loss[..., 0].size * widest
+    least_bytes = smallest_bytes(problem)
+    if least_bytes is None:
+        raise ValueError("the rules of this problem contradict each other")
+    budgets = np.linspace(least_bytes, largest_bytes, FRONTIER_POINTS).astype(np.int64).tolist()
+    points = {plan.expert_bytes: plan.loss}
+    for expert_bytes, loss in _best_at(problem, budgets):
+        points.setdefault(expert_bytes, loss)
+    return [
+        FrontierPoint(total_bytes=fixed_bytes + size, expert_bytes=size, loss=points[size])
+        for size in sorted(points)
+    ]
+
+
+def _best_at(problem: Problem, budgets: Sequence[int]) -> list[tuple[int, float]]:
+    """(expert bytes, loss) of an optimum within each budget, at no more than its bytes."""
+    if problem.scope == "expert":
+        priced = [cheapest_price(problem, budget) for budget in budgets]
+        return [(point.expert_bytes, point.loss) for point in priced]
+    uniform = UniformFrontier(problem)
+    best = [uniform.best(budget) for budget in budgets]
+    return [(point.expert_bytes, point.loss) for point in best]
+
+
+def _best_with(problem: Problem, form_indices: list[int], expert_bytes: int) -> Solution | None:
+    """The best choice among a few forms; None where none fits."""
+    part = problem.only_forms(form_indices, expert_bytes)
+    needed_bytes = smallest_bytes(part)
+    if needed_bytes is None or needed_bytes > expert_bytes:
+        return None
+    return solve(part, RIVAL_SECONDS)
+
+
+def _one_form(problem: Problem, expert_bytes: int) -> Solution | None:
+    """Every expert in the largest form in which all of them fit."""
+    num_experts = problem.loss[..., 0].size
+    fitting = np.flatnonzero(problem.form_bytes * num_experts <= expert_bytes)
+    if fitting[-1] == 0:
+        return None
+    return Solution.of(problem, np.full(problem.loss.shape[:2], fitting[-1]))
+
+
+def _spread(affordable: int, num_layers: int, num_groups: int) -> tuple[IntArray, int]:
+    """([L] equal counts per group, number of layers that can have one more per group)."""
+    per_layer, extra = divmod(affordable // num_groups, num_layers)
+    return np.full(num_layers, per_layer), extra
+
+
+def _rival(name: str, solution: Solution, forms: Sequence[str], note: str) -> Rival:
+    return Rival(
+        name=name,
+        expert_bytes=solution.expert_bytes,
+        loss=solution.loss,
+        forms=name_forms(solution.choice, forms),
+        note=note,
+    )
+
+
+def _random_rival(drawn: Sequence[Solution], forms: Sequence[str]) -> Rival:
+    note = f"mean loss of {len(drawn)} draws of whole experts in {forms[-1]}; forms of the first"
+    rival = _rival(RANDOM_NAME, drawn[0], forms, note)
+    return rival.model_copy(update={"loss": float(np.mean([draw.loss for draw in drawn]))})
