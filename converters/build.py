@@ -13,8 +13,7 @@ from edge_moe.converters.model_card import SizeRow, model_card, plan_fingerprint
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.errors import PlanError, TargetError
-from edge_moe.files import require_free_disk, require_new_output, write_text
-from edge_moe.formats import expert_bytes
+from edge_moe.files import require_new_output, write_text
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, Target
 
@@ -42,14 +41,13 @@ def build(
         CheckpointError: weights that are missing, damaged, NaN or infinite.
     """
     target = target or plan.target
-    output = output.absolute()
     _check_target(target)
     require_new_output(output)
     checkpoint = Checkpoint(model or _resolve(plan.model))
     _check_plan(plan, checkpoint)
     if target == "hf":
         check_hf(plan, checkpoint.spec)
-    with build_folder(output, _build_fingerprint(plan, target, output.name)) as work:
+    with build_folder(output, _build_fingerprint(plan, target)) as work:
         if target == "native":
             export_native(plan, checkpoint, work)
         elif target == "hf":
@@ -94,25 +92,17 @@ def _check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
         )
 
 
-def _build_fingerprint(plan: Plan, target: Target, name: str) -> str:
-    """Equal for builds whose bytes are equal."""
-    parts = (__version__, plan_fingerprint(plan), target, name)
+def _build_fingerprint(plan: Plan, target: Target) -> str:
+    """Equal for builds of one output whose bytes are equal."""
+    parts = (__version__, plan_fingerprint(plan), target)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _build_gguf(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:
     from edge_moe.converters.export_gguf import export_gguf
 
-    name, spec = work.output.name, checkpoint.spec
-    expert_total_bytes = sum(
-        expert_bytes(form, spec.hidden_size, spec.expert_width)
-        for row in plan.forms
-        for form in row
-    )
-    dense_bytes = sum(info.num_bytes for info in checkpoint.dense_tensors)
-    require_free_disk(work.output.parent, dense_bytes + expert_total_bytes, f"GGUF {name}")
     path = export_gguf(plan, checkpoint, work.path / GGUF_NAME)
     source_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
     sizes = [SizeRow("whole model", source_bytes, path.stat().st_size)]
-    write_text(work.path / CARD_NAME, model_card(plan, checkpoint, name, "gguf", sizes))
+    write_text(work.path / CARD_NAME, model_card(plan, checkpoint, work.output.name, "gguf", sizes))
     plan.save(work.path / PLAN_NAME)

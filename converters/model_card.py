@@ -31,7 +31,7 @@ $tags
 ---
 # $name
 
-$base, made smaller for $tasks with [edge-moe](https://pypi.org/project/edge-moe/) $version.
+$base, made smaller for $tasks with edge-moe $version.
 $kept
 
 | form of an expert | experts |
@@ -121,7 +121,7 @@ def model_card(
         version=__version__,
         kept=_kept_sentence(plan),
         forms="\n".join(f"| {form} | {count} |" for form, count in _form_counts(plan).items()),
-        sizes="\n".join(row.text() for row in (*sizes, _total(sizes))),
+        sizes="\n".join(row.text() for row in _with_total(sizes)),
         device=plan.device,
         context=plan.context_tokens,
         terms="\n".join(
@@ -196,19 +196,18 @@ def _kept_sentence(plan: Plan) -> str:
     return f"Every layer keeps {span} of its {num_experts} experts ({share:.0%} of all)."
 
 
-def _total(sizes: Sequence[SizeRow]) -> SizeRow:
-    return SizeRow(
-        "**all**",
-        sum(row.source_bytes for row in sizes),
-        sum(row.output_bytes for row in sizes),
-    )
+def _with_total(sizes: Sequence[SizeRow]) -> list[SizeRow]:
+    if len(sizes) == 1:
+        return list(sizes)
+    source_bytes = sum(row.source_bytes for row in sizes)
+    return [*sizes, SizeRow("**all**", source_bytes, sum(row.output_bytes for row in sizes))]
 
 
 def _usage(name: str, target: Target) -> str:
     folder = shlex.quote(name)
     return {
         "native": f"edge-moe run {folder}",
-        "hf": f"python -m transformers chat {folder}  # or AutoModelForCausalLM.from_pretrained",
+        "hf": f"transformers.AutoModelForCausalLM.from_pretrained({name!r})",
         "gguf": f"llama-cli -m {folder}/model.gguf",
         "onnx": f"edge-moe run {folder}",
     }[target]

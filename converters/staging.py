@@ -95,6 +95,7 @@ def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
         InputError: `output` exists, cannot be written, or is being built already.
         DiskSpaceError: the disk became full.
     """
+    output = output.absolute()
     require_new_output(output)
     if output.is_mount():
         raise InputError(f"output {output} is a mount point: choose a folder inside it")

@@ -228,6 +228,30 @@ def test_empty_output_folder_is_accepted(tiny_checkpoint: TinyCheckpoint, tmp_pa
     assert is_package(build(plan, tmp_path / "out", model=checkpoint.folder))
 
 
+def test_checkpoint_is_found_where_the_plan_says(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("olmoe"))
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4))
+    monkeypatch.chdir(tmp_path)
+    assert build(plan, Path("out")) == Path("out")
+    assert is_package(tmp_path / "out")
+
+
+def test_gguf_lies_beside_its_plan(demo_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    checkpoint = Checkpoint(demo_model)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8, "q8_0"), "gguf")
+    output = build(plan, tmp_path / "out", model=demo_model)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "README.md",
+        "model.gguf",
+        "plan.json",
+    ]
+    assert (output / "model.gguf").read_bytes().startswith(b"GGUF")
+    assert Plan.load(output / "plan.json") == plan
+
+
 def test_memory_is_one_expert(tmp_path: Path) -> None:
     """Packing takes one expert in float32 and transient copies of one matrix, not a layer."""
     folder = make_tiny_checkpoint(
