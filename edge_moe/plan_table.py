@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from edge_moe.formats import DROP, FORM_NAMES, get_form
 from edge_moe.plan import FrontierPoint, MemoryTerm, Plan
@@ -92,16 +93,18 @@ def form_counts(forms: Sequence[Sequence[str]]) -> dict[str, int]:
 def print_plan(plan: Plan, path: Path, console: Console) -> None:
     """Verdict, bytes by term, experts by form, frontier, rivals, limits, and what to do next."""
     spare_bytes = plan.budget_bytes - plan.total_bytes
-    console.print(
-        f"[bold green]FITS[/] {format_bytes(plan.budget_bytes)} with "
-        f"{format_bytes(spare_bytes)} to spare: {plan.model} for {', '.join(plan.tasks)}, "
-        f"target {plan.target} on {plan.device}, {plan.context_tokens:,} tokens of context"
+    verdict = (
+        f" {format_bytes(plan.budget_bytes)} with {format_bytes(spare_bytes)} to spare: "
+        f"{plan.model} for {', '.join(plan.tasks)}, target {plan.target} on {plan.device}, "
+        f"{plan.context_tokens:,} tokens of context"
     )
+    console.print(Text.assemble(("FITS", "bold green"), verdict))
     console.print(_terms_table(plan))
     console.print(_forms_line(plan))
     console.print(_frontier_table(plan))
     if plan.rivals:
         console.print(_rivals_table(plan))
+    console.print(f"loss: {plan.loss_unit}", markup=False)
     for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
         for sentence in sentences:
             console.print(f"{heading}: {sentence}", style="yellow", markup=False)
@@ -146,7 +149,7 @@ def _frontier_table(plan: Plan) -> Table:
     table = _table("Frontier: quality against size")
     table.add_column("total", justify="right")
     table.add_column("experts", justify="right")
-    table.add_column(f"loss ({plan.loss_unit})", justify="right")
+    table.add_column("loss", justify="right")
     table.add_column("")
     for point in frontier_rows(plan):
         is_chosen = point.total_bytes == plan.total_bytes

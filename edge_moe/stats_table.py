@@ -63,9 +63,10 @@ def print_stats(summary: StatsSummary, console: Console) -> None:
     """One row per layer."""
     info = summary.info
     console.print(
-        f"[bold]{info.model_type}[/] on {', '.join(info.tasks)}: {info.num_tokens:,} tokens, "
+        f"{info.model_type} on {', '.join(info.tasks)}: {info.num_tokens:,} tokens, "
         f"{len(info.windows)} of {info.num_windows} windows of {info.window_tokens}, "
-        f"{info.num_experts} experts, top-{info.top_k}"
+        f"{info.num_experts} experts, top-{info.top_k}",
+        markup=False,
     )
     table = Table(box=None, pad_edge=False)
     for heading in ("layer", "unseen", "experts for half", "busiest"):

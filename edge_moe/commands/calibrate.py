@@ -32,7 +32,7 @@ def calibrate_command(
     forms: Annotated[
         str | None,
         typer.Option(
-            help="Forms to measure, comma separated. [default: one per bit class that fits]",
+            help="Forms to measure, comma separated; else one per class of bits.",
             show_default=False,
         ),
     ] = None,

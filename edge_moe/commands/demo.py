@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
 
-def demo_command() -> None:
+import typer
+
+from edge_moe.commands.options import Budget
+
+
+def demo_command(
+    task: Annotated[str, typer.Option(help="Which shipped task to shrink for.")] = "code",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to work in; a stopped demo goes on.")
+    ] = Path("edge-moe-demo"),
+    budget: Budget = None,
+) -> None:
     """Calibrate, plan, build, run, evaluate and report on the embedded model, in minutes."""
+    from edge_moe.demo.flow import run_demo
+
+    run_demo(output, task, budget)

@@ -77,13 +77,14 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
 def stdout() -> Console:
     """Results go here."""
-    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(width=width, highlight=False, markup=False)
 
 
 def stderr() -> Console:
     """Progress, statistics and hints go here."""
     width = None if sys.stderr.isatty() else _PLAIN_WIDTH
-    return Console(stderr=True, width=width, highlight=False)
+    return Console(stderr=True, width=width, highlight=False, markup=False)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -62,6 +62,8 @@ def plan_command(
     found_stats = ExpertStats.load(stats)
     folder = resolve_model(model, revision)
     checkpoint = Checkpoint(folder)
+    is_measured = target in (TargetName.NATIVE, TargetName.HF)  # llama.cpp's is a constant
+    runtime = runtime_overhead(checkpoint.spec.model_type, device.value) if is_measured else None
     plan = make_plan(
         checkpoint,
         found_stats,
@@ -70,7 +72,7 @@ def plan_command(
         context_tokens=ctx,
         target=target.value,
         device=device.value,
-        runtime=runtime_overhead(checkpoint.spec.model_type, device.value),
+        runtime=runtime or (0, "assumed"),
     )
     plan.save(output)
     if json:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edge_moe.commands.chat import chat, show
+from edge_moe.commands.generation import (
+    Sampling,
+    answer,
+    as_prompt,
+    ignore,
+    measure,
+    statistics_lines,
+)
 from edge_moe.commands.options import (
     Budget,
     ContextTokens,
@@ -13,18 +23,22 @@ from edge_moe.commands.options import (
     Json,
     Model,
     Revision,
+    stderr,
 )
+from edge_moe.errors import InputError, TargetError
 from edge_moe.units import parse_bytes
 
 if TYPE_CHECKING:
-    pass
+    from edge_moe.measurement import RunMeasurement
+
+EXIT_INTERRUPTED = 130
 
 
 def run_command(
     model: Model,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Text to go on from; without it a chat starts.", show_default=False),
+        typer.Option(help="Text to answer; without it a chat starts.", show_default=False),
     ] = None,
     budget: Budget = None,
     ctx: ContextTokens = None,
@@ -37,22 +51,23 @@ def run_command(
         typer.Option(help="Stop at this text. Repeat for several.", show_default=False),
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Go on from the prompt as it is: no chat template.")
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")
     ] = False,
     device: Annotated[
-        DeviceName | None, typer.Option(help="[default: cuda if present]", show_default=False)
+        DeviceName | None,
+        typer.Option(help="Where to run; cuda where there is one.", show_default=False),
     ] = None,
     ram: Annotated[
         int | None,
         typer.Option(
             parser=parse_bytes,
             metavar="SIZE",
-            help="Keep experts that are not on the device in this much RAM.",
+            help="With a GPU: RAM for experts that are not on the device.",
             show_default=False,
         ),
     ] = None,
     prefetch: Annotated[
-        bool, typer.Option("--prefetch/--no-prefetch", help="Guess the next layer's experts.")
+        bool, typer.Option("--prefetch/--no-prefetch", help="Fetch the next layer's experts early.")
     ] = True,
     slots: Annotated[
         int | None,
@@ -64,8 +79,48 @@ def run_command(
     json: Json = False,
     revision: Revision = None,
 ) -> None:
-    """Generate text; experts are paged in under a hard budget. Statistics go to stderr."""
+    """Generate text, paging experts in under a hard budget. Statistics go to stderr."""
     from edge_moe.hub import resolve_model
 
+    if prompt is None and (json or record):
+        raise InputError("--json and --record measure one answer: give a --prompt too")
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
+    sampling.check()
     path = resolve_model(model, revision)
-    del path
+    if path.suffix == ".gguf":
+        raise TargetError(
+            f"run cannot load {path}: it runs native packages and Hugging Face folders; for GGUF "
+            f"use llama.cpp, as in `llama-cli -m {path}`"
+        )
+    from edge_moe.runtime.session import Session
+
+    started = time.perf_counter()
+    with Session.open(
+        path,
+        budget_bytes=budget,
+        context_tokens=ctx,
+        device=device.value if device else None,
+        num_slots=slots,
+        prefetch=prefetch,
+        ram_bytes=ram,
+    ) as session:
+        load_seconds = time.perf_counter() - started
+        if prompt is None:
+            chat(session, sampling, is_raw=raw)
+            return
+        found = answer(session, as_prompt(session, prompt, raw), sampling, ignore if json else show)
+        measured = measure(session, path, found, load_seconds, seed)
+    _print(measured, json)
+    if record:
+        stderr().print(f"recorded {measured.save(path)}")
+    if found.was_interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _print(measured: RunMeasurement, is_json: bool) -> None:
+    if is_json:
+        print(measured.model_dump_json(indent=1))
+        return
+    print(flush=True)
+    for line in statistics_lines(measured):
+        stderr().print(line, style="dim", markup=False)
