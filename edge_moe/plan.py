@@ -96,19 +96,28 @@ class Plan(_Model):
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
-        num_layers = len(self.moe_layer_ids)
+        num_layers, num_experts = len(self.moe_layer_ids), len(self.forms[0]) if self.forms else 0
         for name in ("forms", "tiers", "saliency", "routed_share"):
             rows = getattr(self, name)
-            widths = {len(row) for row in rows}
-            if len(rows) != num_layers or len(widths) != 1:
-                raise ValueError(f"{name} is not a {num_layers} x E table")
+            if len(rows) != num_layers or {len(row) for row in rows} != {num_experts}:
+                raise ValueError(f"{name} is not a {num_layers} x {num_experts} table")
         for layer_id, row in zip(self.moe_layer_ids, self.forms, strict=True):
             for form in row:
                 if form not in FORM_NAMES:
                     raise ValueError(f"layer {layer_id} names the unknown form {form!r}")
             if len(self.kept(row)) < self.top_k:
                 raise ValueError(f"layer {layer_id} keeps fewer than top_k={self.top_k} experts")
+        self._check_tiers()
         return self
+
+    def _check_tiers(self) -> None:
+        for layer_id, forms, tiers in zip(self.moe_layer_ids, self.forms, self.tiers, strict=True):
+            for expert_id, (form, tier) in enumerate(zip(forms, tiers, strict=True)):
+                if (form == DROP) != (tier == "none"):
+                    raise ValueError(
+                        f"layer {layer_id} expert {expert_id} has form {form!r} and tier {tier!r}: "
+                        "dropped experts, and no others, live nowhere"
+                    )
 
     @staticmethod
     def kept(row: list[str]) -> list[int]:

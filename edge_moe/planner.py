@@ -129,6 +129,7 @@ def make_plan(
         saliency=_share_of_layer(losses[..., 0]),
         routed_share=_share_of_layer(stats.routed_tokens.astype(np.float64)),
         super_experts=_expert_keys(spec, supers),
+        form_bytes=dict(zip(offer.forms, problem.form_bytes.tolist(), strict=True)),
         limits=[*offer.limits, *_super_expert_limits(spec, supers, target)],
         warnings=[
             *_solver_warnings(solution),

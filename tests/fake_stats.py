@@ -1,0 +1,65 @@
+"""Statistics made up for a checkpoint, so that planning can be tested without a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edge_moe.candidates import candidate_forms
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
+
+LOSS_SHARES = {
+    "drop": 1.0,
+    "tq1_0": 0.3,
+    "q2_0": 0.2,
+    "q2_k": 0.12,
+    "q3_k": 0.03,
+    "q4_0": 0.01,
+    "q4_k": 0.007,
+    "q8_0": 4e-5,
+    "f16": 1e-8,
+    "bf16": 1e-6,
+}
+"""Loss of a form as a share of the loss of dropping the expert."""
+
+
+def fake_stats(
+    checkpoint: Checkpoint,
+    forms: Sequence[str] | None = None,
+    seed: int = 0,
+    **info: object,
+) -> ExpertStats:
+    """Heavy-tailed losses, 1000 tokens, expert 0 of the first MoE layer a super expert."""
+    spec = checkpoint.spec
+    measured = tuple(forms or candidate_forms(spec, "native"))
+    fields: dict[str, object] = {
+        "version": STATS_VERSION,
+        "edge_moe_version": "0.1.0",
+        "model_type": spec.model_type,
+        "model_fingerprint": checkpoint.fingerprint,
+        "tokenizer_fingerprint": "t",
+        "data_fingerprint": "d",
+        "tasks": ("code",),
+        "window_tokens": 100,
+        "num_windows": 10,
+        "windows": tuple(range(10)),
+        "num_tokens": 1000,
+        "moe_layer_ids": spec.moe_layer_ids,
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "forms": measured,
+    }
+    stats = ExpertStats.zeros(StatsInfo.model_validate(fields | info))
+    generator = np.random.default_rng(seed)
+    shape = stats.routed_tokens.shape
+    drop_loss = np.exp(generator.normal(0, 2, shape))
+    stats.form_loss.add(drop_loss[..., None] * np.array([LOSS_SHARES[form] for form in measured]))
+    stats.expert_sums["gated_square"].add(1.5 * drop_loss)
+    stats.layer_sums["residual_square"].add(10.0 + np.arange(shape[0]))
+    stats.layer_sums["moe_square"].add(np.ones(shape[0]))
+    stats.routed_tokens += generator.integers(100, 400, shape)
+    stats.max_output += generator.uniform(1, 2, shape)
+    stats.max_output[0, 0] = 100.0
+    return stats

@@ -1,0 +1,128 @@
+"""The memory bill, worked out by hand for small shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinyCheckpoint, make_tiny_checkpoint
+
+from edge_moe.budget import (
+    GGUF_RUNTIME_BYTES,
+    dense_bytes,
+    describe_terms,
+    llama_compute_bytes,
+    memory_terms,
+    minimum_budget_bytes,
+    non_expert_bytes,
+    workspace_bytes,
+)
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.plan import Device, MemoryTerm, Target
+from edge_moe.spec import ModelSpec
+
+
+def small_spec(**changes: Any) -> ModelSpec:
+    """3 layers, 4 experts of 64 x 32, 2 heads with one KV head of width 8."""
+    config: dict[str, Any] = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "hidden_size": 64,
+        "moe_intermediate_size": 32,
+        "vocab_size": 100,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 1000,
+        "dtype": "bfloat16",
+    }
+    return ModelSpec.from_config(config | changes)
+
+
+def terms(
+    target: Target = "native", device: Device = "cpu", **changes: Any
+) -> dict[str, MemoryTerm]:
+    arguments: dict[str, Any] = {
+        "forms": [["bf16", "drop", "q8_0", "q4_0"]] * 3,
+        "dense_bytes": 5000,
+        "context_tokens": 10,
+        "runtime_bytes": 77,
+        "runtime_source": "measured",
+    }
+    bill = memory_terms(small_spec(), target=target, device=device, **(arguments | changes))
+    return {term.name: term for term in bill}
+
+
+def test_the_terms_have_their_names_in_order() -> None:
+    assert list(terms()) == ["dense weights", "experts", "KV cache", "workspace", "runtime"]
+
+
+def test_experts_by_hand() -> None:
+    weights = 3 * 64 * 32
+    per_layer = weights * 2 + weights // 32 * 34 + weights // 32 * 18
+    assert terms()["experts"].num_bytes == 3 * per_layer
+    assert terms(forms=[])["experts"].num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "itemsize_bytes"),
+    [("native", "cpu", 4), ("native", "cuda", 2), ("gguf", "cpu", 2), ("hf", "cpu", 2)],
+)
+def test_kv_cache_by_hand(target: Target, device: Device, itemsize_bytes: int) -> None:
+    keys_and_values = 8 + 8
+    expected = 10 * 3 * keys_and_values * itemsize_bytes
+    assert terms(target, device)["KV cache"].num_bytes == expected
+
+
+def test_runtime_is_measured_natively_and_assumed_for_llama() -> None:
+    assert terms()["runtime"] == MemoryTerm(name="runtime", num_bytes=77, source="measured")
+    assumed = terms("gguf")["runtime"]
+    assert (assumed.num_bytes, assumed.source) == (GGUF_RUNTIME_BYTES, "assumed")
+
+
+def test_workspace_by_hand() -> None:
+    # 10 tokens: hidden states 5 x 64, queries 64, keys 8, values 8, expert 3 x 32, router 4,
+    # scores 2 heads x 10 positions
+    per_token = 5 * 64 + 64 + 8 + 8 + 3 * 32 + 4 + 2 * 10
+    expected = 4 * (3 * 64 * 32 + 10 * per_token + 100)
+    assert workspace_bytes(small_spec(), 10, "cpu") == expected
+    long = workspace_bytes(small_spec(), 900, "cpu")
+    assert long == 4 * (3 * 64 * 32 + 256 * (per_token - 2 * 10 + 2 * 900) + 100)
+
+
+def test_llama_compute_buffer_is_the_larger_moment() -> None:
+    assert llama_compute_bytes(small_spec(), 10) == 4 * 10 * (3 * 64 + 2 * 10)  # attention
+    assert llama_compute_bytes(small_spec(vocab_size=9000), 600) == 4 * 512 * (9000 + 64)
+
+
+def test_dense_bytes_counts_every_other_weight_once(tiny_checkpoint: TinyCheckpoint) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe"))
+    embeddings = 2 * 320 * 64
+    attention = 64 * 4 * 32 * 2 + 2 * 64 * 2 * 32
+    norms = 2 * 64 + 2 * 32
+    router = 8 * 64
+    vectors = 2 * norms + 64
+    weights = embeddings + 2 * (attention + router) + vectors
+    assert dense_bytes(checkpoint, "cpu", "native") == 4 * weights
+    assert dense_bytes(checkpoint, "cuda", "native") == 2 * weights
+    assert dense_bytes(checkpoint, "cpu", "hf") == 2 * weights
+    assert dense_bytes(checkpoint, "cpu", "gguf") == 2 * weights + 2 * (vectors + 2 * router)
+
+
+def test_a_tied_head_is_counted_once(tmp_path: Path, tiny_checkpoint: TinyCheckpoint) -> None:
+    tied = make_tiny_checkpoint(tmp_path / "tied", "qwen3_moe", tie_word_embeddings=True)
+    untied = Checkpoint(tiny_checkpoint("qwen3_moe"))
+    difference = dense_bytes(untied, "cuda", "native") - dense_bytes(
+        Checkpoint(tied), "cuda", "native"
+    )
+    assert difference == 2 * 320 * 64
+
+
+def test_minimum_budget_adds_the_cheapest_experts() -> None:
+    bill = list(terms().values())
+    assert non_expert_bytes(bill) == sum(t.num_bytes for t in bill) - terms()["experts"].num_bytes
+    assert minimum_budget_bytes(bill, 123) == non_expert_bytes(bill) + 123
+    assert describe_terms(bill[:1]) == "dense weights 5.00 kB"

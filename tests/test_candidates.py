@@ -1,0 +1,91 @@
+"""Which forms are on offer, and the sentences about those that are not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from edge_moe.candidates import candidate_forms, find_candidates
+from edge_moe.errors import TargetError
+from edge_moe.spec import ModelSpec
+
+
+def spec(
+    model_type: str = "qwen3_moe", hidden: int = 256, width: int = 256, dtype: str = "bfloat16"
+) -> ModelSpec:
+    config = {
+        "model_type": model_type,
+        "num_hidden_layers": 2,
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "hidden_size": hidden,
+        "moe_intermediate_size": width,
+        "intermediate_size": width,
+        "vocab_size": 100,
+        "num_attention_heads": 2,
+        "norm_topk_prob": model_type != "olmoe",
+        "dtype": dtype,
+    }
+    return ModelSpec.from_config(config)
+
+
+def test_one_form_per_class_of_bits() -> None:
+    wide = find_candidates(spec(), "native")
+    assert wide.forms == ("drop", "tq1_0", "q2_k", "q3_k", "q4_k", "q8_0", "bf16")
+    assert wide.limits == ()
+
+
+def test_rows_that_are_no_multiple_of_256() -> None:
+    found = find_candidates(spec(hidden=64, width=64), "native")
+    assert found.forms == ("drop", "q2_0", "q4_0", "q8_0", "bf16")
+    assert "q3_k packs rows of 256; expert rows are 64 and 64: not offered." in found.limits
+    assert "q2_k packs rows of 256; expert rows are 64 and 64: 2-bit is stored as q2_0." in (
+        found.limits
+    )
+    assert len(found.limits) == 4
+
+
+@pytest.mark.parametrize("widths", [(256, 96), (96, 256)])
+def test_both_rows_must_fit(widths: tuple[int, int]) -> None:
+    assert candidate_forms(spec("qwen3_moe", *widths), "native") == ("drop", "q4_0", "q8_0", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "native", "hf"),
+    [("bfloat16", "bf16", "bf16"), ("float16", "f16", "f16"), ("float32", "f16", "f32")],
+)
+def test_the_widest_form(dtype: str, native: str, hf: str) -> None:
+    assert candidate_forms(spec(dtype=dtype), "native")[-1] == native
+    assert candidate_forms(spec(dtype=dtype), "hf") == ("drop", hf)
+
+
+def test_gguf_says_where_ternary_runs() -> None:
+    on_cpu = find_candidates(spec(), "gguf", "cpu")
+    assert "tq1_0" in on_cpu.forms
+    assert any("no CUDA kernel for TQ1_0/TQ2_0: runs on CPU" in line for line in on_cpu.limits)
+    on_cuda = find_candidates(spec(), "gguf", "cuda")
+    assert "tq1_0" not in on_cuda.forms
+    assert any("ternary is not offered" in line for line in on_cuda.limits)
+
+
+def test_gguf_refuses_families_it_cannot_hold() -> None:
+    assert candidate_forms(spec("olmoe"), "gguf")[0] == "drop"
+    for model_type in ("mixtral", "deepseek_v3", "qwen2_moe"):
+        with pytest.raises(TargetError, match=model_type):
+            candidate_forms(spec(model_type), "gguf")
+
+
+def test_gguf_refuses_a_router_that_llama_would_change() -> None:
+    known = spec()
+    other = replace(known, router=replace(known.router, renormalises=False))
+    with pytest.raises(TargetError, match="norm_topk_prob=True, this checkpoint has False"):
+        candidate_forms(other, "gguf")
+
+
+def test_onnx_offers_three_widths_and_says_it_is_not_written_yet() -> None:
+    found = find_candidates(spec(), "onnx")
+    assert found.forms == ("drop", "q4_k", "q8_0", "bf16")
+    assert any("cannot write ONNX yet" in line for line in found.limits)
