@@ -113,8 +113,9 @@ def explain(error: Exception) -> tuple[str, int]:
         filename = getattr(error, "filename", None)
         place = f" for {filename}" if filename else ""
         return f"no space left on the disk{place}: free some space and start again", EXIT_USAGE
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return _explain_missing_module(error.name), EXIT_USAGE
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and missing.split(".")[0] != edge_moe.__name__:
+        return _explain_missing_module(missing), EXIT_USAGE
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{place}: check the path and its permissions", EXIT_USAGE

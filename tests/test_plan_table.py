@@ -70,7 +70,7 @@ def test_page_says_what_a_person_needs() -> None:
     text = printed(small_plan())
     assert "FITS 1.00 kB with 200 B to spare: /models/tiny [v2] for code" in text
     assert "6 experts: 1 dropped, 3 q4_0 (4-bit of 40 B)" in text
-    assert "1 protected as super experts" in text
+    assert "1 protected as super experts" in " ".join(text.split())
     assert "<- this plan" in text
     assert "limit: one count for all layers [really]" in text  # brackets are not markup
     assert "warning: little evidence" in text

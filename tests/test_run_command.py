@@ -8,30 +8,17 @@ from typing import Any, cast
 import pytest
 
 from edge_moe.commands import chat as chat_module
-from edge_moe.commands.generation import Answer, Sampling, answer, as_prompt, ignore
+from edge_moe.commands.generation import Sampling, answer, as_prompt, ignore
 from edge_moe.errors import InputError
 
 GREEDY = Sampling(max_new_tokens=4, temperature=0.0, top_p=1.0, seed=0, stop=())
 
 
-class WordTokenizer:
-    """One token per word."""
-
-    def __init__(self, chat_template: str | None = None) -> None:
-        self.chat_template = chat_template
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(range(len(text.split())))
-
-    def apply_chat_template(self, messages: Any, add_generation_prompt: bool) -> dict[str, Any]:
-        return {"input_ids": self.encode(" ".join(message["content"] for message in messages))}
-
-
 class EchoSession:
     """Says the same words whatever it is asked; remembers what it was asked."""
 
-    def __init__(self, words: list[str], chat_template: str | None = None) -> None:
-        self.tokenizer = WordTokenizer(chat_template)
+    def __init__(self, words: list[str], has_chat_template: bool = False) -> None:
+        self.has_chat_template = has_chat_template
         self.words = words
         self.prompts: list[Any] = []
 
@@ -43,30 +30,22 @@ class EchoSession:
             yield word + " "
 
 
-def ask(session: EchoSession, prompt: Any, show: Any = ignore) -> Answer:
+def ask(session: EchoSession, prompt: Any, show: Any = ignore) -> tuple[str, bool]:
     return answer(cast(Any, session), prompt, GREEDY, show)
 
 
-def test_answer_counts_tokens_and_streams() -> None:
+def test_answer_streams() -> None:
     shown: list[str] = []
-    found = ask(EchoSession(["one", "two", "three"]), "say it now", shown.append)
-    assert shown == ["one ", "two ", "three "]
-    assert (found.text, found.prompt_tokens, found.generated_tokens) == ("one two three ", 3, 3)
-    assert found.tokens_per_second > 0 and not found.was_interrupted
+    assert ask(EchoSession(["one", "two"]), "say it", shown.append) == ("one two ", False)
+    assert shown == ["one ", "two "]
 
 
 def test_interrupted_answer_keeps_what_there_was() -> None:
-    found = ask(EchoSession(["one", "^C", "three"]), "go")
-    assert found.was_interrupted and found.text == "one "
-
-
-def test_empty_answer_has_no_speed() -> None:
-    found = ask(EchoSession([]), "go")
-    assert (found.generated_tokens, found.tokens_per_second, found.decode_seconds) == (0, 0.0, 0.0)
+    assert ask(EchoSession(["one", "^C", "three"]), "go") == ("one ", True)
 
 
 def test_chat_template_is_used_unless_raw() -> None:
-    session = cast(Any, EchoSession([], chat_template="{{ messages }}"))
+    session = cast(Any, EchoSession([], has_chat_template=True))
     assert as_prompt(session, "hi", is_raw=False) == [{"role": "user", "content": "hi"}]
     assert as_prompt(session, "hi", is_raw=True) == "hi"
     assert as_prompt(cast(Any, EchoSession([])), "hi", is_raw=False) == "hi"
@@ -88,7 +67,7 @@ def chat(session: EchoSession, lines: list[str], monkeypatch: pytest.MonkeyPatch
 def test_chat_remembers_the_conversation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = EchoSession(["fine"], chat_template="{{ messages }}")
+    session = EchoSession(["fine"], has_chat_template=True)
     chat(session, ["hello", "", "and now"], monkeypatch)
     assert [len(prompt) for prompt in session.prompts] == [1, 3]
     assert [message["role"] for message in session.prompts[1]] == ["user", "assistant", "user"]

@@ -27,11 +27,11 @@ def chat(session: Session, sampling: Sampling, *, is_raw: bool) -> None:
         if isinstance(prompt, list):
             messages += prompt
             prompt = messages
-        found = answer(session, prompt, sampling, show)
+        text, _ = answer(session, prompt, sampling, show)
         print(flush=True)
-        messages.append({"role": "assistant", "content": found.text})
+        messages.append({"role": "assistant", "content": text})
         if is_terminal:
-            stderr().print(f"{found.tokens_per_second:.1f} tokens/s", style="dim")
+            stderr().print(f"{session.timing.tokens_per_second:.1f} tokens/s", style="dim")
 
 
 def show(piece: str) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edge_moe.errors import InputError
 from edge_moe.units import format_bytes
@@ -46,98 +45,71 @@ class Sampling:
             raise InputError("--stop is empty: give the text to stop at")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What was generated, and how long it took."""
-
-    text: str
-    prompt_tokens: int
-    generated_tokens: int
-    prefill_seconds: float
-    """Until the first token."""
-    decode_seconds: float
-    """From the first token to the last."""
-    was_interrupted: bool
-    """By Ctrl-C; the text is what there was."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed; the first token belongs to the prefill."""
-        if self.generated_tokens < 2 or self.decode_seconds <= 0:
-            return 0.0
-        return (self.generated_tokens - 1) / self.decode_seconds
-
-
 def as_prompt(session: Session, text: str, is_raw: bool) -> Prompt:
     """`text` as a chat message where the model has a chat template, else as it is."""
-    if is_raw or not getattr(session.tokenizer, "chat_template", None):
+    if is_raw or not session.has_chat_template:
         return text
     return [{"role": "user", "content": text}]
 
 
 def answer(
     session: Session, prompt: Prompt, sampling: Sampling, show: Callable[[str], None]
-) -> Answer:
-    """Generate, handing every piece to `show` as it comes. Ctrl-C ends the answer early."""
-    started = time.perf_counter()
-    first = 0.0
+) -> tuple[str, bool]:
+    """(text, whether Ctrl-C ended it early); every piece goes to `show` as it comes.
+
+    `session.timing` says afterwards how many tokens it was and how long it took.
+    """
     pieces: list[str] = []
-    was_interrupted = False
     try:
         for piece in session.generate(prompt, **dataclasses.asdict(sampling)):
-            first = first or time.perf_counter()
             pieces.append(piece)
             show(piece)
     except KeyboardInterrupt:
-        was_interrupted = True
-    ended = time.perf_counter()
-    text = "".join(pieces)
-    return Answer(
-        text=text,
-        prompt_tokens=_count_prompt(session.tokenizer, prompt),
-        generated_tokens=len(session.tokenizer.encode(text, add_special_tokens=False)),
-        prefill_seconds=(first or ended) - started,
-        decode_seconds=ended - first if first else 0.0,
-        was_interrupted=was_interrupted,
-    )
+        return "".join(pieces), True
+    return "".join(pieces), False
 
 
 def ignore(piece: str) -> None:
     """Show nothing."""
 
 
-def _count_prompt(tokenizer: Any, prompt: Prompt) -> int:
-    if isinstance(prompt, str):
-        return len(tokenizer.encode(prompt))
-    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
-
-
 def measure(
-    session: Session, model: Path, found: Answer, load_seconds: float, seed: int
+    session: Session, model: Path, text: str, *, budget_bytes: int | None, seed: int | None
 ) -> RunMeasurement:
     """The run as a record: what the memory was planned to hold, what was used, how fast."""
     from edge_moe.measurement import Provenance, RunMeasurement
     from edge_moe.package import is_package
     from edge_moe.runtime.memory import peak_memory_bytes
 
+    timing = session.timing
     return RunMeasurement(
-        provenance=Provenance.here(seed=seed),
+        provenance=Provenance.here(seed=seed, accelerator=_accelerator(session)),
         model=str(model),
         model_kind="package" if is_package(model) else "checkpoint",
-        device=session.device,
-        budget_bytes=session.budget_bytes,
+        device=session.device.type,
+        budget_bytes=budget_bytes,
         context_tokens=session.context_tokens,
         terms=session.memory(),
-        peak_memory_bytes=peak_memory_bytes(),
-        prompt_tokens=found.prompt_tokens,
-        generated_tokens=found.generated_tokens,
-        load_seconds=load_seconds,
-        prefill_seconds=found.prefill_seconds,
-        decode_seconds=found.decode_seconds,
-        tokens_per_second=found.tokens_per_second,
+        measured_terms=session.measured_terms,
+        peak_memory_bytes=peak_memory_bytes(session.device.type),
+        prompt_tokens=timing.prompt_tokens,
+        generated_tokens=timing.generated_tokens,
+        load_seconds=session.load_seconds,
+        prefill_seconds=timing.prefill_seconds,
+        decode_seconds=timing.decode_seconds,
+        tokens_per_second=timing.tokens_per_second,
         paging=_paging(session),
-        text=found.text,
+        text=text,
     )
+
+
+def _accelerator(session: Session) -> str:
+    """Name of the GPU in use, or empty."""
+    if session.device.type != "cuda":
+        return ""
+    import torch
+
+    return str(torch.cuda.get_device_name(session.device))
 
 
 def _paging(session: Session) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -94,7 +93,6 @@ def run_command(
         )
     from edge_moe.runtime.session import Session
 
-    started = time.perf_counter()
     with Session.open(
         path,
         budget_bytes=budget,
@@ -104,16 +102,21 @@ def run_command(
         prefetch=prefetch,
         ram_bytes=ram,
     ) as session:
-        load_seconds = time.perf_counter() - started
+        for warning in session.warnings:
+            stderr().print(f"warning: {warning}", style="yellow")
         if prompt is None:
             chat(session, sampling, is_raw=raw)
             return
-        found = answer(session, as_prompt(session, prompt, raw), sampling, ignore if json else show)
-        measured = measure(session, path, found, load_seconds, seed)
+        show_piece = ignore if json else show
+        text, was_interrupted = answer(
+            session, as_prompt(session, prompt, raw), sampling, show_piece
+        )
+        used_seed = seed if temperature > 0 else None
+        measured = measure(session, path, text, budget_bytes=budget, seed=used_seed)
     _print(measured, json)
     if record:
         stderr().print(f"recorded {measured.save(path)}")
-    if found.was_interrupted:
+    if was_interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
@@ -123,4 +126,4 @@ def _print(measured: RunMeasurement, is_json: bool) -> None:
         return
     print(flush=True)
     for line in statistics_lines(measured):
-        stderr().print(line, style="dim", markup=False)
+        stderr().print(line, style="dim")

@@ -1,0 +1,74 @@
+"""GGUF files are inspected from their header alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_moe.cli import run
+from edge_moe.errors import CheckpointError
+from edge_moe.inspect_gguf import GgufInspection, inspect_gguf
+
+gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
+
+
+def write_gguf(path: Path, num_experts: int | None) -> Path:
+    """One layer: q8_0 experts [E, 32, 64], a float32 norm [64]."""
+    writer = gguf.GGUFWriter(str(path), "qwen3moe")
+    writer.add_name("tiny")
+    writer.add_block_count(1)
+    writer.add_context_length(512)
+    if num_experts:
+        writer.add_expert_count(num_experts)
+        writer.add_expert_used_count(2)
+    blocks = np.zeros((num_experts or 1, 32, 64), np.float32)
+    packed = gguf.quants.quantize(blocks, gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_up_exps.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_bytes_and_counts(tmp_path: Path) -> None:
+    found = inspect_gguf(write_gguf(tmp_path / "tiny.gguf", num_experts=4))
+    assert (found.architecture, found.name, found.num_layers) == ("qwen3moe", "tiny", 1)
+    assert (found.num_experts, found.top_k, found.num_shared_experts) == (4, 2, None)
+    expert_bytes = 4 * 32 * 64 // 32 * 34
+    assert {share.name: share.num_bytes for share in found.types} == {
+        "Q8_0": expert_bytes,
+        "F32": 64 * 4,
+    }
+    assert found.components[0].name == "routed experts"
+    assert found.total_parameters == 4 * 32 * 64 + 64
+    assert found.tensor_bytes == expert_bytes + 256
+    assert found.file_bytes == (tmp_path / "tiny.gguf").stat().st_size
+
+
+def test_command_prints_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_gguf(tmp_path / "tiny.gguf", num_experts=4))
+    assert run(["inspect", path, "--json"]) == 0
+    assert GgufInspection.model_validate_json(capsys.readouterr().out).num_experts == 4
+    assert run(["inspect", path]) == 0
+    assert "4 per layer, top-2" in capsys.readouterr().out
+
+
+def test_a_dense_model_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(write_gguf(tmp_path / "dense.gguf", num_experts=None))]) == 0
+    assert "not a mixture of experts" in capsys.readouterr().out
+
+
+def test_truncated_file_is_one_error(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", num_experts=4)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="tiny.gguf: .* again"):
+        inspect_gguf(path)
+
+
+def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(tmp_path / "none.gguf")]) == 2
+    assert "does not exist" in capsys.readouterr().err
