@@ -46,7 +46,8 @@ def _relative_error(name: str, weights: FloatArray) -> float:
 
 def _unpacked(name: str, block: list[int]) -> FloatArray:
     form = get_form(name)
-    return form.unpack(np.array([block], dtype=np.uint8), form.block_size)[0]
+    weights: FloatArray = form.unpack(np.array([block], dtype=np.uint8), form.block_size)[0]
+    return weights
 
 
 def test_q4_0_block_by_hand() -> None:
