@@ -1,7 +1,7 @@
 """Write a native package, laid out as `edge_moe.package` says.
 
 One experts file per MoE layer, so that a killed build resumes at the last complete layer. Peak
-memory: one expert in float32 plus its packed bytes, or one 8 MiB chunk where bytes are copied.
+memory: `packing.packing_peak_bytes`, or one 8 MiB chunk where bytes are copied.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from functools import cached_property
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.model_card import model_card, size_rows
+from edge_moe.converters.packing import expert_records
 from edge_moe.converters.progress import Advance, byte_progress
 from edge_moe.converters.safetensors_writer import TensorEntry, file_bytes, header, safetensors_file
 from edge_moe.converters.sidecar import CARD_NAME, copy_sidecar, sidecar_bytes
-from edge_moe.converters.slicing import DTYPE_OF_FORM, SlicedTensor, data_bytes, dense_tensors
-from edge_moe.converters.source_bytes import read_all
+from edge_moe.converters.slicing import SlicedTensor, data_bytes, dense_tensors
 from edge_moe.converters.staging import BuildFolder
 from edge_moe.files import require_free_disk, write_text
-from edge_moe.formats import expert_bytes, pack_expert
+from edge_moe.formats import expert_bytes
 from edge_moe.package import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -148,8 +148,9 @@ def _write_layer(
     records = []
     offset = len(header(layer.entries, RECORD_ALIGNMENT_BYTES))
     with safetensors_file(work.path / layer.name, layer.entries, RECORD_ALIGNMENT_BYTES) as writer:
-        for entry, record in zip(layer.entries, layer.records, strict=True):
-            chunks = packed_chunks(checkpoint, layer.layer_id, record.expert_id, record.form)
+        experts = [(record.expert_id, record.form) for record in layer.records]
+        packed = expert_records(checkpoint, layer.layer_id, experts)
+        for entry, record, chunks in zip(layer.entries, layer.records, packed, strict=True):
             summed = _Checksummed(chunks)
             writer.write(entry.name, summed.padded_to(entry.num_bytes))
             records.append(
@@ -167,20 +168,6 @@ def _write_layer(
     result = LayerRecords(layer_id=layer.layer_id, experts=records)
     work.add(layer.name, result.model_dump())
     return result
-
-
-def packed_chunks(
-    checkpoint: Checkpoint, layer_id: int, expert_id: int, form: str
-) -> Iterable[bytes]:
-    """The record of one expert: its stored bytes where `form` is their dtype, else packed.
-
-    Raises:
-        CheckpointError: NaN, infinity, or a file that ends early.
-    """
-    ranges = checkpoint.expert_ranges(layer_id, expert_id)
-    if all(info.dtype == DTYPE_OF_FORM.get(form) for info in ranges):
-        return read_all(ranges)
-    return iter([pack_expert(form, *checkpoint.expert(layer_id, expert_id)).tobytes()])
 
 
 class _Checksummed:

@@ -1,6 +1,7 @@
 """The native artefact on disk: a folder that holds a shrunken model, checked before it is used.
 
     config.json, tokenizer files, ...   byte for byte those of the source checkpoint
+    README.md                           a model card
     plan.json                           the plan it was built from
     edge_moe.json                       PackageManifest; written last, marks the folder complete
     resident.safetensors                dense tensors in their source dtype, router rows sliced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -12,7 +13,9 @@ import sys
 import textwrap
 import tracemalloc
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +24,9 @@ from hand_plan import fused_copy, hand_plan, random_forms, tree, uniform_forms
 from safetensors import safe_open
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters import export_native
+from edge_moe.converters import export_native, packing
 from edge_moe.converters.build import build
+from edge_moe.converters.packing import num_workers, packing_peak_bytes
 from edge_moe.converters.safetensors_writer import TensorEntry, safetensors_file
 from edge_moe.errors import InputError
 from edge_moe.formats import pack_expert
@@ -153,17 +157,17 @@ def _killed_build(plan: Plan, output: Path, num_experts: int) -> None:
     script = textwrap.dedent(f"""
         import os, signal
         from pathlib import Path
-        from edge_moe.converters import export_native
+        from edge_moe.converters import packing
         from edge_moe.converters.build import build
         from edge_moe.plan import Plan
 
-        real, calls = export_native.packed_chunks, []
-        def packed_chunks(*arguments):
+        real, calls = packing.is_stored_as, []
+        def is_stored_as(*arguments):
             calls.append(arguments)
             if len(calls) > {num_experts}:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*arguments)
-        export_native.packed_chunks = packed_chunks
+        packing.is_stored_as = is_stored_as
         plan = Plan.load(Path({str(output.parent / "plan.json")!r}))
         build(plan, Path({str(output)!r}), model=Path(plan.model))
     """)
@@ -185,15 +189,17 @@ def test_killed_build_resumes_to_the_same_bytes(
     assert not output.exists()
     assert not is_package(tmp_path / "killed" / ".out.building" / "output")
     asked: list[int] = []
-    real = export_native.packed_chunks
+    real = packing.expert_records
 
-    def counted(checkpoint: Checkpoint, layer_id: int, expert_id: int, form: str) -> object:
+    def counted(
+        checkpoint: Checkpoint, layer_id: int, experts: Sequence[tuple[int, str]]
+    ) -> Iterator[Iterable[bytes]]:
         asked.append(layer_id)
-        return real(checkpoint, layer_id, expert_id, form)
+        return real(checkpoint, layer_id, experts)
 
-    monkeypatch.setattr(export_native, "packed_chunks", counted)
+    monkeypatch.setattr(export_native, "expert_records", counted)
     assert tree(build(plan, output, model=checkpoint.folder)) == expected
-    assert set(asked) == {plan.moe_layer_ids[1]}
+    assert asked == [plan.moe_layer_ids[1]]
     assert sorted(path.name for path in output.parent.iterdir()) == ["out", "plan.json"]
 
 
@@ -252,21 +258,35 @@ def test_gguf_lies_beside_its_plan(demo_model: Path, tmp_path: Path) -> None:
     assert Plan.load(output / "plan.json") == plan
 
 
-def test_memory_is_one_expert(tmp_path: Path) -> None:
-    """Packing takes one expert in float32 and transient copies of one matrix, not a layer."""
-    folder = make_tiny_checkpoint(
-        tmp_path / "source", "qwen3_moe", num_experts=16, moe_intermediate_size=1024,
-        hidden_size=256,
-    )  # fmt: skip
+@pytest.mark.parametrize("cores", [1, 4])
+def test_memory_is_one_expert_per_core(
+    cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "usable_cores", lambda: cores)
+    sizes: dict[str, Any] = {"num_experts": 32, "moe_intermediate_size": 1024, "hidden_size": 256}
+    folder = make_tiny_checkpoint(tmp_path / "source", "qwen3_moe", num_hidden_layers=1, **sizes)
     checkpoint = Checkpoint(folder)
-    expert_float_bytes = checkpoint.spec.expert_weights * 4
-    layer_bytes = 16 * checkpoint.spec.expert_weights * 2
-    plan = hand_plan(checkpoint, [["q8_0"] * 16] * 2)
+    plan = hand_plan(checkpoint, [["q8_0"] * 32])
+    build(plan, tmp_path / "first", model=folder)  # loads modules
     tracemalloc.start()
     build(plan, tmp_path / "out", model=folder)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak_bytes < 3 * expert_float_bytes < layer_bytes / 2
+    assert peak_bytes < packing_peak_bytes(checkpoint.spec) + 10**6
+    assert (
+        tree(tmp_path / "first")["experts-00001.safetensors"]
+        == (tmp_path / "out" / "experts-00001.safetensors").read_bytes()
+    )
+
+
+def test_large_experts_are_packed_one_at_a_time(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "usable_cores", lambda: 64)
+    spec = Checkpoint(tiny_checkpoint("mixtral")).spec
+    assert num_workers(spec) == 64
+    large = dataclasses.replace(spec, hidden_size=4096, expert_width=14336)
+    assert num_workers(large) == 1
 
 
 def _memory_cgroup(limit_bytes: int) -> Path:

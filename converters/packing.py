@@ -1,0 +1,70 @@
+"""Expert records in order: copied from the checkpoint, or packed ahead on every core."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.converters.slicing import DTYPE_OF_FORM
+from edge_moe.converters.source_bytes import read_all
+from edge_moe.formats import pack_expert
+from edge_moe.measurement import usable_cores
+from edge_moe.spec import ModelSpec
+
+PACK_BYTES_PER_WEIGHT = 10
+"""Peak memory of reading and packing one expert: float32, its source bytes, the packed ones."""
+PACK_AHEAD_BYTES = 2**30
+"""Experts are packed at the same time as long as they stay below this together."""
+
+
+def num_workers(spec: ModelSpec) -> int:
+    """Experts packed at the same time: one per core, fewer where experts are very large."""
+    fitting = PACK_AHEAD_BYTES // (PACK_BYTES_PER_WEIGHT * spec.expert_weights)
+    return max(1, min(usable_cores(), fitting))
+
+
+def packing_peak_bytes(spec: ModelSpec) -> int:
+    """Most memory that packing takes, whatever the number of experts or layers."""
+    return num_workers(spec) * PACK_BYTES_PER_WEIGHT * spec.expert_weights
+
+
+def expert_records(
+    checkpoint: Checkpoint, layer_id: int, experts: Sequence[tuple[int, str]]
+) -> Iterator[Iterable[bytes]]:
+    """The record of every (expert_id, form) in order, each as chunks of bytes.
+
+    Memory: `packing_peak_bytes`, or one chunk for an expert that is copied. numpy lets go of the
+    interpreter's lock while it computes, so threads are enough to keep the cores busy.
+
+    Raises:
+        CheckpointError: NaN, infinity, or a file that ends early.
+    """
+    workers = num_workers(checkpoint.spec)
+    waiting: deque[Iterable[bytes] | Future[bytes]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for expert_id, form in experts:
+            if len(waiting) == workers:
+                yield _chunks(waiting.popleft())
+            ranges = checkpoint.expert_ranges(layer_id, expert_id)
+            if is_stored_as(form, ranges):
+                waiting.append(read_all(ranges))
+            else:
+                waiting.append(pool.submit(packed_record, checkpoint, layer_id, expert_id, form))
+        while waiting:
+            yield _chunks(waiting.popleft())
+
+
+def packed_record(checkpoint: Checkpoint, layer_id: int, expert_id: int, form: str) -> bytes:
+    """One expert, read and packed."""
+    return pack_expert(form, *checkpoint.expert(layer_id, expert_id)).tobytes()
+
+
+def is_stored_as(form: str, ranges: Iterable[TensorInfo]) -> bool:
+    """Whether the stored bytes are those of `form` already."""
+    return all(info.dtype == DTYPE_OF_FORM.get(form) for info in ranges)
+
+
+def _chunks(record: Iterable[bytes] | Future[bytes]) -> Iterable[bytes]:
+    return [record.result()] if isinstance(record, Future) else record
