@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from conftest import FAMILY_NAMES, TinyCheckpoint
@@ -19,7 +21,7 @@ def test_experts_equal_those_of_transformers(family: str, tiny_checkpoint: TinyC
     spec = checkpoint.spec
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     layer_id = spec.moe_layer_ids[-1]
-    experts = model.get_submodule(spec.moe_module(layer_id)).experts
+    experts: Any = model.get_submodule(spec.moe_module(layer_id)).experts
     for expert_id in (0, spec.num_experts - 1):
         gate, up, down = checkpoint.expert(layer_id, expert_id)
         stacked = experts.gate_up_proj[expert_id].detach().numpy()

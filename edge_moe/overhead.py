@@ -1,0 +1,98 @@
+"""What a process takes before any weights: measured once per machine, architecture and versions.
+
+The probe runs in its own processes, so that this module needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from edge_moe import __version__
+from edge_moe.files import write_text
+from edge_moe.plan import Device, Source
+
+ASSUMED_BYTES = {"cpu": 480_000_000, "cuda": 600_000_000}
+"""Where the runtime cannot be started here: a process measured on Linux with torch 2.13."""
+_PROBE = "edge_moe.runtime.overhead"
+_PROBE_SECONDS = 300
+
+
+def runtime_overhead(model_type: str, device: Device) -> tuple[int, Source]:
+    """(bytes, `measured` or `assumed`) of a running process without the model's own memory."""
+    key = _key(model_type, device)
+    known = _read_cache().get(key)
+    if isinstance(known, int) and known > 0:
+        return known, "measured"
+    measured = _measure(model_type, device)
+    if measured is None:
+        return ASSUMED_BYTES[device], "assumed"
+    _write_cache({**_read_cache(), key: measured})
+    return measured, "measured"
+
+
+def cache_path() -> Path:
+    """File that remembers measurements; `XDG_CACHE_HOME` moves it."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "edge-moe" / "overhead.json"
+
+
+def _measure(model_type: str, device: Device) -> int | None:
+    """Run the probe: one process makes a minimal model, another runs it and reports its peak."""
+    with tempfile.TemporaryDirectory(prefix="edge-moe-probe-") as folder:
+        if _run([sys.executable, "-m", _PROBE, "make", folder, model_type]) is None:
+            return None
+        peaks = []
+        for _ in range(2):  # the larger of two: page-cache state moves a few MB
+            output = _run([sys.executable, "-m", _PROBE, "measure", folder, device])
+            if output is None:
+                return None
+            peaks.append(int(json.loads(output.splitlines()[-1])["overhead_bytes"]))
+        return max(peaks)
+
+
+def _run(command: list[str]) -> str | None:
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROBE_SECONDS, env=environment
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _key(model_type: str, device: Device) -> str:
+    parts = [__version__, model_type, device, platform.python_version(), sys.executable]
+    parts += [f"{name} {_installed(name)}" for name in ("torch", "transformers")]
+    parts.append(f"threads {os.environ.get('OMP_NUM_THREADS', 'default')}")
+    return " | ".join(parts)
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _read_cache() -> dict[str, object]:
+    try:
+        cached = json.loads(cache_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cached if isinstance(cached, dict) else {}
+
+
+def _write_cache(cached: dict[str, object]) -> None:
+    try:
+        cache_path().parent.mkdir(parents=True, exist_ok=True)
+        write_text(cache_path(), json.dumps(cached, indent=1) + "\n")
+    except OSError:
+        return  # a read-only home costs a new measurement next time, nothing else

@@ -1,0 +1,269 @@
+"""Which packed expert is in which slot: page in, pin, evict. Exact whatever the cache holds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
+from edge_moe.runtime.slots import SlotBuffers
+
+
+class State(Enum):
+    """Life of a slot's contents."""
+
+    LOADING = "loading"
+    RESIDENT = "resident"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class Entry:
+    """One expert that has a slot."""
+
+    record_bytes: int
+    slot: int
+    state: State
+    is_prefetched: bool
+    pins: int = 0
+    error: BaseException | None = None
+    ready: threading.Event = field(default_factory=threading.Event)
+
+
+class HostTier:
+    """Packed records in (pinned) RAM, between the disk and a GPU; LRU within `limit_bytes`."""
+
+    def __init__(self, limit_bytes: int, *, is_pinned: bool) -> None:
+        self._limit_bytes = limit_bytes
+        self._is_pinned = is_pinned
+        self._records: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+        self.num_bytes = 0
+
+    def get(self, key: Key) -> torch.Tensor | None:
+        """The record, marked as just used."""
+        with self._lock:
+            record = self._records.get(key)
+            if record is not None:
+                self._records.move_to_end(key)
+            return record
+
+    def put(self, key: Key, record: torch.Tensor) -> None:
+        """Keep a copy of `record` unless it alone exceeds the limit."""
+        with self._lock:
+            if key in self._records or record.numel() > self._limit_bytes:
+                return
+            while self.num_bytes + record.numel() > self._limit_bytes:
+                _, dropped = self._records.popitem(last=False)
+                self.num_bytes -= dropped.numel()
+            copy = torch.empty(record.numel(), dtype=torch.uint8, pin_memory=self._is_pinned)
+            self._records[key] = copy.copy_(record)
+            self.num_bytes += record.numel()
+
+
+class ExpertCache:
+    """Slots filled from an `ExpertStore`.
+
+    Contract: `acquire` returns the expert's bytes and pins them until `release`; a pinned or
+    loading slot is never evicted; `prefetch` never evicts a key in `keep`, never waits, and gives
+    up when no slot of the size is free to take. A failed read raises in `acquire` and leaves the
+    slot free. All bookkeeping happens under one lock, reads outside it.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        buffers: SlotBuffers,
+        policy: EvictionPolicy,
+        *,
+        host: HostTier | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._store = store
+        self._buffers = buffers
+        self._policy = policy
+        self._host = host
+        self._device = device or torch.device("cpu")
+        self._lock = threading.Condition()
+        self._entries: dict[Key, Entry] = {}
+        self._free = {size: list(range(count)) for size, count in buffers.counts.items()}
+        self.statistics = PagingStatistics()
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that the slots take on the device."""
+        return self._buffers.num_bytes
+
+    def acquire(self, key: Key) -> torch.Tensor:
+        """uint8 [record_bytes] of the packed expert, pinned; waits for a read if need be.
+
+        Raises:
+            PackageError, OSError: the expert could not be read.
+        """
+        with self._lock:
+            entry = self._entries.get(key)
+            is_mine = entry is None
+            while entry is None:
+                entry = self._reserve(key, is_prefetched=False, keep=frozenset())
+                if entry is None:  # every slot of this size is being filled: one will be ready soon
+                    self._lock.wait()
+            entry.pins += 1
+            self._count_use(key, entry, is_mine)
+        if is_mine:
+            self._load(key, entry, is_demand=True)
+        else:
+            self._wait(entry)
+        if entry.error is not None:
+            self.release(key)
+            raise entry.error
+        return self._buffers.view(entry.record_bytes, entry.slot)
+
+    def release(self, key: Key) -> None:
+        """Undo one `acquire`."""
+        with self._lock:
+            entry = self._entries[key]
+            entry.pins -= 1
+            if entry.state is State.FAILED and entry.pins == 0:
+                self._remove(key, entry)
+            self._lock.notify_all()
+
+    def is_resident(self, key: Key) -> bool:
+        """Whether `key` has a slot, loaded or loading."""
+        with self._lock:
+            return key in self._entries
+
+    def prefetch(self, key: Key, keep: frozenset[Key]) -> bool:
+        """Read `key` into a slot ahead of use; False when it has one or none can be freed."""
+        with self._lock:
+            if key in self._entries:
+                return False
+            entry = self._reserve(key, is_prefetched=True, keep=keep)
+            if entry is None:
+                return False
+            self.statistics.prefetch_issued_bytes += entry.record_bytes
+        self._load(key, entry, is_demand=False)
+        if entry.state is State.FAILED:
+            with self._lock:
+                if entry.pins == 0:
+                    self._remove(key, entry)
+                self._lock.notify_all()
+        return True
+
+    def fill(self) -> None:
+        """Load every expert for which there is a slot, in layer order: the state to start from."""
+        for key in self._store.keys():
+            with self._lock:
+                size = self._store.record(key).num_bytes
+                has_room = bool(self._free[size]) and key not in self._entries
+                entry = self._reserve(key, False, frozenset()) if has_room else None
+            if entry is None:
+                continue
+            self._load(key, entry, is_demand=False)
+            if entry.error is not None:
+                raise entry.error
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if a slot is held twice, lost, or pinned below zero."""
+        with self._lock:
+            for size, count in self._buffers.counts.items():
+                held = [item.slot for item in self._entries.values() if item.record_bytes == size]
+                every = sorted(held + self._free[size])
+                if every != list(range(count)):
+                    raise RuntimeError(f"slots of {size} bytes are inconsistent: {every}")
+            if any(entry.pins < 0 for entry in self._entries.values()):
+                raise RuntimeError("an expert was released more often than acquired")
+
+    # -- under the lock ---------------------------------------------------------------------------
+
+    def _reserve(self, key: Key, is_prefetched: bool, keep: frozenset[Key]) -> Entry | None:
+        size = self._store.record(key).num_bytes
+        if not self._free[size] and not self._evict_one(size, keep):
+            return None
+        entry = Entry(size, self._free[size].pop(), State.LOADING, is_prefetched)
+        self._entries[key] = entry
+        return entry
+
+    def _evict_one(self, size: int, keep: frozenset[Key]) -> bool:
+        candidates = [
+            key
+            for key, entry in self._entries.items()
+            if entry.record_bytes == size
+            and entry.pins == 0
+            and entry.state is State.RESIDENT
+            and key not in keep
+        ]
+        if not candidates:
+            return False
+        victim = self._policy.choose(candidates)
+        entry = self._entries[victim]
+        if entry.is_prefetched:  # the flag is cleared on first use
+            self.statistics.prefetch_wasted_bytes += entry.record_bytes
+        self.statistics.evictions += 1
+        self._policy.forget(victim)
+        self._remove(victim, entry)
+        return True
+
+    def _remove(self, key: Key, entry: Entry) -> None:
+        del self._entries[key]
+        self._free[entry.record_bytes].append(entry.slot)
+
+    def _count_use(self, key: Key, entry: Entry, is_miss: bool) -> None:
+        self._policy.use(key)
+        statistics = self.statistics
+        if is_miss:
+            statistics.misses += 1
+            return
+        statistics.hits += entry.state is State.RESIDENT
+        statistics.misses += entry.state is not State.RESIDENT
+        if entry.is_prefetched:
+            if entry.state is State.RESIDENT:
+                statistics.prefetch_useful_bytes += entry.record_bytes
+            else:
+                statistics.prefetch_late_bytes += entry.record_bytes
+            entry.is_prefetched = False
+
+    # -- outside the lock -------------------------------------------------------------------------
+
+    def _wait(self, entry: Entry) -> None:
+        if entry.ready.is_set():
+            return
+        start = time.perf_counter()
+        entry.ready.wait()
+        with self._lock:
+            self.statistics.stall_seconds += time.perf_counter() - start
+
+    def _load(self, key: Key, entry: Entry, *, is_demand: bool) -> None:
+        start = time.perf_counter()
+        try:
+            self._read(key, self._buffers.view(entry.record_bytes, entry.slot))
+            entry.state = State.RESIDENT
+        except BaseException as error:
+            entry.error, entry.state = error, State.FAILED
+        seconds = time.perf_counter() - start
+        with self._lock:
+            self.statistics.page_in_bytes += entry.record_bytes
+            self.statistics.page_in_seconds += seconds
+            self.statistics.stall_seconds += seconds if is_demand else 0.0
+            self._lock.notify_all()
+        entry.ready.set()
+
+    def _read(self, key: Key, slot: torch.Tensor) -> None:
+        kept = self._host.get(key) if self._host else None
+        if kept is not None:
+            self.statistics.host_hits += 1
+            slot.copy_(kept, non_blocking=False)
+            return
+        if self._device.type == "cpu":
+            self._store.read_into(key, memoryview(slot.numpy().data))
+            return
+        staging = torch.empty(slot.numel(), dtype=torch.uint8, pin_memory=True)
+        self._store.read_into(key, memoryview(staging.numpy().data))
+        slot.copy_(staging, non_blocking=False)
+        if self._host:
+            self._host.put(key, staging)

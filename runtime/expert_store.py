@@ -1,0 +1,182 @@
+"""The disk tier: where packed experts are read from, one record at a time.
+
+`PackageStore` reads a native package with O_DIRECT where the file system has it; `CheckpointStore`
+reads an ordinary checkpoint's byte ranges. Neither leaves its reads in the page cache.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import zlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.errors import PackageError
+from edge_moe.package import RECORD_ALIGNMENT_BYTES, ExpertRecord, Package
+from edge_moe.runtime.policy import Key
+
+_FORM_OF_DTYPE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+
+
+@dataclass(frozen=True)
+class RecordInfo:
+    """One packed expert: gate_proj, up_proj, down_proj one after the other."""
+
+    form: str
+    num_bytes: int
+
+
+class ExpertStore(ABC):
+    """Packed experts by (MoE layer index, router row). Thread-safe."""
+
+    kept: list[list[int]]
+    """Per MoE layer, ids of the kept experts in router row order."""
+
+    @abstractmethod
+    def record(self, key: Key) -> RecordInfo:
+        """Form and size of an expert."""
+
+    @abstractmethod
+    def read_into(self, key: Key, buffer: memoryview) -> None:
+        """Fill `buffer` (of the record's size) with the packed expert.
+
+        Raises:
+            PackageError: the bytes are not those that were written.
+            OSError: the file cannot be read.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files."""
+
+    def keys(self) -> list[Key]:
+        """Every kept expert, layer by layer."""
+        return [
+            (layer, row) for layer, experts in enumerate(self.kept) for row in range(len(experts))
+        ]
+
+
+class _Files:
+    """Open file descriptors and one aligned bounce buffer per thread."""
+
+    def __init__(self, *, is_aligned: bool) -> None:
+        self._is_aligned = is_aligned  # O_DIRECT reads only from multiples of 4096
+        self._descriptors: dict[Path, tuple[int, bool]] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def read(self, path: Path, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`, around the page cache where possible."""
+        descriptor, is_direct = self._open(path)
+        if is_direct:
+            self._read_direct(descriptor, path, offset, buffer)
+            return
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if count == 0:
+                raise PackageError(f"{path} ended early: it was truncated after it was opened")
+            done += count
+        os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+
+    def _read_direct(self, descriptor: int, path: Path, offset: int, buffer: memoryview) -> None:
+        padded = -len(buffer) % RECORD_ALIGNMENT_BYTES + len(buffer)
+        bounce = self._bounce(padded)
+        count = os.preadv(descriptor, [memoryview(bounce)[:padded]], offset)
+        if count < len(buffer):
+            raise PackageError(f"{path} ended early: it was truncated after it was opened")
+        buffer[:] = memoryview(bounce)[: len(buffer)]
+
+    def _bounce(self, num_bytes: int) -> mmap.mmap:
+        bounce: mmap.mmap | None = getattr(self._local, "bounce", None)
+        if bounce is None or len(bounce) < num_bytes:
+            bounce = self._local.bounce = mmap.mmap(-1, num_bytes)  # page aligned
+        return bounce
+
+    def _open(self, path: Path) -> tuple[int, bool]:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = _open(path, self._is_aligned)
+            return self._descriptors[path]
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor, _ in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+
+def _open(path: Path, is_aligned: bool) -> tuple[int, bool]:
+    """(descriptor, whether O_DIRECT was granted): some file systems refuse it."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if direct and is_aligned:
+        try:
+            return os.open(path, os.O_RDONLY | direct), True
+        except OSError:
+            pass
+    return os.open(path, os.O_RDONLY), False
+
+
+class PackageStore(ExpertStore):
+    """Experts of a native package. A record's checksum is verified the first time it is read."""
+
+    def __init__(self, package: Package) -> None:
+        self._package = package
+        self._files = _Files(is_aligned=True)
+        self._verified: set[Key] = set()
+        self.kept = [
+            [record.expert_id for record in layer.experts] for layer in package.manifest.layers
+        ]
+
+    def record(self, key: Key) -> RecordInfo:
+        record = self._record(key)
+        return RecordInfo(record.form, record.num_bytes)
+
+    def read_into(self, key: Key, buffer: memoryview) -> None:
+        record = self._record(key)
+        path = self._package.folder / record.file
+        self._files.read(path, record.offset, buffer)
+        if key in self._verified:
+            return
+        found = zlib.crc32(buffer)
+        if found != record.crc32:
+            layer_id = self._package.manifest.layers[key[0]].layer_id
+            raise PackageError(
+                f"{path}: layer {layer_id} expert {record.expert_id} is damaged "
+                f"(checksum {found:08x}, expected {record.crc32:08x}): build the package again"
+            )
+        self._verified.add(key)
+
+    def _record(self, key: Key) -> ExpertRecord:
+        return self._package.manifest.layers[key[0]].experts[key[1]]
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class CheckpointStore(ExpertStore):
+    """Experts of an ordinary checkpoint, in the dtype it has."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._files = _Files(is_aligned=False)
+        spec = checkpoint.spec
+        self._layer_ids = spec.moe_layer_ids
+        self.kept = [list(range(spec.num_experts)) for _ in spec.moe_layer_ids]
+
+    def record(self, key: Key) -> RecordInfo:
+        ranges = self._checkpoint.expert_ranges(self._layer_ids[key[0]], key[1])
+        return RecordInfo(_FORM_OF_DTYPE[ranges[0].dtype], sum(part.num_bytes for part in ranges))
+
+    def read_into(self, key: Key, buffer: memoryview) -> None:
+        start = 0
+        for part in self._checkpoint.expert_ranges(self._layer_ids[key[0]], key[1]):
+            self._files.read(part.path, part.offset, buffer[start : start + part.num_bytes])
+            start += part.num_bytes
+
+    def close(self) -> None:
+        self._files.close()

@@ -1,0 +1,184 @@
+"""Turning a prompt into text: prefill in chunks, decode token by token, stop in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from edge_moe.budget import PREFILL_CHUNK_TOKENS
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 takes the likeliest one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class Timing:
+    """What one generation took."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    stop_reason: str = ""
+    """`eos`, `stop`, `length`, `context` or `interrupted`."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens after the first, per second of decoding."""
+        decoded = max(0, self.generated_tokens - 1)
+        return decoded / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class Decoder:
+    """One sequence being generated: the model, its KV cache and where it stands."""
+
+    model: Any
+    device: torch.device
+    context_tokens: int
+    cache: Any = None
+    num_tokens: int = 0
+    timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+
+    @torch.inference_mode()
+    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:
+        """Feed tokens; float32 logits [1 or T, V] of the last or of every position."""
+        inputs = torch.tensor([list(token_ids)], device=self.device)
+        output = self.model(
+            input_ids=inputs,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=0 if keep_all else 1,
+        )
+        self.num_tokens += len(token_ids)
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Feed the prompt in chunks; logits [V] of its last position."""
+        start = time.perf_counter()
+        logits = torch.empty(0)
+        for chunk in chunks(token_ids):
+            logits = self.step(chunk)
+        self.timing.prompt_tokens = len(token_ids)
+        self.timing.prefill_seconds = time.perf_counter() - start
+        return logits[-1]
+
+    def tokens(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, eos: set[int]
+    ) -> Iterator[int]:
+        """New tokens one by one, without the end-of-text token."""
+        generator = torch.Generator().manual_seed(sampling.seed)
+        logits = self.prefill(prompt_ids)
+        start = time.perf_counter()
+        self.timing.stop_reason = "length"
+        for _ in range(max_new_tokens):
+            token = sample(logits, sampling, generator)
+            self.timing.generated_tokens += 1
+            self.timing.decode_seconds = time.perf_counter() - start
+            if token in eos:
+                self.timing.stop_reason = "eos"
+                return
+            yield token
+            if self.timing.generated_tokens == max_new_tokens:
+                return
+            if self.num_tokens >= self.context_tokens:
+                self.timing.stop_reason = "context"
+                return
+            logits = self.step([token])[-1]
+
+
+def chunks(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The prompt in pieces of at most `PREFILL_CHUNK_TOKENS`."""
+    for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
+        yield token_ids[start : start + PREFILL_CHUNK_TOKENS]
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw a token id from logits [V]; nucleus sampling when top_p < 1 (Holtzman et al. 2019)."""
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits.cpu() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first is always inside
+        probabilities[order[outside]] = 0
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+class TextStream:
+    """Tokens to text, piece by piece: never half a character, never text past a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = [text for text in stop if text]
+        self._pending: list[int] = []
+        self._context: list[int] = []
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, token: int) -> str:
+        """Text that is certain after `token`."""
+        self._pending.append(token)
+        text = self._decode_pending()
+        if text is None:
+            return ""
+        return self._release(self._held + text)
+
+    def finish(self) -> str:
+        """What was held back, at the end of the text."""
+        text = self._held
+        if self._pending and not self.is_stopped:
+            text += self._difference()
+        self._held, self._pending = "", []
+        return "" if self.is_stopped else text
+
+    def _decode_pending(self) -> str | None:
+        """New text, or None while it ends inside a character."""
+        text = self._difference()
+        if text.endswith("\ufffd") and len(self._pending) < 8:
+            return None
+        self._context = self._pending
+        self._pending = []
+        return text
+
+    def _difference(self) -> str:
+        """Text of the pending tokens, decoded after their predecessors: spaces depend on them."""
+        decode = self._tokenizer.decode
+        before: str = decode(self._context, skip_special_tokens=True)
+        both: str = decode(self._context + self._pending, skip_special_tokens=True)
+        return both[len(before) :]
+
+    def _release(self, text: str) -> str:
+        for stop in self._stop:
+            position = text.find(stop)
+            if position >= 0:
+                self.is_stopped = True
+                self._held = ""
+                return text[:position]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

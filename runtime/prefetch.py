@@ -1,0 +1,97 @@
+"""Reading ahead: the next layer's router on this layer's input guesses the next experts.
+
+One background thread reads what the admission rule lets through. With everything resident the
+prefetcher does not exist; what it does never changes a result.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from edge_moe.runtime.expert_cache import ExpertCache
+from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.policy import AdmissionRule, Key
+
+
+class Prefetcher:
+    """Predicts, admits and reads ahead. `observe` and `predict` belong to the model's thread."""
+
+    def __init__(
+        self, blocks: list[Any], top_k: int, store: ExpertStore, cache: ExpertCache
+    ) -> None:
+        self._routers = [block.gate for block in blocks]
+        self._top_k = top_k
+        self._store = store
+        self._cache = cache
+        self._rule = AdmissionRule()
+        self._guessed_misses: dict[int, set[int]] = {}
+        self._queue: queue.SimpleQueue[tuple[Key, frozenset[Key]] | None] = queue.SimpleQueue()
+        self._queued_bytes = 0
+        self._lock = threading.Lock()
+        self._last = (time.perf_counter(), 0.0)
+        self._thread = threading.Thread(target=self._run, name="edge-moe-prefetch", daemon=True)
+        self._thread.start()
+
+    def observe(self, layer: int, rows: list[int]) -> None:
+        """The router of `layer` chose `rows`: score the guess that was made for it."""
+        guessed = self._guessed_misses.pop(layer, set())
+        statistics = self._cache.statistics
+        for row in guessed:
+            self._rule.learn_precision(layer, row in rows)
+        statistics.predicted_misses += len(guessed)
+        statistics.predicted_misses_used += len(guessed & set(rows))
+        self._learn_busy()
+
+    def predict(self, layer: int, hidden: torch.Tensor, current: list[int]) -> None:
+        """Guess the experts of the layer after `layer` from this layer's input [1, H].
+
+        `current` are the rows that this layer is about to use: they are not evicted for a guess.
+        """
+        following = layer + 1
+        if following >= len(self._routers):
+            return
+        weight = self._routers[following].weight
+        logits = functional.linear(hidden.to(weight.dtype), weight)
+        rows = logits.topk(self._top_k, dim=-1).indices[0].tolist()
+        misses = [row for row in rows if not self._cache.is_resident((following, row))]
+        self._guessed_misses[following] = set(misses)
+        keep = frozenset([(following, row) for row in rows] + [(layer, row) for row in current])
+        for row in misses:
+            self._submit((following, row), keep)
+
+    def close(self) -> None:
+        """Stop the thread; what is being read is finished first."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _submit(self, key: Key, keep: frozenset[Key]) -> None:
+        num_bytes = self._store.record(key).num_bytes
+        with self._lock:
+            if not self._rule.admits(key[0], num_bytes, self._queued_bytes):
+                self._cache.statistics.prefetch_rejected += 1
+                return
+            self._queued_bytes += num_bytes
+        self._queue.put((key, keep))
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            key, keep = item
+            num_bytes = self._store.record(key).num_bytes
+            start = time.perf_counter()
+            was_read = self._cache.prefetch(key, keep)
+            with self._lock:
+                self._queued_bytes -= num_bytes
+                if was_read:
+                    self._rule.learn_transfer(num_bytes, time.perf_counter() - start)
+
+    def _learn_busy(self) -> None:
+        now, stalled = time.perf_counter(), self._cache.statistics.stall_seconds
+        before, stalled_before = self._last
+        self._rule.learn_busy(stalled - stalled_before, now - before)
+        self._last = (now, stalled)
