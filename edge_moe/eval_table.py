@@ -31,9 +31,9 @@ def _title(result: EvalResult) -> str:
 
 
 def _rows(result: EvalResult) -> list[tuple[str, str]]:
-    rows = [("tokens scored", f"{result.num_tokens:,}"), ("Mean PPL(Q)", _text(result.perplexity))]
+    rows = [("tokens scored", f"{result.num_tokens:,}"), ("Mean PPL(Q)", f"{result.perplexity}")]
     if result.base_perplexity is not None:
-        rows.append(("Mean PPL(base)", _text(result.base_perplexity)))
+        rows.append(("Mean PPL(base)", f"{result.base_perplexity}"))
     rows += _comparison_rows(result)
     if result.exact_match is not None:
         rows.append((f"exact match (Q), {result.num_problems}", _percent(result.exact_match)))
@@ -51,22 +51,18 @@ def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:
     if found is None:
         return []
     return [
-        ("Mean ln(PPL(Q)/PPL(base))", _text(found.ln_ppl_ratio)),
-        ("Mean PPL(Q)/PPL(base)", _text(found.ppl_ratio)),
-        ("Mean KLD", _text(found.mean_kld)),
-        ("Maximum KLD", f"{found.max_kld:.4f}"),
-        ("99.0% KLD", f"{found.kld_99:.4f}"),
-        ("95.0% KLD", f"{found.kld_95:.4f}"),
-        ("90.0% KLD", f"{found.kld_90:.4f}"),
-        ("Median KLD", f"{found.median_kld:.4f}"),
+        ("Mean ln(PPL(Q)/PPL(base))", f"{found.ln_ppl_ratio}"),
+        ("Mean PPL(Q)/PPL(base)", f"{found.ppl_ratio}"),
+        ("Mean KLD", f"{found.mean_kld}"),
+        ("Maximum KLD", f"{found.max_kld:.3g}"),
+        ("99.0% KLD", f"{found.kld_99:.3g}"),
+        ("95.0% KLD", f"{found.kld_95:.3g}"),
+        ("90.0% KLD", f"{found.kld_90:.3g}"),
+        ("Median KLD", f"{found.median_kld:.3g}"),
         ("RMS Δp", _percent(found.rms_delta_p)),
         ("Same top p", _percent(found.same_top_p)),
     ]
 
 
-def _text(estimate: Estimate) -> str:
-    return f"{estimate:.4f}" if abs(estimate.value) < 10 else f"{estimate:.2f}"
-
-
 def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.2f} ± {100 * estimate.error:.2f} %"
+    return f"{Estimate(100 * estimate.value, 100 * estimate.error)} %"

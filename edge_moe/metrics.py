@@ -10,6 +10,7 @@ independent. T tokens in a window, V vocabulary, N = T - 1 scored tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,10 @@ class Estimate:
     error: float
 
     def __format__(self, spec: str) -> str:
+        """Both numbers in `spec`; without one, to the first two digits of the error."""
+        if not spec:
+            has_error = 0 < self.error < math.inf
+            spec = f".{max(0, 1 - math.floor(math.log10(self.error)))}f" if has_error else ".4g"
         return f"{self.value:{spec}} ± {self.error:{spec}}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import TinyCheckpoint
+from hand_plan import hand_plan, uniform_forms
 from rich.console import Console
 
-from edge_moe.errors import InputError
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.errors import InputError, MissingExtraError
 from edge_moe.eval_table import print_eval
 from edge_moe.measurement import EvalResult
 from edge_moe.runtime import evaluate as module
@@ -230,3 +234,59 @@ def test_table_names_what_llama_perplexity_prints(
 def test_json_round_trip(models: dict[str, BigramModel], task: str, tmp_path: Path) -> None:
     (result,) = evaluate(Path("small"), Path("full"), [task])
     assert EvalResult.load(result.save(tmp_path)) == result
+
+
+def test_gguf_logits_and_text_are_those_of_transformers(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """The whole adapter: logits, tokenizer and greedy text of a file with every expert in bf16."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from edge_moe.converters.export_gguf import export_gguf
+    from edge_moe.runtime.gguf_logits import GgufModel
+
+    folder = tiny_checkpoint("qwen3_moe")
+    checkpoint = Checkpoint(folder)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, checkpoint.spec.num_experts), "gguf")
+    path = export_gguf(plan, checkpoint, tmp_path / "model.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    text = "the cat sat on the mat"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    with GgufModel(path, context_tokens=256) as model:
+        assert model.tokenizer.encode(text, add_special_tokens=False) == ids
+        logits = model.logits(ids)
+        found = "".join(model.generate(text, max_new_tokens=8))
+        with pytest.raises(InputError, match="300 tokens do not fit a context of 256"):
+            model.logits([1] * 300)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0].numpy()
+        output = reference.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
+    assert np.abs(logits - expected).max() < 2e-2
+    expected_text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    # a random model writes broken UTF-8, which the two libraries show differently
+    assert _ascii(found) == _ascii(expected_text) != ""
+
+
+def _ascii(text: str) -> str:
+    return "".join(letter for letter in text if letter.isascii())
+
+
+def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path = tmp_path / "model.gguf"
+    with pytest.raises(InputError, match="does not exist: give the path of a GGUF file"):
+        evaluate(path, None, ["code"])
+    path.write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(InputError, match="llama.cpp cannot load it"):
+        evaluate(path, None, ["code"])
+
+
+def test_gguf_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MissingExtraError, match=r"edge-moe\[gguf\]"):
+        evaluate(tmp_path / "model.gguf", None, ["code"])

@@ -101,6 +101,13 @@ def test_exact_match() -> None:
     assert f"{found:.2f}" == "0.75 ± 0.25"
 
 
+def test_digits_follow_the_error() -> None:
+    assert f"{Estimate(58.7649, 3.5512)}" == "58.8 ± 3.6"
+    assert f"{Estimate(0.0001234, 0.0000211)}" == "0.000123 ± 0.000021"
+    assert f"{Estimate(182.26, 11.3)}" == "182 ± 11"
+    assert f"{Estimate(1.0, 0.0)}" == "1 ± 0"
+
+
 def test_one_value_has_no_error_bar() -> None:
     with pytest.raises(ValueError, match="at least two values, found 1"):
         metrics.mean_and_error([1.0])

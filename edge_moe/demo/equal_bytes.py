@@ -6,6 +6,7 @@ retention). Every contender is really built as a native package and run by the n
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.overhead import runtime_overhead
 from edge_moe.plan import MemoryTerm, Plan
 from edge_moe.planner import make_plan
+from edge_moe.rivals import RANDOM_NAME
 from edge_moe.runtime.evaluate import (
     LanguageModel,
     heldout_windows,
@@ -44,6 +46,7 @@ from edge_moe.units import format_bytes
 CONTEXT_TOKENS = 1024
 WINDOW_TOKENS = 256
 PLAN_NAME = "edge-moe plan"
+RANDOM_DRAWS = 3
 
 
 class _Model(BaseModel):
@@ -57,7 +60,8 @@ class Contender(_Model):
     expert_bytes: int
     forms: dict[str, int]
     """Number of experts in every form that is used."""
-    predicted_loss: float
+    predicted_loss: float | None
+    """In the plan's unit; None for random draws."""
     in_task_kld: Estimate
     """Mean KLD against the full model on held-out text of the task."""
     in_task_ppl: Estimate
@@ -90,7 +94,7 @@ class EqualBytes(_Model):
 class _Candidate:
     name: str
     forms: list[list[str]]
-    loss: float
+    loss: float | None
 
 
 def sixteen_bit_form(spec: ModelSpec) -> str:
@@ -186,12 +190,12 @@ def print_equal_bytes(results: Sequence[EqualBytes], console: Console) -> None:
                 "" if index else size,
                 each.name,
                 ", ".join(f"{count} {form}" for form, count in each.forms.items()),
-                f"{each.in_task_kld:.4f}",
-                f"{each.in_task_ppl:.2f}",
-                f"{each.out_of_task_kld:.4f}",
+                f"{each.in_task_kld}",
+                f"{each.in_task_ppl}",
+                f"{each.out_of_task_kld}",
             )
-        base = f"{result.in_task_base_ppl:.2f}"
-        table.add_row("", "", "full model", "all 16-bit", "0", base, "0", end_section=True)
+        base = f"{result.in_task_base_ppl}"
+        table.add_row("", "", "full model", "all 16-bit", "0", base, "0")
     console.print(table)
 
 
@@ -226,13 +230,30 @@ def _score(
 
 
 def _candidates(plan: Plan) -> list[_Candidate]:
-    """The plan and its rivals; rivals of one name are numbered."""
+    """The plan and its rivals; the random one is drawn several times."""
     found = [_Candidate(PLAN_NAME, plan.forms, plan.loss)]
-    names = [rival.name for rival in plan.rivals]
-    for index, rival in enumerate(plan.rivals):
-        number = names[: index + 1].count(rival.name)
-        name = f"{rival.name} {number}" if names.count(rival.name) > 1 else rival.name
-        found.append(_Candidate(name, rival.forms, rival.loss))
+    for rival in plan.rivals:
+        if rival.name != RANDOM_NAME:
+            found.append(_Candidate(rival.name, rival.forms, rival.loss))
+            continue
+        for seed in range(RANDOM_DRAWS):
+            forms = _redrawn(rival.forms, plan, seed)
+            found.append(_Candidate(f"{rival.name}, draw {seed + 1}", forms, None))
+    return found
+
+
+def _redrawn(forms: list[list[str]], plan: Plan, seed: int) -> list[list[str]]:
+    """As many experts of every form per layer, at random places; protected ones stay."""
+    draw = random.Random(seed)
+    protected = set(plan.super_experts)
+    found = []
+    for layer_id, row in zip(plan.moe_layer_ids, forms, strict=True):
+        free = [expert for expert in range(len(row)) if (layer_id, expert) not in protected]
+        shuffled = draw.sample(free, len(free))
+        new_row = list(row)
+        for old, new in zip(free, shuffled, strict=True):
+            new_row[new] = row[old]
+        found.append(new_row)
     return found
 
 

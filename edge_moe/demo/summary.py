@@ -128,8 +128,8 @@ def _memory_rows(summary: Summary) -> list[tuple[str, str, str]]:
 def _quality_rows(summary: Summary) -> list[tuple[str, str, str]]:
     full, small, task = summary.full, summary.small, summary.task
     rows = [
-        (f"perplexity on {task}", f"{full.task_perplexity:.2f}", f"{small.task_perplexity:.2f}"),
-        (f"KL divergence on {task}", "0", f"{summary.task_kld:.4f}"),
+        (f"perplexity on {task}", f"{full.task_perplexity}", f"{small.task_perplexity}"),
+        (f"KL divergence on {task}", "0", f"{summary.task_kld}"),
         (
             "perplexity off the task",
             f"{full.other_perplexity:.2f}",
