@@ -1,0 +1,95 @@
+"""The budget is hard: peaks measured from outside, and runs that survive a memory cgroup."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hand_plan import hand_plan
+from memory_cgroup import memory_cgroup, missing_reason, run_in
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import build
+from edge_moe.measurement import RunMeasurement
+from edge_moe.overhead import runtime_overhead
+
+pytestmark = pytest.mark.slow
+NO_CGROUP = missing_reason()
+MARGIN = 1.05
+FORMS = ("bf16", "q8_0", "q4_k", "q2_k", "tq1_0", "drop", "bf16", "q3_k")
+
+
+def _edge_moe(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "edge_moe", *map(str, arguments)]
+
+
+def _run_command(model: Path, budget_bytes: int) -> list[str]:
+    return _edge_moe(
+        *("run", model, "--budget", f"{budget_bytes}B", "--ctx", 512, "--raw", "--json"),
+        *("--prompt", "def read_file(path):\n" * 20, "--max-new-tokens", 40),
+    )
+
+
+def _fixed_bytes(model: Path) -> int:
+    """Budget below which nothing is resident: every term but the experts."""
+    from edge_moe.runtime.session import Session
+
+    with Session.open(model, context_tokens=512) as session:
+        terms = {term.name: term.num_bytes for term in session.memory()}
+    overhead = runtime_overhead("qwen3_moe", "cpu")[0]
+    return sum(terms[name] for name in ("dense weights", "KV cache", "workspace")) + overhead
+
+
+@pytest.fixture(scope="module")
+def package(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with every form in it."""
+    checkpoint = Checkpoint(demo_model)
+    forms = [[FORMS[expert % len(FORMS)] for expert in range(16)]] * 4
+    return build(hand_plan(checkpoint, forms), tmp_path_factory.mktemp("budget") / "out")
+
+
+@pytest.mark.parametrize("expert_share", [1.0, 0.3])
+def test_peak_is_within_five_percent_of_the_plan(package: Path, expert_share: float) -> None:
+    expert_bytes = sum(path.stat().st_size for path in package.glob("experts-*.safetensors"))
+    budget = _fixed_bytes(package) + round(expert_share * expert_bytes)
+    done = subprocess.run(_run_command(package, budget), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = RunMeasurement.model_validate_json(done.stdout)
+    assert measured.planned_bytes <= budget
+    assert measured.peak_memory_bytes == pytest.approx(measured.planned_bytes, rel=0.05)
+    assert measured.peak_memory_bytes <= budget * 1.02
+    assert (measured.paging["misses"] > 0) == (expert_share < 1)
+
+
+@pytest.mark.skipif(NO_CGROUP is not None, reason=str(NO_CGROUP))
+def test_paged_run_survives_a_memory_cgroup(package: Path) -> None:
+    expert_bytes = sum(path.stat().st_size for path in package.glob("experts-*.safetensors"))
+    budget = _fixed_bytes(package) + expert_bytes // 4
+    with memory_cgroup(round(budget * MARGIN)) as group:
+        done = run_in(group, _run_command(package, budget))
+        assert done.returncode == 0, done.stderr
+    measured = RunMeasurement.model_validate_json(done.stdout)
+    assert measured.paging["misses"] > 0
+    assert measured.generated_tokens > 0
+
+
+@pytest.mark.skipif(NO_CGROUP is not None, reason=str(NO_CGROUP))
+def test_build_survives_a_memory_cgroup(demo_model: Path, tmp_path: Path) -> None:
+    """Building streams one expert at a time: the libraries and a little more are enough."""
+    plan = hand_plan(Checkpoint(demo_model), [["q4_k"] * 16] * 4)
+    plan.save(tmp_path / "plan.json")
+    command = _edge_moe("build", tmp_path / "plan.json", "-o", tmp_path / "out")
+    with memory_cgroup(200_000_000) as group:
+        done = run_in(group, command)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "edge_moe.json").exists()
+
+
+@pytest.mark.skipif(NO_CGROUP is not None, reason=str(NO_CGROUP))
+def test_the_cgroup_does_kill(package: Path) -> None:
+    """The proof above means something only if too little memory really ends a run."""
+    with memory_cgroup(120_000_000) as group:
+        done = run_in(group, _run_command(package, 10**9))
+    assert done.returncode != 0
