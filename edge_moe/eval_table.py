@@ -10,11 +10,25 @@ from rich.table import Table
 from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
 
+_MAX_COLUMNS = 3
+_COMPACT_ROWS = (
+    "Mean PPL(Q)",
+    "Mean PPL(base)",
+    "Mean KLD",
+    "99.0% KLD",
+    "Same top p",
+    "exact match (Q)",
+    "exact match (base)",
+    "recovery",
+)
 _WHERE = {True: "in task", False: "out of task", None: ""}
 
 
 def print_eval(results: Sequence[EvalResult], console: Console) -> None:
-    """One column per task; rows are named as in llama-perplexity."""
+    """Names are those of llama-perplexity; many tasks are shown as rows, with fewer figures."""
+    if len(results) > _MAX_COLUMNS:
+        _print_compact(results, console)
+        return
     table = Table(title=_title(results[0]) if results else None, title_justify="left")
     table.add_column("")
     for result in results:
@@ -23,6 +37,21 @@ def print_eval(results: Sequence[EvalResult], console: Console) -> None:
     cells = [dict(_rows(result)) for result in results]
     for name in dict.fromkeys(name for column in cells for name in column):
         table.add_row(name, *(column.get(name, "") for column in cells))
+    console.print(table)
+
+
+def _print_compact(results: Sequence[EvalResult], console: Console) -> None:
+    names = [
+        name for name in _COMPACT_ROWS if any(name in dict(_rows(result)) for result in results)
+    ]
+    table = Table(title=_title(results[0]), title_justify="left")
+    table.add_column("task")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for result in results:
+        cells = dict(_rows(result))
+        table.add_row(result.task, _WHERE[result.in_task], *(cells.get(name, "") for name in names))
     console.print(table)
 
 
@@ -36,11 +65,9 @@ def _rows(result: EvalResult) -> list[tuple[str, str]]:
         rows.append(("Mean PPL(base)", f"{result.base_perplexity}"))
     rows += _comparison_rows(result)
     if result.exact_match is not None:
-        rows.append((f"exact match (Q), {result.num_problems}", _percent(result.exact_match)))
+        rows.append(("exact match (Q)", _percent(result.exact_match)))
     if result.base_exact_match is not None:
-        rows.append(
-            (f"exact match (base), {result.num_problems}", _percent(result.base_exact_match))
-        )
+        rows.append(("exact match (base)", _percent(result.base_exact_match)))
     if result.recovery_percent is not None:
         rows.append(("recovery", f"{result.recovery_percent:.1f} %"))
     return rows

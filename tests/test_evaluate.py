@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -224,11 +225,21 @@ def test_table_names_what_llama_perplexity_prints(
 ) -> None:
     results = evaluate(Path("small"), Path("full"), [task], window_tokens=64)
     results.append(results[0].model_copy(update={"task": "code", "in_task": True}))
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))
+    console = Console(record=True, width=120, file=io.StringIO())
     print_eval(results, console)
     text = console.export_text()
     for name in ("Mean PPL(Q)/PPL(base)", "Mean KLD", "99.0% KLD", "Same top p", "in task"):
         assert name in text
+
+
+def test_many_tasks_become_rows(models: dict[str, BigramModel], task: str) -> None:
+    results = evaluate(Path("small"), Path("full"), [task] * 5, window_tokens=64)
+    console = Console(record=True, width=150, file=io.StringIO())
+    print_eval(results, console)
+    text = console.export_text()
+    assert results[0].comparison is not None
+    assert text.count(f"{results[0].comparison.mean_kld}") == 5
+    assert "Maximum KLD" not in text
 
 
 def test_json_round_trip(models: dict[str, BigramModel], task: str, tmp_path: Path) -> None:
@@ -267,7 +278,7 @@ def test_gguf_logits_and_text_are_those_of_transformers(
         expected = reference(torch.tensor([ids])).logits[0].numpy()
         output = reference.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
     assert np.abs(logits - expected).max() < 2e-2
-    expected_text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    expected_text = str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
     # a random model writes broken UTF-8, which the two libraries show differently
     assert _ascii(found) == _ascii(expected_text) != ""
 

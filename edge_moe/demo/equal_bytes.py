@@ -19,17 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_moe import metrics
-from edge_moe.budget import dense_bytes, memory_terms
-from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.demo import task_names
-from edge_moe.errors import InputError
+from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share, full_forms
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.overhead import runtime_overhead
-from edge_moe.plan import MemoryTerm, Plan
+from edge_moe.plan import Plan
 from edge_moe.planner import make_plan
 from edge_moe.rivals import RANDOM_NAME
 from edge_moe.runtime.evaluate import (
@@ -43,7 +41,6 @@ from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.units import format_bytes
 
-CONTEXT_TOKENS = 1024
 WINDOW_TOKENS = 256
 PLAN_NAME = "edge-moe plan"
 RANDOM_DRAWS = 3
@@ -97,43 +94,6 @@ class _Candidate:
     loss: float | None
 
 
-def sixteen_bit_form(spec: ModelSpec) -> str:
-    """The form that stores an expert as the checkpoint does."""
-    return candidate_forms(spec, "native")[-1]
-
-
-def full_terms(checkpoint: Checkpoint, context_tokens: int = CONTEXT_TOKENS) -> list[MemoryTerm]:
-    """The memory bill of the whole model on CPU: every expert at 16 bits."""
-    spec = checkpoint.spec
-    runtime_bytes, runtime_source = runtime_overhead(spec.model_type, "cpu")
-    return memory_terms(
-        spec,
-        forms=_full_forms(spec),
-        dense_bytes=dense_bytes(checkpoint, "cpu", "native"),
-        context_tokens=min(context_tokens, spec.max_position_embeddings),
-        device="cpu",
-        target="native",
-        runtime_bytes=runtime_bytes,
-        runtime_source=runtime_source,
-    )
-
-
-def budget_for_share(
-    checkpoint: Checkpoint, share: float, context_tokens: int = CONTEXT_TOKENS
-) -> int:
-    """The budget that leaves `share` of the experts' 16-bit bytes to the experts.
-
-    Raises:
-        InputError: `share` is not between 0 and 1.
-    """
-    if not 0 < share <= 1:
-        raise InputError(f"share {share} is not between 0 and 1: use for example 0.5")
-    terms = full_terms(checkpoint, context_tokens)
-    return sum(
-        int(share * term.num_bytes) if term.name == "experts" else term.num_bytes for term in terms
-    )
-
-
 def equal_bytes(
     model: Path, stats: ExpertStats, task: str, share: float, *, max_windows: int | None = 24
 ) -> EqualBytes:
@@ -165,7 +125,7 @@ def equal_bytes(
         model=model.name,
         task=task,
         share=share,
-        full_expert_bytes=_total_bytes(spec, _full_forms(spec)),
+        full_expert_bytes=_total_bytes(spec, full_forms(spec)),
         window_tokens=WINDOW_TOKENS,
         max_windows=max_windows,
         in_task_base_ppl=metrics.perplexity(own[PLAN_NAME].base_nll),
@@ -276,10 +236,6 @@ def _contender(
         in_task_ppl=metrics.perplexity(own.nll),
         out_of_task_kld=metrics.mean_and_error(other.kld),
     )
-
-
-def _full_forms(spec: ModelSpec) -> list[list[str]]:
-    return [[sixteen_bit_form(spec)] * spec.num_experts] * spec.num_moe_layers
 
 
 def _total_bytes(spec: ModelSpec, forms: Sequence[Sequence[str]]) -> int:

@@ -28,6 +28,7 @@ from rich.text import Text
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.demo import demo_model_dir, task_dir, task_names
+from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share
 from edge_moe.errors import EdgeMoeError, InputError
 from edge_moe.files import write_text
 from edge_moe.measurement import RunMeasurement, load_evals
@@ -37,8 +38,9 @@ DEFAULT_OUTPUT = Path("edge-moe-demo")
 DEFAULT_TASK = "code"
 SHARE = 1 / 3
 """Share of the experts' 16-bit bytes that the default budget leaves them."""
-CONTEXT_TOKENS = 1024
 NEW_TOKENS = 96
+TEMPERATURE = 0.7
+SEED = 1
 MAX_WINDOWS = 12
 MAX_PROBLEMS = 100
 _BUDGET_STEP_BYTES = 100_000
@@ -132,8 +134,6 @@ def run_demo(
 
 def default_budget() -> int:
     """The budget that leaves `SHARE` of their 16-bit bytes to the experts, rounded to 0.1 MB."""
-    from edge_moe.demo.equal_bytes import budget_for_share
-
     exact = budget_for_share(Checkpoint(demo_model_dir()), SHARE, CONTEXT_TOKENS)
     return math.ceil(exact / _BUDGET_STEP_BYTES) * _BUDGET_STEP_BYTES
 
@@ -198,8 +198,10 @@ def _run(demo: Demo, record: Path, model: Path, *options: object) -> None:
     if record.exists():
         demo.console.print("[dim]already done[/]")
         return
-    shared = ("--prompt", demo.prompt, "--raw", "--max-new-tokens", NEW_TOKENS, "--json")
-    arguments = (model, *options, "--ctx", CONTEXT_TOKENS, "--device", "cpu", *shared)
+    prompt = ("--prompt", demo.prompt, "--raw", "--max-new-tokens", NEW_TOKENS)
+    sampling = () if demo.has_problems else ("--temperature", TEMPERATURE, "--seed", SEED)
+    place = ("--ctx", CONTEXT_TOKENS, "--device", "cpu")
+    arguments = (model, *options, *place, *prompt, *sampling, "--json")
     output, peak_bytes = _command(demo, "run", *arguments, is_captured=True)
     measured = RunMeasurement.model_validate_json(output)
     peak_bytes = max(peak_bytes, measured.peak_memory_bytes)

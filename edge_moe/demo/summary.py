@@ -13,11 +13,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.demo.full_bill import full_terms
 from edge_moe.files import write_text
 from edge_moe.formats import DROP, FORM_NAMES
 from edge_moe.measurement import EvalResult, RunMeasurement, load_evals
 from edge_moe.metrics import Estimate
-from edge_moe.plan import Plan
+from edge_moe.plan import MemoryTerm, Plan
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -152,7 +154,9 @@ def _full_side(demo: Demo, plan: Plan, own: EvalResult, others: Sequence[EvalRes
         task_perplexity=own.base_perplexity,
         other_perplexity=_geometric_mean([x.base_perplexity for x in others if x.base_perplexity]),
         exact_match=own.base_exact_match,
-        **_measured(demo.model, RunMeasurement.load(demo.full_run)),
+        **_measured(
+            demo.model, RunMeasurement.load(demo.full_run), full_terms(Checkpoint(demo.model))
+        ),
     )
 
 
@@ -163,18 +167,18 @@ def _small_side(demo: Demo, plan: Plan, own: EvalResult, others: Sequence[EvalRe
         task_perplexity=own.perplexity,
         other_perplexity=_geometric_mean([each.perplexity for each in others]),
         exact_match=own.exact_match,
-        **_measured(demo.package, RunMeasurement.load(demo.small_run)),
+        **_measured(demo.package, RunMeasurement.load(demo.small_run), plan.terms),
     )
 
 
-def _measured(folder: Path, run: RunMeasurement) -> dict[str, Any]:
-    terms = {term.name: term.num_bytes for term in run.terms}
+def _measured(folder: Path, run: RunMeasurement, terms: Sequence[MemoryTerm]) -> dict[str, Any]:
+    planned = {term.name: term.num_bytes for term in terms}
     return {
         "disk_bytes": _weight_file_bytes(folder),
-        "experts_bytes": terms.get("experts", 0),
-        "dense_bytes": terms.get("dense weights", 0),
-        "runtime_bytes": terms.get("runtime", 0),
-        "planned_bytes": run.planned_bytes,
+        "experts_bytes": planned["experts"],
+        "dense_bytes": planned["dense weights"],
+        "runtime_bytes": planned["runtime"],
+        "planned_bytes": sum(planned.values()),
         "peak_bytes": run.peak_memory_bytes,
         "tokens_per_second": run.tokens_per_second,
         "text": run.text,

@@ -1,0 +1,56 @@
+"""The memory bill of a whole model, and the budget that leaves a share of its experts' bytes."""
+
+from __future__ import annotations
+
+from edge_moe.budget import dense_bytes, memory_terms
+from edge_moe.candidates import candidate_forms
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.errors import InputError
+from edge_moe.overhead import runtime_overhead
+from edge_moe.plan import MemoryTerm
+from edge_moe.spec import ModelSpec
+
+CONTEXT_TOKENS = 1024
+"""The demo model was made for no more."""
+
+
+def sixteen_bit_form(spec: ModelSpec) -> str:
+    """The form that stores an expert as the checkpoint does."""
+    return candidate_forms(spec, "native")[-1]
+
+
+def full_terms(checkpoint: Checkpoint, context_tokens: int = CONTEXT_TOKENS) -> list[MemoryTerm]:
+    """The memory bill of the whole model on CPU: every expert at 16 bits."""
+    spec = checkpoint.spec
+    runtime_bytes, runtime_source = runtime_overhead(spec.model_type, "cpu")
+    return memory_terms(
+        spec,
+        forms=full_forms(spec),
+        dense_bytes=dense_bytes(checkpoint, "cpu", "native"),
+        context_tokens=min(context_tokens, spec.max_position_embeddings),
+        device="cpu",
+        target="native",
+        runtime_bytes=runtime_bytes,
+        runtime_source=runtime_source,
+    )
+
+
+def budget_for_share(
+    checkpoint: Checkpoint, share: float, context_tokens: int = CONTEXT_TOKENS
+) -> int:
+    """The budget that leaves `share` of the experts' 16-bit bytes to the experts.
+
+    Raises:
+        InputError: `share` is not between 0 and 1.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"share {share} is not between 0 and 1: use for example 0.5")
+    terms = full_terms(checkpoint, context_tokens)
+    return sum(
+        int(share * term.num_bytes) if term.name == "experts" else term.num_bytes for term in terms
+    )
+
+
+def full_forms(spec: ModelSpec) -> list[list[str]]:
+    """[L][E] every expert at 16 bits."""
+    return [[sixteen_bit_form(spec)] * spec.num_experts] * spec.num_moe_layers
