@@ -25,7 +25,8 @@ def title(data: ReportData) -> str:
 def verdict(data: ReportData) -> list[dict[str, str]]:
     """One or two sentences: does it fit, and what does it cost in quality."""
     budget, peak = data.budget_bytes, data.peak_memory_bytes
-    used = peak if peak is not None else sum(row.planned_bytes for row in _terms(data))
+    planned = next(row.planned_bytes for row in _terms(data) if row.is_total)
+    used = planned if peak is None else peak
     how = "measured" if peak is not None else "planned"
     fits = used <= budget
     parts = [
