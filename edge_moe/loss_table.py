@@ -61,7 +61,10 @@ class LossKind:
         return f"{unit}, dropping counted as {names[self.drop]}{suffix}"
 
 
-DEFAULT_LOSS = LossKind()
+DEFAULT_LOSS = LossKind(DropLoss.REROUTE, LayerScale.RELATIVE)
+"""Of the eight variants the one whose plans had the smallest held-out KL divergence on the demo
+model: about equal at 20-30 % of the experts' bytes, 6-21 % smaller than RAW at 7-14 % (code, prose,
+facts), and never far behind. ZERO overrates dropping's harm to experts that others replace well."""
 
 
 def loss_table(
