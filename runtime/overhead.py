@@ -67,7 +67,9 @@ def make(folder: Path, model_type: str) -> None:
 
 def measure(folder: Path, device: str) -> int:
     """Peak bytes of a process that generated with the minimal model, less the model's own."""
-    import edge_moe.cli  # noqa: F401  what `edge-moe run` has loaded as well
+    import rich.console  # noqa: F401  what the command line has loaded as well
+    import typer  # noqa: F401
+
     from edge_moe.runtime.memory import peak_memory_bytes
     from edge_moe.runtime.session import Session
 
