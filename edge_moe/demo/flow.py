@@ -36,7 +36,7 @@ from edge_moe.package import is_package
 
 DEFAULT_OUTPUT = Path("edge-moe-demo")
 DEFAULT_TASK = "code"
-SHARE = 1 / 3
+SHARE = 0.15
 """Share of the experts' 16-bit bytes that the default budget leaves them."""
 NEW_TOKENS = 96
 TEMPERATURE = 0.7
