@@ -63,18 +63,23 @@ class LeastFrequentlyUsed(EvictionPolicy):
     """Evicts what was routed to least often. For caches smaller than one token cycle.
 
     There LRU hits nothing: every expert is evicted before the next token comes back to its layer.
+    Of equals the most recently used goes: a cycle needs it again last.
     """
 
     name = "frequency"
 
     def __init__(self) -> None:
         self._uses: Counter[Key] = Counter()
+        self._last_use: dict[Key, int] = {}
+        self._clock = 0
 
     def use(self, key: Key) -> None:
+        self._clock += 1
         self._uses[key] += 1
+        self._last_use[key] = self._clock
 
     def choose(self, candidates: Collection[Key]) -> Key:
-        return min(candidates, key=lambda key: (self._uses[key], key))
+        return min(candidates, key=lambda key: (self._uses[key], -self._last_use.get(key, 0)))
 
     def forget(self, key: Key) -> None:
         pass  # frequency outlives residence

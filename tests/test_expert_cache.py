@@ -1,0 +1,173 @@
+"""Slots and cache: the byte budget is hard, pins hold, failures free their slot."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_moe.errors import BudgetError
+from edge_moe.runtime.expert_cache import ExpertCache
+from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
+from edge_moe.runtime.policy import Key, LeastRecentlyUsed
+from edge_moe.runtime.slots import (
+    SlotBuffers,
+    allot_by_bytes,
+    allot_by_count,
+    size_classes,
+    smallest_slot_bytes,
+)
+
+SIZES = (4, 8)
+
+
+class MemoryStore(ExpertStore):
+    """Expert (layer, row) is its own number, repeated; rows alternate between two sizes."""
+
+    def __init__(self, num_layers: int = 2, num_rows: int = 4) -> None:
+        self.kept = [list(range(num_rows)) for _ in range(num_layers)]
+        self.reads = 0
+        self.broken: set[Key] = set()
+
+    def record(self, key: Key) -> RecordInfo:
+        return RecordInfo("bf16", SIZES[key[1] % 2])
+
+    def read_into(self, key: Key, buffer: memoryview) -> None:
+        self.reads += 1
+        if key in self.broken:
+            raise OSError(f"cannot read {key}")
+        buffer[:] = bytes([self.number(key)]) * len(buffer)
+
+    def close(self) -> None:
+        pass
+
+    def number(self, key: Key) -> int:
+        return 10 * key[0] + key[1]
+
+
+def make_cache(store: MemoryStore, slots: dict[int, int]) -> ExpertCache:
+    import torch
+
+    return ExpertCache(store, SlotBuffers(slots, torch.device("cpu")), LeastRecentlyUsed())
+
+
+def read(cache: ExpertCache, store: MemoryStore, key: Key) -> None:
+    """Acquire, check every byte, release."""
+    assert set(cache.acquire(key).tolist()) == {store.number(key)}
+    cache.release(key)
+
+
+def test_hits_misses_and_evictions_are_counted() -> None:
+    store = MemoryStore()
+    cache = make_cache(store, {4: 1, 8: 1})
+    for key in ((0, 0), (0, 0), (0, 2), (0, 1), (0, 0)):
+        read(cache, store, key)
+    statistics = cache.statistics
+    assert (statistics.hits, statistics.misses, statistics.evictions) == (1, 4, 2)
+    assert statistics.page_in_bytes == 4 + 4 + 8 + 4
+    cache.check_integrity()
+
+
+def test_filled_cache_never_reads_again() -> None:
+    store = MemoryStore()
+    cache = make_cache(store, {4: 4, 8: 4})
+    cache.fill()
+    for key in store.keys() * 3:
+        read(cache, store, key)
+    assert store.reads == 8
+    assert cache.statistics.misses == 0
+
+
+def test_pinned_experts_stay_and_prefetch_gives_up() -> None:
+    store = MemoryStore()
+    cache = make_cache(store, {4: 1, 8: 1})
+    held = cache.acquire((0, 0))
+    assert not cache.prefetch((0, 2), frozenset())
+    assert set(held.tolist()) == {0}
+    cache.release((0, 0))
+    assert not cache.prefetch((0, 2), frozenset({(0, 0)}))
+    assert cache.prefetch((0, 2), frozenset())
+    assert cache.is_resident((0, 2)) and not cache.is_resident((0, 0))
+
+
+def test_prefetched_bytes_are_useful_or_wasted() -> None:
+    store = MemoryStore()
+    cache = make_cache(store, {4: 1, 8: 2})
+    cache.prefetch((0, 1), frozenset())
+    read(cache, store, (0, 1))
+    cache.prefetch((0, 3), frozenset())
+    read(cache, store, (1, 1))
+    read(cache, store, (1, 3))
+    statistics = cache.statistics
+    assert statistics.prefetch_issued_bytes == 16
+    assert statistics.prefetch_useful_bytes == 8
+    assert statistics.prefetch_wasted_bytes == 8
+
+
+def test_failed_read_raises_and_frees_its_slot() -> None:
+    store = MemoryStore()
+    store.broken.add((0, 0))
+    cache = make_cache(store, {4: 1, 8: 1})
+    with pytest.raises(OSError, match="cannot read"):
+        cache.acquire((0, 0))
+    assert not cache.prefetch((0, 0), frozenset()) or not cache.is_resident((0, 0))
+    store.broken.clear()
+    read(cache, store, (0, 0))
+    cache.check_integrity()
+
+
+def test_threads_see_whole_experts() -> None:
+    store = MemoryStore(num_layers=3, num_rows=6)
+    cache = make_cache(store, {4: 2, 8: 2})
+    keys, failures = store.keys(), []
+
+    def work(start: int) -> None:
+        try:
+            for step in range(200):
+                key = keys[(start + 7 * step) % len(keys)]
+                if step % 3:
+                    read(cache, store, key)
+                else:
+                    cache.prefetch(key, frozenset())
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in (0, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    cache.check_integrity()
+
+
+LAYERS = st.lists(st.lists(st.sampled_from([8, 20, 36]), min_size=2, max_size=6), min_size=1)
+
+
+@settings(deadline=None)
+@given(layers=LAYERS, slot_bytes=st.integers(0, 600), top_k=st.integers(1, 2))
+def test_slots_never_exceed_their_bytes(
+    layers: list[list[int]], slot_bytes: int, top_k: int
+) -> None:
+    classes = size_classes(layers)
+    needed = smallest_slot_bytes(classes, top_k)
+    if slot_bytes < needed:
+        with pytest.raises(BudgetError) as caught:
+            allot_by_bytes(classes, slot_bytes, top_k)
+        assert caught.value.minimum_bytes == needed
+        return
+    slots = allot_by_bytes(classes, slot_bytes, top_k)
+    assert sum(size * count for size, count in slots.items()) <= slot_bytes
+    for item in classes:
+        assert min(top_k, item.most_in_a_layer) <= slots[item.record_bytes] <= item.num_experts
+    if slot_bytes >= sum(map(sum, layers)):
+        assert sum(slots.values()) == sum(map(len, layers))
+
+
+def test_slots_by_count() -> None:
+    classes = size_classes([[8, 8, 8], [8, 20, 20]])
+    assert allot_by_count(classes, 2, top_k=2) == {8: 2, 20: 2}
+    assert sum(allot_by_count(classes, 5, top_k=2).values()) == 5
+    assert allot_by_count(classes, 100, top_k=2) == {8: 4, 20: 2}
