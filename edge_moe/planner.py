@@ -23,6 +23,7 @@ from edge_moe.errors import BudgetError, StatsError
 from edge_moe.formats import DROP, expert_bytes, get_form
 from edge_moe.loss_table import DEFAULT_LOSS, LossKind, loss_table
 from edge_moe.optimise import solve
+from edge_moe.overhead import tokenizer_bytes
 from edge_moe.plan import Device, MemoryTerm, Plan, Source, Target
 from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_bytes
 from edge_moe.rivals import find_frontier, find_rivals, name_forms
@@ -57,7 +58,7 @@ class _Setting:
             context_tokens=self.context_tokens,
             device=self.device,
             target=self.target,
-            runtime_bytes=self.runtime[0],
+            runtime_bytes=self.runtime[0] + tokenizer_bytes(self.checkpoint.folder),
             runtime_source=self.runtime[1],
         )
 

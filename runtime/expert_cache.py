@@ -107,21 +107,22 @@ class ExpertCache:
             PackageError, OSError: the expert could not be read.
         """
         with self._lock:
-            entry = self._entries.get(key)
-            is_mine = entry is None
-            while entry is None:
-                entry = self._reserve(key, is_prefetched=False, keep=frozenset())
-                if entry is None:  # every slot of this size is being filled: one will be ready soon
-                    self._lock.wait()
+            entry, is_mine = self._find_or_reserve(key)
             entry.pins += 1
             self._count_use(key, entry, is_mine)
-        if is_mine:
-            self._load(key, entry, is_demand=True)
-        else:
-            self._wait(entry)
-        if entry.error is not None:
+        try:
+            if is_mine:
+                self._load(key, entry, is_demand=True)
+            else:
+                self._wait(entry)
+            if entry.error is not None:
+                raise entry.error
+        except BaseException as error:  # Ctrl-C may come at any line: leave no pin behind
+            if is_mine and entry.state is State.LOADING:
+                entry.error, entry.state = error, State.FAILED
+                entry.ready.set()
             self.release(key)
-            raise entry.error
+            raise
         return self._buffers.view(entry.record_bytes, entry.slot)
 
     def release(self, key: Key) -> None:
@@ -180,6 +181,17 @@ class ExpertCache:
                 raise RuntimeError("an expert was released more often than acquired")
 
     # -- under the lock ---------------------------------------------------------------------------
+
+    def _find_or_reserve(self, key: Key) -> tuple[Entry, bool]:
+        """(entry, whether it is new and the caller must load it); waits for a slot if need be."""
+        while True:
+            known = self._entries.get(key)
+            if known is not None:
+                return known, False
+            entry = self._reserve(key, is_prefetched=False, keep=frozenset())
+            if entry is not None:
+                return entry, True
+            self._lock.wait()  # every slot of this size is being filled: one will be ready soon
 
     def _reserve(self, key: Key, is_prefetched: bool, keep: frozenset[Key]) -> Entry | None:
         size = self._store.record(key).num_bytes

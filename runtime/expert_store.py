@@ -14,12 +14,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_moe.checkpoint import Checkpoint
-from edge_moe.errors import PackageError
+import numpy as np
+
+from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.errors import CheckpointError, PackageError
 from edge_moe.package import RECORD_ALIGNMENT_BYTES, ExpertRecord, Package
 from edge_moe.runtime.policy import Key
 
 _FORM_OF_DTYPE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+# form -> (unsigned integer of the same width, exponent bits: all ones in NaN and infinity)
+_EXPONENTS = {"bf16": ("<u2", 0x7F80), "f16": ("<u2", 0x7C00), "f32": ("<u4", 0x7F800000)}
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,28 @@ class PackageStore(ExpertStore):
         self._files.close()
 
 
+def _record_of(parts: tuple[TensorInfo, ...]) -> RecordInfo:
+    """Form and size of an expert that is stored in `parts`.
+
+    Raises:
+        CheckpointError: not BF16, F16 or F32 throughout.
+    """
+    dtypes = sorted({part.dtype for part in parts})
+    if len(dtypes) != 1 or dtypes[0] not in _FORM_OF_DTYPE:
+        raise CheckpointError(
+            f"{parts[0].path}: {parts[0].name!r} is stored as {' and '.join(dtypes)}; "
+            "edge-moe runs experts of one dtype, BF16, F16 or F32"
+        )
+    return RecordInfo(_FORM_OF_DTYPE[dtypes[0]], sum(part.num_bytes for part in parts))
+
+
+def _is_finite(buffer: memoryview, form: str) -> bool:
+    """Whether no value in the bytes of a 16- or 32-bit form is NaN or infinite."""
+    dtype, exponent = _EXPONENTS[form]
+    words = np.frombuffer(buffer, dtype=dtype)
+    return not bool(((words & exponent) == exponent).any())
+
+
 class CheckpointStore(ExpertStore):
     """Experts of an ordinary checkpoint, in the dtype it has."""
 
@@ -167,16 +193,28 @@ class CheckpointStore(ExpertStore):
         spec = checkpoint.spec
         self._layer_ids = spec.moe_layer_ids
         self.kept = [list(range(spec.num_experts)) for _ in spec.moe_layer_ids]
+        self._ranges = {
+            key: checkpoint.expert_ranges(self._layer_ids[key[0]], key[1]) for key in self.keys()
+        }
+        self._records = {key: _record_of(parts) for key, parts in self._ranges.items()}
+        self._verified: set[Key] = set()
 
     def record(self, key: Key) -> RecordInfo:
-        ranges = self._checkpoint.expert_ranges(self._layer_ids[key[0]], key[1])
-        return RecordInfo(_FORM_OF_DTYPE[ranges[0].dtype], sum(part.num_bytes for part in ranges))
+        return self._records[key]
 
     def read_into(self, key: Key, buffer: memoryview) -> None:
         start = 0
-        for part in self._checkpoint.expert_ranges(self._layer_ids[key[0]], key[1]):
+        for part in self._ranges[key]:
             self._files.read(part.path, part.offset, buffer[start : start + part.num_bytes])
             start += part.num_bytes
+        if key in self._verified:
+            return
+        if not _is_finite(buffer, self._records[key].form):
+            raise CheckpointError(
+                f"{self._ranges[key][0].path}: layer {self._layer_ids[key[0]]} expert {key[1]} "
+                "holds NaN or infinity; the checkpoint is damaged"
+            )
+        self._verified.add(key)
 
     def close(self) -> None:
         self._files.close()

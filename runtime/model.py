@@ -5,6 +5,7 @@ Peak while loading: the dense part in its compute dtype plus one 16 MiB piece of
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo, read_header
-from edge_moe.errors import CheckpointError, SpecError
+from edge_moe.errors import CheckpointError, PackageError, SpecError
 from edge_moe.package import RESIDENT_NAME, Package
 from edge_moe.spec import ModelSpec
 
@@ -28,6 +29,21 @@ def dense_tensors(source: Package | Checkpoint) -> list[TensorInfo]:
     if isinstance(source, Checkpoint):
         return list(source.dense_tensors)
     return list(read_header(source.folder / RESIDENT_NAME)[0].values())
+
+
+def verify_resident(package: Package) -> None:
+    """Compare resident.safetensors with the checksum that was written beside it.
+
+    Raises:
+        PackageError: the file was changed after it was built.
+    """
+    path = package.folder / RESIDENT_NAME
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while piece := handle.read(_PIECE_BYTES):
+            digest.update(piece)
+    if digest.hexdigest() != package.manifest.resident_sha256:
+        raise PackageError(f"{path} is damaged (its checksum differs): build the package again")
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from edge_moe import budget as bill
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
-from edge_moe.overhead import ASSUMED_BYTES, runtime_overhead
+from edge_moe.overhead import ASSUMED_BYTES, runtime_overhead, tokenizer_bytes
 from edge_moe.package import Package, is_package
 from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime import memory
@@ -31,6 +31,7 @@ from edge_moe.runtime.model import (
     dense_tensors,
     held_bytes,
     moe_blocks,
+    verify_resident,
 )
 from edge_moe.runtime.paged_experts import ExpertPager, attach, register_experts
 from edge_moe.runtime.policy import PagingStatistics, choose_policy, token_cycle_bytes
@@ -121,6 +122,8 @@ class Session:
         start = time.perf_counter()
         memory.limit_arenas()
         source = _open_source(model)
+        if isinstance(source, Package):
+            verify_resident(source)
         spec = source.spec
         where = _device(device)
         context = _context(spec, context_tokens)
@@ -353,7 +356,7 @@ def _terms(
         context_tokens=context_tokens,
         device=kind,
         target="native",
-        runtime_bytes=overhead,
+        runtime_bytes=overhead + tokenizer_bytes(source.folder),
         runtime_source=origin,
     )
 
@@ -380,7 +383,7 @@ def _allot(
     if num_slots is not None:
         if num_slots < spec.top_k:
             raise InputError(f"{num_slots} slots are fewer than top_k={spec.top_k}: give more")
-        counts = allot_by_count(classes, num_slots, spec.top_k)
+        counts = allot_by_count(classes, num_slots)
     elif budget_bytes is None:
         counts = every
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from edge_moe.errors import BudgetError
+from edge_moe.errors import BudgetError, InputError
 from edge_moe.units import format_bytes
 
 
@@ -62,10 +62,20 @@ def allot_by_bytes(classes: Sequence[SizeClass], slot_bytes: int, top_k: int) ->
     return _spread(classes, slots, bytes_left=slot_bytes - needed)
 
 
-def allot_by_count(classes: Sequence[SizeClass], num_slots: int, top_k: int) -> dict[int, int]:
-    """Slots per record size, `num_slots` in all, or as many as every class needs at least."""
-    slots = {item.record_bytes: _fewest(item, top_k) for item in classes}
-    missing = num_slots - sum(slots.values())
+def allot_by_count(classes: Sequence[SizeClass], num_slots: int) -> dict[int, int]:
+    """Slots per record size, `num_slots` in all, or one per expert if that is less.
+
+    Experts of a layer are computed one after another, so one slot per size is enough.
+
+    Raises:
+        InputError: fewer slots than record sizes.
+    """
+    if num_slots < len(classes):
+        raise InputError(
+            f"{num_slots} slots are fewer than the {len(classes)} sizes of experts: give more"
+        )
+    slots = {item.record_bytes: 1 for item in classes}
+    missing = num_slots - len(classes)
     largest = max(item.record_bytes for item in classes)
     return _spread(classes, slots, bytes_left=missing * largest, count_left=missing)
 

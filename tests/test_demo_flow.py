@@ -99,7 +99,8 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     summary = Summary.model_validate_json((folder / "summary.json").read_text())
     full, small = summary.full, summary.small
     assert small.disk_bytes < 0.7 * full.disk_bytes
-    assert small.experts_bytes <= flow.SHARE * full.experts_bytes * 1.01
+    rounding = 100_000  # the demo's budget is rounded to 0.1 MB
+    assert small.experts_bytes <= flow.SHARE * full.experts_bytes + rounding
     assert small.peak_bytes < full.peak_bytes
     assert summary.recovery_percent > 80
     assert full.exact_match is not None and small.exact_match is not None

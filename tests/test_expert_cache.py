@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_moe.errors import BudgetError
+from edge_moe.errors import BudgetError, InputError
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
 from edge_moe.runtime.policy import Key, LeastRecentlyUsed
@@ -168,6 +168,24 @@ def test_slots_never_exceed_their_bytes(
 
 def test_slots_by_count() -> None:
     classes = size_classes([[8, 8, 8], [8, 20, 20]])
-    assert allot_by_count(classes, 2, top_k=2) == {8: 2, 20: 2}
-    assert sum(allot_by_count(classes, 5, top_k=2).values()) == 5
-    assert allot_by_count(classes, 100, top_k=2) == {8: 4, 20: 2}
+    assert allot_by_count(classes, 2) == {8: 1, 20: 1}
+    assert sum(allot_by_count(classes, 5).values()) == 5
+    assert allot_by_count(classes, 100) == {8: 4, 20: 2}
+    with pytest.raises(InputError, match="1 slots are fewer than the 2 sizes"):
+        allot_by_count(classes, 1)
+
+
+def test_an_interrupted_acquire_leaves_no_pin() -> None:
+    store = MemoryStore()
+    cache = make_cache(store, {4: 1, 8: 1})
+
+    class Interrupted(MemoryStore):
+        def read_into(self, key: Key, buffer: memoryview) -> None:
+            raise KeyboardInterrupt
+
+    cache._store = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        cache.acquire((0, 0))
+    cache._store = store
+    cache.check_integrity()
+    read(cache, store, (0, 2))

@@ -13,7 +13,7 @@ from memory_cgroup import memory_cgroup, missing_reason, run_in
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.measurement import RunMeasurement
-from edge_moe.overhead import runtime_overhead
+from edge_moe.overhead import runtime_overhead, tokenizer_bytes
 
 pytestmark = pytest.mark.slow
 NO_CGROUP = missing_reason()
@@ -38,7 +38,7 @@ def _fixed_bytes(model: Path) -> int:
 
     with Session.open(model, context_tokens=512) as session:
         terms = {term.name: term.num_bytes for term in session.memory()}
-    overhead = runtime_overhead("qwen3_moe", "cpu")[0]
+    overhead = runtime_overhead("qwen3_moe", "cpu")[0] + tokenizer_bytes(model)
     return sum(terms[name] for name in ("dense weights", "KV cache", "workspace")) + overhead
 
 

@@ -6,7 +6,7 @@ from edge_moe.budget import dense_bytes, memory_terms
 from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import InputError
-from edge_moe.overhead import runtime_overhead
+from edge_moe.overhead import runtime_overhead, tokenizer_bytes
 from edge_moe.plan import MemoryTerm
 from edge_moe.spec import ModelSpec
 
@@ -30,7 +30,7 @@ def full_terms(checkpoint: Checkpoint, context_tokens: int = CONTEXT_TOKENS) -> 
         context_tokens=min(context_tokens, spec.max_position_embeddings),
         device="cpu",
         target="native",
-        runtime_bytes=runtime_bytes,
+        runtime_bytes=runtime_bytes + tokenizer_bytes(checkpoint.folder),
         runtime_source=runtime_source,
     )
 

@@ -1,0 +1,58 @@
+"""Damage that is found before it can speak: dense weights, NaN experts, foreign dtypes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TinyCheckpoint
+from hand_plan import hand_plan
+from safetensors.torch import load_file, save_file
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import build
+from edge_moe.errors import CheckpointError, PackageError
+from edge_moe.runtime.session import Session
+
+EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
+
+
+def _changed(source: Path, folder: Path, change: str) -> Path:
+    """A copy of a checkpoint whose expert 5 of layer 1 was spoilt."""
+    import torch
+
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    if change == "nan":
+        tensors[EXPERT][3, 4] = float("nan")
+    else:
+        tensors[EXPERT] = tensors[EXPERT].to(torch.float64)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_changed_dense_weights_are_noticed(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    source = tiny_checkpoint("qwen3_moe")
+    package = build(hand_plan(Checkpoint(source), [["bf16"] * 8] * 2), tmp_path / "out")
+    with (package / "resident.safetensors").open("r+b") as handle:
+        handle.seek(-7, 2)
+        byte = handle.read(1)
+        handle.seek(-7, 2)
+        handle.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(PackageError, match=r"resident\.safetensors is damaged.*build the package"):
+        Session.open(package)
+
+
+def test_nan_expert_of_a_checkpoint_is_named(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = _changed(tiny_checkpoint("qwen3_moe"), tmp_path / "nan", "nan")
+    with pytest.raises(CheckpointError, match="layer 1 expert 5 holds NaN"):
+        Session.open(folder)
+
+
+def test_foreign_dtype_is_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = _changed(tiny_checkpoint("qwen3_moe"), tmp_path / "f64", "f64")
+    with pytest.raises(CheckpointError, match="is stored as BF16 and F64"):
+        Session.open(folder)
