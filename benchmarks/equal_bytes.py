@@ -59,9 +59,10 @@ def main() -> None:
     for task in args.task or ["code"]:
         results += measure(model, task, args.share or SHARES, args.windows, args.output)
     machine = results[0].provenance.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
     console = Console(width=200)
     print_equal_bytes(results, console)
-    console.print(f"{machine.cpu}, {machine.cores} cores, {machine.packages}")
+    console.print(f"{machine.cpu}, {machine.cores} cores, {versions}")
 
 
 if __name__ == "__main__":

@@ -80,14 +80,14 @@ class ExpertCache:
         self,
         store: ExpertStore,
         buffers: SlotBuffers,
-        policy: EvictionPolicy,
+        policy: type[EvictionPolicy],
         *,
         host: HostTier | None = None,
         device: torch.device | None = None,
     ) -> None:
         self._store = store
         self._buffers = buffers
-        self._policy = policy
+        self._policies = {size: policy() for size in buffers.counts}
         self._host = host
         self._device = device or torch.device("cpu")
         self._lock = threading.Condition()
@@ -199,34 +199,31 @@ class ExpertCache:
             return None
         entry = Entry(size, self._free[size].pop(), State.LOADING, is_prefetched)
         self._entries[key] = entry
+        self._policies[size].admit(key)
         return entry
 
     def _evict_one(self, size: int, keep: frozenset[Key]) -> bool:
-        candidates = [
-            key
-            for key, entry in self._entries.items()
-            if entry.record_bytes == size
-            and entry.pins == 0
-            and entry.state is State.RESIDENT
-            and key not in keep
-        ]
-        if not candidates:
+        def may_evict(key: Key) -> bool:
+            entry = self._entries[key]
+            return entry.pins == 0 and entry.state is State.RESIDENT and key not in keep
+
+        victim = self._policies[size].victim(may_evict)
+        if victim is None:
             return False
-        victim = self._policy.choose(candidates)
         entry = self._entries[victim]
         if entry.is_prefetched:  # the flag is cleared on first use
             self.statistics.prefetch_wasted_bytes += entry.record_bytes
         self.statistics.evictions += 1
-        self._policy.forget(victim)
         self._remove(victim, entry)
         return True
 
     def _remove(self, key: Key, entry: Entry) -> None:
         del self._entries[key]
+        self._policies[entry.record_bytes].forget(key)
         self._free[entry.record_bytes].append(entry.slot)
 
     def _count_use(self, key: Key, entry: Entry, is_miss: bool) -> None:
-        self._policy.use(key)
+        self._policies[entry.record_bytes].use(key)
         statistics = self.statistics
         if is_miss:
             statistics.misses += 1

@@ -5,9 +5,10 @@ The same classes can be replayed over a recorded trace: they know keys, sizes an
 
 from __future__ import annotations
 
+import heapq
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 Key = tuple[int, int]
@@ -15,74 +16,98 @@ Key = tuple[int, int]
 
 
 class EvictionPolicy(ABC):
-    """Chooses which resident expert makes room.
+    """Orders the resident experts of one size class by who leaves first.
 
-    Contract: `use` is called for every routed expert, hit or miss; `choose` returns one of the
-    candidates and changes nothing; `forget` is called when a key leaves.
+    Contract: `admit` is called when a key gets a slot, `use` for every routed expert that has one,
+    `forget` when it leaves; `victim` changes nothing.
     """
 
     name: str
 
     @abstractmethod
-    def use(self, key: Key) -> None:
-        """`key` was routed to."""
+    def admit(self, key: Key) -> None:
+        """`key` got a slot."""
 
     @abstractmethod
-    def choose(self, candidates: Collection[Key]) -> Key:
-        """The candidate to evict. `candidates` is not empty."""
+    def use(self, key: Key) -> None:
+        """The resident `key` was routed to."""
 
     @abstractmethod
     def forget(self, key: Key) -> None:
         """`key` was evicted."""
 
+    @abstractmethod
+    def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
+        """The resident expert to evict; None where `may_evict` refuses them all."""
+
 
 class LeastRecentlyUsed(EvictionPolicy):
-    """Evicts what was used longest ago; what was never used goes first."""
+    """Evicts what was used, or read ahead, longest ago. A choice takes constant time."""
 
     name = "lru"
 
     def __init__(self) -> None:
         self._order: OrderedDict[Key, None] = OrderedDict()
 
-    def use(self, key: Key) -> None:
+    def admit(self, key: Key) -> None:
         self._order[key] = None
+
+    def use(self, key: Key) -> None:
         self._order.move_to_end(key)
 
-    def choose(self, candidates: Collection[Key]) -> Key:
-        wanted = set(candidates)
-        never_used = wanted - self._order.keys()
-        if never_used:
-            return min(never_used)
-        return next(key for key in self._order if key in wanted)
-
     def forget(self, key: Key) -> None:
-        self._order.pop(key, None)
+        del self._order[key]
+
+    def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
+        return next(filter(may_evict, self._order), None)
 
 
 class LeastFrequentlyUsed(EvictionPolicy):
     """Evicts what was routed to least often. For caches smaller than one token cycle.
 
     There LRU hits nothing: every expert is evicted before the next token comes back to its layer.
-    Of equals the most recently used goes: a cycle needs it again last.
+    Of equals the most recently used goes: a cycle needs it again last. Frequency outlives
+    residence. A choice takes logarithmic time: a heap, whose outdated items are skipped.
     """
 
     name = "frequency"
 
     def __init__(self) -> None:
         self._uses: Counter[Key] = Counter()
-        self._last_use: dict[Key, int] = {}
+        self._rank: dict[Key, tuple[int, int]] = {}  # resident key -> (uses, -time of last use)
+        self._heap: list[tuple[tuple[int, int], Key]] = []
         self._clock = 0
+
+    def admit(self, key: Key) -> None:
+        self._place(key, 0)
 
     def use(self, key: Key) -> None:
         self._clock += 1
         self._uses[key] += 1
-        self._last_use[key] = self._clock
-
-    def choose(self, candidates: Collection[Key]) -> Key:
-        return min(candidates, key=lambda key: (self._uses[key], -self._last_use.get(key, 0)))
+        self._place(key, self._clock)
 
     def forget(self, key: Key) -> None:
-        pass  # frequency outlives residence
+        del self._rank[key]
+
+    def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
+        looked_at, found = [], None
+        while self._heap and found is None:
+            item = heapq.heappop(self._heap)
+            rank, key = item
+            if self._rank.get(key) != rank:
+                continue
+            looked_at.append(item)
+            found = key if may_evict(key) else None
+        for item in looked_at:
+            heapq.heappush(self._heap, item)
+        return found
+
+    def _place(self, key: Key, time: int) -> None:
+        self._rank[key] = self._uses[key], -time
+        heapq.heappush(self._heap, (self._rank[key], key))
+        if len(self._heap) > 4 * len(self._rank) + 64:
+            self._heap = [(rank, known) for known, rank in self._rank.items()]
+            heapq.heapify(self._heap)
 
 
 def token_cycle_bytes(largest_record_bytes: Iterable[int], top_k: int) -> int:
@@ -90,9 +115,9 @@ def token_cycle_bytes(largest_record_bytes: Iterable[int], top_k: int) -> int:
     return top_k * sum(largest_record_bytes)
 
 
-def choose_policy(slot_bytes: int, cycle_bytes: int) -> EvictionPolicy:
+def choose_policy(slot_bytes: int, cycle_bytes: int) -> type[EvictionPolicy]:
     """LRU, or frequency order where the cache is below one token cycle."""
-    return LeastFrequentlyUsed() if slot_bytes < cycle_bytes else LeastRecentlyUsed()
+    return LeastFrequentlyUsed if slot_bytes < cycle_bytes else LeastRecentlyUsed
 
 
 @dataclass

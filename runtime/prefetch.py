@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
@@ -22,11 +21,8 @@ from edge_moe.runtime.policy import AdmissionRule, Key
 class Prefetcher:
     """Predicts, admits and reads ahead. `observe` and `predict` belong to the model's thread."""
 
-    def __init__(
-        self, blocks: list[Any], top_k: int, store: ExpertStore, cache: ExpertCache
-    ) -> None:
+    def __init__(self, blocks: list[Any], store: ExpertStore, cache: ExpertCache) -> None:
         self._routers = [block.gate for block in blocks]
-        self._top_k = top_k
         self._store = store
         self._cache = cache
         self._rule = AdmissionRule()
@@ -56,9 +52,8 @@ class Prefetcher:
         following = layer + 1
         if following >= len(self._routers):
             return
-        weight = self._routers[following].weight
-        logits = functional.linear(hidden.to(weight.dtype), weight)
-        rows = logits.topk(self._top_k, dim=-1).indices[0].tolist()
+        _, _, chosen = self._routers[following](hidden)  # the model's own: biases, groups and all
+        rows = chosen[0].tolist()
         misses = [row for row in rows if not self._cache.is_resident((following, row))]
         self._guessed_misses[following] = set(misses)
         keep = frozenset([(following, row) for row in rows] + [(layer, row) for row in current])

@@ -138,7 +138,7 @@ class Session:
         cache = _cache(spec, store, slots, where, ram_bytes)
         blocks = moe_blocks(network, spec)
         is_predicting = prefetch and slots.is_paging
-        prefetcher = Prefetcher(blocks, spec.top_k, store, cache) if is_predicting else None
+        prefetcher = Prefetcher(blocks, store, cache) if is_predicting else None
         attach(blocks, ExpertPager(spec, store, cache, compute_dtype(spec, where), prefetcher))
         return cls(
             spec=spec,

@@ -50,7 +50,7 @@ class MemoryStore(ExpertStore):
 def make_cache(store: MemoryStore, slots: dict[int, int]) -> ExpertCache:
     import torch
 
-    return ExpertCache(store, SlotBuffers(slots, torch.device("cpu")), LeastRecentlyUsed())
+    return ExpertCache(store, SlotBuffers(slots, torch.device("cpu")), LeastRecentlyUsed)
 
 
 def read(cache: ExpertCache, store: MemoryStore, key: Key) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_moe.runtime.policy import (
     AdmissionRule,
+    EvictionPolicy,
+    Key,
     LeastFrequentlyUsed,
     LeastRecentlyUsed,
     PagingStatistics,
@@ -14,41 +20,83 @@ from edge_moe.runtime.policy import (
 )
 
 
-def test_lru_evicts_the_oldest_use_and_what_was_never_used_first() -> None:
-    policy = LeastRecentlyUsed()
-    for key in ((0, 0), (0, 1), (0, 2), (0, 0)):
-        policy.use(key)
-    assert policy.choose([(0, 0), (0, 1), (0, 2)]) == (0, 1)
-    assert policy.choose([(0, 0), (0, 2)]) == (0, 2)
-    assert policy.choose([(0, 0), (3, 3)]) == (3, 3)
+def anything(key: Key) -> bool:
+    return True
+
+
+def filled(policy: EvictionPolicy, keys: Iterable[Key]) -> EvictionPolicy:
+    for key in keys:
+        policy.admit(key)
+    return policy
+
+
+def test_lru_evicts_the_oldest_use_or_arrival() -> None:
+    policy = filled(LeastRecentlyUsed(), [(0, 0), (0, 1), (0, 2)])
+    assert policy.victim(anything) == (0, 0)
+    policy.use((0, 0))
+    assert policy.victim(anything) == (0, 1)
+    assert policy.victim(lambda key: key != (0, 1)) == (0, 2)
     policy.forget((0, 1))
-    assert policy.choose([(0, 0), (0, 2)]) == (0, 2)
+    policy.admit((3, 3))
+    assert policy.victim(lambda key: key[0] == 3) == (3, 3)
+    assert policy.victim(lambda key: False) is None
 
 
 def test_frequency_evicts_the_rarest_and_remembers_evicted_ones() -> None:
-    policy = LeastFrequentlyUsed()
+    policy = filled(LeastFrequentlyUsed(), [(0, 0), (0, 1), (0, 2)])
     for key in ((0, 0), (0, 0), (0, 1), (0, 2), (0, 2), (0, 2)):
         policy.use(key)
-    assert policy.choose([(0, 0), (0, 1), (0, 2)]) == (0, 1)
+    assert policy.victim(anything) == (0, 1)
+    assert policy.victim(lambda key: key != (0, 1)) == (0, 0)
+    assert policy.victim(anything) == (0, 1)  # looking changes nothing
     policy.forget((0, 2))
-    assert policy.choose([(0, 0), (0, 2)]) == (0, 0)
+    policy.admit((0, 2))
+    policy.forget((0, 1))
+    assert policy.victim(anything) == (0, 0)
+    assert policy.victim(lambda key: False) is None
+
+
+@given(st.lists(st.tuples(st.sampled_from("aufv"), st.integers(0, 5)), max_size=400))
+def test_frequency_heap_agrees_with_a_plain_search(steps: list[tuple[str, int]]) -> None:
+    """However often items go stale, the victim has the fewest uses, and is the latest of equals."""
+    policy, uses, last, resident = LeastFrequentlyUsed(), [0] * 6, [0] * 6, set()
+    for time, (step, row) in enumerate(steps, start=1):
+        key = (0, row)
+        if step == "a" and row not in resident:
+            policy.admit(key)
+            resident.add(row)
+            last[row] = 0
+        elif step == "u" and row in resident:
+            policy.use(key)
+            uses[row] += 1
+            last[row] = time
+        elif step == "f" and row in resident:
+            policy.forget(key)
+            resident.remove(row)
+        others = resident - {row}
+        found = policy.victim({(0, each) for each in others}.__contains__)
+        best = min(others, key=lambda each: (uses[each], -last[each], each), default=None)
+        assert found == (None if best is None else (0, best))
 
 
 def test_below_one_token_cycle_lru_never_hits_and_frequency_does() -> None:
     """Three layers of one expert each, two slots: the cycle is one record too long."""
     hits = {}
     for policy in (LeastRecentlyUsed(), LeastFrequentlyUsed()):
-        resident: set[tuple[int, int]] = set()
+        resident: set[Key] = set()
         count = 0
         for _ in range(10):
             for key in ((0, 0), (1, 0), (2, 0)):
                 count += key in resident
-                policy.use(key)
                 if key not in resident and len(resident) == 2:
-                    victim = policy.choose(resident)
+                    victim = policy.victim(anything)
+                    assert victim is not None
                     policy.forget(victim)
                     resident.remove(victim)
-                resident.add(key)
+                if key not in resident:
+                    policy.admit(key)
+                    resident.add(key)
+                policy.use(key)
         hits[policy.name] = count
     assert hits["lru"] == 0
     assert hits["frequency"] > 5
