@@ -64,7 +64,7 @@ class FormLosses:
         return [
             position
             for position, form in enumerate(self._forms)
-            if form != DROP and not _is_lossless(form, parts)
+            if form != DROP and not is_lossless(form, parts)
         ]
 
     def _expert_losses(
@@ -130,5 +130,6 @@ def round_trip(form_name: str, weights: Tensor, output: Tensor) -> None:
         target[rows] = form.unpack(form.pack(source[rows]), width)
 
 
-def _is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
+def is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
+    """Whether `form` holds what is stored in `parts` without loss."""
     return all(form in _LOSSLESS.get(part.dtype, ()) for part in parts)
