@@ -63,6 +63,9 @@ class ModelSpec:
     num_shared_experts: int
     vocab_size: int
     num_attention_heads: int
+    num_kv_heads: int
+    query_width: int
+    """Query values per token: attention heads x head width."""
     kv_key_width: int
     """Key values that transformers caches per token and layer: kv heads x head width."""
     kv_value_width: int
@@ -171,6 +174,7 @@ class ModelSpec:
             raise SpecError(
                 f"{source}: num_experts_per_tok is {top_k} but there are {num_experts} experts"
             )
+        heads, kv_heads, head_width = _heads(read, model_type)
         key_width, value_width = _kv_widths(read, model_type)
         return cls(
             model_type=model_type,
@@ -183,7 +187,9 @@ class ModelSpec:
             expert_width=read.count(*family.config_expert_width_keys),
             num_shared_experts=_num_shared_experts(config, model_type),
             vocab_size=read.count("vocab_size"),
-            num_attention_heads=read.count("num_attention_heads"),
+            num_attention_heads=heads,
+            num_kv_heads=kv_heads,
+            query_width=heads * head_width,
             kv_key_width=key_width,
             kv_value_width=value_width,
             max_position_embeddings=read.count("max_position_embeddings", default=4096),
@@ -214,16 +220,21 @@ class _ConfigReader:
         raise SpecError(f"{self._source}: none of the keys {', '.join(keys)} is present")
 
 
-def _kv_widths(read: _ConfigReader, model_type: str) -> tuple[int, int]:
-    """(key, value) widths that transformers caches per token and layer."""
+def _heads(read: _ConfigReader, model_type: str) -> tuple[int, int, int]:
+    """(attention heads, key and value heads, width of a query or key head)."""
     heads = read.count("num_attention_heads")
     if model_type == "deepseek_v3":  # transformers caches the expanded keys and values
-        key_head = read.count("qk_nope_head_dim", default=128) + read.count(
-            "qk_rope_head_dim", default=64
-        )
-        return heads * key_head, heads * read.count("v_head_dim", default=128)
+        parts = ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64)
+        return heads, heads, sum(read.count(key, default=default) for key, default in parts)
     kv_heads = read.count("num_key_value_heads", default=heads)
-    head_width = read.count("head_dim", default=read.count("hidden_size") // heads)
+    return heads, kv_heads, read.count("head_dim", default=read.count("hidden_size") // heads)
+
+
+def _kv_widths(read: _ConfigReader, model_type: str) -> tuple[int, int]:
+    """(key, value) widths that transformers caches per token and layer."""
+    _, kv_heads, head_width = _heads(read, model_type)
+    if model_type == "deepseek_v3":
+        return kv_heads * head_width, kv_heads * read.count("v_head_dim", default=128)
     return kv_heads * head_width, kv_heads * head_width
 
 

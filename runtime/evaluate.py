@@ -126,7 +126,12 @@ def open_model(
         return GgufModel(path, context_tokens)
     from edge_moe.runtime.session import Session
 
-    return Session.open(path, budget_bytes=budget_bytes, context_tokens=context_tokens)
+    return Session.open(
+        path,
+        budget_bytes=budget_bytes,
+        context_tokens=context_tokens,
+        scored_tokens=context_tokens,
+    )
 
 
 def model_kind(path: Path) -> ModelKind:

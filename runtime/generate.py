@@ -51,9 +51,9 @@ class Decoder:
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
-        from transformers import DynamicCache
+        from edge_moe.runtime.kv_cache import make_cache
 
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = make_cache(self.model.config, self.context_tokens)
 
     @torch.inference_mode()
     def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:

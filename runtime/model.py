@@ -94,14 +94,17 @@ def held_bytes(model: Any) -> int:
 
 
 def _on_meta(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION
             )
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SpecError(f"{folder / 'config.json'}: transformers refuses it: {reason}") from None
@@ -119,11 +122,13 @@ def _load_dense(
     model: Any, spec: ModelSpec, tensors: Iterable[TensorInfo], device: torch.device
 ) -> None:
     dtype = compute_dtype(spec, device)
+    buffers = {name.rpartition(".")[2] for name in spec.family.optional_router_tensors}
     for info in tensors:
         name = spec.module_name(info.name)
         if name == "lm_head.weight" and spec.tie_word_embeddings:
             continue
-        _assign(model, name, read_tensor(info, dtype, device))
+        is_buffer = name.rpartition(".")[2] in buffers  # transformers keeps them in float32
+        _assign(model, name, read_tensor(info, torch.float32 if is_buffer else dtype, device))
     if spec.tie_word_embeddings:
         model.lm_head.weight = model.get_input_embeddings().weight
 
@@ -144,7 +149,7 @@ def _assign(model: Any, name: str, value: torch.Tensor) -> None:
     if attribute in module._parameters:
         module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=False)
     else:
-        module._buffers[attribute] = value.float()
+        module._buffers[attribute] = value
 
 
 def read_tensor(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -166,13 +171,15 @@ def read_tensor(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> t
             if len(piece) < num_bytes:
                 raise CheckpointError(f"{info.path} is truncated inside {info.name!r}")
             values = torch.frombuffer(piece, dtype=stored)
+            if not torch.isfinite(values).all():
+                raise CheckpointError(
+                    f"{info.path}: {info.name!r} holds NaN or infinity: download the file again"
+                )
             first = start // stored.itemsize
             flat[first : first + len(values)] = values.to(device)
         os.posix_fadvise(descriptor, info.offset, info.num_bytes, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-    if not torch.isfinite(flat).all():
-        raise CheckpointError(f"{info.path}: {info.name!r} holds NaN or infinity")
     return result
 
 

@@ -78,12 +78,14 @@ class Prefetcher:
         while (item := self._queue.get()) is not None:
             key, keep = item
             num_bytes = self._store.record(key).num_bytes
-            start = time.perf_counter()
-            was_read = self._cache.prefetch(key, keep)
-            with self._lock:
-                self._queued_bytes -= num_bytes
-                if was_read:
-                    self._rule.learn_transfer(num_bytes, time.perf_counter() - start)
+            start, was_read = time.perf_counter(), False
+            try:
+                was_read = self._cache.prefetch(key, keep)
+            finally:
+                with self._lock:
+                    self._queued_bytes -= num_bytes
+                    if was_read:
+                        self._rule.learn_transfer(num_bytes, time.perf_counter() - start)
 
     def _learn_busy(self) -> None:
         now, stalled = time.perf_counter(), self._cache.statistics.stall_seconds

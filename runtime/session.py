@@ -18,13 +18,14 @@ import torch
 from edge_moe import budget as bill
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
-from edge_moe.overhead import ASSUMED_BYTES, runtime_overhead, tokenizer_bytes
+from edge_moe.overhead import known_overhead, runtime_overhead, tokenizer_bytes
 from edge_moe.package import Package, is_package
 from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime import memory
 from edge_moe.runtime.expert_cache import ExpertCache, HostTier
 from edge_moe.runtime.expert_store import CheckpointStore, ExpertStore, PackageStore
 from edge_moe.runtime.generate import Decoder, Sampling, TextStream, Timing, chunks
+from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.model import (
     build_model,
     compute_dtype,
@@ -105,6 +106,7 @@ class Session:
         num_slots: int | None = None,
         prefetch: bool = True,
         ram_bytes: int | None = None,
+        scored_tokens: int = 1,
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -114,6 +116,7 @@ class Session:
             context_tokens: longest sequence; default 4096 or the model's limit.
             num_slots: experts in memory at once, instead of a budget.
             ram_bytes: on CUDA, packed experts kept in RAM between the disk and the GPU.
+            scored_tokens: most positions that `logits` will be asked for at once.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -128,7 +131,12 @@ class Session:
         where = _device(device)
         context = _context(spec, context_tokens)
         store = _store(source)
-        terms = _terms(source, store, context, where, has_budget=budget_bytes is not None)
+        terms = _terms(
+            *(source, store, context, where),
+            has_budget=budget_bytes is not None,
+            scored_tokens=scored_tokens,
+        )
+        share_key_value_heads(where)
         slots = _allot(spec, store, terms, budget_bytes, num_slots)
         tokenizer = load_tokenizer(model)
         rows = [len(kept) for kept in store.kept]
@@ -218,8 +226,12 @@ class Session:
                 f"{len(token_ids)} tokens do not fit a context of {self.context_tokens}"
             )
         decoder = Decoder(self.model, self.device, self.context_tokens)
-        parts = [decoder.step(chunk, keep_all=True).cpu() for chunk in chunks(token_ids)]
-        return np.concatenate([part.numpy() for part in parts])
+        logits = np.empty((len(token_ids), self.model.config.vocab_size), np.float32)
+        done = 0
+        for chunk in chunks(token_ids):
+            logits[done : done + len(chunk)] = decoder.step(chunk, keep_all=True).cpu().numpy()
+            done += len(chunk)
+        return logits
 
     def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a prompt.
@@ -333,8 +345,10 @@ def _terms(
     device: torch.device,
     *,
     has_budget: bool,
+    scored_tokens: int,
 ) -> list[MemoryTerm]:
-    """The bill with every kept expert resident. Only a budget is worth measuring overhead for."""
+    """The bill with every kept expert resident. Only a budget is worth measuring overhead for; what
+    was measured before is used without one as well."""
     spec = source.spec
     kind: Device = "cuda" if device.type == "cuda" else "cpu"
     itemsize = compute_dtype(spec, device).itemsize
@@ -343,9 +357,8 @@ def _terms(
         for info in dense_tensors(source)
         if not (info.name == "lm_head.weight" and spec.tie_word_embeddings)
     )
-    overhead, origin = (
-        runtime_overhead(spec.model_type, kind) if has_budget else (ASSUMED_BYTES[kind], "assumed")
-    )
+    find_overhead = runtime_overhead if has_budget else known_overhead
+    overhead, origin = find_overhead(spec.model_type, kind)
     return bill.memory_terms(
         spec,
         forms=[
@@ -358,6 +371,7 @@ def _terms(
         target="native",
         runtime_bytes=overhead + tokenizer_bytes(source.folder),
         runtime_source=origin,
+        scored_tokens=scored_tokens,
     )
 
 
