@@ -19,7 +19,7 @@ from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernels.unpack import unpack
 from edge_moe.runtime.model import EXPERTS_IMPLEMENTATION
 from edge_moe.runtime.prefetch import Prefetcher
-from edge_moe.runtime.skipping import SkipRule, remaining_weights
+from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.trace import TraceRecorder
 from edge_moe.spec import ModelSpec
 
@@ -110,7 +110,7 @@ class ExpertPager:
         if not is_skipped.any():
             return rows, weights
         self._count_skipped(layer, ids, is_skipped)
-        remaining = torch.from_numpy(remaining_weights(gates, is_skipped))
+        remaining = torch.from_numpy(self._skip.remaining(gates, is_skipped))
         chosen = torch.from_numpy(np.where(is_skipped, -1, ids))
         return chosen.to(rows), remaining.to(weights)
 

@@ -9,8 +9,8 @@ All three rules were published for top-2 or for other models, and are generalise
 - ratios are compared with one number per layer, the median over tokens and over i >= 1 of w_i / w_0
   (for top-2 the published median). On calibration text about half of the lighter choices go, and a
   lighter expert is never kept where a heavier one of the same token goes;
-- what remains is scaled so that a token's weights keep their sum. Where the router renormalises
-  this is choosing fewer experts in the first place; elsewhere it keeps the output's size.
+- under the ratio rules the rest is scaled so that a token's weights keep their sum, as published:
+  where the router renormalises, this is choosing fewer experts in the first place.
 
 Rules decide on weights rounded to float16, as a trace holds them: a replay skips the same experts.
 """
@@ -42,6 +42,8 @@ class SkipRule(ABC):
     name: str
     needs_token_norms = False
     """Whether `skips` looks at the tokens' L1 norms."""
+    rescales = True
+    """Whether the remaining weights of a token are scaled to their former sum."""
 
     def skips(self, layer: int, weights: Weights, token_norms: Weights | None = None) -> Mask:
         """[T, k] True where an expert is left out.
@@ -53,6 +55,12 @@ class SkipRule(ABC):
         """
         rounded = weights.astype(np.float16).astype(np.float64)
         return self._skips(layer, rounded, token_norms)
+
+    def remaining(self, weights: Weights, is_skipped: Mask) -> Weights:
+        """[T, k] weights to compute with: 0 where an expert is left out."""
+        if self.rescales:
+            return rescaled_weights(weights, is_skipped)
+        return np.where(is_skipped, 0, weights)
 
     @abstractmethod
     def _skips(self, layer: int, weights: Weights, token_norms: Weights | None) -> Mask: ...
@@ -103,11 +111,14 @@ class TopP(SkipRule):
     """Keep experts by descending weight until their share of the chosen weights exceeds p.
 
     The expert that crosses p is kept, so no token is ever without. Dynamic top-p (arXiv 2403.07652)
-    takes p of the softmax over all experts, leaves the weights as they are, and is trained that
-    way; this is its post-hoc form on a top-k model, a different and lossy intervention: shares of
-    the k chosen weights, and the rest scaled up. Its code keeps one expert where the sum never
-    exceeds p; here all are kept.
+    takes p of the softmax over all experts and is trained that way; this is its post-hoc form on a
+    top-k model, a different and lossy intervention: shares of the k chosen weights. Its code keeps
+    one expert where the sum never exceeds p; here all are kept. As published, the rest is not
+    scaled up: on the demo model that loses less (at p = 0.8, KL .0085 and .0099 on code and sql
+    instead of .0112 and .0125, 1024 held-out tokens each).
     """
+
+    rescales = False
 
     def __init__(self, share: float) -> None:
         """`share` is p, above 0 and at most 1.
@@ -132,7 +143,7 @@ class TopP(SkipRule):
         return is_skipped
 
 
-def remaining_weights(weights: Weights, is_skipped: Mask) -> Weights:
+def rescaled_weights(weights: Weights, is_skipped: Mask) -> Weights:
     """[T, k] weights with the skipped ones 0, and the others scaled to the token's former sum.
 
     Tokens that skip nothing keep their weights bit for bit.

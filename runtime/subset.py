@@ -73,7 +73,9 @@ def choose_rows(
 
     Without `slot_bytes` those of the pattern's kept sets. With it, as many as fit: first what a
     token needs at once in every layer, then over all layers the experts with the most router
-    weight per byte. Group-limited routers keep equally many experts in every group.
+    weight per byte. PreMoe keeps the same number in every layer instead; with half of the demo
+    model's experts that costs more (KL .43 instead of .24 on code, .59 instead of .55 on sql,
+    1024 held-out tokens each). Group-limited routers keep equally many experts in every group.
 
     Raises:
         InputError: the pattern leaves a layer with fewer experts than a token needs.

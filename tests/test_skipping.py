@@ -25,7 +25,7 @@ from edge_moe.runtime.skipping import (
     load_skip,
     median_ratio,
     parse_skip,
-    remaining_weights,
+    rescaled_weights,
 )
 from edge_moe.skip_calibration import SkipCalibration
 
@@ -70,9 +70,11 @@ def test_odp_protects_the_loudest_prompt_tokens_only() -> None:
 def test_the_rest_keeps_the_sum_and_untouched_tokens_their_bits() -> None:
     weights = np.array([[0.6, 0.2, 0.2], [0.1, 0.3, 0.7]], np.float32)
     is_skipped = np.array([[False, True, False], [False] * 3])
-    found = remaining_weights(weights, is_skipped)
+    found = rescaled_weights(weights, is_skipped)
     assert found[0] == pytest.approx([0.75, 0, 0.25])
     assert found[1].tobytes() == weights[1].tobytes()
+    assert RatioRule([0.5]).remaining(weights, is_skipped).tolist() == found.tolist()
+    assert TopP(0.5).remaining(weights, is_skipped)[0] == pytest.approx([0.6, 0, 0.2])
 
 
 def test_median_ratio_by_hand() -> None:
@@ -98,7 +100,7 @@ def test_any_rule_keeps_the_heaviest_and_the_sum(table: list[list[float]], rule:
     assert ((rounded == largest) & ~is_skipped).any(axis=1).all()
     lightest_kept = np.where(is_skipped, np.inf, rounded).min(axis=1, keepdims=True)
     assert (np.where(is_skipped, rounded, -np.inf) <= lightest_kept).all()
-    kept = remaining_weights(weights, is_skipped)
+    kept = rescaled_weights(weights, is_skipped)
     assert kept.sum(axis=1) == pytest.approx(weights.sum(axis=1), rel=1e-3, abs=1e-6)
     assert (kept[is_skipped] == 0).all()
     assert np.array_equal(is_skipped, rule.skips(0, rounded, norms))  # what a trace would say
@@ -123,7 +125,7 @@ def test_a_rule_that_skips_nothing_changes_no_bit(
 def test_skipping_all_but_one_is_the_model_with_top_1(tmp_path: Path) -> None:
     """With renormalised weights, in prefill and in decoding, and counted to the byte."""
     folder = make_tiny_checkpoint(tmp_path / "model", "qwen3_moe")
-    rule = TopP(1e-6)
+    rule = RatioRule([1.0, 1.0])  # everything lighter than the heaviest goes
     with Session.open(folder, skip=rule) as session:
         logits, tokens = session.logits(PROMPT), session.generate_ids(PROMPT, 8, stop_at_eos=False)
         found = session.statistics()
