@@ -105,8 +105,9 @@ class _Pass:
             gates: list[npt.NDArray[np.float64]] = []
             with BlockObserver(self._stream.moe_block(layer_id), self._spec) as observer:
                 for index in range(len(self._windows)):
-                    writer.write(self._stream.run(layer_id, hidden.read(index)))
-                    gates.append(observer.take().gates.numpy())
+                    output = self._stream.run(layer_id, hidden.read(index))
+                    writer.write(output)
+                    gates.append(observer.take(output).gates.numpy())
         write_text(self._path(layer_id), json.dumps(median_ratio(np.concatenate(gates))))
 
     def _read(self, layer_id: int) -> float:

@@ -14,7 +14,7 @@ import torch
 
 from edge_moe.errors import InputError
 from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
-from edge_moe.runtime.model import set_router_rows
+from edge_moe.runtime.model import shrink_router
 from edge_moe.runtime.policy import Key
 from edge_moe.spec import ModelSpec
 from edge_moe.task_pattern import TaskPattern, rank_by_group
@@ -63,7 +63,7 @@ class RouterRows:
             for name, value in full.items():
                 part = value if rows is None else value[torch.tensor(chosen, device=value.device)]
                 _assign(block.gate, name, part)
-            set_router_rows(block, len(chosen))
+            shrink_router(block, len(chosen))
 
 
 def choose_rows(

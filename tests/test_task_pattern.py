@@ -21,7 +21,7 @@ from edge_moe.errors import EdgeMoeError, InputError, StatsError
 from edge_moe.formats import DROP
 from edge_moe.profiles import load_patterns
 from edge_moe.runtime.session import Session
-from edge_moe.stats import ExpertStats, StatsInfo
+from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
 from edge_moe.task_pattern import (
     GENERAL,
     TaskPattern,
@@ -39,7 +39,7 @@ def make_stats(
 ) -> ExpertStats:
     """Statistics of top-2 layers whose router weights sum up to `gates`."""
     info = StatsInfo(
-        version=1,
+        version=STATS_VERSION,
         edge_moe_version=edge_moe.__version__,
         model_type="olmoe",
         model_fingerprint="m",
