@@ -18,12 +18,15 @@ from typer.exceptions import TyperException
 import edge_moe
 from edge_moe.commands.build import build_command
 from edge_moe.commands.calibrate import calibrate_command
+from edge_moe.commands.calibrate_skipping import calibrate_skipping_command
 from edge_moe.commands.demo import demo_command
 from edge_moe.commands.evaluate import eval_command
 from edge_moe.commands.inspect import inspect_command
+from edge_moe.commands.patterns import patterns_command
 from edge_moe.commands.plan import plan_command
 from edge_moe.commands.report import report_command
 from edge_moe.commands.run import run_command
+from edge_moe.commands.simulate import simulate_command
 from edge_moe.commands.stats import stats_app
 from edge_moe.errors import EdgeMoeError
 
@@ -74,9 +77,12 @@ def _app_options(
 app.command("inspect")(inspect_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(stats_app, name="stats")
+app.command("calibrate-skipping")(calibrate_skipping_command)
+app.command("patterns")(patterns_command)
 app.command("plan")(plan_command)
 app.command("build")(build_command)
 app.command("run")(run_command)
+app.command("simulate")(simulate_command)
 app.command("eval")(eval_command)
 app.command("report")(report_command)
 app.command("demo")(demo_command)

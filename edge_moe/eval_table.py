@@ -9,6 +9,7 @@ from rich.table import Table
 
 from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
+from edge_moe.units import format_bytes
 
 _MAX_COLUMNS = 3
 _COMPACT_ROWS = (
@@ -20,6 +21,9 @@ _COMPACT_ROWS = (
     "exact match (Q)",
     "exact match (base)",
     "recovery",
+    "active experts",
+    "active parameters",
+    "expert bytes saved",
 )
 _WHERE = {True: "in task", False: "out of task", None: ""}
 
@@ -70,7 +74,7 @@ def _rows(result: EvalResult) -> list[tuple[str, str]]:
         rows.append(("exact match (base)", _percent(result.base_exact_match)))
     if result.recovery_percent is not None:
         rows.append(("recovery", f"{result.recovery_percent:.1f} %"))
-    return rows
+    return rows + _skipping_rows(result)
 
 
 def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:
@@ -88,6 +92,23 @@ def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:
         ("Median KLD", f"{found.median_kld:.3g}"),
         ("RMS Δp", _percent(found.rms_delta_p)),
         ("Same top p", _percent(found.same_top_p)),
+    ]
+
+
+def _skipping_rows(result: EvalResult) -> list[tuple[str, str]]:
+    """Per token: what the skipping rule left, and what it saved."""
+    found = result.skipping
+    if found is None:
+        return []
+    share = found.saved_bytes_per_token / found.routed_bytes_per_token
+    return [
+        ("skipping rule", found.rule),
+        ("active experts", f"{found.active_per_token:.2f} of {found.routed_per_token:g}"),
+        ("active parameters", f"{found.active_parameters / 1e6:,.2f} M"),
+        (
+            "expert bytes saved",
+            f"{format_bytes(found.saved_bytes_per_token)} per token ({share:.1%})",
+        ),
     ]
 
 

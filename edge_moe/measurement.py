@@ -151,6 +151,22 @@ class RunMeasurement(_Record):
         return self._save(folder, f"run-{stamp}-{os.getpid()}.json")
 
 
+class SkippingCost(_Model):
+    """What a skipping rule left of the work, over the scored windows of held-out text."""
+
+    rule: str
+    routed_per_token: float
+    """Experts that the routers chose per token, over all MoE layers."""
+    active_per_token: float
+    """... and that were computed."""
+    active_parameters: float
+    """Weights that a token uses on average: its experts and the dense part, a tied lm_head once."""
+    routed_bytes_per_token: float
+    """Packed bytes of the chosen experts: what decoding one token reads."""
+    saved_bytes_per_token: float
+    """... of which skipping saves this much."""
+
+
 class EvalResult(_Record):
     """The quality of one model on one task, alone or against a reference."""
 
@@ -174,6 +190,8 @@ class EvalResult(_Record):
     base_exact_match: Estimate | None = None
     recovery_percent: float | None = None
     """100 x score / reference score: exact match where there is one, else 1 / perplexity."""
+    skipping: SkippingCost | None = None
+    """Where a skipping rule was in force."""
     seconds: float
 
     def save(self, folder: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo, read_header
+from edge_moe.checkpoint import TensorInfo
 from edge_moe.errors import CheckpointError, PackageError, SpecError
 from edge_moe.package import RESIDENT_NAME, Package
 from edge_moe.spec import ModelSpec
@@ -22,13 +22,6 @@ EXPERTS_IMPLEMENTATION = "edge_moe_paged"
 _PIECE_BYTES = 16 * 2**20
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def dense_tensors(source: Package | Checkpoint) -> list[TensorInfo]:
-    """Everything but routed experts, as stored."""
-    if isinstance(source, Checkpoint):
-        return list(source.dense_tensors)
-    return list(read_header(source.folder / RESIDENT_NAME)[0].values())
 
 
 def verify_resident(package: Package) -> None:

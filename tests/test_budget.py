@@ -9,6 +9,7 @@ import pytest
 from conftest import TinyCheckpoint, make_tiny_checkpoint
 
 from edge_moe.budget import (
+    ALLOCATOR_BYTES,
     GGUF_RUNTIME_BYTES,
     dense_bytes,
     describe_terms,
@@ -86,14 +87,14 @@ def test_runtime_is_measured_natively_and_assumed_for_llama() -> None:
 def test_workspace_by_hand() -> None:
     # 10 tokens: residual stream and norm 2 x 64, logits 100; an expert of 3 x 64 x 32 weights and
     # codes, its tokens 3 x 64 + 3 x 32 + 4; two bounce buffers of one expert at 16 bits
-    always, bounce_bytes = 10 * 2 * 64 + 100, 2 * 2 * 3 * 64 * 32
+    always, rest = 10 * 2 * 64 + 100, 2 * 2 * 3 * 64 * 32 + ALLOCATOR_BYTES
     experts = 3 * 64 * 32 * 7 // 6 + 10 * (3 * 64 + 3 * 32 + 4)
-    assert workspace_bytes(small_spec(), 10, "cpu") == 4 * (always + experts) + bounce_bytes
+    assert workspace_bytes(small_spec(), 10, "cpu") == 4 * (always + experts) + rest
     # 256 tokens of 900: queries and output 2 x 16 + 64, keys and values 8 + 8, masks 5 bytes
     always = 256 * 2 * 64 + 100
     attention = 256 * (2 * 16 + 64 + 8 + 8) + 256 * 900 * 5 // 4
     long = workspace_bytes(small_spec(), 900, "cpu")
-    assert long == 4 * (always + attention) + bounce_bytes
+    assert long == 4 * (always + attention) + rest
     assert workspace_bytes(small_spec(), 900, "cpu", 256) == long + 4 * 255 * 100
     repeated = 4 * 2 * 900 * 16  # keys and values of the whole context for every query head
     assert workspace_bytes(small_spec(), 900, "cuda") == long + repeated

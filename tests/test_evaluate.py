@@ -210,7 +210,7 @@ def test_different_vocabularies(models: dict[str, BigramModel], task: str) -> No
         ({"max_windows": 0}, "max_windows is 0"),
     ],
 )
-def test_bad_arguments(options: dict[str, int], message: str) -> None:
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         evaluate(Path("full"), None, ["code"], **options)
 

@@ -133,6 +133,13 @@ def statistics_lines(measured: RunMeasurement) -> list[str]:
             f"({paging['hit_rate']:.1%} resident), {format_bytes(paging['page_in_bytes'])} read, "
             f"{paging['stall_seconds']:.2f} s waited"
         )
+    if skipped := paging.get("skipped_experts"):
+        routed = paging["routed_experts"]
+        lines.append(
+            f"skipping: {skipped:.0f} of {routed:.0f} chosen experts left out "
+            f"({skipped / routed:.1%}), {format_bytes(paging['skipped_bytes'])} not used, "
+            f"{format_bytes(paging['not_paged_bytes'])} of them not paged in"
+        )
     if paging.get("prefetch_issued_bytes"):
         useful, late, wasted = (
             format_bytes(paging[f"prefetch_{name}_bytes"]) for name in ("useful", "late", "wasted")
