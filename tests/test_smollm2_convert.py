@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ class TinyLlama:
     @cached_property
     def model(self) -> LlamaForCausalLM:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(self.config).eval()
+        model: LlamaForCausalLM = LlamaForCausalLM(self.config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -69,11 +70,13 @@ class TinyLlama:
                 else:
                     parameter.normal_(0.0, 0.2)
                 parameter.copy_(parameter.bfloat16())
+        model.eval()
         return model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        found: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(self.tokenizer_folder)
+        found: Any = AutoTokenizer.from_pretrained(self.tokenizer_folder)
+        assert isinstance(found, PreTrainedTokenizerFast)
         return found
 
     def layer(self, layer_id: int) -> dict[str, Tensor]:
@@ -83,10 +86,12 @@ class TinyLlama:
         return dict(self.model.model.layers[layer_id].state_dict())
 
     def embedding(self) -> Tensor:
-        return self.model.model.embed_tokens.weight.data
+        weight: Tensor = self.model.model.embed_tokens.weight.data
+        return weight
 
     def final_norm(self) -> Tensor:
-        return self.model.model.norm.weight.data
+        weight: Tensor = self.model.model.norm.weight.data
+        return weight
 
 
 @pytest.fixture
@@ -100,6 +105,7 @@ def _logits(model: torch.nn.Module) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_all_experts_of_the_checkpoint_are_the_dense_model(tiny: TinyLlama, tmp_path: Path) -> None:
     convert(tiny, tmp_path / "moe", dataclasses.replace(SMALL, top_k=4, refit=False))
     spec = Checkpoint(tmp_path / "moe").spec
@@ -116,6 +122,7 @@ def test_all_experts_of_the_checkpoint_are_the_dense_model(tiny: TinyLlama, tmp_
     assert torch.equal(_logits(dense_model(tiny)), expected)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_writes_the_same(tiny: TinyLlama, tmp_path: Path) -> None:
     convert(tiny, tmp_path / "straight", SMALL)
     stopped = TinyLlama(tiny.tokenizer_folder, stop_at=1)
@@ -138,6 +145,7 @@ def test_a_killed_run_goes_on_and_writes_the_same(tiny: TinyLlama, tmp_path: Pat
     assert list(tmp_path.glob(".*")) == []
 
 
+@pytest.mark.slow
 def test_measured_rows(tiny: TinyLlama, tmp_path: Path) -> None:
     convert(tiny, tmp_path / "moe", dataclasses.replace(SMALL, refit=False))
     rows = {row.model: row for row in measure(tiny, tmp_path / "moe", ["code"], 1, (2, 4))}
@@ -159,7 +167,7 @@ def test_measured_rows(tiny: TinyLlama, tmp_path: Path) -> None:
     ],
 )
 def test_bad_settings_are_refused(
-    change: dict[str, int], words: str, tiny: TinyLlama, tmp_path: Path
+    change: dict[str, Any], words: str, tiny: TinyLlama, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=words):
         convert(tiny, tmp_path / "moe", dataclasses.replace(SMALL, **change))
@@ -225,6 +233,7 @@ def _pairs_together(weight: Tensor, num_heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape).contiguous()
 
 
+@pytest.mark.slow
 def test_gguf_weights_and_tokens_are_those_of_llama_cpp(tiny: TinyLlama, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     _write_gguf(tiny, path)

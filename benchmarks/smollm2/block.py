@@ -47,6 +47,7 @@ def moe_config(
     dense: LlamaConfig, num_experts: int, expert_width: int, top_k: int
 ) -> dict[str, Any]:
     """config.json of the checkpoint, in the keys that every reader of Qwen2-MoE knows."""
+    rotation: Any = dense.rope_parameters
     return {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
@@ -60,7 +61,7 @@ def moe_config(
         "num_key_value_heads": dense.num_key_value_heads,
         "max_position_embeddings": dense.max_position_embeddings,
         "rms_norm_eps": dense.rms_norm_eps,
-        "rope_theta": dense.rope_parameters["rope_theta"],
+        "rope_theta": rotation["rope_theta"],
         "tie_word_embeddings": True,
         "qkv_bias": False,
         "use_sliding_window": False,

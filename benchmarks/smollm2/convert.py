@@ -158,7 +158,8 @@ class _Conversion:
                 self._convert_layer(layer_id)
                 bar.advance(task)
         write_index(self.work.path, [_entries(self.work.path / name) for name in self.shards])
-        return [self.work.finished(name) for name in self.shards[1:]]
+        facts: Any = [self.work.finished(name) for name in self.shards[1:]]
+        return list(facts)
 
     def _convert_layer(self, layer_id: int) -> None:
         start, settings = time.perf_counter(), self.settings

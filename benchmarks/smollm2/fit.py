@@ -43,7 +43,8 @@ class NormalEquations:
         if toward is not None:
             cross = cross + strength * toward.T.double()
         gram = gram + strength * torch.eye(len(gram), dtype=torch.float64)
-        return torch.linalg.solve(gram, cross).T.float()
+        solution: Tensor = torch.linalg.solve(gram, cross)
+        return solution.T.float()
 
     def spread(self, weights: Tensor) -> float:
         """Root mean square over tokens and rows of `weights` [O, N] applied to the inputs."""

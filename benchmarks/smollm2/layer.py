@@ -38,7 +38,7 @@ class DenseLayer:
         """(residual [B, W, H] after attention, inputs of the FFN [T, H]); windows run alone."""
         residual = torch.empty_like(hidden)
         inputs = torch.empty_like(hidden)
-        for index, window in enumerate(hidden.split(1)):
+        for index, window in enumerate(hidden[:, None]):
             normed = self._layer.input_layernorm(window)
             attended = self._layer.self_attn(
                 normed, position_embeddings=self._rotation, attention_mask=None

@@ -88,7 +88,7 @@ def measure(
 def dense_model(dense: DenseModel) -> LlamaForCausalLM:
     """The whole dense model in float32."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(dense.config)
+        model: LlamaForCausalLM = LlamaForCausalLM(dense.config)
     embedding = dense.embedding()
     state = {"model.embed_tokens.weight": embedding, "model.norm.weight": dense.final_norm()}
     for layer_id in range(dense.config.num_hidden_layers):
@@ -97,7 +97,8 @@ def dense_model(dense: DenseModel) -> LlamaForCausalLM:
     state["lm_head.weight"] = embedding
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(dense.config)  # its buffers are computed
-    return model.eval()
+    model.eval()
+    return model
 
 
 def read_split(moe: Path) -> list[NeuronSplit]:

@@ -124,10 +124,7 @@ class GgufLlama:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Byte-level BPE that splits every digit off first: llama.cpp's pre-tokeniser `smollm`.
-
-        transformers' own GGUF reader leaves that step out.
-        """
+        """Byte-level BPE that splits every digit off first: llama.cpp's pre-tokeniser `smollm`."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
         if (name := self._value("tokenizer.ggml.pre")) != "smollm":
@@ -165,7 +162,8 @@ class GgufLlama:
             f"{name}.weight": self._read(f"blk.{layer_id}.{stored}.weight")
             for stored, name in _LAYER_TENSORS.items()
         }
-        heads = {"q": self.config.num_attention_heads, "k": self.config.num_key_value_heads}
+        heads = {"q": self._number("attention.head_count")}
+        heads["k"] = self._number("attention.head_count_kv")
         for letter, num_heads in heads.items():
             name = f"self_attn.{letter}_proj.weight"
             tensors[name] = halves_first(tensors[name], num_heads)
