@@ -25,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import EdgeMoeError
@@ -40,6 +41,7 @@ TASKS = ("prose", "code", "facts")
 
 
 def main() -> None:
+    disable_progress_bar()  # transformers' own, which it shows to files too
     try:
         run(arguments())
     except EdgeMoeError as error:

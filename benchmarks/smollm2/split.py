@@ -41,7 +41,8 @@ class DenseFfn:
 
     def strengths(self, activations: Tensor) -> Tensor:
         """Norm of what each neuron adds to the output, [T, F]."""
-        return activations.abs() * torch.linalg.vector_norm(self.down, dim=0)
+        norms: Tensor = torch.linalg.vector_norm(self.down, dim=0)
+        return activations.abs() * norms
 
 
 @dataclass(frozen=True)
