@@ -1,0 +1,64 @@
+"""The values that a block's weights may take: where searches and GPTQ meet the byte layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe.formats.base import FloatArray
+from edge_moe.formats.scales import as_half
+
+CodeArray = npt.NDArray[np.int8]
+
+_SMALLEST_SHARE = 1e-4  # of the mean importance: an input that was never seen still counts
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A weight of n blocks is `d * scale * code - dmin * min`, one scale per sub-block.
+
+    d and dmin count as fp16 holds them, however they are kept here.
+    """
+
+    d: FloatArray
+    """[n], like `dmin`."""
+    scales: FloatArray
+    """[n, S] whole numbers, like `mins`; S sub-blocks in a block."""
+    dmin: FloatArray | None = None
+    mins: FloatArray | None = None
+
+    def step(self) -> FloatArray:
+        """[n, S] difference between neighbouring values, as unpacking computes it; may be < 0."""
+        return as_half(self.d)[:, None] * self.scales
+
+    def offset(self) -> FloatArray | None:
+        """[n, S] what is taken off every value, or None where the form has no minimum."""
+        if self.dmin is None or self.mins is None:
+            return None
+        return as_half(self.dmin)[:, None] * self.mins
+
+    def values(self, codes: CodeArray) -> FloatArray:
+        """[n, B] codes -> [n, B] weights, equal to what unpacking gives."""
+        step, offset = self.step(), self.offset()
+        split = codes.reshape(*step.shape, -1).astype(np.float32)
+        weights: FloatArray = step[:, :, None] * split
+        if offset is not None:
+            weights -= offset[:, :, None]
+        return weights.reshape(codes.shape)
+
+
+def column_weights(importance: FloatArray | None, sub_block: int) -> FloatArray | None:
+    """[S * B] importance of a block's weights -> [B, S] of mean 1, none below 1e-4.
+
+    None stays None, and an importance that is zero everywhere becomes None: every weight counts
+    alike then.
+    """
+    if importance is None:
+        return None
+    mean = float(importance.mean(dtype=np.float64))
+    if not mean > 0:
+        return None
+    relative = np.maximum(importance / mean, _SMALLEST_SHARE).astype(np.float32)
+    return np.ascontiguousarray(relative.reshape(-1, sub_block).T)
