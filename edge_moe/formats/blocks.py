@@ -35,7 +35,7 @@ class BlockForm(Form):
         step = max(1, _CHUNK_WEIGHTS // self.block_size)
         for start in range(0, len(blocks), step):
             chunk = blocks[start : start + step]
-            require_below(self, chunk, _WEIGHT_LIMIT)
+            require_weights(self, chunk)
             with np.errstate(over="ignore", invalid="ignore"):  # `_scale_bytes` looks at the result
                 packed[start : start + step] = self.join(*self.fit(chunk))
         return packed.reshape(*weights.shape[:-1], row_bytes)
@@ -57,6 +57,20 @@ class BlockForm(Form):
 
         `importance` [block_size] weighs the squared error of each column, alike in all blocks.
         """
+
+    def fit_all(
+        self, blocks: FloatArray, importance: FloatArray | None = None
+    ) -> tuple[Grid, CodeArray]:
+        """`fit` of any number of blocks, a bounded number of weights at a time."""
+        step = max(1, _CHUNK_WEIGHTS // self.block_size)
+        with np.errstate(over="ignore", invalid="ignore"):  # `_scale_bytes` looks at the result
+            found = [
+                self.fit(np.ascontiguousarray(blocks[start : start + step]), importance)
+                for start in range(0, len(blocks), step)
+            ]
+        return Grid.concatenate([grid for grid, _ in found]), np.concatenate(
+            [codes for _, codes in found]
+        )
 
     @abstractmethod
     def join(self, grid: Grid, codes: CodeArray) -> ByteArray:
@@ -84,6 +98,11 @@ class BlockForm(Form):
                 "(fp16 ends at 65504): store this expert as bf16 or f32"
             )
         return half.reshape(-1, 1).view(np.uint8)
+
+
+def require_weights(form: Form, weights: FloatArray) -> None:
+    """Raise `FormError` if a weight is NaN, infinite, or beyond what a block form can scale."""
+    require_below(form, weights, _WEIGHT_LIMIT)
 
 
 def require_below(form: Form, weights: FloatArray, limit: float) -> None:

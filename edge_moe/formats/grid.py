@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,18 @@ class Grid:
     """[n, S] whole numbers, like `mins`; S sub-blocks in a block."""
     dmin: FloatArray | None = None
     mins: FloatArray | None = None
+
+    @classmethod
+    def concatenate(cls, grids: Sequence[Grid]) -> Grid:
+        """The blocks of all `grids`, in order; all with a minimum, or none."""
+        dmin = [grid.dmin for grid in grids if grid.dmin is not None]
+        mins = [grid.mins for grid in grids if grid.mins is not None]
+        return cls(
+            np.concatenate([grid.d for grid in grids]),
+            np.concatenate([grid.scales for grid in grids]),
+            np.concatenate(dmin) if dmin else None,
+            np.concatenate(mins) if mins else None,
+        )
 
     def step(self) -> FloatArray:
         """[n, S] difference between neighbouring values, as unpacking computes it; may be < 0."""

@@ -35,8 +35,8 @@ class Q4_0(BlockForm):
             scale = extreme / np.float32(-8)
         else:
             scale = search_scale(blocks, half_codes=8, importance=importance)
-        codes = np.trunc(blocks * reciprocal(scale) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
-        return Grid(scale[:, 0], np.ones_like(scale)), codes.astype(np.int8) - np.int8(8)
+        unsigned = np.trunc(blocks * reciprocal(scale) + np.float32(8.5)).clip(0, 15)
+        return Grid(scale[:, 0], np.ones_like(scale)), unsigned.astype(np.int8) - np.int8(8)
 
     def join(self, grid: Grid, codes: CodeArray) -> ByteArray:
         unsigned = (codes + np.int8(8)).view(np.uint8)

@@ -16,6 +16,9 @@ from edge_moe.formats.grid import CodeArray, Grid, column_weights
 from edge_moe.formats.layout import join_2bit_planes, split_2bit_planes
 from edge_moe.formats.scales import as_half, reciprocal
 
+TERNARY_FORMS = ("tq1_0", "tq2_0", "q2_0")
+"""Forms of one scale per block that hold trits exactly; q2_0 has the level 2 besides."""
+
 _POWERS = np.array([81, 27, 9, 3, 1], dtype=np.uint16)
 
 TRITS = ((np.arange(256)[:, None] * np.array([1, 3, 9, 27, 81]) % 256 * 3 >> 8) - 1).astype(np.int8)
