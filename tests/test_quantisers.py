@@ -13,8 +13,11 @@ from edge_moe.errors import FormError, InputError, MissingExtraError
 from edge_moe.formats import FORM_NAMES, get_form, ggml_library, pack_expert, unpack_expert
 from edge_moe.formats.base import ByteArray, FloatArray
 from edge_moe.formats.blocks import BlockForm
+from edge_moe.formats.gptq import output_loss
+from edge_moe.formats.grid import CodeArray, Grid
 from edge_moe.formats.quantise import QUANTISERS, get_quantiser, pack_expert_with, pack_matrix
-from edge_moe.formats.ternary_fit import absmean, refit_by_hessian, refit_by_squares
+from edge_moe.formats.refit import refit_by_hessian, refit_by_squares
+from edge_moe.formats.ternary import absmean
 
 BLOCK_FORMS = tuple(name for name in FORM_NAMES[1:] if get_form(name).block_size > 1)
 GGML_WEIGHTED = ("q2_k", "q3_k", "q4_0", "q4_k", "q5_k", "q6_k")
@@ -65,9 +68,8 @@ def test_ternary_errors_on_gaussian_weights() -> None:
     assert _relative(grid.values(codes) - blocks, blocks) == pytest.approx(0.512, abs=0.002)
     assert np.mean(codes == 0) == pytest.approx(0.310, abs=0.005)
 
-    scales = refit_by_squares(weights, codes.reshape(weights.shape), 256, np.ones(1024, np.float32))
-    refitted = scales.reshape(-1, 1) * codes
-    assert _relative(refitted - blocks, blocks) == pytest.approx(0.460, abs=0.002)
+    refitted = refit_by_squares(weights, grid, codes.reshape(weights.shape), np.ones(1024))
+    assert _relative(refitted.values(codes) - blocks, blocks) == pytest.approx(0.460, abs=0.002)
 
 
 @pytest.mark.parametrize("name", TERNARY)
@@ -89,7 +91,9 @@ def test_ggmls_own_ternary_rule_zeroes_nearly_everything() -> None:
 
 
 @pytest.mark.parametrize("name", TERNARY)
-@pytest.mark.parametrize("quantiser", ["nearest", "lloyd", "refit", "imatrix", "weighted", "gptq"])
+@pytest.mark.parametrize(
+    "quantiser", ["nearest", "lloyd", "refit", "imatrix", "weighted", "gptq", "gptq_refit"]
+)
 def test_weights_that_are_ternary_already_pass_through(name: str, quantiser: str) -> None:
     rng = np.random.default_rng(2)
     scale = rng.uniform(0.01, 0.2, (8, 2, 1)).astype(np.float16).astype(np.float32)
@@ -184,17 +188,40 @@ def test_an_expert_that_saw_nothing_is_rounded_like_any_other(quantiser: str) ->
 # ---------------------------------------------------------------------------- refits
 
 
+def _plain(num_blocks: int) -> Grid:
+    """d = 1 and one scale of 1 in every block."""
+    ones = np.ones((num_blocks, 1), np.float32)
+    return Grid(ones[:, 0], ones)
+
+
+def _int8(values: object) -> CodeArray:
+    return np.array(values, dtype=np.int8)
+
+
 def test_refit_by_hand() -> None:
-    weights, codes = np.array([[1.0, 3.0]], np.float32), np.array([[1, 1]], np.int8)
-    scales = refit_by_squares(weights, codes, 2, np.array([3.0, 1.0], np.float32))
-    # moments of mean 1 are 1.5 and 0.5, plus the damping of 0.01
-    assert scales[0, 0] == pytest.approx((1.51 * 1 + 0.51 * 3) / (1.51 + 0.51))
+    weights = np.array([[1.0, 3.0]], np.float32)
+    grid = refit_by_squares(weights, _plain(1), _int8([[1, 1]]), np.array([3.0, 1.0]))
+    # squares plus the damping of 0.01 x 2
+    assert grid.d[0] == pytest.approx((3.02 * 1 + 1.02 * 3) / (3.02 + 1.02), rel=1e-3)
     hessian = np.array([[2.0, 1.0], [1.0, 2.0]])
-    scales = refit_by_hessian(weights, codes, 1, hessian)
-    assert scales[0].tolist() == pytest.approx([1.0, 3.0])  # two scales reproduce two weights
-    scales = refit_by_hessian(weights, np.array([[1, 0]], np.int8), 1, hessian)
-    assert scales[0, 0] == pytest.approx((2.02 * 1 + 1 * 3) / 2.02)  # makes up for the lost weight
-    assert np.isfinite(scales).all()
+    grid = refit_by_hessian(weights, _plain(2), _int8([[1, 1]]), hessian)
+    assert grid.d.tolist() == pytest.approx([1.0, 3.0], rel=1e-3)  # reproduces two weights
+    grid = refit_by_hessian(weights, _plain(2), _int8([[1, 0]]), hessian)
+    assert grid.d[0] == pytest.approx((2.02 * 1 + 1 * 3) / 2.02, rel=1e-3)  # 3 is made up for
+    assert np.isfinite(grid.d).all()
+
+
+def test_refit_of_scale_and_minimum_by_hand() -> None:
+    # q = d (0, 1, 2, 3) - dmin: the line through four weights that lie on one
+    weights = np.array([[-0.5, 0.25, 1.0, 1.75]], np.float32)
+    one = np.ones((1, 1), np.float32)
+    grid = Grid(one[0], one, one[0], one)
+    for found in (
+        refit_by_squares(weights, grid, _int8([[0, 1, 2, 3]]), np.array([1.0, 5.0, 2.0, 3.0])),
+        refit_by_hessian(weights, grid, _int8([[0, 1, 2, 3]]), np.eye(4) + 0.5),
+    ):
+        assert found.dmin is not None
+        assert (found.d[0], found.dmin[0]) == pytest.approx((0.75, 0.5), rel=1e-3)
 
 
 def test_the_full_refit_is_the_least_squares_of_the_output() -> None:
@@ -203,13 +230,31 @@ def test_the_full_refit_is_the_least_squares_of_the_output() -> None:
     weights = _gaussian(3, 512)
     codes = np.rint(weights).clip(-1, 1).astype(np.int8)
     hessian = inputs.T @ inputs
-    scales = refit_by_hessian(weights, codes, 256, hessian)
+    scales = refit_by_hessian(weights, _plain(6), codes, hessian).d.reshape(3, 2)
     damping = np.sqrt(0.01 * np.diagonal(hessian).mean()) * np.eye(512)
     design = np.concatenate([inputs, damping])
     for row in range(3):
         columns = [design[:, at : at + 256] @ codes[row, at : at + 256] for at in (0, 256)]
         expected = np.linalg.lstsq(np.stack(columns, axis=1), design @ weights[row], rcond=None)[0]
-        assert scales[row] == pytest.approx(expected, rel=1e-4)
+        assert scales[row] == pytest.approx(expected, rel=1e-3)  # rounded to fp16
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMS)
+@pytest.mark.parametrize("kind", ["normal", "constant", "sparse"])
+def test_a_refit_never_adds_to_the_output_error(name: str, kind: str) -> None:
+    rng = np.random.default_rng(8)
+    weights = _gaussian(130, 512)  # more rows than are solved at a time
+    if kind == "constant":
+        weights[:] = rng.choice([-0.25, 0.5], (130, 1))  # scale and minimum say the same
+    if kind == "sparse":
+        weights *= rng.random(weights.shape) < 0.01
+    hessian = _hessian(512)
+    damped = hessian + 0.01 * np.diagonal(hessian).mean() * np.eye(512, dtype=np.float32)
+    form = get_form(name)
+    nearest = form.unpack(form.pack(weights), 512)
+    packed = pack_matrix(name, weights, quantiser="refit", hessian=hessian)
+    loss = output_loss(form.unpack(packed, 512) - weights, damped)
+    assert loss <= output_loss(nearest - weights, damped) * 1.0001
 
 
 # ---------------------------------------------------------------------------- the seam
@@ -227,7 +272,7 @@ def test_an_expert_is_three_matrices_each_with_its_own_moments(name: str, quanti
     if quantiser == "imatrix" and not ggml_library.is_installed():
         pytest.skip("llama-cpp-python brings libggml")
     forms = get_quantiser(quantiser).forms
-    if forms is not None and name == "q4_k":
+    if forms is not None and name == "q4_k":  # bf16 has nothing to choose
         pytest.skip(f"{quantiser} is for ternary forms")
     matrices = _gaussian(512, 256), _gaussian(512, 256, 1), _gaussian(256, 512, 2)
     hessians = _hessian(256), _hessian(512, 6)
@@ -254,7 +299,7 @@ def test_an_expert_is_three_matrices_each_with_its_own_moments(name: str, quanti
         assert np.array_equal(unpacked, get_form(name).unpack(packed, matrix.shape[1]))
 
 
-@pytest.mark.parametrize("quantiser", ["imatrix", "weighted", "refit", "gptq"])
+@pytest.mark.parametrize("quantiser", ["imatrix", "weighted", "refit", "gptq", "gptq_refit"])
 def test_missing_moments_are_named(quantiser: str) -> None:
     with pytest.raises(InputError, match=f"'{quantiser}' needs the .*hessian.*calibrate"):
         pack_matrix("tq1_0", _gaussian(2, 256), quantiser=quantiser)

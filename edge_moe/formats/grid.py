@@ -42,6 +42,26 @@ class Grid:
             np.concatenate(mins) if mins else None,
         )
 
+    @classmethod
+    def beside(cls, grids: Sequence[Grid]) -> Grid:
+        """Block columns of the same rows, left to right, as one grid that goes row by row."""
+        num_rows, num_columns = len(grids[0].d), len(grids)
+        order = np.arange(num_rows * num_columns).reshape(num_columns, num_rows).T.reshape(-1)
+        return cls.concatenate(grids).part(order)
+
+    def part(self, blocks: slice | npt.NDArray[np.intp]) -> Grid:
+        """Only these blocks."""
+        return Grid(
+            self.d[blocks],
+            self.scales[blocks],
+            None if self.dmin is None else self.dmin[blocks],
+            None if self.mins is None else self.mins[blocks],
+        )
+
+    def with_scales(self, d: FloatArray, dmin: FloatArray | None = None) -> Grid:
+        """The same sub-block scales under other `d` and `dmin` [n]."""
+        return Grid(d, self.scales, dmin, self.mins)
+
     def step(self) -> FloatArray:
         """[n, S] difference between neighbouring values, as unpacking computes it; may be < 0."""
         return as_half(self.d)[:, None] * self.scales

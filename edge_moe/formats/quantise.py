@@ -19,10 +19,9 @@ from edge_moe.errors import InputError
 from edge_moe.formats import ggml_library
 from edge_moe.formats.base import ByteArray, FloatArray, get_form
 from edge_moe.formats.blocks import BlockForm, require_weights
-from edge_moe.formats.gptq import InverseFactor, factor_inverse, gptq_pack
-from edge_moe.formats.grid import Grid
-from edge_moe.formats.ternary import TERNARY_FORMS
-from edge_moe.formats.ternary_fit import absmean, refit_by_hessian, refit_by_squares
+from edge_moe.formats.gptq import InverseFactor, factor_inverse, gptq_pack, gptq_refit_pack
+from edge_moe.formats.refit import refit_by_hessian, refit_by_squares
+from edge_moe.formats.ternary import TERNARY_FORMS, absmean
 
 Moments = npt.NDArray[np.floating]
 
@@ -157,7 +156,7 @@ def _pack(name: str, weights: FloatArray, quantiser: Quantiser, moments: InputMo
     if quantiser.forms is not None and name not in quantiser.forms:
         raise InputError(
             f"quantiser {quantiser.name!r} packs {', '.join(quantiser.forms)}, not {name}: "
-            "use nearest, imatrix, weighted or gptq"
+            "use nearest, imatrix, weighted, refit, gptq or gptq_refit"
         )
     if quantiser.needs and all(getattr(moments, field) is None for field in quantiser.needs):
         raise InputError(
@@ -199,32 +198,37 @@ def _gptq(form: BlockForm, weights: FloatArray, moments: InputMoments) -> ByteAr
     return form.pack(weights) if factor is None else gptq_pack(form, weights, factor)
 
 
+def _gptq_refit(form: BlockForm, weights: FloatArray, moments: InputMoments) -> ByteArray:
+    factor, hessian = moments.factor, moments.hessian
+    if factor is None or hessian is None:
+        return form.pack(weights)
+    return gptq_refit_pack(form, weights, factor, hessian)
+
+
 def _absmean(form: BlockForm, weights: FloatArray, moments: InputMoments) -> ByteArray:
     return form.join(*absmean(weights.reshape(-1, form.block_size))).reshape(len(weights), -1)
 
 
 def _refit(form: BlockForm, weights: FloatArray, moments: InputMoments) -> ByteArray:
-    _, codes = form.fit_all(weights.reshape(-1, form.block_size))
+    grid, codes = form.fit_all(weights.reshape(-1, form.block_size))
     rows = codes.reshape(weights.shape)
     if moments.hessian is None:
-        scales = refit_by_squares(weights, rows, form.block_size, moments.diagonal())
+        grid = refit_by_squares(weights, grid, rows, moments.diagonal())
     else:
-        scales = refit_by_hessian(weights, rows, form.block_size, moments.hessian)
-    grid = Grid(scales.reshape(-1), np.ones((scales.size, 1), np.float32))
+        grid = refit_by_hessian(weights, grid, rows, moments.hessian)
     return form.join(grid, codes).reshape(len(weights), -1)
 
 
-_SEEN = ("squares", "hessian")
+_SEEN, _HESSIAN = ("squares", "hessian"), ("hessian",)
 
 for _quantiser in (
     Quantiser("nearest", "the form's own search for least squared error", _nearest),
     Quantiser("imatrix", "ggml's search, errors weighted by the input's squares", _imatrix, _SEEN),
     Quantiser("weighted", "the form's own search, weighted by the same squares", _weighted, _SEEN),
-    Quantiser("gptq", "later columns make up the rounding of earlier ones", _gptq, ("hessian",)),
+    Quantiser("refit", "nearest's codes, scales for least output error", _refit, _SEEN),
+    Quantiser("gptq", "later columns make up the rounding of earlier ones", _gptq, _HESSIAN),
+    Quantiser("gptq_refit", "gptq's codes, scales for least output error", _gptq_refit, _HESSIAN),
     Quantiser("absmean", "ternary with d = mean |w|", _absmean, forms=TERNARY_FORMS),
     Quantiser("lloyd", "ternary of least squared error", _nearest, forms=TERNARY_FORMS),
-    Quantiser(
-        "refit", "lloyd's trits, scales for least output error", _refit, _SEEN, TERNARY_FORMS
-    ),
 ):
     QUANTISERS[_quantiser.name] = _quantiser

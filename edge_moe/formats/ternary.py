@@ -52,6 +52,16 @@ def ternarise(blocks: FloatArray, importance: FloatArray | None = None) -> tuple
     return Grid(scale[:, 0], np.ones_like(scale)), trits
 
 
+def absmean(blocks: FloatArray) -> tuple[Grid, CodeArray]:
+    """d = mean |w|, trits = w / d rounded and clipped, for `blocks` [n, B].
+
+    BitNet's rule (arXiv:2402.17764), for weights that were trained with it.
+    """
+    scale = np.abs(blocks).mean(axis=1, keepdims=True)
+    trits = np.rint(blocks * reciprocal(as_half(scale))).clip(-1, 1).astype(np.int8)
+    return Grid(scale[:, 0], np.ones_like(scale)), trits
+
+
 class TernaryForm(BlockForm):
     """Trits times one scale per block."""
 
