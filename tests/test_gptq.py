@@ -9,9 +9,16 @@ from edge_moe.errors import FormError
 from edge_moe.formats import FORM_NAMES, get_form
 from edge_moe.formats.base import ByteArray, FloatArray
 from edge_moe.formats.blocks import BlockForm
-from edge_moe.formats.gptq import InverseFactor, factor_inverse, gptq_pack, output_loss
+from edge_moe.formats.gptq import (
+    InverseFactor,
+    damped_factor,
+    damping_shares,
+    factor_inverse,
+    gptq_pack,
+    output_loss,
+)
 from edge_moe.formats.grid import CodeArray, Grid
-from edge_moe.formats.quantise import GPTQ_MINIMUM_TOKENS, pack_matrix
+from edge_moe.formats.quantise import MINIMUM_TOKENS, pack_matrix
 
 BLOCK_FORMS = tuple(name for name in FORM_NAMES[1:] if get_form(name).block_size > 1)
 
@@ -60,7 +67,7 @@ def _loss(name: str, packed: ByteArray, weights: FloatArray, hessian: FloatArray
 
 
 def _factor(hessian: FloatArray, *dampings: float) -> InverseFactor:
-    factor = factor_inverse(hessian, dampings or (0.01,))
+    factor = damped_factor(hessian, dampings or (0.01,))
     assert factor is not None
     return factor
 
@@ -132,12 +139,37 @@ def test_damping_rises_until_the_hessian_can_be_inverted() -> None:
     assert factor_inverse(np.zeros((4, 4))) is None
 
 
+def test_damping_grows_as_tokens_get_few() -> None:
+    assert damping_shares(256, None) == (0.01, 0.03, 0.1)
+    assert damping_shares(256, 10**6) == (0.01, 0.03, 0.1)
+    assert damping_shares(256, 256)[0] == pytest.approx(0.3)
+    assert damping_shares(256, 64)[0] == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("name", ["tq1_0", "q2_k", "q4_k"])
+def test_few_tokens_gain_on_unseen_text_with_that_damping_only(name: str) -> None:
+    weights = _weights(64, 256)
+    seen, unseen = _correlated(256, 128), _correlated(256, 2048, seed=1)
+    losses = []
+    for routed_tokens in (128, None):  # None: the paper's damping
+        packed = pack_matrix(
+            name,
+            weights,
+            quantiser="gptq_refit",
+            hessian=seen.T @ seen,
+            routed_tokens=routed_tokens,
+        )
+        losses.append(_loss(name, packed, weights, unseen.T @ unseen))
+    nearest = _loss(name, get_form(name).pack(weights), weights, unseen.T @ unseen)
+    assert losses[0] < nearest < losses[1]
+
+
 @pytest.mark.parametrize(
     ("hessian", "routed_tokens"),
     [
         (np.zeros((256, 256)), None),
         (np.eye(256) - np.ones((256, 256)), None),
-        (np.eye(256), GPTQ_MINIMUM_TOKENS - 1),
+        (np.eye(256), MINIMUM_TOKENS - 1),
     ],
 )
 def test_rounds_to_nearest_where_the_moments_say_too_little(

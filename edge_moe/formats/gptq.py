@@ -4,7 +4,8 @@ With H the second moments of a matrix's input, what is minimised is tr((W - Q) H
 squared error of the output (GPTQ, arXiv:2210.17323). Three things differ from the paper's code: a
 grid's scales and minima come from the block's own search on the residual weights when the block is
 reached, each column weighted as GPTQ weighs its error; columns keep their order, since a block's
-scale belongs to neighbours; an input that was never seen keeps its weights, rounded, not zero.
+scale belongs to neighbours; an input that was never seen keeps its weights, rounded, not zero; and
+damping grows as tokens get few beside the width, as they do for most experts.
 
 Memory for rows of n weights: 16 n^2 bytes while H is factored, then 4 n^2; 9 bytes per weight.
 """
@@ -25,8 +26,10 @@ from edge_moe.formats.refit import refit_by_hessian
 from edge_moe.formats.scales import reciprocal
 from edge_moe.formats.ternary import TernaryForm
 
-DAMPING_SHARES = (0.01, 0.03, 0.1)
-"""Added to H's diagonal, as a share of its mean: the first with which H can be inverted."""
+DAMPING_SHARE = 0.01
+"""Added to H's diagonal, as a share of its mean, where tokens are plenty: the paper's value."""
+_DAMPING_PER_RANK = 0.3  # times width / tokens
+_DAMPING_RISES = (1, 3, 10)  # until H can be inverted
 _LAZY_COLUMNS = 32  # error reaches later columns this many at a time; divides every block
 
 
@@ -45,13 +48,34 @@ class InverseFactor:
         return (1 / diagonal**2).astype(np.float32)
 
 
+def damping_shares(width: int, num_tokens: int | None) -> tuple[float, ...]:
+    """Dampings to try for the moments of `num_tokens` inputs of `width` numbers; None is plenty.
+
+    0.01 (the paper's) fits an estimate of full rank many times over. Held-out output errors of the
+    demo model's experts (width 256) were least with 0.1 for 970 tokens, 0.3 for 256 and 512, 1 for
+    128 and 3 for 32, for ternary, 2 and 4 bits alike: 0.3 width / tokens. With 0.01 and 128 tokens
+    GPTQ is worse than rounding to nearest.
+    """
+    first = DAMPING_SHARE
+    if num_tokens is not None:
+        first = max(first, _DAMPING_PER_RANK * width / max(num_tokens, 1))
+    return tuple(first * rise for rise in _DAMPING_RISES)
+
+
 def factor_inverse(
-    hessian: npt.NDArray[np.floating], dampings: Sequence[float] = DAMPING_SHARES
+    hessian: npt.NDArray[np.floating], num_tokens: int | None = None
 ) -> InverseFactor | None:
-    """The factor of `hessian` [n, n] with the first damping that works; None if none does.
+    """The factor of `hessian` [n, n] with the first of its dampings that works; None if none does.
 
     With J the reversal of order, J H J = L L^T makes R = J L J upper and H = R R^T: U = R^-1.
     """
+    return damped_factor(hessian, damping_shares(len(hessian), num_tokens))
+
+
+def damped_factor(
+    hessian: npt.NDArray[np.floating], dampings: Sequence[float]
+) -> InverseFactor | None:
+    """`factor_inverse` with dampings of one's own."""
     mean = float(np.diagonal(hessian).mean(dtype=np.float64))
     if not (mean > 0 and np.isfinite(mean)):
         return None

@@ -25,8 +25,9 @@ from edge_moe.formats.ternary import TERNARY_FORMS, absmean
 
 Moments = npt.NDArray[np.floating]
 
-GPTQ_MINIMUM_TOKENS = 32
-"""Experts that fewer tokens reached are rounded to nearest: their second moments say little."""
+MINIMUM_TOKENS = 16
+"""Experts that fewer tokens reached are rounded to nearest where a hessian would decide: on the
+demo model 16 tokens are enough to gain by it, 8 are not."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,14 @@ class InputMoments:
     @cached_property
     def factor(self) -> InverseFactor | None:
         """GPTQ's factor of the hessian, or None: too few tokens, or no damping is enough."""
-        if self.routed_tokens is not None and self.routed_tokens < GPTQ_MINIMUM_TOKENS:
+        if self.hessian is None or self.has_too_few_tokens:
             return None
-        return None if self.hessian is None else factor_inverse(self.hessian)
+        return factor_inverse(self.hessian, self.routed_tokens)
+
+    @property
+    def has_too_few_tokens(self) -> bool:
+        """Whether a hessian of so few tokens should decide nothing."""
+        return self.routed_tokens is not None and self.routed_tokens < MINIMUM_TOKENS
 
     def diagonal(self) -> FloatArray:
         """[width] `squares`, or the hessian's diagonal where only that is there."""
@@ -210,6 +216,8 @@ def _absmean(form: BlockForm, weights: FloatArray, moments: InputMoments) -> Byt
 
 
 def _refit(form: BlockForm, weights: FloatArray, moments: InputMoments) -> ByteArray:
+    if moments.hessian is not None and moments.has_too_few_tokens:
+        return form.pack(weights)
     grid, codes = form.fit_all(weights.reshape(-1, form.block_size))
     rows = codes.reshape(weights.shape)
     if moments.hessian is None:
