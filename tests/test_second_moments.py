@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,17 +25,13 @@ from edge_moe.formats.gptq import output_loss  # noqa: E402
 
 
 def _window(inputs: Tensor, ids: list[list[int]], gates: list[list[float]]) -> WindowObservation:
-    nothing = np.zeros(2)
-    return WindowObservation(
-        routed_tokens=nothing.astype(np.int64),
-        max_output=nothing,
-        expert_sums={},
-        drop_loss=nothing,
-        moe_square=0.0,
+    """The part of an observation that second moments are made of."""
+    seen = SimpleNamespace(
         inputs=inputs,
         expert_ids=torch.tensor(ids),
         gates=torch.tensor(gates, dtype=torch.float64),
     )
+    return cast(WindowObservation, seen)
 
 
 def _experts(num_experts: int, width: int, hidden: int, seed: int = 0) -> Any:

