@@ -32,7 +32,7 @@ from edge_moe.converters.calibration_memory import (
     require_free_memory,
 )
 from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter
-from edge_moe.converters.form_loss import FormLosses
+from edge_moe.converters.form_loss import FormLosses, add_moments
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservation
 from edge_moe.errors import CheckpointError, InputError
@@ -95,6 +95,7 @@ def calibrate(
     _require_room(checkpoint, info, output)
     work = CalibrationWork(output, info, [len(text) for text in texts])
     stats = _Run(checkpoint, info, work, texts).finish()
+    work.publish_moments()
     stats.save(output)
     work.remove()
     return stats
@@ -156,24 +157,23 @@ class _Run:
     def _moe_layer(self, layer_id: int, writer: HiddenWriter) -> ExpertStats:
         """Run all windows while watching the MoE block, then measure its experts' forms."""
         block = self.stream.moe_block(layer_id)
-        seen: list[tuple[WindowObservation, float]] = []
         with BlockObserver(block, self.checkpoint.spec) as observer:
-            for output in self._outputs(layer_id, writer):
-                seen.append((observer.take(), float(output.double().square().sum())))
-        observations = [observation for observation, _ in seen]
+            seen = [observer.take(output) for output in self._outputs(layer_id, writer)]
         step = len(seen) * len(self.info.forms) / self.info.num_experts
-        form_losses = self.form_losses.measure(
-            layer_id, block.experts, observations, lambda: self.progress.advance(self.bar, step)
-        )
-        stats = self.work.layer_zeros(layer_id)
-        for (observation, residual_square), losses in zip(seen, form_losses, strict=True):
-            losses[:, stats.form_index(DROP)] = observation.drop_loss
-            try:
-                _add_window(stats, observation, residual_square, losses)
-            except OverflowError as error:
-                raise CheckpointError(
-                    f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged"
-                ) from None
+        try:
+            moments = add_moments(block.experts, seen, self.checkpoint.spec)
+            self.work.save_moments(layer_id, moments)
+            form_losses = self.form_losses.measure(
+                layer_id, block.experts, seen, lambda: self.progress.advance(self.bar, step)
+            )
+            stats = self.work.layer_zeros(layer_id)
+            for observation, losses in zip(seen, form_losses, strict=True):
+                losses[:, stats.form_index(DROP)] = observation.drop_loss
+                _add_window(stats, observation, losses)
+        except OverflowError as error:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged"
+            ) from None
         return stats
 
     def _outputs(self, layer_id: int, writer: HiddenWriter) -> Iterator[Tensor]:
@@ -189,7 +189,6 @@ class _Run:
 def _add_window(
     stats: ExpertStats,
     observation: WindowObservation,
-    residual_square: float,
     form_losses: npt.NDArray[np.float64],
 ) -> None:
     """Add one window to the statistics of one layer; `form_losses` is [E, F]."""
@@ -198,7 +197,7 @@ def _add_window(
     for name, values in observation.expert_sums.items():
         stats.expert_sums[name].add(values, index=0)
     stats.layer_sums["moe_square"].add(observation.moe_square, index=0)
-    stats.layer_sums["residual_square"].add(residual_square, index=0)
+    stats.layer_sums["residual_square"].add(observation.residual_square, index=0)
     stats.form_loss.add(form_losses, index=0)
 
 

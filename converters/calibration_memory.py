@@ -25,7 +25,7 @@ def calibration_terms(
 ) -> list[MemoryTerm]:
     """Upper bounds of what calibration adds to a process that has imported torch, by term.
 
-    layer        4 bytes x (E 3HI + the largest layer's dense weights)
+    layer        4 bytes x (E 3HI + the largest layer's dense weights) + 32 E (H + I) of moments
     activations  T x (4H MoE inputs + 4H outputs of an expert that gets every token
                  + 16 (k + 1) routing)
     window       W x (4 ((k + 11) H + 6I + 6 x widest dense row) + 32 k (k + 1))
@@ -42,7 +42,8 @@ def calibration_terms(
     widest = max(max(info.shape, default=1) for info in tensors)
     row_bytes = 4 * ((top_k + 11) * hidden + 6 * width + 6 * widest) + 32 * top_k * (top_k + 1)
     terms = {
-        "layer": 4 * (spec.num_experts * spec.expert_weights + dense_weights),
+        "layer": 4 * (spec.num_experts * spec.expert_weights + dense_weights)
+        + 32 * spec.num_experts * (hidden + width),
         "activations": num_tokens * (8 * hidden + 16 * (top_k + 1)),
         "window": window_tokens * row_bytes + 8 * spec.num_attention_heads * window_tokens**2,
         "scratch": _READ_BYTES_PER_WEIGHT * largest_weights

@@ -29,6 +29,7 @@ from edge_moe.checkpoint import TensorInfo, read_header
 from edge_moe.converters.safetensors_writer import TensorEntry, header
 from edge_moe.errors import InputError, StatsError
 from edge_moe.files import atomic_path, require_new_output, write_text
+from edge_moe.moments import LayerMoments, moments_path
 from edge_moe.stats import ExpertStats, StatsInfo
 
 _HIDDEN = re.compile(r"hidden_(\d+)\.safetensors")
@@ -76,6 +77,7 @@ class CalibrationWork:
             InputError: `output` holds finished statistics, another run, or something else.
         """
         self.folder = output / "work"
+        self._output = output
         self._info = info
         self._window_lengths = tuple(window_lengths)
         if (output / "stats.json").exists():
@@ -116,6 +118,18 @@ class CalibrationWork:
         (layer_id,) = stats.info.moe_layer_ids
         with atomic_path(self._layer_path(layer_id)) as temporary:
             save_file(stats.to_arrays(), temporary)
+
+    def save_moments(self, layer_id: int, moments: LayerMoments) -> None:
+        """Write the second moments of one layer."""
+        moments.save(moments_path(self.folder, layer_id))
+
+    def publish_moments(self) -> None:
+        """Move the second moments of all layers out of the work folder."""
+        for layer_id in self._info.moe_layer_ids:
+            source, target = (moments_path(each, layer_id) for each in (self.folder, self._output))
+            if source.exists():  # a resumed run may have moved some already
+                target.parent.mkdir(exist_ok=True)
+                source.rename(target)
 
     def layer_zeros(self, layer_id: int) -> ExpertStats:
         """Empty statistics of one MoE layer."""

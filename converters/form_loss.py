@@ -15,8 +15,10 @@ from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
-from edge_moe.converters.observe import WindowObservation, expert_output
+from edge_moe.converters.observe import WindowObservation, expert_inner, expert_output
 from edge_moe.formats import DROP, get_form
+from edge_moe.moments import LayerMoments
+from edge_moe.spec import ModelSpec
 
 _LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
 """Stored dtype -> forms that hold it without loss."""
@@ -62,7 +64,7 @@ class FormLosses:
         return [
             position
             for position, form in enumerate(self._forms)
-            if form != DROP and not _is_lossless(form, parts)
+            if form != DROP and not is_lossless(form, parts)
         ]
 
     def _expert_losses(
@@ -90,6 +92,30 @@ class FormLosses:
         return losses
 
 
+def add_moments(
+    experts: Any, windows: Sequence[WindowObservation], spec: ModelSpec
+) -> LayerMoments:
+    """Second moments of every expert's inputs over the tokens that chose it.
+
+    Cost per routed token: 4HI floating point operations; memory: one expert's tokens of a window.
+    """
+    moments = LayerMoments.zeros_of(spec)
+    for window in windows:
+        ids = window.expert_ids
+        for expert_id in np.unique(ids.numpy()).tolist():
+            inputs = window.inputs[(ids == expert_id).any(dim=1)]
+            inner = expert_inner(experts, inputs, experts.gate_up_proj[expert_id])
+            moments.input_squares.add(_square_sums(inputs), index=expert_id)
+            moments.inner_squares.add(_square_sums(inner), index=expert_id)
+    return moments
+
+
+def _square_sums(values: Tensor) -> npt.NDArray[np.float64]:
+    """[n, width] -> [width]"""
+    sums: npt.NDArray[np.float64] = values.double().square().sum(dim=0).numpy()
+    return sums
+
+
 def round_trip(form_name: str, weights: Tensor, output: Tensor) -> None:
     """Pack and unpack `weights` [rows, width] into `output`, a bounded number of rows at a time.
 
@@ -104,5 +130,6 @@ def round_trip(form_name: str, weights: Tensor, output: Tensor) -> None:
         target[rows] = form.unpack(form.pack(source[rows]), width)
 
 
-def _is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
+def is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
+    """Whether `form` holds what is stored in `parts` without loss."""
     return all(form in _LOSSLESS.get(part.dtype, ()) for part in parts)

@@ -40,6 +40,8 @@ class WindowObservation:
     """[E] |change of the MoE output|**2 when the router has to do without the expert."""
     moe_square: float
     """|output of the MoE block|**2, shared experts included."""
+    residual_square: float
+    """|hidden state after the layer|**2."""
     inputs: Tensor
     """[T, H] what the block was given."""
     expert_ids: Tensor
@@ -48,9 +50,15 @@ class WindowObservation:
     """[T, k] float64 real weights."""
 
 
+def expert_inner(experts: Any, inputs: Tensor, gate_up: Tensor) -> Tensor:
+    """[n, H] -> [n, I], what down_proj of an expert with gate_up [2I, H] multiplies."""
+    inner: Tensor = experts._apply_gate(F.linear(inputs, gate_up))
+    return inner
+
+
 def expert_output(experts: Any, inputs: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Un-gated output [n, H] of one expert; gate_up [2I, H], down [H, I]."""
-    return F.linear(experts._apply_gate(F.linear(inputs, gate_up)), down)
+    return F.linear(expert_inner(experts, inputs, gate_up), down)
 
 
 class BlockObserver:
@@ -65,24 +73,31 @@ class BlockObserver:
         self._has_next_best = spec.top_k < eligible
         self._is_probing = False
         self._probed: tuple[Tensor, Tensor] | None = None
-        self._seen: WindowObservation | None = None
-        self._moe_square = 0.0
-        self._hook = block.register_forward_hook(self._after_block)
+        self._seen: _Seen | None = None
+        self._logits: Tensor | None = None
+        self._moe_output: Tensor | None = None
+        self._hooks = (
+            block.register_forward_hook(self._after_block),
+            block.gate.register_forward_hook(self._after_router),
+        )
         self._experts.observer = self
 
     def __enter__(self) -> BlockObserver:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         del self._experts.observer
 
-    def take(self) -> WindowObservation:
-        """The observation of the last forward pass."""
-        seen, self._seen = self._seen, None
-        if seen is None:
+    def take(self, layer_output: Tensor) -> WindowObservation:
+        """The observation of the last forward pass, which gave `layer_output` [1, T, H]."""
+        seen, moe_output, logits = self._seen, self._moe_output, self._logits
+        self._seen = self._moe_output = self._logits = None
+        if seen is None or moe_output is None or logits is None:
             raise RuntimeError("the MoE block was not run through the experts interface")
-        return WindowObservation(**(vars(seen) | {"moe_square": self._moe_square}))
+        shift = residual_shift(layer_output.flatten(0, 1).double(), moe_output.double())
+        return self._summarise(seen, logits, shift, moe_output, layer_output)
 
     def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The experts' forward pass, [T, H], [T, k], [T, k] -> [T, H]."""
@@ -92,7 +107,16 @@ class BlockObserver:
         wider = self._probe(hidden) if self._has_next_best else None
         slots = fill_slots((ids, weights), wider)
         outputs = self._slot_outputs(hidden, slots.expert_ids)
-        self._seen = self._summarise(hidden, slots, outputs)
+        drop_losses = _drop_losses(slots, outputs, self._spec)
+        chosen = outputs[:, : slots.top_k]
+        self._seen = _Seen(
+            inputs=hidden,
+            expert_ids=slots.expert_ids[:, : slots.top_k],
+            gates=slots.gates[:, : slots.top_k],
+            norms=chosen.double().norm(dim=2),
+            largest=chosen.abs().amax(dim=2),
+            drop_losses=drop_losses,
+        )
         return _mix(slots.gates, outputs)
 
     def _probe(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +135,11 @@ class BlockObserver:
 
     def _after_block(self, block: nn.Module, arguments: object, output: Tensor) -> None:
         if not self._is_probing:
-            self._moe_square = float(output.double().square().sum())
+            self._moe_output = output.flatten(0, 1)
+
+    def _after_router(self, router: nn.Module, arguments: object, output: Any) -> None:
+        if not self._is_probing:
+            self._logits = output[0]
 
     def _slot_outputs(self, hidden: Tensor, expert_ids: Tensor) -> Tensor:
         """[T, K, H] un-gated output of every slot's expert; zero in an empty slot."""
@@ -125,34 +153,74 @@ class BlockObserver:
             outputs[token, slot] = expert_output(self._experts, hidden[token], gate_up, down)
         return outputs
 
-    def _summarise(self, hidden: Tensor, slots: Slots, outputs: Tensor) -> WindowObservation:
-        num_experts, top_k = self._spec.num_experts, slots.top_k
-        ids, gates = slots.expert_ids[:, :top_k], slots.gates[:, :top_k]
-        flat_ids = ids.flatten().numpy()
-        norms = outputs[:, :top_k].double().norm(dim=2)
-        gated = gates * norms
+    def _summarise(
+        self, seen: _Seen, logits: Tensor, shift: Tensor, moe_output: Tensor, layer_output: Tensor
+    ) -> WindowObservation:
+        ids, gates, norms = seen.expert_ids, seen.gates, seen.norms
+        num_experts = self._spec.num_experts
+        scores = router_scores(logits.double(), self._spec.router.score_function)
+        chosen_scores = scores.gather(1, ids)
+        is_top = gates == gates.amax(dim=1, keepdim=True)
+        top_logit, top_id = logits.double().max(dim=1)
 
-        def by_expert(values: Tensor) -> FloatArray64:
-            sums = np.bincount(flat_ids, weights=values.flatten().numpy(), minlength=num_experts)
+        def by_expert(values: Tensor, expert_ids: Tensor = ids) -> FloatArray64:
+            flat = expert_ids.flatten().numpy()
+            sums = np.bincount(flat, weights=values.flatten().numpy(), minlength=num_experts)
             return sums.astype(np.float64)
 
         max_output = np.zeros(num_experts)
-        np.maximum.at(max_output, flat_ids, outputs[:, :top_k].abs().amax(dim=2).flatten().numpy())
+        np.maximum.at(max_output, ids.flatten().numpy(), seen.largest.flatten().numpy())
         return WindowObservation(
-            routed_tokens=np.bincount(flat_ids, minlength=num_experts),
+            routed_tokens=np.bincount(ids.flatten().numpy(), minlength=num_experts),
             max_output=max_output,
             expert_sums={
                 "gate": by_expert(gates),
                 "output_norm": by_expert(norms),
-                "gated_norm": by_expert(gated),
-                "gated_square": by_expert(gated.square()),
+                "output_square": by_expert(norms.square()),
+                "gated_norm": by_expert(gates * norms),
+                "gated_output_square": by_expert(gates * norms.square()),
+                "gated_square": by_expert((gates * norms).square()),
+                "shifted_norm": by_expert(shift[:, None] * gates * norms),
+                "router_score": by_expert(chosen_scores),
+                "top_score": by_expert(chosen_scores * is_top),
+                "top_logit": by_expert(top_logit, top_id),
             },
-            drop_loss=by_expert(_drop_losses(slots, outputs, self._spec)),
-            moe_square=0.0,
-            inputs=hidden,
+            drop_loss=by_expert(seen.drop_losses),
+            moe_square=float(moe_output.double().square().sum()),
+            residual_square=float(layer_output.double().square().sum()),
+            inputs=seen.inputs,
             expert_ids=ids,
             gates=gates,
         )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the experts' forward pass leaves behind until the layer is done; [T, k] each."""
+
+    inputs: Tensor
+    """[T, H]"""
+    expert_ids: Tensor
+    gates: Tensor
+    norms: Tensor
+    """|f|"""
+    largest: Tensor
+    """largest |element| of f"""
+    drop_losses: Tensor
+
+
+def router_scores(logits: Tensor, score_function: str) -> Tensor:
+    """[T, E] raw logits -> the scores that the router chooses and weighs by."""
+    return logits.sigmoid() if score_function == "sigmoid" else logits.softmax(dim=-1)
+
+
+def residual_shift(layer_output: Tensor, moe_output: Tensor) -> Tensor:
+    """[T] 1 - cos(h, h + m), where h + m [T, H] leaves the layer and m is what the MoE block adds.
+
+    The token weight of EASY-EP (arXiv 2504.06792).
+    """
+    before = layer_output - moe_output
+    return 1 - F.cosine_similarity(before, layer_output, dim=1, eps=1e-30)
 
 
 def _drop_losses(slots: Slots, outputs: Tensor, spec: ModelSpec) -> Tensor:

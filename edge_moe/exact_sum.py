@@ -52,9 +52,11 @@ class ExactSum:
         """Add every sum of `other`."""
         self._add_limbs(other.high, other.low, ...)
 
-    def values(self) -> npt.NDArray[np.float64]:
-        """The sums, rounded to float64."""
-        return self.high / _HIGH_SCALE + self.low / (_HIGH_SCALE * _LOW_SCALE)
+    def values(self, index: Any = ...) -> npt.NDArray[np.float64]:
+        """The sums at `index`, rounded to float64."""
+        sums: npt.NDArray[np.float64] = self.high[index] / _HIGH_SCALE
+        sums += self.low[index] / (_HIGH_SCALE * _LOW_SCALE)
+        return sums
 
     def limbs(self) -> npt.NDArray[np.int64]:
         """[..., 2] int64 (high, low), for storage."""

@@ -55,6 +55,26 @@ class Rival(_Model):
     note: str = ""
 
 
+class SearchTrial(_Model):
+    """One plan that the search measured."""
+
+    name: str
+    kld: float
+    """Mean KL divergence from the whole model on the search's text, nats per token."""
+
+
+class SearchRecord(_Model):
+    """How a plan was found among several: what was tried, and what it measured."""
+
+    chosen: str
+    is_complete: bool
+    """False where the time ran out before every round was done."""
+    seconds: float
+    trials: list[SearchTrial]
+    text: str = ""
+    """The text that was measured on."""
+
+
 class Plan(_Model):
     """Everything that building, running and reporting need to know. L MoE layers, E experts."""
 
@@ -93,6 +113,8 @@ class Plan(_Model):
     limits: list[str]
     """What the target cannot express, in sentences."""
     warnings: list[str] = []
+    search: SearchRecord | None = None
+    """None for the plain program."""
 
     @model_validator(mode="after")
     def _check(self) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,12 +27,15 @@ from edge_moe.overhead import tokenizer_bytes
 from edge_moe.plan import Device, MemoryTerm, Plan, Source, Target
 from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_bytes
 from edge_moe.rivals import find_frontier, find_rivals, name_forms
+from edge_moe.search import Evidence, Measure, search
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.super_experts import MINIMUM_BITS, find_super_experts
 from edge_moe.units import format_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
+MeasureForms = Callable[[Mapping[str, list[list[str]]]], Mapping[str, float]]
+"""Forms [L][E] by name -> mean KL divergence in nats per token; see `edge_moe.search.Measure`."""
 EVIDENCE_TOKENS = 32
 """An expert that fewer calibration tokens chose has a loss that is hardly more than a guess."""
 THIN_EVIDENCE_SHARE = 0.1
@@ -82,11 +85,14 @@ def make_plan(
     device: Device = "cpu",
     runtime: tuple[int, Source],
     loss_kind: LossKind = DEFAULT_LOSS,
+    measure: MeasureForms | None = None,
+    search_seconds: float = 0.0,
 ) -> Plan:
     """The form of every expert that loses least within `budget_bytes` of device memory.
 
     `runtime` is the process's own overhead in bytes and where that number comes from. The context
-    is capped to what the model was made for.
+    is capped to what the model was made for. With `measure`, plans proposed in many ways are
+    measured for up to `search_seconds`, and the best of them is taken.
 
     Raises:
         StatsError: the statistics belong to another model or lack a needed loss.
@@ -101,10 +107,18 @@ def make_plan(
     fixed_terms = setting.bill([])
     fixed_bytes = non_expert_bytes(fixed_terms)
     supers = find_super_experts(stats.max_output)
-    losses = loss_table(stats, offer.forms, SOURCE_FORMS[spec.dtype], loss_kind)
+
+    def table(kind: LossKind) -> FloatArray:
+        return loss_table(stats, offer.forms, SOURCE_FORMS[spec.dtype], kind)
+
+    losses = table(loss_kind)
     problem = build_problem(spec, offer.forms, losses, supers, target, budget_bytes - fixed_bytes)
     _check_budget(problem, fixed_terms, budget_bytes, target)
-    solution = solve(problem)
+    solution, record = solve(problem), None
+    if measure is not None:
+        evidence = Evidence(problem, stats, supers, table)
+        named = _by_name(measure, offer.forms)
+        solution, record = search(evidence, solution, named, search_seconds)
     rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
     forms = name_forms(solution.choice, offer.forms)
     return Plan(
@@ -138,6 +152,7 @@ def make_plan(
             *_evidence_warnings(stats),
             *missing_rivals,
         ],
+        search=record,
     )
 
 
@@ -230,6 +245,13 @@ def _check_budget(
     if target == "native":
         message += ", or plan for more and let `edge-moe run --budget` page experts from disk"
     raise BudgetError(message, minimum_bytes)
+
+
+def _by_name(measure: MeasureForms, forms: Sequence[str]) -> Measure:
+    """`measure` for tables of form indices."""
+    return lambda choices: measure(
+        {name: name_forms(choice, forms) for name, choice in choices.items()}
+    )
 
 
 def _tier(form: str) -> Literal["device", "ram", "disk", "none"]:

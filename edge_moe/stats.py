@@ -20,12 +20,26 @@ from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
 from edge_moe.files import atomic_path, write_text
 
-STATS_VERSION = 1
+STATS_VERSION = 2
 
-EXPERT_SUMS = ("gate", "output_norm", "gated_norm", "gated_square")
-"""Per (layer, expert), summed over routed tokens: g, |f|, g|f|, (g|f|)**2.
+EXPERT_SUMS = (
+    "gate",  # g
+    "output_norm",  # |f|
+    "output_square",  # |f|**2
+    "gated_norm",  # g |f|
+    "gated_output_square",  # g |f|**2
+    "gated_square",  # (g |f|)**2
+    "shifted_norm",  # s g |f|
+    "router_score",  # p
+    "top_score",  # p, where the expert has the largest weight
+    "top_logit",  # z, where the expert has the largest raw logit, chosen or not
+)
+"""Per (layer, expert), summed over the tokens routed to it.
 
-g is the weight the layer really multiplies with, f the expert's output before it, |.| the L2 norm.
+g is the weight the layer really multiplies with, f the expert's output before it, |.| the L2 norm;
+z the router's raw logit, p = softmax(z) over all experts or sigmoid(z), as the router scores,
+before any renormalisation or scale; s = 1 - cos(h, h + m) with h the residual stream that the MoE
+output m is added to.
 """
 LAYER_SUMS = ("moe_square", "residual_square")
 """Per layer, summed over tokens: |MoE output|**2 and |hidden state after the layer|**2."""

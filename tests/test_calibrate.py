@@ -37,6 +37,7 @@ from edge_moe.errors import (
     InputError,
 )
 from edge_moe.formats import pack_expert, unpack_expert
+from edge_moe.moments import load_moments, merge_moments, moments_path
 from edge_moe.stats import ExpertStats
 from edge_moe.tasks import task_windows
 
@@ -105,6 +106,22 @@ class Reference:
         calls = self.record(experts, lambda inputs, _: inputs[1:3])
         return torch.cat([ids for ids, _ in calls]), torch.cat([weights for _, weights in calls])
 
+    def router(self, layer_id: int) -> tuple[Tensor, Tensor]:
+        """(raw logits, scores), [tokens, E] float64 each."""
+        weight = self.block(layer_id).gate.weight.detach().double()
+        logits = self.inputs[layer_id][0].double() @ weight.T
+        is_sigmoid = self.spec.router.score_function == "sigmoid"
+        return logits, logits.sigmoid() if is_sigmoid else logits.softmax(dim=1)
+
+    def shifts(self, layer_id: int) -> Tensor:
+        """[tokens] 1 - cos(h, h + m) of the residual stream around the MoE block."""
+        layer = self.model.model.layers[layer_id]
+        norm = layer.post_attention_layernorm
+        before = torch.cat(self.record(norm, lambda inputs, _: inputs[0]), dim=1)[0].double()
+        after = before + self.outputs(self.block(layer_id), layer_id)
+        cosine: Tensor = (before * after).sum(1) / (before.norm(dim=1) * after.norm(dim=1))
+        return 1 - cosine
+
     def outputs(self, block: Any, layer_id: int) -> Tensor:
         """[tokens, H] float64 of `block` on the inputs of layer `layer_id`."""
         with torch.no_grad():
@@ -150,6 +167,8 @@ def test_sums_are_those_of_the_whole_model(folder: Path, task: str, tmp_path: Pa
     for row, layer_id in enumerate(spec.moe_layer_ids):
         block, inputs = reference.block(layer_id), reference.inputs[layer_id][0]
         ids, weights = reference.routing(layer_id)
+        logits, scores = reference.router(layer_id)
+        shifts = reference.shifts(layer_id)
         for expert_id in range(spec.num_experts):
             token, slot = (ids == expert_id).nonzero(as_tuple=True)
             with torch.no_grad():
@@ -162,6 +181,18 @@ def test_sums_are_those_of_the_whole_model(folder: Path, task: str, tmp_path: Pa
             close(found["output_norm"][row, expert_id], norms.sum())
             close(found["gated_norm"][row, expert_id], (gates * norms).sum())
             close(found["gated_square"][row, expert_id], (gates * norms).square().sum())
+            close(found["output_square"][row, expert_id], norms.square().sum())
+            close(found["gated_output_square"][row, expert_id], (gates * norms.square()).sum())
+            shift, score = shifts[token], scores[token, expert_id]
+            np.testing.assert_allclose(
+                found["shifted_norm"][row, expert_id], (shift * gates * norms).sum(), rtol=1e-3
+            )
+            close(found["router_score"][row, expert_id], score.sum())
+            is_top = gates == weights[token].double().amax(dim=1)
+            close(found["top_score"][row, expert_id], score[is_top].sum())
+            is_top = logits.argmax(dim=1) == expert_id
+            close(found["top_logit"][row, expert_id], logits[is_top, expert_id].sum())
+            check_moments(tmp_path / "stats", reference, layer_id, expert_id, inputs[token])
             if len(token):
                 close(stats.max_output[row, expert_id], output.abs().max())
         moe_output = reference.outputs(block, layer_id)
@@ -169,6 +200,19 @@ def test_sums_are_those_of_the_whole_model(folder: Path, task: str, tmp_path: Pa
         layer = reference.model.model.layers[layer_id]
         after = torch.cat(reference.record(layer, lambda _, output: output), dim=1)
         close(stats.layer_sums["residual_square"].values()[row], after.double().square().sum())
+
+
+def check_moments(
+    stats_folder: Path, reference: Reference, layer_id: int, expert_id: int, inputs: Tensor
+) -> None:
+    moments = load_moments(stats_folder, layer_id, reference.spec)
+    input_squares, inner_squares = moments.of_expert(expert_id)
+    experts = reference.block(layer_id).experts
+    with torch.no_grad():
+        gate, up = (inputs @ experts.gate_up_proj[expert_id].T).chunk(2, dim=-1)
+    inner = (nn.functional.silu(gate) * up).double()
+    np.testing.assert_allclose(input_squares, inputs.double().square().sum(0), rtol=2e-5)
+    np.testing.assert_allclose(inner_squares, inner.square().sum(0), rtol=2e-5)
 
 
 def single_expert(experts: Any, expert_id: int, inputs: Tensor) -> Tensor:
@@ -280,6 +324,9 @@ def test_shards_in_any_order_are_one_run(
     shards = [run(folder, task, tmp_path / f"{index}", shard=(index, 3)) for index in range(3)]
     for first, second, third in itertools.permutations(shards):
         assert_same(first.merge(second).merge(third), whole)
+    merge_moments([tmp_path / f"{index}" for index in (2, 0, 1)], tmp_path / "all", (1,))
+    wanted = moments_path(tmp_path / "whole", 1).read_bytes()
+    assert moments_path(tmp_path / "all", 1).read_bytes() == wanted
     assert_same(ExpertStats.load(tmp_path / "whole"), whole)
 
 
@@ -304,8 +351,8 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(
         except KeyboardInterrupt:
             monkeypatch.setattr(os, "replace", replace)
             assert_same(run(folder, task, output), whole)
-            assert sorted(os.listdir(output)) == ["stats.json", "stats.safetensors"]
-    assert stop == 9  # settings, embeddings, 3 layers with 2 statistics, 2 results
+            assert sorted(os.listdir(output)) == ["moments", "stats.json", "stats.safetensors"]
+    assert stop == 11  # settings, embeddings, 3 layers with 2 x 2 statistics, 2 results
 
 
 KILLED = """
@@ -329,7 +376,7 @@ def test_kill_minus_nine_and_resume(task: str, tmp_path: Path) -> None:
     assert not (output / "stats.json").exists()
     resumed = run(folder, task, output)
     assert_same(resumed, run(folder, task, tmp_path / "whole"))
-    assert sorted(os.listdir(output)) == ["stats.json", "stats.safetensors"]
+    assert sorted(os.listdir(output)) == ["moments", "stats.json", "stats.safetensors"]
 
 
 MEASURED = """

@@ -18,7 +18,8 @@ from conftest import TinyCheckpoint
 import edge_moe
 from edge_moe.cli import explain, run
 from edge_moe.errors import BudgetError, InputError
-from edge_moe.stats import EXPERT_SUMS, ExpertStats, StatsInfo
+from edge_moe.moments import LayerMoments, moments_path
+from edge_moe.stats import EXPERT_SUMS, STATS_VERSION, ExpertStats, StatsInfo
 
 Failure = Callable[..., str]
 
@@ -46,7 +47,7 @@ def checkpoint(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Path:
 
 def stats_info(windows: tuple[int, ...] = (0,)) -> StatsInfo:
     return StatsInfo(
-        version=1,
+        version=STATS_VERSION,
         edge_moe_version=edge_moe.__version__,
         model_type="qwen3_moe",
         model_fingerprint="m",
@@ -71,6 +72,8 @@ def save_stats(folder: Path, window: int) -> Path:
         stats.expert_sums[name].add(np.full((2, 4), 0.5))
     stats.layer_sums["moe_square"].add(np.array([4.0, 8.0]))
     stats.form_loss.add(np.full((2, 4, 2), [1.0, 0.25]))
+    for layer_id in stats.info.moe_layer_ids:
+        LayerMoments.zeros(4, 8, 6).save(moments_path(folder, layer_id))
     stats.save(folder)
     return folder
 

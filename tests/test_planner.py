@@ -12,7 +12,7 @@ from fake_stats import fake_stats
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, StatsError, TargetError
-from edge_moe.formats import DROP, expert_bytes, get_form
+from edge_moe.formats import DROP, FORM_NAMES, expert_bytes, get_form
 from edge_moe.loss_table import DropLoss, LossKind
 from edge_moe.plan import Plan, Target
 from edge_moe.planner import make_plan
@@ -206,10 +206,12 @@ def test_experts_that_were_never_chosen_go_first(qwen3: Checkpoint) -> None:
         limbs[:, unused] = 0
     stats.routed_tokens[:, unused] = 0
     whole = plan_for(qwen3, 10**12)
-    plan = plan_for(qwen3, whole.total_bytes - 1, stats=stats)
-    assert plan.loss == 0.0
-    assert [row[unused] for row in plan.forms] == [DROP, DROP]
-    assert plan.routed_share[0][unused] == plan.saliency[0][unused] == 0.0
+    spared = 2 * expert_bytes("bf16", qwen3.spec.hidden_size, qwen3.spec.expert_width)
+    plan = plan_for(qwen3, whole.total_bytes - spared, stats=stats)
+    smallest = [min(row, key=lambda form: FORM_NAMES.index(form)) for row in plan.forms]
+    assert [row[unused] for row in plan.forms] == smallest
+    assert plan.routed_share[0][unused] == 0.0
+    assert plan.saliency[0][unused] == min(plan.saliency[0])
     assert sum(plan.saliency[0]) == pytest.approx(1.0)
 
 

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
-from edge_moe.stats import EXPERT_SUMS, LAYER_SUMS, ExpertStats, StatsInfo
+from edge_moe.stats import EXPERT_SUMS, LAYER_SUMS, STATS_VERSION, ExpertStats, StatsInfo
 
 finite = st.floats(-1e9, 1e9, allow_nan=False, width=64)
 
 
 def make_info(**changes: Any) -> StatsInfo:
     fields: dict[str, Any] = {
-        "version": 1,
+        "version": STATS_VERSION,
         "edge_moe_version": "0",
         "model_type": "qwen3_moe",
         "model_fingerprint": "m",

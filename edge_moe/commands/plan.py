@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,9 +16,16 @@ from edge_moe.commands.options import (
     Output,
     Revision,
     TargetName,
+    stderr,
     stdout,
 )
 from edge_moe.units import parse_bytes, parse_tokens
+
+if TYPE_CHECKING:
+    from edge_moe.checkpoint import Checkpoint
+    from edge_moe.converters.plan_measure import PlanMeasure
+
+DEFAULT_SEARCH_SECONDS = 120.0
 
 
 def plan_command(
@@ -43,6 +52,24 @@ def plan_command(
     ] = "4k",  # type: ignore[assignment]  # parsed like the user's text
     target: Annotated[TargetName, typer.Option(help="What will be built.")] = TargetName.NATIVE,
     device: Annotated[DeviceName, typer.Option(help="Where it will run.")] = DeviceName.CPU,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="Held-out text to measure plans on; default: the tasks of the statistics.",
+            show_default=False,
+        ),
+    ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            help="Measure plans proposed in many ways on held-out text and take the best, or only "
+            "solve the plain program."
+        ),
+    ] = True,
+    search_seconds: Annotated[
+        float, typer.Option(min=1, help="Time for measuring plans.")
+    ] = DEFAULT_SEARCH_SECONDS,
     output: Output = Path("plan.json"),
     revision: Revision = None,
     json: Json = False,
@@ -64,18 +91,57 @@ def plan_command(
     checkpoint = Checkpoint(folder)
     is_measured = target in (TargetName.NATIVE, TargetName.HF)  # llama.cpp's is a constant
     runtime = runtime_overhead(checkpoint.spec.model_type, device.value) if is_measured else None
-    plan = make_plan(
-        checkpoint,
-        found_stats,
-        budget,
-        model=model if is_hub_id(model) else str(folder.resolve()),
-        context_tokens=ctx,
-        target=target.value,
-        device=device.value,
-        runtime=runtime or (0, "assumed"),
-    )
+    tasks = task or _shipped_tasks(found_stats.info.tasks) if search else []
+    if search and not tasks:
+        stderr().print(
+            "not searching: the statistics' own tasks are files that may have moved; name the text "
+            "to measure plans on with --task, or say --no-search"
+        )
+    with _measuring(checkpoint, tasks, search_seconds) as measure:
+        plan = make_plan(
+            checkpoint,
+            found_stats,
+            budget,
+            model=model if is_hub_id(model) else str(folder.resolve()),
+            context_tokens=ctx,
+            target=target.value,
+            device=device.value,
+            runtime=runtime or (0, "assumed"),
+            measure=measure,
+            search_seconds=search_seconds,
+        )
+    if plan.search is not None and measure is not None:
+        plan.search.text = measure.text
     plan.save(output)
     if json:
         print(summarise_plan(plan, output).model_dump_json(indent=1))
         return
     print_plan(plan, output, stdout())
+
+
+def _shipped_tasks(labels: Sequence[str]) -> list[str]:
+    """The statistics' tasks, if all are shipped: a file's label does not say where it lies."""
+    from edge_moe.demo import task_names
+
+    return list(labels) if set(labels) <= set(task_names()) else []
+
+
+@contextmanager
+def _measuring(
+    checkpoint: Checkpoint, tasks: Sequence[str], seconds: float
+) -> Iterator[PlanMeasure | None]:
+    """What measures proposals, with a bar of the time that has passed; None without tasks."""
+    if not tasks:
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from edge_moe.converters.plan_measure import PlanMeasure
+
+    columns = TextColumn("measuring plans"), BarColumn(), TimeElapsedColumn()
+    console = stderr()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=1.0)
+        yield PlanMeasure(
+            checkpoint, tasks, seconds, lambda share: progress.update(bar, completed=share)
+        )

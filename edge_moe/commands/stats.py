@@ -20,6 +20,7 @@ def merge_command(
     """Join shards: bit for bit what one run over all their windows gives."""
     from edge_moe.errors import InputError
     from edge_moe.files import require_new_output
+    from edge_moe.moments import merge_moments
     from edge_moe.stats import ExpertStats
 
     if len(inputs) < 2:
@@ -28,6 +29,7 @@ def merge_command(
     merged = ExpertStats.load(inputs[0])
     for folder in inputs[1:]:
         merged = merged.merge(ExpertStats.load(folder))
+    merge_moments(inputs, output, merged.info.moe_layer_ids)
     merged.save(output)
     info = merged.info
     stderr().print(

@@ -38,6 +38,7 @@ DEFAULT_OUTPUT = Path("edge-moe-demo")
 DEFAULT_TASK = "code"
 SHARE = 0.15
 """Share of the experts' 16-bit bytes that the default budget leaves them."""
+SEARCH_SECONDS = 30
 NEW_TOKENS = 96
 TEMPERATURE = 0.7
 SEED = 1
@@ -174,7 +175,8 @@ def _calibrate(demo: Demo) -> None:
 
 def _plan(demo: Demo) -> None:
     _headline(demo, "3. Choose the form of every expert", f"at most {_budget_text(demo)} in all")
-    options = ("--ctx", CONTEXT_TOKENS, "--device", "cpu", "-o", demo.plan)
+    place = ("--ctx", CONTEXT_TOKENS, "--device", "cpu")
+    options = (*place, "--search-seconds", SEARCH_SECONDS, "-o", demo.plan)
     arguments = (demo.model, "--stats", demo.stats, "--budget", _budget_text(demo), *options)
     _unless(demo.plan.exists(), lambda: _command(demo, "plan", *arguments), demo)
 
