@@ -121,7 +121,7 @@ def _layers(arguments: argparse.Namespace) -> Iterator[Layer]:
                         seen.append([])
                         for x in split:
                             outputs.append(stream.run(layer_id, x))
-                            seen[-1].append(observer.take())
+                            seen[-1].append(observer.take(outputs[-1]))
                         hidden[index] = outputs
                 yield Layer(block.experts, seen[0], seen[1], f"layer {layer_id}")
 
@@ -230,7 +230,10 @@ def _print(totals: dict[tuple[str, str], Total]) -> None:
     console = Console(width=150)
     for title, cell in (
         ("held-out error of the gated output, share", lambda t: f"{t.error / t.energy:.3g}"),
-        ("packed, million weights per second of one core", lambda t: f"{t.num_weights / t.seconds / 1e6:.2g}"),
+        (
+            "packed, million weights per second of one core",
+            lambda t: f"{t.num_weights / t.seconds / 1e6:.2g}",
+        ),
     ):
         table = Table(title=title)
         table.add_column("quantiser")

@@ -20,10 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from edge_moe.converters.observe import WindowObservation
+from edge_moe.converters.observe import WindowObservation, expert_inner
 from edge_moe.errors import InputError
 
 Weighting = Literal["none", "gate", "gate_square"]
@@ -100,7 +99,7 @@ def expert_moments(
         if not len(inputs):
             continue
         num_tokens += len(inputs)
-        inner = experts._apply_gate(F.linear(inputs, gate_up))
+        inner = expert_inner(experts, inputs, gate_up)
         for total, values in zip(sums, (inputs, inner), strict=True):
             total.add(values, weights)
     outer, inner_sums = sums
