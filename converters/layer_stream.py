@@ -21,6 +21,7 @@ from edge_moe.checkpoint import Checkpoint, FloatArray, to_float32
 from edge_moe.errors import CheckpointError, InputError
 
 _EMBEDDING_NAME = "model.embed_tokens.weight"
+_FINAL_NORM_NAME = "model.norm.weight"
 
 
 class _Recorder(nn.Module):
@@ -97,6 +98,17 @@ class LayerStream:
             yield layer
         finally:
             layer.to(device="meta")
+
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer, with its weights.
+
+        Raises:
+            CheckpointError: its weights are missing or hold NaN or infinity.
+        """
+        norm: nn.Module = self._base.norm
+        weight = _aligned(self._checkpoint.read(_FINAL_NORM_NAME))
+        norm.load_state_dict({"weight": nn.Parameter(weight, requires_grad=False)}, assign=True)
+        return norm
 
     def moe_block(self, layer_id: int) -> Any:
         """The MoE block of layer `layer_id`."""

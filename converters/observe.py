@@ -92,8 +92,12 @@ class BlockObserver:
         wider = self._probe(hidden) if self._has_next_best else None
         slots = fill_slots((ids, weights), wider)
         outputs = self._slot_outputs(hidden, slots.expert_ids)
+        self._record(hidden, slots, outputs)
+        return mix(slots.gates, outputs)
+
+    def _record(self, hidden: Tensor, slots: Slots, outputs: Tensor) -> None:
+        """Keep what `take` will return."""
         self._seen = self._summarise(hidden, slots, outputs)
-        return _mix(slots.gates, outputs)
 
     def _probe(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, weights), [T, k + 1] each: the block's own choice of one expert more."""
@@ -159,12 +163,12 @@ def _drop_losses(slots: Slots, outputs: Tensor, spec: ModelSpec) -> Tensor:
     """[T, k] float64 |change of the MoE output|**2 when each chosen expert is dropped."""
     changes = weight_changes(slots, spec.router)
     columns = [
-        _mix(changes[:, slot], outputs).double().square().sum(dim=1) for slot in range(slots.top_k)
+        mix(changes[:, slot], outputs).double().square().sum(dim=1) for slot in range(slots.top_k)
     ]
     return torch.stack(columns, dim=1)
 
 
-def _mix(weights: Tensor, outputs: Tensor) -> Tensor:
+def mix(weights: Tensor, outputs: Tensor) -> Tensor:
     """Weighted sum over slots: [T, K], [T, K, H] -> [T, H] float32."""
     return torch.bmm(weights.float()[:, None], outputs)[:, 0]
 
