@@ -1,6 +1,6 @@
 """Checkpoint + task text -> GradientStats: what the loss gradient says about experts and neurons.
 
-    form costs    diagonal, first_order and window cost of every expert in every form (GEMQ)
+    form costs    diagonal (GEMQ), first-order and isotropic cost of every expert in every form
     neurons       sums from which HEAPr's scores follow
     layers        mean squared gradient
 
@@ -147,8 +147,8 @@ class _Run:
             _add_drops(stats, window, self._checkpoint)
             kept.append(_Kept(window.inputs, window.expert_ids, window.gates, window.gradient))
         for expert_id in range(self._info.num_experts):
-            for window in kept:
-                _add_neurons(stats, layer.block.experts, expert_id, window)
+            for rest in kept:
+                _add_neurons(stats, layer.block.experts, expert_id, rest)
         step = self._num_windows * len(self._info.forms) / self._info.num_experts
         changes = self._form_losses.changes(
             layer.layer_id,
@@ -158,9 +158,10 @@ class _Run:
         )
         for each in changes:
             change = each.gates[:, None] * each.change
-            costs = form_costs(kept[each.window].gradient[each.token].double(), change)
+            costs = token_costs(kept[each.window].gradient[each.token].double(), change)
             for kind, cost in costs.items():
-                stats.form_cost[kind].add(cost, index=(0, each.expert_id, each.form))
+                total = float(cost.sum())
+                stats.form_cost[kind].add(total, index=(0, each.expert_id, each.form))
         return stats
 
 
@@ -174,17 +175,17 @@ class _Kept:
     gradient: Tensor
 
 
-def form_costs(gradient: Tensor, change: Tensor) -> dict[FormCost, float]:
-    """Costs of changing the MoE output by `change` [n, H], where its gradient is `gradient` [n, H].
+def token_costs(gradient: Tensor, change: Tensor) -> dict[FormCost, Tensor]:
+    """Costs [n] of changing the MoE output by `change` [n, H], where its gradient is `gradient`.
 
-    Both float64, the tokens of one window that chose the expert; `change` contains the gate.
+    Both float64, one row per token; `change` contains the gate.
     """
     product = gradient * change
-    along = product.sum(dim=1)
+    mean_square = gradient.square().mean(dim=1)
     return {
-        FormCost.DIAGONAL: float(product.square().sum()),
-        FormCost.FIRST_ORDER: float(along.square().sum()),
-        FormCost.WINDOW: float(along.sum().square()),
+        FormCost.DIAGONAL: product.square().sum(dim=1),
+        FormCost.FIRST_ORDER: product.sum(dim=1).square(),
+        FormCost.ISOTROPIC: mean_square * change.square().sum(dim=1),
     }
 
 
@@ -218,18 +219,14 @@ def _add_drops(stats: GradientStats, window: BlockGradient, checkpoint: Checkpoi
     changes = weight_changes(window.slots, spec.router)
     gradient = window.gradient.double()
     drop = stats.info.forms.index(DROP)
-    totals = np.zeros((len(FormCost), spec.num_experts))
-    along = np.zeros(spec.num_experts)
+    totals = {kind: np.zeros(spec.num_experts) for kind in FormCost}
     for slot in range(window.slots.top_k):
-        product = gradient * mix(changes[:, slot], window.outputs).double()
+        change = mix(changes[:, slot], window.outputs).double()
         ids = window.expert_ids[:, slot].numpy()
-        inner = product.sum(dim=1)
-        for row, values in enumerate((product.square().sum(dim=1), inner.square())):
-            totals[row] += np.bincount(ids, values.numpy(), spec.num_experts)
-        along += np.bincount(ids, inner.numpy(), spec.num_experts)
-    totals[2] = np.square(along)
-    for kind, values in zip(FormCost, totals, strict=True):
-        stats.form_cost[kind].add(values, index=(0, slice(None), drop))
+        for kind, cost in token_costs(gradient, change).items():
+            totals[kind] += np.bincount(ids, cost.numpy(), spec.num_experts)
+    for kind, total in totals.items():
+        stats.form_cost[kind].add(total, index=(0, slice(None), drop))
 
 
 def _require_room(

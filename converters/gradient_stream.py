@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -205,7 +206,7 @@ class GradientObserver(BlockObserver):
         Every write into a tensor that autograd watches copies its whole gradient on the way back.
         """
         tokens, slots, parts = [], [], []
-        for expert_id in expert_ids[expert_ids >= 0].unique():
+        for expert_id in np.unique(expert_ids[expert_ids >= 0].numpy()):
             token, slot = (expert_ids == expert_id).nonzero(as_tuple=True)
             gate_up = self._experts.gate_up_proj[expert_id]
             down = self._experts.down_proj[expert_id]

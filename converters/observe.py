@@ -8,7 +8,7 @@ Letters: T tokens of one window, H hidden_size, E experts, k top_k, K = k + 1 sl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +70,7 @@ class BlockObserver:
         self._hook = block.register_forward_hook(self._after_block)
         self._experts.observer = self
 
-    def __enter__(self) -> BlockObserver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

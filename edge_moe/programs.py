@@ -58,10 +58,10 @@ class BitForms:
         Raises:
             StatsError: a form is not among them.
         """
-        for bits, name in names.items():
+        for width, name in names.items():
             if name not in forms:
                 raise StatsError(
-                    f"{bits} bits are stored as {name}, whose loss was not measured, only "
+                    f"{width} bits are stored as {name}, whose loss was not measured, only "
                     f"{', '.join(forms)}: calibrate with that form or name another"
                 )
         bits = tuple(sorted(names))

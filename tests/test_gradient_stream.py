@@ -10,13 +10,12 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_model import WholeModel
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.gradient_stream import GradientStream
 from edge_moe.converters.gradient_work import GradientWork
 from edge_moe.gradient_stats import GRADIENT_VERSION, GradientInfo
-from edge_moe.tasks import task_windows
 
 TEXT = "def f(x):\n    return x + 1\n\nIt was the best of times, it was the worst of times.\n" * 2
 WINDOW_TOKENS = 48
@@ -27,46 +26,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("task") / "mine.txt"
     path.write_text(TEXT)
     return str(path)
-
-
-class WholeModel:
-    """transformers' own model and torch's own autograd."""
-
-    def __init__(self, folder: Path, task: str) -> None:
-        self.spec = Checkpoint(folder).spec
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="eager"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.windows = task_windows([task], "calibration", tokenizer, WINDOW_TOKENS)
-
-    def gradients(self, window: list[int]) -> tuple[float, dict[int, dict[str, Tensor]]]:
-        """(loss, layer id -> what the block saw and the gradient at its output)."""
-        found: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.spec.moe_layer_ids}
-        hooks = []
-        for layer_id, kept in found.items():
-            block = self.model.get_submodule(self.spec.moe_module(layer_id))
-
-            def after(_: Any, inputs: Any, output: Tensor, kept: dict[str, Tensor] = kept) -> None:
-                output.retain_grad()
-                kept["inputs"], kept["output"] = inputs[0].detach()[0], output
-
-            def routed(_: Any, inputs: Any, kept: dict[str, Tensor] = kept) -> None:
-                kept["expert_ids"], kept["gates"] = inputs[1], inputs[2].detach()
-
-            hooks.append(block.register_forward_hook(after))
-            hooks.append(block.experts.register_forward_pre_hook(routed))
-        ids = torch.tensor([window])
-        logits = self.model(ids, use_cache=False).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-        loss.backward()
-        for hook in hooks:
-            hook.remove()
-        for kept in found.values():
-            gradient = kept["output"].grad
-            assert gradient is not None
-            kept["gradient"] = gradient.reshape(-1, self.spec.hidden_size)
-        return float(loss.detach()), found
 
 
 def gradient_info(checkpoint: Checkpoint, windows: list[list[int]], **fields: Any) -> GradientInfo:
@@ -104,7 +63,7 @@ def test_gradients_are_those_of_the_whole_model(
     family: str, tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint(family)
-    whole = WholeModel(folder, task)
+    whole = WholeModel(folder, task, WINDOW_TOKENS)
     checkpoint, windows = Checkpoint(folder), whole.windows
     info = gradient_info(checkpoint, windows)
     work = GradientWork(tmp_path / "out", info, [len(window) for window in windows])

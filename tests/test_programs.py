@@ -87,8 +87,8 @@ def test_pmq_takes_the_most_bits_that_fit() -> None:
 
 
 def test_gemq_moves_bits_between_layers() -> None:
-    light, heavy = np.array([3.0, 2.0, 1.0]), np.array([300.0, 200.0, 100.0])
-    cost = np.stack([with_other_forms([light] * 3)[0], with_other_forms([heavy] * 3)[0]])
+    light, heavy = [3.0, 2.0, 1.0], [300.0, 200.0, 100.0]
+    cost = np.concatenate([with_other_forms([light] * 3), with_other_forms([heavy] * 3)])
     budget_bytes = 2 * 17 + 34 + 3 * 34
     found = gemq(problem_of(cost, budget_bytes), cost, BITS).choice
     assert sorted(found[0]) == [1, 1, 3]  # a high-bit expert in every layer
