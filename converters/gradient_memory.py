@@ -7,7 +7,7 @@ One decoder layer, or the output matrix, is held at a time, never the model. Let
 from __future__ import annotations
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.calibration_memory import calibration_terms
+from edge_moe.converters.calibration_memory import READ_BYTES_PER_WEIGHT, calibration_terms
 from edge_moe.plan import MemoryTerm
 
 CHUNK_LOGITS = 2**22
@@ -22,7 +22,8 @@ def logit_rows(vocab_size: int) -> int:
 def gradient_terms(checkpoint: Checkpoint, num_tokens: int, window_tokens: int) -> list[MemoryTerm]:
     """Upper bounds of what a gradient run adds to a process that has imported torch, by term.
 
-    weights      the larger of one layer and the output matrix with its logits, 4 bytes each
+    weights      the larger of one layer (4 bytes per weight) and the output matrix (11 bytes per
+                 weight while it is read, then 4 and 16 per logit of a chunk)
     activations  T x (4H inputs + 4H gradients + 4H outputs of an expert that gets every token
                  + 16 (k + 1) routing)
     window       W x (4 (8 (k + 1) (H + 2I) + 24 H + 12 x widest dense row) + 64 k (k + 1))
@@ -37,12 +38,12 @@ def gradient_terms(checkpoint: Checkpoint, num_tokens: int, window_tokens: int) 
         for term in calibration_terms(checkpoint, num_tokens, window_tokens)
     }
     logits = 16 * min(window_tokens, logit_rows(spec.vocab_size)) * spec.vocab_size
-    head = 4 * spec.vocab_size * hidden + logits
+    head = spec.vocab_size * hidden
     widest = max(max(info.shape[1:], default=1) for info in checkpoint.dense_tensors)
     row_bytes = 4 * (8 * slots * (hidden + 2 * width) + 24 * hidden + 12 * widest)
     row_bytes += 64 * slots * spec.top_k
     found = {
-        "weights": max(terms["layer"], head),
+        "weights": max(terms["layer"], READ_BYTES_PER_WEIGHT * head, 4 * head + logits),
         "activations": num_tokens * (12 * hidden + 16 * slots),
         "window": window_tokens * row_bytes + 24 * spec.num_attention_heads * window_tokens**2,
         "sums": 32 * spec.num_experts * (2 * width + 3 * 16),

@@ -13,6 +13,7 @@ Letters: T tokens of one window, H hidden_size, k top_k, K = k + 1 slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,7 @@ class GradientStream:
         for layer_id in range(work.last_hidden or 0, self._checkpoint.spec.num_layers):
             hidden = work.hidden(layer_id)
             with self._stream.loaded(layer_id), work.committing_hidden(layer_id + 1) as writer:
-                with _watching(self._stream, self._checkpoint, layer_id), torch.no_grad():
+                with self._watching(layer_id), torch.no_grad():
                     for index in range(num_windows):
                         writer.write(self._stream.run(layer_id, hidden.read(index)))
                         self._on_window()
@@ -152,6 +153,12 @@ class GradientStream:
                     outputs=seen.outputs,
                     gradient=gradient.reshape(seen.inputs.shape),
                 )
+
+    def _watching(self, layer_id: int) -> AbstractContextManager[object]:
+        """The experts need an observer to run at all; dense layers have none."""
+        if layer_id not in self._info.moe_layer_ids:
+            return nullcontext()
+        return GradientObserver(self._stream.moe_block(layer_id), self._checkpoint.spec)
 
     def _dense_layer(self, layer_id: int, writer: HiddenWriter) -> None:
         for leaf, output, upstream in self._runs(layer_id):
@@ -215,12 +222,3 @@ class GradientObserver(BlockObserver):
             slots.append(slot)
         empty = hidden.new_zeros(*expert_ids.shape, hidden.shape[1])
         return empty.index_put((torch.cat(tokens), torch.cat(slots)), torch.cat(parts))
-
-
-def _watching(stream: LayerStream, checkpoint: Checkpoint, layer_id: int) -> Any:
-    """The experts need an observer to run at all; dense layers need none."""
-    from contextlib import nullcontext
-
-    if layer_id not in checkpoint.spec.moe_layer_ids:
-        return nullcontext()
-    return GradientObserver(stream.moe_block(layer_id), checkpoint.spec)

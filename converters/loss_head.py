@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.gradient_memory import logit_rows
+from edge_moe.converters.layer_stream import aligned
 from edge_moe.gradient_stats import Labels
 
 
@@ -33,7 +34,7 @@ class LossHead:
         """
         self._norm = norm
         self._labels = labels
-        self._output = torch.from_numpy(checkpoint.read(head_tensor_name(checkpoint)))
+        self._output = aligned(checkpoint.read(head_tensor_name(checkpoint)))
 
     def gradient(
         self, hidden: Tensor, token_ids: Sequence[int], window_id: int
