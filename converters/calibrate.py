@@ -71,6 +71,32 @@ def calibrate(
         EdgeMoeError: bad model, text, option or output, or not enough memory or disk.
     """
     checkpoint = Checkpoint(model)
+    info, texts = calibration_text(
+        checkpoint, tasks, window_tokens, max_windows, shard, checked_forms(checkpoint.spec, forms)
+    )
+    _require_room(checkpoint, info, output)
+    work = CalibrationWork(output, info, [len(text) for text in texts])
+    stats = _Run(checkpoint, info, work, texts).finish()
+    work.publish_moments()
+    stats.save(output)
+    work.remove()
+    return stats
+
+
+def calibration_text(
+    checkpoint: Checkpoint,
+    tasks: Sequence[str],
+    window_tokens: int,
+    max_windows: int | None,
+    shard: tuple[int, int],
+    forms: tuple[str, ...],
+) -> tuple[StatsInfo, list[list[int]]]:
+    """The settings of a run over `shard` of the tasks' calibration text, and its windows.
+
+    Raises:
+        EdgeMoeError: bad model, text or option.
+    """
+    model = checkpoint.folder
     _check_options(checkpoint.spec, window_tokens, shard)
     windows = task_windows(tasks, "calibration", _tokenizer(model), window_tokens, max_windows)
     covered = _shard_windows(len(windows), shard)
@@ -90,15 +116,9 @@ def calibrate(
         moe_layer_ids=checkpoint.spec.moe_layer_ids,
         num_experts=checkpoint.spec.num_experts,
         top_k=checkpoint.spec.top_k,
-        forms=_checked_forms(checkpoint.spec, forms),
+        forms=forms,
     )
-    _require_room(checkpoint, info, output)
-    work = CalibrationWork(output, info, [len(text) for text in texts])
-    stats = _Run(checkpoint, info, work, texts).finish()
-    work.publish_moments()
-    stats.save(output)
-    work.remove()
-    return stats
+    return info, texts
 
 
 class _Run:
@@ -117,7 +137,7 @@ class _Run:
         self.texts = texts
         self.stream = LayerStream(checkpoint, OBSERVE)
         self.form_losses = FormLosses(checkpoint, info.forms)
-        self.progress = _progress_bar()
+        self.progress = progress_bar()
         self.bar = self.progress.add_task(
             "calibrating", total=self._units(checkpoint.spec.num_layers)
         )
@@ -231,7 +251,7 @@ def _shard_windows(num_windows: int, shard: tuple[int, int]) -> tuple[int, ...]:
     return covered
 
 
-def _checked_forms(spec: ModelSpec, forms: Sequence[str] | None) -> tuple[str, ...]:
+def checked_forms(spec: ModelSpec, forms: Sequence[str] | None) -> tuple[str, ...]:
     """`drop` first, then the packed forms; each must fit the expert's shapes."""
     if forms is None:
         from edge_moe.candidates import candidate_forms
@@ -261,7 +281,8 @@ def _require_room(checkpoint: Checkpoint, info: StatsInfo, output: Path) -> None
     require_free_disk(output, 2 * hidden_bytes, "calibration")
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
+    """A bar on stderr, shown only at a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

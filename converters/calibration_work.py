@@ -88,7 +88,7 @@ class CalibrationWork:
             )
         settings = self.folder / "run.json"
         if settings.exists():
-            _require_same_run(settings, info)
+            require_same_run(settings, info)
         else:
             if not self.folder.exists():
                 require_new_output(output)
@@ -172,10 +172,15 @@ class CalibrationWork:
         return self.folder / f"layer_{layer_id:04}.safetensors"
 
 
-def _require_same_run(settings: Path, info: StatsInfo) -> None:
+def require_same_run(settings: Path, info: StatsInfo) -> None:
+    """Refuse to go on with a run that was begun with other settings than `info`.
+
+    Raises:
+        InputError: names the first setting that differs, or the damaged file.
+    """
     remedy = f"choose another output or remove {settings.parent.parent}"
     try:
-        begun = StatsInfo.model_validate_json(settings.read_bytes())
+        begun = type(info).model_validate_json(settings.read_bytes())
     except (OSError, ValidationError):
         raise InputError(f"{settings} is damaged: {remedy}") from None
     fields = sorted(info.model_dump().items(), key=lambda field: field[0].endswith("fingerprint"))

@@ -5,8 +5,9 @@ One expert in one form is in memory at a time, and every expert is packed once p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,46 @@ from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
-from edge_moe.converters.observe import WindowObservation, expert_inner, expert_output
+from edge_moe.converters.observe import expert_inner, expert_output
 from edge_moe.formats import DROP, get_form
 from edge_moe.moments import LayerMoments
 from edge_moe.spec import ModelSpec
 
 _LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
 """Stored dtype -> forms that hold it without loss."""
+
+
+class RoutedWindow(Protocol):
+    """One window as a MoE block saw it; letters as in `edge_moe.converters.observe`."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """[T, H] what the block was given."""
+
+    @property
+    def expert_ids(self) -> Tensor:
+        """[T, k]"""
+
+    @property
+    def gates(self) -> Tensor:
+        """[T, k] float64 real weights."""
+
+
+@dataclass(frozen=True)
+class FormChange:
+    """How storing one expert in one form changes its output on one window."""
+
+    expert_id: int
+    form: int
+    """Position among the forms."""
+    window: int
+    """Position among the windows."""
+    token: Tensor
+    """[n] tokens of the window that chose the expert."""
+    gates: Tensor
+    """[n] float64"""
+    change: Tensor
+    """[n, H] float64, un-gated: f_form - f."""
 
 
 class FormLosses:
@@ -42,21 +76,31 @@ class FormLosses:
         self,
         layer_id: int,
         experts: Any,
-        windows: Sequence[WindowObservation],
+        windows: Sequence[RoutedWindow],
         on_expert: Callable[[], None],
     ) -> npt.NDArray[np.float64]:
         """[windows, E, F] sum over routed tokens of (g |f - f_form|)**2; `drop` stays 0."""
         num_experts = self._checkpoint.spec.num_experts
         losses = np.zeros((len(windows), num_experts, len(self._forms)))
-        for expert_id in range(num_experts):
+        for each in self.changes(layer_id, experts, windows, on_expert):
+            square = each.change.square().sum(dim=1)
+            loss = float((each.gates.square() * square).sum())
+            losses[each.window, each.expert_id, each.form] = loss
+        return losses
+
+    def changes(
+        self,
+        layer_id: int,
+        experts: Any,
+        windows: Sequence[RoutedWindow],
+        on_expert: Callable[[], None],
+    ) -> Iterator[FormChange]:
+        """What every lossy packed form does to every expert on every window."""
+        for expert_id in range(self._checkpoint.spec.num_experts):
             routed = [(window.expert_ids == expert_id).nonzero(as_tuple=True) for window in windows]
             if any(len(token) for token, _ in routed):
-                lossy = self._lossy_forms(layer_id, expert_id)
-                losses[:, expert_id, lossy] = self._expert_losses(
-                    experts, expert_id, windows, routed, lossy
-                )
+                yield from self._expert_changes(layer_id, experts, expert_id, windows, routed)
             on_expert()
-        return losses
 
     def _lossy_forms(self, layer_id: int, expert_id: int) -> list[int]:
         """Positions of the forms that change this expert's stored weights."""
@@ -67,34 +111,36 @@ class FormLosses:
             if form != DROP and not is_lossless(form, parts)
         ]
 
-    def _expert_losses(
+    def _expert_changes(
         self,
+        layer_id: int,
         experts: Any,
         expert_id: int,
-        windows: Sequence[WindowObservation],
+        windows: Sequence[RoutedWindow],
         routed: Sequence[tuple[Tensor, ...]],
-        lossy: Sequence[int],
-    ) -> npt.NDArray[np.float64]:
-        """[windows, len(lossy)]; each window is multiplied on its own."""
+    ) -> Iterator[FormChange]:
+        """Each window is multiplied on its own."""
         gate_up, down = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
         exact = [
             expert_output(experts, window.inputs[token], gate_up, down)
             for window, (token, _) in zip(windows, routed, strict=True)
         ]
-        losses = np.zeros((len(windows), len(lossy)))
-        for column, position in enumerate(lossy):
+        for position in self._lossy_forms(layer_id, expert_id):
             round_trip(self._forms[position], gate_up, self._gate_up)
             round_trip(self._forms[position], down, self._down)
             for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):
                 stored = expert_output(experts, window.inputs[token], self._gate_up, self._down)
-                square = (stored - exact[row]).double().square().sum(dim=1)
-                losses[row, column] = float((window.gates[token, slot].square() * square).sum())
-        return losses
+                yield FormChange(
+                    expert_id=expert_id,
+                    form=position,
+                    window=row,
+                    token=token,
+                    gates=window.gates[token, slot],
+                    change=(stored - exact[row]).double(),
+                )
 
 
-def add_moments(
-    experts: Any, windows: Sequence[WindowObservation], spec: ModelSpec
-) -> LayerMoments:
+def add_moments(experts: Any, windows: Sequence[RoutedWindow], spec: ModelSpec) -> LayerMoments:
     """Second moments of every expert's inputs over the tokens that chose it.
 
     Cost per routed token: 4HI floating point operations; memory: one expert's tokens of a window.

@@ -82,7 +82,7 @@ class LayerStream:
         rows = to_float32(raw, info.dtype).reshape(len(wanted), -1)
         if not np.isfinite(rows).all():
             raise CheckpointError(f"{info.path}: {info.name!r} holds NaN or infinity")
-        return _aligned(rows[positions])[None]
+        return aligned(rows[positions])[None]
 
     @contextmanager
     def loaded(self, layer_id: int) -> Iterator[nn.Module]:
@@ -106,7 +106,7 @@ class LayerStream:
             CheckpointError: its weights are missing or hold NaN or infinity.
         """
         norm: nn.Module = self._base.norm
-        weight = _aligned(self._checkpoint.read(_FINAL_NORM_NAME))
+        weight = aligned(self._checkpoint.read(_FINAL_NORM_NAME))
         norm.load_state_dict({"weight": nn.Parameter(weight, requires_grad=False)}, assign=True)
         return norm
 
@@ -150,7 +150,7 @@ class LayerStream:
         for info in self._checkpoint.dense_tensors:
             name = spec.module_name(info.name)
             if name.startswith(prefix):
-                state[name[len(prefix) :]] = _aligned(self._checkpoint.read(info.name))
+                state[name[len(prefix) :]] = aligned(self._checkpoint.read(info.name))
         if layer_id in spec.moe_layer_ids:
             experts = f"{spec.moe_module(layer_id)[len(prefix) :]}.experts"
             gate_up, down = self._experts(layer_id)
@@ -185,7 +185,7 @@ class LayerStream:
         return self._expert_buffers
 
 
-def _aligned(values: FloatArray) -> Tensor:
+def aligned(values: FloatArray) -> Tensor:
     """A copy in memory of torch's own: the same alignment in every run, so the same last bits."""
     tensor = torch.empty(values.shape)
     tensor.numpy()[...] = values
