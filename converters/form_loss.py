@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,29 +16,13 @@ from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
-from edge_moe.converters.observe import expert_inner, expert_output
+from edge_moe.converters.observe import RoutedWindow, expert_inner, expert_output
 from edge_moe.formats import DROP, get_form
 from edge_moe.moments import LayerMoments
 from edge_moe.spec import ModelSpec
 
 _LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
 """Stored dtype -> forms that hold it without loss."""
-
-
-class RoutedWindow(Protocol):
-    """One window as a MoE block saw it; letters as in `edge_moe.converters.observe`."""
-
-    @property
-    def inputs(self) -> Tensor:
-        """[T, H] what the block was given."""
-
-    @property
-    def expert_ids(self) -> Tensor:
-        """[T, k]"""
-
-    @property
-    def gates(self) -> Tensor:
-        """[T, k] float64 real weights."""
 
 
 @dataclass(frozen=True)

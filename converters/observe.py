@@ -8,7 +8,7 @@ Letters: T tokens of one window, H hidden_size, E experts, k top_k, K = k + 1 sl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,22 @@ OBSERVE = "edge_moe_observe"
 """Name of the experts implementation."""
 
 FloatArray64 = npt.NDArray[np.float64]
+
+
+class RoutedWindow(Protocol):
+    """One window as a MoE block saw it; letters as above."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """[T, H] what the block was given."""
+
+    @property
+    def expert_ids(self) -> Tensor:
+        """[T, k]"""
+
+    @property
+    def gates(self) -> Tensor:
+        """[T, k] float64 real weights."""
 
 
 @dataclass(frozen=True)

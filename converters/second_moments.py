@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_moe.converters.observe import WindowObservation, expert_inner
+from edge_moe.converters.observe import RoutedWindow, expert_inner
 from edge_moe.errors import InputError
 
 Weighting = Literal["none", "gate", "gate_square"]
@@ -48,7 +48,7 @@ class ExpertMoments:
 
 def layer_moments(
     experts: Any,
-    windows: Sequence[WindowObservation],
+    windows: Sequence[RoutedWindow],
     *,
     weighting: Weighting = "gate",
     all_tokens: bool = False,
@@ -83,7 +83,7 @@ def layer_moments(
 def expert_moments(
     experts: Any,
     expert_id: int,
-    windows: Sequence[WindowObservation],
+    windows: Sequence[RoutedWindow],
     *,
     weighting: Weighting = "gate",
     all_tokens: bool = False,
@@ -125,7 +125,7 @@ class _Sums:
 
 
 def _tokens(
-    window: WindowObservation, expert_id: int, exponent: int, all_tokens: bool
+    window: RoutedWindow, expert_id: int, exponent: int, all_tokens: bool
 ) -> tuple[Tensor, Tensor]:
     """(inputs [n, H], weights [n] float64) of the tokens that count for the expert."""
     if all_tokens:
