@@ -153,6 +153,9 @@ def test_empty_task_text(checkpoint: Path, tmp_path: Path, fails: Failure) -> No
     message = fails("calibrate", checkpoint, "--task", task, "-o", tmp_path / "stats")
     assert f"{task} holds no text" in message
     assert not (tmp_path / "stats").exists()
+    task.write_text('{"text": "word"}\n')
+    message = fails("calibrate", checkpoint, "--task", task, "-o", tmp_path / "stats")
+    assert f"{task} is too short to hold out a fifth" in message
 
 
 def test_stats_merge_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
