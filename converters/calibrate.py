@@ -38,10 +38,12 @@ from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservatio
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP, get_form
+from edge_moe.plan import CalibrationOptions
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
 from edge_moe.tasks import (
     Tokenizer,
+    task_argument,
     task_label,
     task_windows,
     tokenizer_fingerprint,
@@ -75,6 +77,7 @@ def calibrate(
     windows = task_windows(tasks, "calibration", _tokenizer(model), window_tokens, max_windows)
     covered = _shard_windows(len(windows), shard)
     texts = [windows[index] for index in covered]
+    measured_forms = _checked_forms(checkpoint.spec, forms)
     info = StatsInfo(
         version=STATS_VERSION,
         edge_moe_version=edge_moe.__version__,
@@ -90,7 +93,14 @@ def calibrate(
         moe_layer_ids=checkpoint.spec.moe_layer_ids,
         num_experts=checkpoint.spec.num_experts,
         top_k=checkpoint.spec.top_k,
-        forms=_checked_forms(checkpoint.spec, forms),
+        forms=measured_forms,
+        options=CalibrationOptions(
+            tasks=tuple(task_argument(task) for task in tasks),
+            window_tokens=window_tokens,
+            max_windows=max_windows,
+            forms=measured_forms,
+            shards=(shard,),
+        ),
     )
     _require_room(checkpoint, info, output)
     work = CalibrationWork(output, info, [len(text) for text in texts])

@@ -6,6 +6,7 @@ PACKAGE/measurements/eval-<task>.json     EvalResult, written by `eval --record`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_moe import __version__
+from edge_moe.demo import task_names
 from edge_moe.errors import InputError
 from edge_moe.files import write_text
 from edge_moe.metrics import Comparison, Estimate
@@ -56,6 +58,8 @@ class Provenance(_Model):
 
     command: str
     """The command line, ready to paste into a shell."""
+    folder: str = ""
+    """Where it was run; relative paths in it start there."""
     time: datetime
     edge_moe_version: str
     machine: Machine
@@ -67,6 +71,7 @@ class Provenance(_Model):
         """This process, now."""
         return cls(
             command=this_command(),
+            folder=str(Path.cwd()),
             time=datetime.now(UTC).replace(microsecond=0),
             edge_moe_version=__version__,
             machine=this_machine(accelerator),
@@ -126,7 +131,12 @@ class RunMeasurement(_Record):
     terms: list[MemoryTerm]
     """What the memory was planned to hold under this budget."""
     measured_terms: dict[str, int] = Field(default_factory=dict)
-    """Bytes really taken, for those terms that can be told apart; keyed by the term's name."""
+    """Bytes really taken, for those terms that can be told apart; keyed by the term's name.
+
+    The runtime's is that of the probe, a process with next to no model.
+    """
+    cached_tokens: int = 0
+    """Tokens in the KV cache when it was measured."""
     peak_memory_bytes: int
     """Peak of the whole process: VmHWM on CPU, torch's allocator on CUDA."""
     prompt_tokens: int
@@ -177,8 +187,14 @@ class EvalResult(_Record):
     seconds: float
 
     def save(self, folder: Path) -> Path:
-        """Write `folder`/measurements/eval-<task>.json; returns its path."""
+        """Write `folder`/measurements/eval-<task>.json; returns its path.
+
+        Files of one name are told apart by a hash of where they lie.
+        """
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.task).stem) or "task"
+        if self.task not in task_names():
+            where = Path(self.provenance.folder) / self.task
+            name += f"-{hashlib.sha256(os.path.abspath(where).encode()).hexdigest()[:8]}"
         return self._save(folder, f"eval-{name}.json")
 
 

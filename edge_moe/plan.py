@@ -63,6 +63,20 @@ class SearchTrial(_Model):
     """Mean KL divergence from the whole model on the search's text, nats per token."""
 
 
+class CalibrationOptions(_Model):
+    """What `edge-moe calibrate` was told: enough to do it again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: tuple[str, ...]
+    """Shipped names, and files with their whole path."""
+    window_tokens: int
+    max_windows: int | None
+    forms: tuple[str, ...]
+    shards: tuple[tuple[int, int], ...] = ((0, 1),)
+    """(i, N) of every part that was joined; ((0, 1),) when they cover the whole text."""
+
+
 class SearchRecord(_Model):
     """How a plan was found among several: what was tried, and what it measured."""
 
@@ -73,6 +87,10 @@ class SearchRecord(_Model):
     trials: list[SearchTrial]
     text: str = ""
     """The text that was measured on."""
+    tasks: list[str] = []
+    """Its tasks: shipped names, and files with their whole path."""
+    limit_seconds: float | None = None
+    """The time that was allowed."""
 
 
 class Plan(_Model):
@@ -115,6 +133,8 @@ class Plan(_Model):
     warnings: list[str] = []
     search: SearchRecord | None = None
     """None for the plain program."""
+    calibration: CalibrationOptions | None = None
+    """None where the statistics do not say."""
 
     @model_validator(mode="after")
     def _check(self) -> Plan:

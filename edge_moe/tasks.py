@@ -85,7 +85,7 @@ def load_task_texts(task: str, split: Split, tokenizer: Tokenizer | None = None)
     calibration, heldout = split_documents(documents)
     if not calibration or not heldout:
         raise InputError(
-            f"task file {path} is too short to hold out a fifth of it ({len(documents)} document of "
+            f"task file {path} is too short to hold out a fifth of it (a single document of "
             f"{sum(map(len, documents))} characters without a space): add text"
         )
     return calibration if split == "calibration" else heldout
@@ -146,6 +146,11 @@ def task_file(task: str, split: Split) -> Path:
 def task_label(task: str) -> str:
     """How statistics name a task: a shipped name, or a file's name without its folder."""
     return task if task in task_names() else Path(task).name
+
+
+def task_argument(task: str) -> str:
+    """`--task` as it means the same from every folder: a shipped name, or a file's whole path."""
+    return task if task in task_names() else str(Path(task).resolve())
 
 
 def token_windows(

@@ -40,6 +40,7 @@ def calibrate_command(
 ) -> None:
     """Measure every expert on task text, layer by layer. A killed run resumes by running again."""
     from edge_moe.hub import resolve_model
+    from edge_moe.reproduce import command_line
 
     part = parse_shard(shard)
     names = parse_names(forms) if forms is not None else None
@@ -62,4 +63,4 @@ def calibrate_command(
         f"windows, {len(info.moe_layer_ids)} layers x {info.num_experts} experts, "
         f"forms {', '.join(info.forms)}"
     )
-    console.print(f"next: edge-moe plan {model} --stats {output} --budget SIZE -o plan.json")
+    console.print(f"next: {command_line('plan', model, '--stats', output, '--budget', 'SIZE')}")
