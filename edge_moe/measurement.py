@@ -31,6 +31,7 @@ MEASUREMENT_VERSION = 1
 MEASUREMENTS_FOLDER = "measurements"
 _PACKAGES = ("torch", "transformers", "numpy", "llama-cpp-python")
 
+RecoveryKind = Literal["1 / perplexity", "exact match"]
 ModelKind = Literal["package", "checkpoint", "gguf"]
 
 
@@ -182,9 +183,20 @@ class EvalResult(_Record):
     exact_match: Estimate | None = None
     """Share of the task's problems solved, where the task has problems."""
     base_exact_match: Estimate | None = None
+    recovery_of: RecoveryKind | None = None
+    """The score that `recovery_percent` compares."""
     recovery_percent: float | None = None
     """100 x score / reference score: exact match where there is one, else 1 / perplexity."""
+    recovery_error_percent: float | None = None
+    """Its standard error."""
     seconds: float
+
+    @property
+    def recovery(self) -> Estimate | None:
+        """`recovery_percent` with its error bar."""
+        if self.recovery_percent is None:
+            return None
+        return Estimate(self.recovery_percent, self.recovery_error_percent or 0.0)
 
     def save(self, folder: Path) -> Path:
         """Write `folder`/measurements/eval-<task>.json; returns its path.
