@@ -197,6 +197,7 @@ def test_explain_covers_what_users_meet() -> None:
     assert explain(denied) == ("Permission denied: /root/x: check the path and its permissions", 2)
     missing = ModuleNotFoundError("No module named 'plotly'", name="plotly.graph_objects")
     assert "pip install 'edge-moe[report]'" in explain(missing)[0]
+    assert "in a checkout pip install -e '.[report]'" in explain(missing)[0]
     message, code = explain(ZeroDivisionError("division by zero"))
     assert code == 1 and "internal error, ZeroDivisionError" in message
 

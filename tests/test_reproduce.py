@@ -11,6 +11,8 @@ from conftest import TinyCheckpoint
 from hand_plan import hand_plan, uniform_forms
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.model_card import base_model, model_card
+from edge_moe.demo import build_assets
 from edge_moe.measurement import Provenance
 from edge_moe.plan import CalibrationOptions, Plan, SearchRecord
 from edge_moe.reproduce import build_commands, model_name, replay, without_folders
@@ -105,3 +107,13 @@ def test_model_names() -> None:
     assert model_name("/cache/models--Qwen--Tiny/snapshots/abc") == "Qwen/Tiny"
     assert model_name("/models/mine") == "mine"
     assert model_name("/usr/lib/edge_moe/demo/assets/model") == "edge-moe-demo-model"
+
+
+def test_the_card_of_a_shrunken_demo_model(demo_model: Path) -> None:
+    assert (demo_model / "README.md").read_text(encoding="utf-8") == build_assets.MODEL_CARD
+    assert base_model(str(demo_model), demo_model) == "edge-moe-demo-model"
+    checkpoint = Checkpoint(demo_model)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "native")
+    card = model_card(plan, checkpoint, "small", "native", [])
+    assert "\nlicense: apache-2.0\n" in card and "licence is not repeated" not in card
+    assert str(demo_model) not in card

@@ -27,7 +27,7 @@ from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.demo import demo_model_dir, task_dir, task_names
 from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share, require_possible
-from edge_moe.errors import EdgeMoeError, InputError
+from edge_moe.errors import EdgeMoeError, InputError, install_command
 from edge_moe.files import write_text
 from edge_moe.measurement import RunMeasurement, load_evals
 from edge_moe.package import is_package
@@ -109,7 +109,7 @@ def run_demo(
 ) -> Path:
     """Run every step in the folder `work`, print the summary, and return the path of the report.
 
-    Without `budget_bytes`, the budget leaves a third of their 16-bit bytes to the experts.
+    Without `budget_bytes`, the budget leaves `SHARE` of their 16-bit bytes to the experts.
 
     Raises:
         InputError: unknown task, or a folder that holds something else.
@@ -229,8 +229,8 @@ def _report(demo: Demo) -> None:
     _headline(demo, "7. Explain where every byte went", "estimate beside measurement")
     missing = [name for name in ("jinja2", "plotly") if importlib.util.find_spec(name) is None]
     if missing:
-        remedy = "pip install 'edge-moe[report]'"
         names = " and ".join(missing)
+        remedy = install_command("report")
         demo.console.print(f"no HTML report: {names} not installed ({remedy})", markup=False)
         _command(demo, "report", demo.package)
         return
