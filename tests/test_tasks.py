@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
     task = write(tmp_path / "word.txt", "word")
     for split in ("calibration", "heldout"):
         with pytest.raises(InputError, match=r"word\.txt is too short to hold out a fifth"):
-            load_task_texts(task, split)  # type: ignore[arg-type]
+            load_task_texts(task, split)
 
 
 @pytest.mark.parametrize(
