@@ -110,8 +110,9 @@ def search_line(data: ReportData) -> str:
     if search is None:
         return "No plan was measured before choosing; the predicted loss alone decided."
     ending = "" if search.is_complete else "; the time ran out before every proposal was measured"
+    count = len(search.trials)
     return (
-        f"{len(search.trials)} plans measured in {search.seconds:.0f} s on "
+        f"{count} plan{'s' * (count != 1)} measured in {search.seconds:.0f} s on "
         f"{search.text or 'held-out text'}{ending}."
     )
 
