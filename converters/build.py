@@ -10,10 +10,12 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.export_hf import check_hf, export_hf
 from edge_moe.converters.export_native import export_native
 from edge_moe.converters.model_card import SizeRow, model_card, plan_fingerprint
+from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.errors import PlanError, TargetError
 from edge_moe.files import require_new_output, write_text
+from edge_moe.formats.quantise import get_quantiser
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, Target
 
@@ -49,7 +51,7 @@ def build(
         check_hf(plan, checkpoint.spec)
     with build_folder(output, _build_fingerprint(plan, target)) as work:
         if target == "native":
-            export_native(plan, checkpoint, work)
+            export_native(plan, checkpoint, work, _packer(plan, checkpoint))
         elif target == "hf":
             export_hf(plan, checkpoint, work)
         else:
@@ -92,6 +94,15 @@ def _check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
         )
 
 
+def _packer(plan: Plan, checkpoint: Checkpoint) -> Packer:
+    """What packs the plan's experts; only one that runs the text again needs torch."""
+    if not get_quantiser(plan.quantiser).needs:
+        return PlainPacker(checkpoint, plan.quantiser)
+    from edge_moe.converters.calibrate import text_packer
+
+    return text_packer(checkpoint, plan.calibration, plan.data_fingerprint)
+
+
 def _build_fingerprint(plan: Plan, target: Target) -> str:
     """Equal for builds of one output whose bytes are equal."""
     parts = (__version__, plan_fingerprint(plan), target)
@@ -101,7 +112,8 @@ def _build_fingerprint(plan: Plan, target: Target) -> str:
 def _build_gguf(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:
     from edge_moe.converters.export_gguf import export_gguf
 
-    path = export_gguf(plan, checkpoint, work.path / GGUF_NAME)
+    packer = _packer(plan, checkpoint)
+    path = export_gguf(plan, checkpoint, work.path / GGUF_NAME, packer)
     source_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
     sizes = [SizeRow("whole model", source_bytes, path.stat().st_size)]
     write_text(work.path / CARD_NAME, model_card(plan, checkpoint, work.output.name, "gguf", sizes))

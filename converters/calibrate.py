@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 import edge_moe
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibrated_packing import CalibratedPacker
 from edge_moe.converters.calibration_memory import (
     calibration_terms,
     hidden_file_bytes,
@@ -35,13 +36,17 @@ from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter
 from edge_moe.converters.form_loss import FormLosses, add_moments
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservation
+from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP, get_form
+from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
+from edge_moe.plan import CalibrationOptions
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
 from edge_moe.tasks import (
     Tokenizer,
+    task_argument,
     task_label,
     task_windows,
     tokenizer_fingerprint,
@@ -59,20 +64,24 @@ def calibrate(
     max_windows: int | None = None,
     shard: tuple[int, int] = (0, 1),
     forms: Sequence[str] | None = None,
+    quantiser: str | None = None,
 ) -> ExpertStats:
     """Measure every expert of the checkpoint `model` on the calibration text of `tasks`.
 
     Writes `output` (a folder) and returns what it holds. A killed run goes on where it stopped when
     it is started again with the same arguments. `shard=(i, N)` covers the windows whose number
     modulo N is i; `ExpertStats.merge` joins shards. `forms` defaults to the planner's candidates.
+    `quantiser` packs them (see `edge_moe.formats.quantise`): the best by default, which needs the
+    whole text at once; shards default to `nearest`, whose losses add up.
     Memory: `calibration_terms`. Disk: twice the hidden states of all windows, while it runs.
 
     Raises:
         EdgeMoeError: bad model, text, option or output, or not enough memory or disk.
     """
     checkpoint = Checkpoint(model)
+    measured_forms = checked_forms(checkpoint.spec, forms)
     info, texts = calibration_text(
-        checkpoint, tasks, window_tokens, max_windows, shard, checked_forms(checkpoint.spec, forms)
+        checkpoint, tasks, window_tokens, max_windows, shard, measured_forms, quantiser
     )
     _require_room(checkpoint, info, output)
     work = CalibrationWork(output, info, [len(text) for text in texts])
@@ -90,6 +99,7 @@ def calibration_text(
     max_windows: int | None,
     shard: tuple[int, int],
     forms: tuple[str, ...],
+    quantiser: str | None = None,
 ) -> tuple[StatsInfo, list[list[int]]]:
     """The settings of a run over `shard` of the tasks' calibration text, and its windows.
 
@@ -98,6 +108,7 @@ def calibration_text(
     """
     model = checkpoint.folder
     _check_options(checkpoint.spec, window_tokens, shard)
+    quantiser = _quantiser(quantiser, shard)
     windows = task_windows(tasks, "calibration", _tokenizer(model), window_tokens, max_windows)
     covered = _shard_windows(len(windows), shard)
     texts = [windows[index] for index in covered]
@@ -116,9 +127,40 @@ def calibration_text(
         moe_layer_ids=checkpoint.spec.moe_layer_ids,
         num_experts=checkpoint.spec.num_experts,
         top_k=checkpoint.spec.top_k,
+        quantiser=quantiser,
         forms=forms,
+        options=CalibrationOptions(
+            tasks=tuple(task_argument(task) for task in tasks),
+            window_tokens=window_tokens,
+            max_windows=max_windows,
+            forms=forms,
+            shards=(shard,),
+            quantiser=quantiser,
+        ),
     )
     return info, texts
+
+
+def text_packer(
+    checkpoint: Checkpoint, asked: CalibrationOptions | None, data_fingerprint: str
+) -> Packer:
+    """Packs experts as they were packed when their forms were measured.
+
+    Raises:
+        InputError: the calibration text that the plan's quantiser needs is gone or has changed.
+    """
+    if asked is None or not get_quantiser(asked.quantiser).needs:
+        return PlainPacker(checkpoint, asked.quantiser if asked else "nearest")
+    tokenizer = _tokenizer(checkpoint.folder)
+    windows = task_windows(
+        asked.tasks, "calibration", tokenizer, asked.window_tokens, asked.max_windows
+    )
+    if windows_fingerprint(windows) != data_fingerprint:
+        raise InputError(
+            f"the text of {', '.join(asked.tasks)} has changed since it was calibrated on, and "
+            f"quantiser {asked.quantiser} needs it again: restore it, or calibrate and plan again"
+        )
+    return CalibratedPacker(checkpoint, asked.quantiser, windows)
 
 
 class _Run:
@@ -136,7 +178,7 @@ class _Run:
         self.work = work
         self.texts = texts
         self.stream = LayerStream(checkpoint, OBSERVE)
-        self.form_losses = FormLosses(checkpoint, info.forms)
+        self.form_losses = FormLosses(checkpoint, info.forms, info.quantiser)
         self.progress = progress_bar()
         self.bar = self.progress.add_task(
             "calibrating", total=self._units(checkpoint.spec.num_layers)
@@ -241,6 +283,22 @@ def _check_options(spec: ModelSpec, window_tokens: int, shard: tuple[int, int]) 
         raise InputError(
             f"shard {index}/{count} does not exist: use 0/{count} to {count - 1}/{count}"
         )
+
+
+def _quantiser(name: str | None, shard: tuple[int, int]) -> str:
+    """The quantiser to measure with.
+
+    Raises:
+        InputError: unknown, or one that needs the whole text with a shard of it.
+    """
+    if name is None:
+        return BEST_QUANTISER if shard[1] == 1 else "nearest"
+    if get_quantiser(name).needs and shard[1] > 1:
+        raise InputError(
+            f"quantiser {name!r} needs the whole text at once, not shard {shard[0]}/{shard[1]}: "
+            "leave out --shard, or use --quantiser nearest"
+        )
+    return name
 
 
 def _shard_windows(num_windows: int, shard: tuple[int, int]) -> tuple[int, ...]:

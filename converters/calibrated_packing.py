@@ -7,9 +7,10 @@ layer in float32, the hidden states of the text, one layer's MoE inputs and two 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ from torch import Tensor
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, expert_output
-from edge_moe.converters.second_moments import ExpertMoments, expert_moments
+from edge_moe.converters.second_moments import (
+    WEIGHTING,
+    ExpertMoments,
+    expert_moments,
+    moment_arguments,
+)
 from edge_moe.formats.base import ByteArray
-from edge_moe.formats.quantise import get_quantiser, pack_expert_with
-
-WEIGHTING = "gate"
-"""Tokens count by their gate, as in MoEQuant (arXiv 2505.03804)."""
+from edge_moe.formats.quantise import pack_expert_with
 
 
 @dataclass(frozen=True)
@@ -35,40 +38,6 @@ class RoutedTokens:
     """[T, k]"""
     gates: Tensor
     """[T, k] float64"""
-
-
-class Packer(Protocol):
-    """Packs one expert of a checkpoint into a form."""
-
-    def pack(self, layer_id: int, expert_id: int, form: str) -> ByteArray:
-        """The flat record."""
-
-
-def make_packer(
-    checkpoint: Checkpoint, quantiser: str, windows: Sequence[Sequence[int]] = ()
-) -> Packer:
-    """What packs with `quantiser`; `windows` are the calibration text, where it needs one.
-
-    Raises:
-        InputError: unknown quantiser.
-    """
-    if get_quantiser(quantiser).needs:
-        return CalibratedPacker(checkpoint, quantiser, windows)
-    return PlainPacker(checkpoint, quantiser)
-
-
-class PlainPacker:
-    """Looks at nothing but the weights."""
-
-    def __init__(self, checkpoint: Checkpoint, quantiser: str) -> None:
-        self._checkpoint = checkpoint
-        self._quantiser = quantiser
-
-    def pack(self, layer_id: int, expert_id: int, form: str) -> ByteArray:
-        """The flat record of one expert."""
-        return pack_expert_with(
-            form, *self._checkpoint.expert(layer_id, expert_id), self._quantiser
-        )
 
 
 class CalibratedPacker:
@@ -88,25 +57,21 @@ class CalibratedPacker:
         self._hidden: list[Tensor] = []
         self._layer_id = -1
         self._routed: list[RoutedTokens] = []
-        self._moments: tuple[int, int, ExpertMoments] | None = None
+        self._lock = threading.Lock()
 
     def pack(self, layer_id: int, expert_id: int, form: str) -> ByteArray:
-        """The flat record of one expert."""
+        """The flat record of one expert. Safe to call from several threads, one layer at a time."""
         weights = self._checkpoint.expert(layer_id, expert_id)
-        moments = self._moments_of(layer_id, expert_id, weights)
+        with self._lock:
+            moments = self._moments_of(layer_id, expert_id, weights)
         return pack_expert_with(form, *weights, self._quantiser, **moment_arguments(moments))
 
     def _moments_of(self, layer_id: int, expert_id: int, weights: Any) -> ExpertMoments:
-        known = self._moments
-        if known is not None and known[:2] == (layer_id, expert_id):
-            return known[2]
         self._go_to(layer_id)
         gate, up, down = (torch.from_numpy(matrix) for matrix in weights)
         block = self._stream.moe_block(layer_id)
         one = _OneExpert(block.experts, expert_id, torch.cat([gate, up]), down)
-        moments = expert_moments(one, expert_id, self._routed, weighting=WEIGHTING)
-        self._moments = layer_id, expert_id, moments
-        return moments
+        return expert_moments(one, expert_id, self._routed, weighting=WEIGHTING)
 
     def _go_to(self, layer_id: int) -> None:
         """Run the text up to and through the MoE layer `layer_id`, recording what it was given."""
@@ -159,13 +124,3 @@ class _OneExpert:
         self.gate_up_proj = {expert_id: gate_up}
         self.down_proj = {expert_id: down}
         self._apply_gate = experts._apply_gate
-
-
-def moment_arguments(moments: ExpertMoments) -> dict[str, Any]:
-    """Keyword arguments of `pack_expert_with`."""
-    return {
-        "input_squares": moments.input_squares,
-        "inner_squares": moments.inner_squares,
-        "hessians": moments.hessians,
-        "routed_tokens": moments.num_tokens,
-    }

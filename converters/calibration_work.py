@@ -183,7 +183,8 @@ def require_same_run(settings: Path, info: StatsInfo) -> None:
         begun = type(info).model_validate_json(settings.read_bytes())
     except (OSError, ValidationError):
         raise InputError(f"{settings} is damaged: {remedy}") from None
-    fields = sorted(info.model_dump().items(), key=lambda field: field[0].endswith("fingerprint"))
+    measured = info.model_dump(exclude={"options"})
+    fields = sorted(measured.items(), key=lambda field: field[0].endswith("fingerprint"))
     for name, value in fields:  # a changed option is named before the fingerprint it changes
         found = getattr(begun, name)
         if found != value:

@@ -17,7 +17,14 @@ from torch import Tensor
 from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
 from edge_moe.converters.observe import RoutedWindow, expert_inner, expert_output
-from edge_moe.formats import DROP, get_form
+from edge_moe.converters.second_moments import (
+    WEIGHTING,
+    ExpertMoments,
+    expert_moments,
+    moment_arguments,
+)
+from edge_moe.formats import DROP, get_form, unpack_expert
+from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 from edge_moe.moments import LayerMoments
 from edge_moe.spec import ModelSpec
 
@@ -48,10 +55,13 @@ class FormLosses:
     Cost per routed token: (1 + number of lossy forms) x 6HI floating point operations.
     """
 
-    def __init__(self, checkpoint: Checkpoint, forms: Sequence[str]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, forms: Sequence[str], quantiser: str = "nearest"
+    ) -> None:
         """`forms` in the order of the statistics' last axis."""
         spec = checkpoint.spec
         self._checkpoint = checkpoint
+        self._quantiser = quantiser
         self._forms = tuple(forms)
         self._gate_up = torch.empty(2 * spec.expert_width, spec.hidden_size)
         self._down = torch.empty(spec.hidden_size, spec.expert_width)
@@ -109,9 +119,11 @@ class FormLosses:
             expert_output(experts, window.inputs[token], gate_up, down)
             for window, (token, _) in zip(windows, routed, strict=True)
         ]
+        moments = None
+        if get_quantiser(self._quantiser).needs:
+            moments = expert_moments(experts, expert_id, windows, weighting=WEIGHTING)
         for position in self._lossy_forms(layer_id, expert_id):
-            round_trip(self._forms[position], gate_up, self._gate_up)
-            round_trip(self._forms[position], down, self._down)
+            self._store(self._forms[position], gate_up, down, moments)
             for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):
                 stored = expert_output(experts, window.inputs[token], self._gate_up, self._down)
                 yield FormChange(
@@ -122,6 +134,21 @@ class FormLosses:
                     gates=window.gates[token, slot],
                     change=(stored - exact[row]).double(),
                 )
+
+    def _store(
+        self, form: str, gate_up: Tensor, down: Tensor, moments: ExpertMoments | None
+    ) -> None:
+        """Put what `form` holds of one expert into the buffers."""
+        if moments is None and self._quantiser == "nearest":
+            round_trip(form, gate_up, self._gate_up)
+            round_trip(form, down, self._down)
+            return
+        known = {} if moments is None else moment_arguments(moments)
+        gate, up = gate_up.numpy().reshape(2, -1, gate_up.shape[1])
+        record = pack_expert_with(form, gate, up, down.numpy(), self._quantiser, **known)
+        stored = unpack_expert(form, record, *down.shape)
+        self._gate_up.numpy()[...] = np.concatenate(stored[:2])
+        self._down.numpy()[...] = stored[2]
 
 
 def add_moments(experts: Any, windows: Sequence[RoutedWindow], spec: ModelSpec) -> LayerMoments:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibrate import text_packer
 from edge_moe.converters.variants import VariantScorer
 from edge_moe.errors import InputError
 from edge_moe.runtime.evaluate import heldout_windows
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.search import TimeUp
+from edge_moe.stats import StatsInfo
 
 WINDOW_TOKENS = 256
 MAX_WINDOWS = 16
@@ -44,6 +46,7 @@ class PlanMeasure:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        stats: StatsInfo,
         tasks: Sequence[str],
         seconds: float,
         on_share: Callable[[float], None] = lambda _: None,
@@ -60,7 +63,8 @@ class PlanMeasure:
         self.text = (
             f"{sum(map(len, windows))} tokens of held-out {', '.join(tasks)}, odd windows only"
         )
-        self._scorer = VariantScorer(checkpoint, windows)
+        packer = text_packer(checkpoint, stats.options, stats.data_fingerprint)
+        self._scorer = VariantScorer(checkpoint, windows, packer)
         self._seconds = seconds
         self._start = time.monotonic()
         self._on_share = on_share

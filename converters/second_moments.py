@@ -29,6 +29,9 @@ Weighting = Literal["none", "gate", "gate_square"]
 WEIGHTINGS: dict[Weighting, int] = {"none": 0, "gate": 1, "gate_square": 2}
 """Name -> exponent of the gate in a token's weight."""
 
+WEIGHTING: Weighting = "gate"
+"""What packing uses: tokens count by their gate, as in MoEQuant (arXiv 2505.03804)."""
+
 FloatArray64 = npt.NDArray[np.float64]
 
 
@@ -132,3 +135,13 @@ def _tokens(
         return window.inputs, torch.ones(len(window.inputs), dtype=torch.float64)
     token, slot = (window.expert_ids == expert_id).nonzero(as_tuple=True)
     return window.inputs[token], window.gates[token, slot].double() ** exponent
+
+
+def moment_arguments(moments: ExpertMoments) -> dict[str, Any]:
+    """Keyword arguments of `pack_expert_with`."""
+    return {
+        "input_squares": moments.input_squares,
+        "inner_squares": moments.inner_squares,
+        "hessians": moments.hessians,
+        "routed_tokens": moments.num_tokens,
+    }

@@ -24,8 +24,9 @@ from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.form_loss import is_lossless
 from edge_moe.converters.layer_stream import LayerStream
+from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.errors import CheckpointError
-from edge_moe.formats import DROP, pack_expert, unpack_expert
+from edge_moe.formats import DROP, unpack_expert
 from edge_moe.metrics import TokenScores
 from edge_moe.runtime.model import shrink_router
 
@@ -44,20 +45,25 @@ _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 class PackedExperts:
     """Packed experts of a checkpoint, kept until the byte limit pushes the oldest out."""
 
-    def __init__(self, checkpoint: Checkpoint, limit_bytes: int = PACKED_LIMIT_BYTES) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        packer: Packer | None = None,
+        limit_bytes: int = PACKED_LIMIT_BYTES,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._packer = packer or PlainPacker(checkpoint)
         self._limit_bytes = limit_bytes
         self._num_bytes = 0
         self._records: OrderedDict[tuple[int, int, str], npt.NDArray[np.uint8]] = OrderedDict()
 
     def unpacked(self, layer_id: int, expert_id: int, form: str) -> tuple[Any, Any, Any]:
         """(gate_proj [I, H], up_proj [I, H], down_proj [H, I]) as the form holds them."""
-        weights = self._checkpoint.expert(layer_id, expert_id)
         if is_lossless(form, self._checkpoint.expert_ranges(layer_id, expert_id)):
-            return weights
+            return self._checkpoint.expert(layer_id, expert_id)
         key = layer_id, expert_id, form
         if key not in self._records:
-            self._add(key, pack_expert(form, *weights))
+            self._add(key, self._packer.pack(layer_id, expert_id, form))
         self._records.move_to_end(key)
         spec = self._checkpoint.spec
         return unpack_expert(form, self._records[key], spec.hidden_size, spec.expert_width)
@@ -73,13 +79,15 @@ class PackedExperts:
 class VariantScorer:
     """Scores plans of one checkpoint on the same windows, packing every expert once."""
 
-    def __init__(self, checkpoint: Checkpoint, windows: Windows) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Windows, packer: Packer | None = None
+    ) -> None:
         self._checkpoint = checkpoint
         self._spec = checkpoint.spec
         self._windows = windows
         self._batches = _batches(windows)
         self._stream = LayerStream(checkpoint, "eager")
-        self._packed = PackedExperts(checkpoint)
+        self._packed = PackedExperts(checkpoint, packer)
 
     def score(
         self, variants: Mapping[str, Forms], on_run: Callable[[float], None] = lambda _: None

@@ -28,7 +28,7 @@ from edge_moe.commands.report import report_command
 from edge_moe.commands.run import run_command
 from edge_moe.commands.simulate import simulate_command
 from edge_moe.commands.stats import stats_app
-from edge_moe.errors import EdgeMoeError
+from edge_moe.errors import EdgeMoeError, install_command
 
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
@@ -144,7 +144,7 @@ def _explain_usage(error: TyperException) -> str:
 def _explain_missing_module(name: str) -> str:
     package = name.split(".")[0]
     extra = _EXTRAS.get(package)
-    remedy = f"pip install 'edge-moe[{extra}]'" if extra else "pip install edge-moe"
+    remedy = install_command(extra) if extra else "pip install edge-moe"
     return f"this needs the package {package!r}, which is not installed: {remedy}"
 
 

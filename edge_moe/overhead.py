@@ -50,6 +50,12 @@ def known_overhead(model_type: str, device: Device) -> tuple[int, Source]:
     return ASSUMED_BYTES[device], "assumed"
 
 
+def probed_bytes(runtime_bytes: int, folder: Path) -> int:
+    """What the probe measured of a bill's measured `runtime` term, without what `SPREAD` adds."""
+    tokenizer = tokenizer_bytes(folder)
+    return round((runtime_bytes - tokenizer) / (1 + SPREAD)) + tokenizer
+
+
 def tokenizer_bytes(folder: Path) -> int:
     """Memory of the tokenizer in `folder`: about 15 times its tokenizer.json.
 

@@ -63,6 +63,22 @@ class SearchTrial(_Model):
     """Mean KL divergence from the whole model on the search's text, nats per token."""
 
 
+class CalibrationOptions(_Model):
+    """What `edge-moe calibrate` was told: enough to do it again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: tuple[str, ...]
+    """Shipped names, and files with their whole path."""
+    window_tokens: int
+    max_windows: int | None
+    forms: tuple[str, ...]
+    shards: tuple[tuple[int, int], ...] = ((0, 1),)
+    """(i, N) of every part that was joined; ((0, 1),) when they cover the whole text."""
+    quantiser: str = "nearest"
+    """How experts were packed when their forms were measured, and are packed by `build`."""
+
+
 class SearchRecord(_Model):
     """How a plan was found among several: what was tried, and what it measured."""
 
@@ -73,6 +89,10 @@ class SearchRecord(_Model):
     trials: list[SearchTrial]
     text: str = ""
     """The text that was measured on."""
+    tasks: list[str] = []
+    """Its tasks: shipped names, and files with their whole path."""
+    limit_seconds: float | None = None
+    """The time that was allowed."""
 
 
 class Plan(_Model):
@@ -115,6 +135,10 @@ class Plan(_Model):
     warnings: list[str] = []
     search: SearchRecord | None = None
     """None for the plain program."""
+    calibration: CalibrationOptions | None = None
+    """None where the statistics do not say."""
+    data_fingerprint: str = ""
+    """Of the calibration text, which some quantisers need again."""
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -149,6 +173,11 @@ class Plan(_Model):
     @property
     def total_bytes(self) -> int:
         return sum(term.num_bytes for term in self.terms)
+
+    @property
+    def quantiser(self) -> str:
+        """How `build` packs the experts."""
+        return self.calibration.quantiser if self.calibration else "nearest"
 
     def term(self, name: str) -> MemoryTerm:
         """The term called `name`.

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from edge_moe.formats import DROP, FORM_NAMES, get_form
 from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, SearchRecord
+from edge_moe.reproduce import command_line
 from edge_moe.search import MIXED_BITS, PLAN_NAME
 from edge_moe.units import format_bytes
 
@@ -115,7 +116,7 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
     for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
         for sentence in sentences:
             console.print(f"{heading}: {sentence}", style="yellow", markup=False)
-    console.print(f"next: edge-moe build {path} -o OUT", markup=False)
+    console.print(f"next: {command_line('build', path, '-o', 'OUT')}", markup=False)
 
 
 def _terms_table(plan: Plan) -> Table:

@@ -153,6 +153,8 @@ def make_plan(
             *missing_rivals,
         ],
         search=record,
+        calibration=stats.info.options,
+        data_fingerprint=stats.info.data_fingerprint,
     )
 
 
@@ -186,7 +188,7 @@ def build_problem(
 
 def stats_fingerprint(stats: ExpertStats) -> str:
     """sha256 over everything that the statistics hold."""
-    digest = hashlib.sha256(stats.info.model_dump_json().encode())
+    digest = hashlib.sha256(stats.info.model_dump_json(exclude={"options"}).encode())
     for name, array in sorted(stats.to_arrays().items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(array).tobytes())

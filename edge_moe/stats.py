@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
 from edge_moe.files import atomic_path, write_text
+from edge_moe.plan import CalibrationOptions
 
 STATS_VERSION = 2
 
@@ -68,12 +69,23 @@ class StatsInfo(BaseModel):
     moe_layer_ids: tuple[int, ...]
     num_experts: int
     top_k: int
+    quantiser: str = "nearest"
+    """How experts were packed when their forms were measured."""
     forms: tuple[str, ...]
     """Forms whose loss was measured, in the order of `form_loss`'s last axis; `drop` is first."""
+    options: CalibrationOptions | None = None
+    """How it was asked for; says nothing about what was measured."""
 
     def merge_key(self) -> dict[str, object]:
         """The fields that must be equal for two shards to merge."""
-        return self.model_dump(exclude={"windows", "num_tokens", "edge_moe_version"})
+        return self.model_dump(exclude={"windows", "num_tokens", "edge_moe_version", "options"})
+
+    def _merged_options(self, other: StatsInfo) -> CalibrationOptions | None:
+        if self.options is None or other.options is None:
+            return None
+        is_whole = len(self.windows) + len(other.windows) == self.num_windows
+        shards = sorted({*self.options.shards, *other.options.shards})
+        return self.options.model_copy(update={"shards": ((0, 1),) if is_whole else tuple(shards)})
 
     def merged(self, other: Self) -> Self:
         """The settings of both shards together.
@@ -96,6 +108,7 @@ class StatsInfo(BaseModel):
             update={
                 "windows": tuple(sorted(self.windows + other.windows)),
                 "num_tokens": self.num_tokens + other.num_tokens,
+                "options": self._merged_options(other),
             }
         )
 

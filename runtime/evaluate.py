@@ -25,7 +25,7 @@ from edge_moe import metrics
 from edge_moe.demo import task_dir, task_names
 from edge_moe.demo.arithmetic import extract_answer
 from edge_moe.errors import InputError, TargetError
-from edge_moe.measurement import EvalResult, ModelKind, Provenance, SkippingCost
+from edge_moe.measurement import EvalResult, ModelKind, Provenance, RecoveryKind, SkippingCost
 from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.package import PLAN_NAME, is_package
 from edge_moe.plan import Plan
@@ -294,7 +294,7 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
         window_tokens=settings.window_tokens,
         num_windows=len(windows),
         num_problems=len(problems),
-        recovery_percent=_recovery_percent(quality),
+        **_recovery(quality),
         skipping=skipping,
         seconds=time.perf_counter() - start,
         **quality,
@@ -331,12 +331,24 @@ def _problem_quality(
         return {key: solve_problems(each, problems, advance) for key, each in models.items()}
 
 
-def _recovery_percent(quality: Mapping[str, Any]) -> float | None:
+def _recovery(quality: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `EvalResult.recovery`; the perplexities' errors are paired, token by token."""
+    kind: RecoveryKind
     if base := quality.get("base_exact_match"):
-        return 100 * quality["exact_match"].value / base.value if base.value else None
-    if base := quality.get("base_perplexity"):
-        return float(100 * base.value / quality["perplexity"].value)
-    return None
+        if not base.value:
+            return {}
+        kind, found = "exact match", metrics.ratio(quality["exact_match"], base)
+    elif comparison := quality.get("comparison"):
+        inverse = comparison.ppl_ratio
+        kind = "1 / perplexity"
+        found = Estimate(1 / inverse.value, inverse.error / inverse.value**2)
+    else:
+        return {}
+    return {
+        "recovery_of": kind,
+        "recovery_percent": 100 * found.value,
+        "recovery_error_percent": 100 * found.error,
+    }
 
 
 def _session(pair: _Pair) -> Session | None:

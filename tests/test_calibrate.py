@@ -54,7 +54,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(model: Path, task: str, output: Path, **options: Any) -> ExpertStats:
-    arguments: dict[str, Any] = {"window_tokens": WINDOW_TOKENS, "forms": FORMS} | options
+    arguments: dict[str, Any] = {
+        "window_tokens": WINDOW_TOKENS,
+        "forms": FORMS,
+        "quantiser": "nearest",
+    } | options
     return calibrate(model, [task], output, **arguments)
 
 
@@ -360,7 +364,8 @@ import sys
 from pathlib import Path
 from edge_moe.converters.calibrate import calibrate
 model, task, output = sys.argv[1:]
-calibrate(Path(model), [task], Path(output), window_tokens=32, forms=["q8_0", "q4_0", "bf16"])
+options = {"window_tokens": 32, "forms": ["q8_0", "q4_0", "bf16"], "quantiser": "nearest"}
+calibrate(Path(model), [task], Path(output), **options)
 """
 
 

@@ -156,6 +156,9 @@ def test_empty_task_text(checkpoint: Path, tmp_path: Path, fails: Failure) -> No
     message = fails("calibrate", checkpoint, "--task", task, "-o", tmp_path / "stats")
     assert f"{task} holds no text" in message
     assert not (tmp_path / "stats").exists()
+    task.write_text('{"text": "word"}\n')
+    message = fails("calibrate", checkpoint, "--task", task, "-o", tmp_path / "stats")
+    assert f"{task} is too short to hold out a fifth" in message
 
 
 def test_stats_merge_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +200,7 @@ def test_explain_covers_what_users_meet() -> None:
     assert explain(denied) == ("Permission denied: /root/x: check the path and its permissions", 2)
     missing = ModuleNotFoundError("No module named 'plotly'", name="plotly.graph_objects")
     assert "pip install 'edge-moe[report]'" in explain(missing)[0]
+    assert "in a checkout pip install -e '.[report]'" in explain(missing)[0]
     message, code = explain(ZeroDivisionError("division by zero"))
     assert code == 1 and "internal error, ZeroDivisionError" in message
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
+from edge_moe.plan import CalibrationOptions
 from edge_moe.stats import EXPERT_SUMS, LAYER_SUMS, STATS_VERSION, ExpertStats, StatsInfo
 
 finite = st.floats(-1e9, 1e9, allow_nan=False, width=64)
@@ -103,6 +104,23 @@ def test_merging_in_any_order_gives_the_same_bits(order: list[int]) -> None:
     assert_same(first.merge(second.merge(third)), expected)
     assert expected.info.windows == (0, 1, 2)
     assert expected.info.num_tokens == 12
+
+
+def test_merging_joins_the_options_until_the_text_is_whole() -> None:
+    parts = [random_stats(window) for window in range(3)]
+    for index, part in enumerate(parts):
+        options = CalibrationOptions(
+            tasks=("code",),
+            window_tokens=4,
+            max_windows=None,
+            forms=part.info.forms,
+            shards=((index, 3),),
+        )
+        part.info = part.info.model_copy(update={"options": options})
+    two = parts[2].merge(parts[0])
+    assert two.info.options is not None and two.info.options.shards == ((0, 3), (2, 3))
+    three = two.merge(parts[1])
+    assert three.info.options is not None and three.info.options.shards == ((0, 1),)
 
 
 def test_merging_refuses_strangers_and_repetition() -> None:

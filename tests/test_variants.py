@@ -75,7 +75,7 @@ def test_scores_follow_the_order_of_the_windows(tiny_checkpoint: TinyCheckpoint)
 
 def test_packed_experts_stay_within_their_bytes(tiny_checkpoint: TinyCheckpoint) -> None:
     checkpoint = Checkpoint(tiny_checkpoint("olmoe"))
-    small, large = PackedExperts(checkpoint, 1), PackedExperts(checkpoint)
+    small, large = PackedExperts(checkpoint, limit_bytes=1), PackedExperts(checkpoint)
     for expert_id in (0, 1, 0):
         for left, right in zip(
             small.unpacked(1, expert_id, "q4_0"), large.unpacked(1, expert_id, "q4_0"), strict=True

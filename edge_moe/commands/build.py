@@ -41,7 +41,9 @@ def build_command(
 
 
 def _next_command(path: Path, target: str) -> str:
+    from edge_moe.reproduce import command_line
+
     if target == "native":
-        return f'edge-moe run {path} --prompt "..."'
+        return command_line("run", path, "--prompt", "...")
     artefact = path / "model.gguf" if target == "gguf" else path
-    return f"edge-moe eval {artefact} --against MODEL --task TASK"
+    return command_line("eval", artefact, "--against", "MODEL", "--task", "TASK")

@@ -90,7 +90,8 @@ def measure(
         budget_bytes=budget_bytes,
         context_tokens=session.context_tokens,
         terms=session.memory(),
-        measured_terms=session.measured_terms,
+        measured_terms=_measured_terms(session, model),
+        cached_tokens=timing.cached_tokens,
         peak_memory_bytes=peak_memory_bytes(session.device.type),
         prompt_tokens=timing.prompt_tokens,
         generated_tokens=timing.generated_tokens,
@@ -101,6 +102,16 @@ def measure(
         paging=_paging(session),
         text=text,
     )
+
+
+def _measured_terms(session: Session, model: Path) -> dict[str, int]:
+    from edge_moe.overhead import probed_bytes
+
+    found = session.measured_terms | {"KV cache": session.timing.cache_bytes}
+    runtime = next(term for term in session.memory() if term.name == "runtime")
+    if runtime.source == "measured":
+        found["runtime"] = probed_bytes(runtime.num_bytes, model)
+    return found
 
 
 def _accelerator(session: Session) -> str:

@@ -51,7 +51,8 @@ Tasks = Annotated[
     list[str],
     typer.Option(
         "--task",
-        help="Shipped task, or a .jsonl or .txt file. Repeat for several.",
+        help="Shipped task, or a .jsonl or .txt file, a fifth of which is held out. Repeat for "
+        "several.",
         show_default=False,
     ),
 ]

@@ -24,6 +24,7 @@ from edge_moe.units import parse_bytes, parse_tokens
 if TYPE_CHECKING:
     from edge_moe.checkpoint import Checkpoint
     from edge_moe.converters.plan_measure import PlanMeasure
+    from edge_moe.stats import StatsInfo
 
 DEFAULT_SEARCH_SECONDS = 120.0
 
@@ -85,19 +86,20 @@ def plan_command(
     from edge_moe.plan_table import print_plan, summarise_plan
     from edge_moe.planner import make_plan
     from edge_moe.stats import ExpertStats
+    from edge_moe.tasks import task_argument
 
     found_stats = ExpertStats.load(stats)
     folder = resolve_model(model, revision)
     checkpoint = Checkpoint(folder)
     is_measured = target in (TargetName.NATIVE, TargetName.HF)  # llama.cpp's is a constant
     runtime = runtime_overhead(checkpoint.spec.model_type, device.value) if is_measured else None
-    tasks = task or _shipped_tasks(found_stats.info.tasks) if search else []
+    tasks = task or _known_tasks(found_stats.info) if search else []
     if search and not tasks:
         stderr().print(
-            "not searching: the statistics' own tasks are files that may have moved; name the text "
-            "to measure plans on with --task, or say --no-search"
+            "not searching: the text of the statistics is not where it was; name the text to "
+            "measure plans on with --task, or say --no-search"
         )
-    with _measuring(checkpoint, tasks, search_seconds) as measure:
+    with _measuring(checkpoint, found_stats.info, tasks, search_seconds) as measure:
         plan = make_plan(
             checkpoint,
             found_stats,
@@ -112,6 +114,8 @@ def plan_command(
         )
     if plan.search is not None and measure is not None:
         plan.search.text = measure.text
+        plan.search.tasks = [task_argument(name) for name in tasks]
+        plan.search.limit_seconds = search_seconds
     plan.save(output)
     if json:
         print(summarise_plan(plan, output).model_dump_json(indent=1))
@@ -119,16 +123,18 @@ def plan_command(
     print_plan(plan, output, stdout())
 
 
-def _shipped_tasks(labels: Sequence[str]) -> list[str]:
-    """The statistics' tasks, if all are shipped: a file's label does not say where it lies."""
+def _known_tasks(info: StatsInfo) -> list[str]:
+    """The statistics' tasks, if all are shipped or still lie where they were."""
     from edge_moe.demo import task_names
 
-    return list(labels) if set(labels) <= set(task_names()) else []
+    tasks = list(info.options.tasks if info.options else info.tasks)
+    shipped = task_names()
+    return tasks if all(task in shipped or Path(task).is_file() for task in tasks) else []
 
 
 @contextmanager
 def _measuring(
-    checkpoint: Checkpoint, tasks: Sequence[str], seconds: float
+    checkpoint: Checkpoint, info: StatsInfo, tasks: Sequence[str], seconds: float
 ) -> Iterator[PlanMeasure | None]:
     """What measures proposals, with a bar of the time that has passed; None without tasks."""
     if not tasks:
@@ -143,5 +149,5 @@ def _measuring(
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=1.0)
         yield PlanMeasure(
-            checkpoint, tasks, seconds, lambda share: progress.update(bar, completed=share)
+            checkpoint, info, tasks, seconds, lambda share: progress.update(bar, completed=share)
         )
