@@ -26,6 +26,7 @@ from edge_moe.commands.report import report_command
 from edge_moe.commands.run import run_command
 from edge_moe.commands.stats import stats_app
 from edge_moe.errors import EdgeMoeError
+from edge_moe.files import os_problem
 
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
@@ -109,16 +110,14 @@ def explain(error: Exception) -> tuple[str, int]:
         return _one_line(str(error)), error.exit_code
     if isinstance(error, TyperException):
         return _explain_usage(error), EXIT_USAGE
-    if getattr(error, "errno", None) == errno.ENOSPC or _NO_SPACE_IN_RUST in str(error):
-        filename = getattr(error, "filename", None)
-        place = f" for {filename}" if filename else ""
-        return f"no space left on the disk{place}: free some space and start again", EXIT_USAGE
+    if _NO_SPACE_IN_RUST in str(error):
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and missing.split(".")[0] != edge_moe.__name__:
         return _explain_missing_module(missing), EXIT_USAGE
     if isinstance(error, OSError):
-        place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or error}{place}: check the path and its permissions", EXIT_USAGE
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{os_problem(error)}", EXIT_USAGE
     if isinstance(error, MemoryError):
         return "out of memory: free some, or use a smaller model or context", EXIT_USAGE
     name = type(error).__name__

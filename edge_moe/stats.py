@@ -6,7 +6,6 @@ L is the number of MoE layers, E experts, F forms.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
-from edge_moe.files import atomic_path, write_text
+from edge_moe.files import atomic_path, read_json, write_text
 
 STATS_VERSION = 2
 
@@ -71,8 +70,12 @@ class StatsInfo(BaseModel):
     """Forms whose loss was measured, in the order of `form_loss`'s last axis; `drop` is first."""
 
     def merge_key(self) -> dict[str, object]:
-        """The fields that must be equal for two shards to merge."""
-        return self.model_dump(exclude={"windows", "num_tokens", "edge_moe_version"})
+        """The fields that must be equal for two shards to merge; what a person chose comes first.
+
+        A fingerprint says nothing to a person, and another task or window changes it too.
+        """
+        fields = self.model_dump(exclude={"windows", "num_tokens", "edge_moe_version"})
+        return dict(sorted(fields.items(), key=lambda field: field[0].endswith("fingerprint")))
 
 
 @dataclass(eq=False)
@@ -131,7 +134,8 @@ class ExpertStats:
             found = other.info.merge_key()[key]
             if found != value:
                 raise StatsError(
-                    f"cannot merge: {key} is {value!r} in one and {found!r} in the other"
+                    f"cannot merge: {key} is {_brief(value)} in one and {_brief(found)} in the "
+                    "other: merge only shards of one run, which differ in --shard alone"
                 )
         twice = sorted(set(self.info.windows) & set(other.info.windows))
         if twice:
@@ -210,27 +214,29 @@ class ExpertStats:
             StatsError: missing, incomplete, damaged, or written by another version.
         """
         path = folder / "stats.json"
-        if not path.exists():
+        missing = (
+            f"{folder} holds no finished statistics (no stats.json): run or resume "
+            "`edge-moe calibrate`"
+        )
+        raw = read_json(path, StatsError, missing=missing, damaged="calibrate again")
+        if isinstance(raw, dict) and raw.get("version") != STATS_VERSION:
             raise StatsError(
-                f"{folder} holds no finished statistics (no stats.json): run or resume "
-                "`edge-moe calibrate`"
+                f"{path} has version {raw.get('version')}, this edge-moe reads "
+                f"{STATS_VERSION}: calibrate again"
             )
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(raw, dict) and raw.get("version") != STATS_VERSION:
-                raise StatsError(
-                    f"{path} has version {raw.get('version')}, this edge-moe reads "
-                    f"{STATS_VERSION}: calibrate again"
-                )
             info = StatsInfo.model_validate(raw)
             arrays = load_file(folder / "stats.safetensors")
-        except StatsError:
-            raise
         except (OSError, ValueError, ValidationError, SafetensorError) as error:
             raise StatsError(
                 f"{folder} is damaged ({_first_line(error)}): calibrate again"
             ) from None
         return cls.from_arrays(info, arrays)
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def _first_line(error: Exception) -> str:
