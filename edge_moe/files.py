@@ -105,7 +105,9 @@ def require_free_disk(folder: Path, needed_bytes: int, purpose: str) -> None:
         existing = existing.parent
     usage = shutil.disk_usage(existing)
     if usage.total == 0:  # /proc, /sys and the like
-        raise InputError(f"{folder} cannot be written: {existing} stores no files; choose another")
+        raise InputError(
+            f"{folder} cannot be written: {existing} stores no files; choose another folder"
+        )
     free_bytes = usage.free
     if free_bytes < needed_bytes:
         raise DiskSpaceError(

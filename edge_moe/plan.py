@@ -162,6 +162,24 @@ class Plan(_Model):
                 return term
         raise KeyError(name)
 
+    def with_forms(self, forms: list[list[str]]) -> Plan:
+        """This plan with other forms [L][E] that were considered; tiers and bytes follow them.
+
+        The budget grows where they need more.
+        """
+        num_bytes = sum(self.form_bytes[form] for row in forms for form in row)
+        terms = [
+            term.model_copy(update={"num_bytes": num_bytes}) if term.name == "experts" else term
+            for term in self.terms
+        ]
+        changes = {
+            "forms": forms,
+            "tiers": [["none" if form == DROP else "device" for form in row] for row in forms],
+            "terms": [term.model_dump() for term in terms],
+            "budget_bytes": max(self.budget_bytes, sum(term.num_bytes for term in terms)),
+        }
+        return Plan.model_validate(self.model_dump() | changes)
+
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ from edge_moe.runtime.slots import (
     smallest_slot_bytes,
 )
 from edge_moe.spec import ModelSpec
-from edge_moe.units import format_bytes
+from edge_moe.units import format_bytes, round_up_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
 
@@ -290,9 +290,18 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder} holds no readable tokenizer ({reason})") from None
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise InputError(
+            f"{folder} holds no usable tokenizer ({_tokenizer_problem(folder, error)}): "
+            "copy the model's tokenizer files there again"
+        ) from None
+
+
+def _tokenizer_problem(folder: Path, error: Exception) -> str:
+    """transformers' own text about missing files is long and names none of them."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return "neither tokenizer.json nor tokenizer.model is there"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _open_source(model: Path) -> Package | Checkpoint:
@@ -321,7 +330,7 @@ def _context(spec: ModelSpec, asked: int | None) -> int:
     if asked > spec.max_position_embeddings:
         raise InputError(
             f"context {asked} is longer than the model's {spec.max_position_embeddings} tokens: "
-            "ask for less"
+            "lower --ctx (run) or --window-tokens (eval)"
         )
     return asked
 
@@ -393,8 +402,8 @@ def _allot(
             raise BudgetError(
                 f"budget {format_bytes(budget_bytes)} is too small even when experts are paged: "
                 f"{bill.describe_terms([term for term in terms if term.name != 'experts'])} and "
-                f"{format_bytes(smallest)} of slots need {format_bytes(fixed + smallest)} "
-                f"({fixed + smallest} bytes)",
+                f"{format_bytes(smallest)} of slots; the smallest that works is "
+                f"{round_up_bytes(fixed + smallest)}: raise --budget or lower --ctx",
                 minimum_bytes=fixed + smallest,
             )
         counts = allot_by_bytes(classes, budget_bytes - fixed, spec.top_k)

@@ -46,15 +46,19 @@ def calibrate_command(
     folder = resolve_model(model, revision)
     from edge_moe.converters.calibrate import calibrate
 
-    stats = calibrate(
-        folder,
-        task,
-        output,
-        window_tokens=window_tokens,
-        max_windows=max_windows,
-        shard=part,
-        forms=names,
-    )
+    try:
+        stats = calibrate(
+            folder,
+            task,
+            output,
+            window_tokens=window_tokens,
+            max_windows=max_windows,
+            shard=part,
+            forms=names,
+        )
+    except KeyboardInterrupt:
+        stderr().print("stopped: run the same command again to resume")
+        raise
     info = stats.info
     console = stderr()
     console.print(
@@ -62,4 +66,7 @@ def calibrate_command(
         f"windows, {len(info.moe_layer_ids)} layers x {info.num_experts} experts, "
         f"forms {', '.join(info.forms)}"
     )
+    if part[1] > 1:
+        console.print(f"next, with every shard: edge-moe stats merge OUT {output} ...")
+        return
     console.print(f"next: edge-moe plan {model} --stats {output} --budget SIZE -o plan.json")
