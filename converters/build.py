@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 from edge_moe import __version__
@@ -15,9 +16,12 @@ from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.errors import PlanError, TargetError
 from edge_moe.files import require_new_output, write_text
+from edge_moe.formats import expert_bytes
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, Target
+from edge_moe.spec import ModelSpec
+from edge_moe.units import format_bytes
 
 GGUF_NAME = "model.gguf"
 
@@ -91,6 +95,25 @@ def _check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
         raise PlanError(
             f"the plan is for top-{plan.top_k} of {len(plan.forms[0])} experts, "
             f"{checkpoint.folder} has top-{spec.top_k} of {spec.num_experts}: plan again"
+        )
+    _check_bill(plan, spec)
+
+
+def _check_bill(plan: Plan, spec: ModelSpec) -> None:
+    """Refuse a bill that the plan's own forms and budget contradict."""
+    counts = Counter(form for row in plan.forms for form in row)
+    widths = spec.hidden_size, spec.expert_width
+    needed = sum(count * expert_bytes(form, *widths) for form, count in counts.items())
+    stated = plan.term("experts").num_bytes
+    if needed != stated:
+        raise PlanError(
+            f"the plan's experts take {needed} bytes in their forms, its bill says {stated}: "
+            "the plan was edited; plan again"
+        )
+    if plan.total_bytes > plan.budget_bytes:
+        raise PlanError(
+            f"the plan takes {format_bytes(plan.total_bytes)}, more than its own budget of "
+            f"{format_bytes(plan.budget_bytes)}: plan again"
         )
 
 

@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import AutoTokenizer
 
 import edge_moe
 from edge_moe.checkpoint import Checkpoint
@@ -32,7 +31,12 @@ from edge_moe.converters.calibration_memory import (
     hidden_file_bytes,
     require_free_memory,
 )
-from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter
+from edge_moe.converters.calibration_work import (
+    CalibrationWork,
+    HiddenWriter,
+    calibration_work,
+    require_unfinished,
+)
 from edge_moe.converters.form_loss import FormLosses, add_moments
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservation
@@ -42,10 +46,10 @@ from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP, get_form
 from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
 from edge_moe.plan import CalibrationOptions
+from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
 from edge_moe.tasks import (
-    Tokenizer,
     task_argument,
     task_label,
     task_windows,
@@ -78,17 +82,18 @@ def calibrate(
     Raises:
         EdgeMoeError: bad model, text, option or output, or not enough memory or disk.
     """
+    require_unfinished(output)
     checkpoint = Checkpoint(model)
     measured_forms = checked_forms(checkpoint.spec, forms)
     info, texts = calibration_text(
         checkpoint, tasks, window_tokens, max_windows, shard, measured_forms, quantiser
     )
     _require_room(checkpoint, info, output)
-    work = CalibrationWork(output, info, [len(text) for text in texts])
-    stats = _Run(checkpoint, info, work, texts).finish()
-    work.publish_moments()
-    stats.save(output)
-    work.remove()
+    with calibration_work(output, info, [len(text) for text in texts]) as work:
+        stats = _Run(checkpoint, info, work, texts).finish()
+        work.publish_moments()
+        stats.save(output)
+        work.remove()
     return stats
 
 
@@ -109,7 +114,8 @@ def calibration_text(
     model = checkpoint.folder
     _check_options(checkpoint.spec, window_tokens, shard)
     quantiser = _quantiser(quantiser, shard)
-    windows = task_windows(tasks, "calibration", _tokenizer(model), window_tokens, max_windows)
+    tokenizer = load_tokenizer(model)
+    windows = task_windows(tasks, "calibration", tokenizer, window_tokens, max_windows)
     covered = _shard_windows(len(windows), shard)
     texts = [windows[index] for index in covered]
     info = StatsInfo(
@@ -151,7 +157,7 @@ def text_packer(
     """
     if asked is None or not get_quantiser(asked.quantiser).needs:
         return PlainPacker(checkpoint, asked.quantiser if asked else "nearest")
-    tokenizer = _tokenizer(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder)
     windows = task_windows(
         asked.tasks, "calibration", tokenizer, asked.window_tokens, asked.max_windows
     )
@@ -187,6 +193,7 @@ class _Run:
     def finish(self) -> ExpertStats:
         """The statistics of all layers."""
         num_layers = self.checkpoint.spec.num_layers
+        self._check_outside_layers()
         with torch.inference_mode(), self.progress:
             if self.work.next_layer is None:
                 self._embed()
@@ -197,6 +204,12 @@ class _Run:
                 with self.work.committing(layer_id + 1, self.checkpoint.spec.hidden_size) as writer:
                     self._layer(layer_id, writer)
         return self.work.collect()
+
+    def _check_outside_layers(self) -> None:
+        """Embeddings, final norm and output head: no layer reads them, a damaged one ruins all."""
+        for info in self.checkpoint.dense_tensors:
+            if not info.name.startswith("model.layers."):
+                self.checkpoint.check_finite(info.name)
 
     def _units(self, num_layers: int) -> float:
         """Progress units of the first layers: a window run, or one form measured on a window."""
@@ -263,19 +276,10 @@ def _add_window(
     stats.form_loss.add(form_losses, index=0)
 
 
-def _tokenizer(model: Path) -> Tokenizer:
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{model} has no usable tokenizer ({reason}): add its files") from None
-    return tokenizer
-
-
 def _check_options(spec: ModelSpec, window_tokens: int, shard: tuple[int, int]) -> None:
     if window_tokens > spec.max_position_embeddings:
         raise InputError(
-            f"windows of {window_tokens} tokens exceed the model's context of "
+            f"--window-tokens is {window_tokens}, more than the model's context of "
             f"{spec.max_position_embeddings}: use a smaller window"
         )
     index, count = shard

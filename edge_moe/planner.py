@@ -31,7 +31,7 @@ from edge_moe.search import Evidence, Measure, search
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.super_experts import MINIMUM_BITS, find_super_experts
-from edge_moe.units import format_bytes
+from edge_moe.units import format_bytes, round_up_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
 MeasureForms = Callable[[Mapping[str, list[list[str]]]], Mapping[str, float]]
@@ -80,7 +80,7 @@ def make_plan(
     budget_bytes: int,
     *,
     model: str,
-    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    context_tokens: int | None = None,
     target: Target = "native",
     device: Device = "cpu",
     runtime: tuple[int, Source],
@@ -91,8 +91,9 @@ def make_plan(
     """The form of every expert that loses least within `budget_bytes` of device memory.
 
     `runtime` is the process's own overhead in bytes and where that number comes from. The context
-    is capped to what the model was made for. With `measure`, plans proposed in many ways are
-    measured for up to `search_seconds`, and the best of them is taken.
+    is capped to what the model was made for; it defaults to `DEFAULT_CONTEXT_TOKENS`. With
+    `measure`, plans proposed in many ways are measured for up to `search_seconds`, and the best of
+    them is taken.
 
     Raises:
         StatsError: the statistics belong to another model or lack a needed loss.
@@ -102,7 +103,7 @@ def make_plan(
     spec = checkpoint.spec
     _check_stats(checkpoint, stats)
     offer = _find_offer(spec, stats, target, device)
-    context = min(context_tokens, spec.max_position_embeddings)
+    context = min(context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_position_embeddings)
     setting = _Setting(checkpoint, target, device, context, runtime)
     fixed_terms = setting.bill([])
     fixed_bytes = non_expert_bytes(fixed_terms)
@@ -241,7 +242,7 @@ def _check_budget(
     rest = [term for term in fixed_terms if term.name != "experts"]
     message = (
         f"budget {format_bytes(budget_bytes)} is too small: the smallest that works is "
-        f"{minimum_bytes}B ({describe_terms(rest)} + experts at least "
+        f"{round_up_bytes(minimum_bytes)} ({describe_terms(rest)} + experts at least "
         f"{format_bytes(least_expert_bytes)}); raise --budget or lower --ctx"
     )
     if target == "native":
@@ -290,8 +291,8 @@ def _solver_warnings(solution: Solution) -> list[str]:
     ]
 
 
-def _context_warnings(asked_tokens: int, context_tokens: int) -> list[str]:
-    if asked_tokens == context_tokens:
+def _context_warnings(asked_tokens: int | None, context_tokens: int) -> list[str]:
+    if asked_tokens in (None, context_tokens):
         return []
     return [f"context lowered from {asked_tokens} to {context_tokens} tokens, the model's maximum."]
 

@@ -6,7 +6,6 @@ L is the number of MoE layers, E experts, F forms.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -19,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
-from edge_moe.files import atomic_path, write_text
+from edge_moe.files import atomic_path, read_json, write_text
 from edge_moe.plan import CalibrationOptions
 
 STATS_VERSION = 2
@@ -77,8 +76,13 @@ class StatsInfo(BaseModel):
     """How it was asked for; says nothing about what was measured."""
 
     def merge_key(self) -> dict[str, object]:
-        """The fields that must be equal for two shards to merge."""
-        return self.model_dump(exclude={"windows", "num_tokens", "edge_moe_version", "options"})
+        """The fields that must be equal for two shards to merge; what a person chose comes first.
+
+        A fingerprint says nothing to a person, and another task or window changes it too.
+        """
+        unlike = {"windows", "num_tokens", "edge_moe_version", "options"}
+        fields = self.model_dump(exclude=unlike)
+        return dict(sorted(fields.items(), key=lambda field: field[0].endswith("fingerprint")))
 
     def _merged_options(self, other: StatsInfo) -> CalibrationOptions | None:
         if self.options is None or other.options is None:
@@ -97,7 +101,8 @@ class StatsInfo(BaseModel):
             found = other.merge_key()[key]
             if found != value:
                 raise StatsError(
-                    f"cannot merge: {key} is {value!r} in one and {found!r} in the other"
+                    f"cannot merge: {key} is {_brief(value)} in one and {_brief(found)} in the "
+                    "other: merge only shards of one run, which differ in --shard alone"
                 )
         twice = sorted(set(self.windows) & set(other.windows))
         if twice:
@@ -247,20 +252,22 @@ def load_sums(
         StatsError: missing (`remedy` says how to make them), damaged, or of another version.
     """
     path = folder / f"{stem}.json"
-    if not path.exists():
-        raise StatsError(f"{folder} holds no finished statistics (no {path.name}): {remedy}")
+    missing = f"{folder} holds no finished statistics (no {path.name}): {remedy}"
+    raw = read_json(path, StatsError, missing=missing, damaged="calibrate again")
+    if isinstance(raw, dict) and raw.get("version") != version:
+        raise StatsError(
+            f"{path} has version {raw.get('version')}, this edge-moe reads "
+            f"{version}: calibrate again"
+        )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(raw, dict) and raw.get("version") != version:
-            raise StatsError(
-                f"{path} has version {raw.get('version')}, this edge-moe reads "
-                f"{version}: calibrate again"
-            )
         return info_type.model_validate(raw), load_file(folder / f"{stem}.safetensors")
-    except StatsError:
-        raise
     except (OSError, ValueError, ValidationError, SafetensorError) as error:
         raise StatsError(f"{folder} is damaged ({_first_line(error)}): calibrate again") from None
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def _first_line(error: Exception) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 
 from edge_moe.demo import task_dir, task_names
 from edge_moe.errors import InputError
+from edge_moe.files import os_problem
 
 Split = Literal["calibration", "heldout"]
 
@@ -74,8 +75,12 @@ def load_task_texts(task: str, split: Split, tokenizer: Tokenizer | None = None)
     path = task_file(task, split)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"task file {path} cannot be read as UTF-8 text ({error})") from None
+    except OSError as error:
+        raise InputError(f"task file {path} cannot be read: {os_problem(error)}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"task file {path} is not UTF-8 text ({error}): save it as UTF-8"
+        ) from None
     documents = [text] if path.suffix == ".txt" else _jsonl_documents(path, text, tokenizer)
     documents = [document for document in documents if document.strip()]
     if not documents:
@@ -164,7 +169,7 @@ def token_windows(
         InputError: `window_tokens` below two, or texts of fewer than two tokens.
     """
     if window_tokens < MIN_WINDOW_TOKENS:
-        raise InputError(f"window of {window_tokens} tokens is too short: use at least 2")
+        raise InputError(f"--window-tokens is {window_tokens}: use at least 2")
     token_ids: list[int] = []
     for text in texts:
         if token_ids and tokenizer.eos_token_id is not None:
@@ -195,7 +200,7 @@ def task_windows(
     if not tasks:
         raise InputError("no task is given: name at least one with --task")
     if max_windows is not None and max_windows < 1:
-        raise InputError(f"max_windows is {max_windows}: use at least 1")
+        raise InputError(f"--max-windows is {max_windows}: use at least 1")
     per_task = [
         token_windows(load_task_texts(task, split, tokenizer), tokenizer, window_tokens)
         for task in tasks

@@ -23,7 +23,7 @@ from edge_moe.runtime.slots import (
     smallest_slot_bytes,
 )
 from edge_moe.spec import ModelSpec
-from edge_moe.units import format_bytes
+from edge_moe.units import format_bytes, round_up_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
 
@@ -107,7 +107,7 @@ def context_length(spec: ModelSpec, asked: int | None) -> int:
     if asked > spec.max_position_embeddings:
         raise InputError(
             f"context {asked} is longer than the model's {spec.max_position_embeddings} tokens: "
-            "ask for less"
+            "lower --ctx (run) or --window-tokens (eval)"
         )
     return asked
 
@@ -181,8 +181,8 @@ def allot(
             raise BudgetError(
                 f"budget {format_bytes(budget_bytes)} is too small even when experts are paged: "
                 f"{bill.describe_terms([term for term in terms if term.name != 'experts'])} and "
-                f"{format_bytes(smallest)} of slots need {format_bytes(fixed + smallest)} "
-                f"({fixed + smallest} bytes)",
+                f"{format_bytes(smallest)} of slots; the smallest that works is "
+                f"{round_up_bytes(fixed + smallest)}: raise --budget or lower --ctx",
                 minimum_bytes=fixed + smallest,
             )
         counts = allot_by_bytes(classes, budget_bytes - fixed, spec.top_k)

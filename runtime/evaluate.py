@@ -71,10 +71,12 @@ class _Settings:
     def check(self) -> None:
         if self.window_tokens < 2:
             raise InputError(
-                f"a window of {self.window_tokens} tokens predicts nothing: use 2 or more"
+                f"--window-tokens is {self.window_tokens}, which predicts nothing: use 2 or more"
             )
         if self.max_windows is not None and self.max_windows < 1:
-            raise InputError(f"max_windows is {self.max_windows}: use 1 or more")
+            raise InputError(f"--max-windows is {self.max_windows}: use 1 or more")
+        if self.max_problems < 0:
+            raise InputError(f"--max-problems is {self.max_problems}: use 0 or more")
 
 
 @dataclass(frozen=True)

@@ -414,9 +414,18 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder} holds no readable tokenizer ({reason})") from None
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise InputError(
+            f"{folder} holds no usable tokenizer ({_tokenizer_problem(folder, error)}): "
+            "copy the model's tokenizer files there again"
+        ) from None
+
+
+def _tokenizer_problem(folder: Path, error: Exception) -> str:
+    """transformers' own text about missing files is long and names none of them."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return "neither tokenizer.json nor tokenizer.model is there"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _device(name: str | None) -> torch.device:

@@ -214,8 +214,8 @@ def test_different_vocabularies(models: dict[str, BigramModel], task: str) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window_tokens": 1}, "a window of 1 tokens predicts nothing"),
-        ({"max_windows": 0}, "max_windows is 0"),
+        ({"window_tokens": 1}, "--window-tokens is 1, which predicts nothing"),
+        ({"max_windows": 0}, "--max-windows is 0"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

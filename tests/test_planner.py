@@ -17,6 +17,7 @@ from edge_moe.loss_table import DropLoss, LossKind
 from edge_moe.plan import Plan, Target
 from edge_moe.planner import make_plan
 from edge_moe.stats import ExpertStats
+from edge_moe.units import round_up_bytes
 
 RUNTIME = (10_000_000, "assumed")
 TARGETS: tuple[Target, ...] = ("native", "gguf", "hf", "onnx")
@@ -91,7 +92,7 @@ def test_the_stated_minimum_works_and_one_byte_less_does_not(
     assert caught.value.minimum_bytes == smallest
     assert caught.value.exit_code == 3
     message = str(caught.value)
-    assert f"smallest that works is {smallest}B" in message
+    assert f"smallest that works is {round_up_bytes(smallest)} (" in message
     assert "dense weights" in message and "\n" not in message
     assert ("edge-moe run" in message) == (target == "native")
 
@@ -228,6 +229,9 @@ def test_the_context_is_capped_to_the_model(qwen3: Checkpoint) -> None:
     plan = plan_for(qwen3, 10**12, context_tokens=4096)
     assert plan.context_tokens == 512
     assert any("context lowered from 4096 to 512 tokens" in line for line in plan.warnings)
+    unasked = plan_for(qwen3, 10**12, context_tokens=None)
+    assert unasked.context_tokens == 512
+    assert not any("context lowered" in line for line in unasked.warnings)
     shorter = plan_for(qwen3, 10**12, context_tokens=64)
     assert shorter.term("KV cache").num_bytes * 8 == plan.term("KV cache").num_bytes
 

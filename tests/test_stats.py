@@ -133,6 +133,15 @@ def test_merging_refuses_strangers_and_repetition() -> None:
             stats.merge(other)
 
 
+def test_merging_two_tasks_names_the_tasks_not_their_hashes() -> None:
+    prose = make_info(windows=(1,), tasks=("prose",), data_fingerprint="f" * 64)
+    with pytest.raises(StatsError) as caught:
+        random_stats(0).merge(ExpertStats.zeros(prose))
+    message = str(caught.value)
+    assert "cannot merge: tasks is" in message and "'prose'" in message
+    assert "merge only shards of one run" in message and "ffff" not in message
+
+
 def test_saved_statistics_come_back(tmp_path: Path) -> None:
     stats = random_stats(2)
     stats.save(tmp_path / "stats")

@@ -151,7 +151,7 @@ def test_unknown_tasks_and_files_are_refused(tmp_path: Path) -> None:
         load_task_texts(write(tmp_path / "a.csv", "x"), "calibration")
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         load_task_texts(str(latin), "calibration")
 
 
@@ -162,7 +162,7 @@ def test_tasks_take_turns_under_a_limit(tmp_path: Path) -> None:
     assert len(task_windows(tasks, "calibration", LetterTokenizer(), 2)) == 5
     with pytest.raises(InputError, match="no task"):
         task_windows([], "calibration", LetterTokenizer(), 2)
-    with pytest.raises(InputError, match="max_windows is 0"):
+    with pytest.raises(InputError, match="--max-windows is 0"):
         task_windows(tasks, "calibration", LetterTokenizer(), 2, max_windows=0)
     with pytest.raises(InputError, match="at least 2"):
         token_windows(["abc"], LetterTokenizer(), 1)

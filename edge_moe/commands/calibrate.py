@@ -55,16 +55,20 @@ def calibrate_command(
     folder = resolve_model(model, revision)
     from edge_moe.converters.calibrate import calibrate
 
-    stats = calibrate(
-        folder,
-        task,
-        output,
-        window_tokens=window_tokens,
-        max_windows=max_windows,
-        shard=part,
-        forms=names,
-        quantiser=quantiser,
-    )
+    try:
+        stats = calibrate(
+            folder,
+            task,
+            output,
+            window_tokens=window_tokens,
+            max_windows=max_windows,
+            shard=part,
+            forms=names,
+            quantiser=quantiser,
+        )
+    except KeyboardInterrupt:
+        stderr().print("stopped: run the same command again to resume")
+        raise
     info = stats.info
     console = stderr()
     console.print(
@@ -72,4 +76,9 @@ def calibrate_command(
         f"windows, {len(info.moe_layer_ids)} layers x {info.num_experts} experts, "
         f"forms {', '.join(info.forms)}, packed by {info.quantiser}"
     )
+    if part[1] > 1:
+        console.print(
+            f"next, with every shard: {command_line('stats', 'merge', 'OUT', output)} ..."
+        )
+        return
     console.print(f"next: {command_line('plan', model, '--stats', output, '--budget', 'SIZE')}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,12 @@ class Sampling:
         """
         if self.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens is {self.max_new_tokens}: use 1 or more")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"--temperature is {self.temperature:g}: use 0 or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p is {self.top_p:g}: use a number above 0, at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed is {self.seed}: use 0 to {2**63 - 1}")
         if "" in self.stop:
             raise InputError("--stop is empty: give the text to stop at")
 

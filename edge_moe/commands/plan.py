@@ -44,13 +44,14 @@ def plan_command(
         ),
     ],
     ctx: Annotated[
-        int,
+        int | None,
         typer.Option(
             parser=parse_tokens,
             metavar="TOKENS",
-            help="Context length to reserve: 8k or 8192; capped to the model's own.",
+            help="Context length to reserve: 8k or 8192; default 4k, capped to the model's own.",
+            show_default=False,
         ),
-    ] = "4k",  # type: ignore[assignment]  # parsed like the user's text
+    ] = None,
     target: Annotated[TargetName, typer.Option(help="What will be built.")] = TargetName.NATIVE,
     device: Annotated[DeviceName, typer.Option(help="Where it will run.")] = DeviceName.CPU,
     task: Annotated[
@@ -81,6 +82,7 @@ def plan_command(
     bytes, and what the target cannot express.
     """
     from edge_moe.checkpoint import Checkpoint
+    from edge_moe.files import require_file_output
     from edge_moe.hub import is_hub_id, resolve_model
     from edge_moe.overhead import runtime_overhead
     from edge_moe.plan_table import print_plan, summarise_plan
@@ -88,6 +90,7 @@ def plan_command(
     from edge_moe.stats import ExpertStats
     from edge_moe.tasks import task_argument
 
+    require_file_output(output, ".json")
     found_stats = ExpertStats.load(stats)
     folder = resolve_model(model, revision)
     checkpoint = Checkpoint(folder)
@@ -116,6 +119,8 @@ def plan_command(
         plan.search.text = measure.text
         plan.search.tasks = [task_argument(name) for name in tasks]
         plan.search.limit_seconds = search_seconds
+    if output.exists():
+        stderr().print(f"{output} is replaced")
     plan.save(output)
     if json:
         print(summarise_plan(plan, output).model_dump_json(indent=1))
