@@ -29,6 +29,8 @@ class Family:
     """Tensors under `moe_prefix` with one row per expert: sliced when experts are dropped."""
     optional_router_tensors: tuple[str, ...] = ()
     score_function: str = "softmax"
+    fewest_experts: int = 1
+    """A layer keeps at least this many: DeepSeek's router always takes the best two of a group."""
     always_renormalises: bool = False
     """Router weights are renormalised whatever `norm_topk_prob` says."""
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +83,7 @@ FAMILIES: dict[str, Family] = {
         num_experts_keys=("n_routed_experts", "num_local_experts", "num_experts"),
         optional_router_tensors=("gate.e_score_correction_bias",),
         score_function="sigmoid",
+        fewest_experts=2,
         config_defaults={
             "max_position_embeddings": 4096,
             "first_k_dense_replace": 3,

@@ -124,17 +124,18 @@ def workspace_bytes(
     experts    one expert unpacked, with half as much again for the codes of a matrix; inputs,
                outputs and their sum [T, 3H]; gate, up and their product [T, 3I]; router logits
 
-    Where key and value widths differ (multi-head latent attention), torch has no fused attention on
-    a CPU and holds the scores of all heads [heads, T, C] about 2.4 times (measured: 316 MB at
-    256 x 4096 tokens, 32 heads).
+    Multi-head latent attention expands its cache for one layer at a time, and since its keys and
+    values differ in width torch has no fused attention for it on a CPU and holds the scores of all
+    heads [heads, T, C] about 2.4 times (measured: 316 MB at 256 x 4096 tokens, 32 heads).
     """
     tokens, context = min(PREFILL_CHUNK_TOKENS, context_tokens), context_tokens
     hidden, query = spec.hidden_size, spec.query_width
     always = 2 * tokens * hidden + scored_tokens * spec.vocab_size
     attention = tokens * (2 * query + hidden + spec.kv_key_width + spec.kv_value_width)
     attention += tokens * context * 5 // 4
-    if spec.kv_key_width != spec.kv_value_width:
+    if spec.expanded_kv_width:
         attention += tokens * context * spec.num_attention_heads * 12 // 5
+        attention += context * spec.expanded_kv_width
     elif device == "cuda" and spec.num_kv_heads != spec.num_attention_heads:
         attention += 2 * context * query
     experts = spec.expert_weights * 7 // 6 + tokens * (

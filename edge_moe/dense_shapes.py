@@ -66,22 +66,20 @@ def _latent_attention(spec: ModelSpec, read: ConfigReader) -> Shapes:
     """DeepSeek's multi-head latent attention (arXiv:2412.19437, section 2.1.1)."""
     hidden, heads = spec.hidden_size, spec.num_attention_heads
     rope, latent = read.count("qk_rope_head_dim"), read.count("kv_lora_rank")
+    value = read.count("v_head_dim")
     shapes: Shapes = {
         "self_attn.kv_a_proj_with_mqa": (latent + rope, hidden),
         "self_attn.kv_a_layernorm": (latent,),
-        "self_attn.kv_b_proj": (
-            spec.kv_key_width - heads * rope + spec.kv_value_width,
-            latent,
-        ),
-        "self_attn.o_proj": (hidden, spec.kv_value_width),
+        "self_attn.kv_b_proj": (heads * (read.count("qk_nope_head_dim") + value), latent),
+        "self_attn.o_proj": (hidden, heads * value),
     }
     query_rank = read.count("q_lora_rank", default=0)
     if not query_rank:
-        shapes["self_attn.q_proj"] = (spec.kv_key_width, hidden)
+        shapes["self_attn.q_proj"] = (spec.query_width, hidden)
         return shapes
     shapes["self_attn.q_a_proj"] = (query_rank, hidden)
     shapes["self_attn.q_a_layernorm"] = (query_rank,)
-    shapes["self_attn.q_b_proj"] = (spec.kv_key_width, query_rank)
+    shapes["self_attn.q_b_proj"] = (spec.query_width, query_rank)
     return shapes
 
 

@@ -68,8 +68,13 @@ class ModelSpec:
     query_width: int
     """Query values per token: attention heads x head width."""
     kv_key_width: int
-    """Key values that transformers caches per token and layer: kv heads x head width."""
+    """Key values that transformers caches per token and layer: kv heads x head width, or the
+    latent of multi-head latent attention."""
     kv_value_width: int
+    """The same of values; with latent attention the key's rotary part."""
+    expanded_kv_width: int
+    """Values per cached token that latent attention expands into, for one layer at a time: keys
+    and values of all heads, and the keys again with their rotary part. 0 for other attention."""
     max_position_embeddings: int
     tie_word_embeddings: bool
     dtype: str
@@ -196,6 +201,7 @@ class ModelSpec:
             query_width=heads * head_width,
             kv_key_width=key_width,
             kv_value_width=value_width,
+            expanded_kv_width=_expanded_kv_width(read, model_type),
             max_position_embeddings=read.count("max_position_embeddings"),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             dtype=_dtype(config, source),
@@ -252,7 +258,7 @@ class ConfigReader:
 def _heads(read: ConfigReader, model_type: str) -> tuple[int, int, int]:
     """(attention heads, key and value heads, width of a query or key head)."""
     heads = read.count("num_attention_heads")
-    if model_type == "deepseek_v3":  # transformers caches the expanded keys and values
+    if model_type == "deepseek_v3":
         return heads, heads, read.count("qk_nope_head_dim") + read.count("qk_rope_head_dim")
     kv_heads = read.count("num_key_value_heads", default=heads)
     return heads, kv_heads, read.count("head_dim", default=read.count("hidden_size") // heads)
@@ -262,8 +268,15 @@ def _kv_widths(read: ConfigReader, model_type: str) -> tuple[int, int]:
     """(key, value) widths that transformers caches per token and layer."""
     _, kv_heads, head_width = _heads(read, model_type)
     if model_type == "deepseek_v3":
-        return kv_heads * head_width, kv_heads * read.count("v_head_dim")
+        return read.count("kv_lora_rank"), read.count("qk_rope_head_dim")
     return kv_heads * head_width, kv_heads * head_width
+
+
+def _expanded_kv_width(read: ConfigReader, model_type: str) -> int:
+    if model_type != "deepseek_v3":
+        return 0
+    heads, _, head_width = _heads(read, model_type)
+    return heads * (read.count("qk_nope_head_dim") + read.count("v_head_dim") + head_width)
 
 
 def _moe_layer_ids(

@@ -104,14 +104,13 @@ def test_workspace_by_hand() -> None:
 
 def test_latent_attention_holds_its_scores() -> None:
     latent = {"model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
-    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
-    same = small_spec(**latent, **heads, v_head_dim=16)
-    wider = small_spec(**latent, **heads, v_head_dim=8)
-    more_values = 256 * 2 * (16 - 8)
-    scores = 256 * 900 * 2 * 12 // 5
-    assert workspace_bytes(wider, 900, "cpu") - workspace_bytes(same, 900, "cpu") == 4 * (
-        scores - more_values
-    )
+    widths = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 6}
+    spec = small_spec(**latent, **widths, first_k_dense_replace=0)
+    assert spec.kv_bytes_per_token(4) == 4 * 3 * (6 + 4)
+    attention = 256 * (2 * 2 * 12 + 64 + 6 + 4) + 256 * 900 * 5 // 4
+    attention += 256 * 900 * 2 * 12 // 5 + 900 * 2 * ((8 + 8) + (8 + 4))
+    always, rest = 256 * 2 * 64 + 100, 2 * 2 * 3 * 64 * 32 + ALLOCATOR_BYTES
+    assert workspace_bytes(spec, 900, "cpu") == 4 * (always + attention) + rest
 
 
 def test_llama_compute_buffer_is_the_larger_moment() -> None:

@@ -170,7 +170,8 @@ def test_keys_that_are_left_out_get_the_defaults_of_the_family() -> None:
     assert (deepseek.router.num_groups, deepseek.router.top_groups) == (8, 4)
     assert deepseek.router.scale == 2.5 and deepseek.router.renormalises
     assert deepseek.moe_layer_ids == (3, 4, 5, 6, 7)
-    assert deepseek.kv_key_width == 16 * (128 + 64)
+    assert (deepseek.kv_key_width, deepseek.kv_value_width) == (512, 64)
+    assert deepseek.query_width == 16 * (128 + 64)
     mixtral = ModelSpec.from_config(
         {**common, "model_type": "mixtral", "num_local_experts": 8, "intermediate_size": 8}
     )

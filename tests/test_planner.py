@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FAMILY_NAMES, TinyCheckpoint
+from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from fake_stats import fake_stats
 
 from edge_moe.checkpoint import Checkpoint
@@ -267,3 +268,13 @@ def test_shards_merged_give_the_same_plan(qwen3: Checkpoint) -> None:
     merged: list[ExpertStats] = [first.merge(second), second.merge(first)]
     plans = [plan_for(qwen3, budget_bytes, stats=stats) for stats in merged]
     assert plans[0] == plans[1]
+
+
+def test_deepseek_keeps_two_experts_even_for_top_1(tmp_path: Path) -> None:
+    """Its router takes the best two of every group, also when there is one group."""
+    folder = make_tiny_checkpoint(
+        tmp_path / "model", "deepseek_v3", n_group=1, topk_group=1, num_experts_per_tok=1
+    )
+    checkpoint = Checkpoint(folder)
+    plan = plan_for(checkpoint, minimum_bytes(checkpoint))
+    assert all(len(plan.kept(row)) >= 2 for row in plan.forms)
