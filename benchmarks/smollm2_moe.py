@@ -30,9 +30,10 @@ from transformers.utils.logging import disable_progress_bar
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import EdgeMoeError
 from edge_moe.files import write_text
+from edge_moe.measurement import Provenance
 from edge_moe.units import format_bytes
 from smollm2.convert import RECORD_NAME, Settings, convert
-from smollm2.measure import Row, measure
+from smollm2.measure import WINDOW_TOKENS, Row, measure
 from smollm2.source import GgufLlama, fetch_gguf
 
 RESULTS = Path(__file__).resolve().parent / "results" / "smollm2_moe.json"
@@ -63,14 +64,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-refit", dest="refit", action="store_false")
     parser.add_argument("--measure-only", action="store_true", help="the checkpoint exists already")
     parser.add_argument("--no-measure", action="store_true", help="only make the checkpoint")
-    parser.add_argument("--eval-windows", type=int, default=6, help="held-out windows per task")
+    parser.add_argument("--eval-windows", type=int, default=4, help="held-out windows per task")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
 def run(given: argparse.Namespace) -> None:
     """Download, convert, measure: each step prints its seconds."""
-    console = Console()
+    console = Console(width=160)
     start = time.perf_counter()
     dense = GgufLlama(fetch_gguf(given.cache))
     console.print(f"download: {time.perf_counter() - start:.0f} s")
@@ -92,7 +93,14 @@ def run(given: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     console.print(f"measure: {seconds:.0f} s")
     console.print(table(rows))
-    result = {**record, "sizes_bytes": sizes, "rows": [asdict(row) for row in rows]}
+    result = {
+        "provenance": Provenance.here().model_dump(mode="json"),
+        "seconds": seconds,
+        "window_tokens": WINDOW_TOKENS,
+        "sizes_bytes": sizes,
+        "rows": [asdict(row) for row in rows],
+        "conversion": record,
+    }
     given.results.parent.mkdir(parents=True, exist_ok=True)
     write_text(given.results, json.dumps(result, indent=1) + "\n")
 

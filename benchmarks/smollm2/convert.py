@@ -163,7 +163,7 @@ class _Conversion:
         return list(facts)
 
     def _convert_layer(self, layer_id: int) -> None:
-        start, settings = time.perf_counter(), self.settings
+        start, cpu_start, settings = time.perf_counter(), time.process_time(), self.settings
         streams = self._load_streams(layer_id)
         weights = self.dense.layer(layer_id)
         ffn = self.layer.load(weights)
@@ -199,6 +199,7 @@ class _Conversion:
             "error_after_refit": refit.error_after,
             "stream_error": _relative_error(moe_hidden, dense_hidden),
             "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu_start,
             "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         }
         self._save_streams(layer_id + 1, Streams(dense_hidden, moe_hidden))
