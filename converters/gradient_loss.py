@@ -1,6 +1,6 @@
 """Checkpoint + task text -> GradientStats: what the loss gradient says about experts and neurons.
 
-    form costs    diagonal (GEMQ), first-order and isotropic cost of every expert in every form
+    form costs    diagonal (GEMQ) and first-order cost of every expert in every form
     neurons       sums from which HEAPr's scores follow
     layers        mean squared gradient
 
@@ -181,11 +181,9 @@ def token_costs(gradient: Tensor, change: Tensor) -> dict[FormCost, Tensor]:
     Both float64, one row per token; `change` contains the gate.
     """
     product = gradient * change
-    mean_square = gradient.square().mean(dim=1)
     return {
         FormCost.DIAGONAL: product.square().sum(dim=1),
         FormCost.FIRST_ORDER: product.sum(dim=1).square(),
-        FormCost.ISOTROPIC: mean_square * change.square().sum(dim=1),
     }
 
 

@@ -28,7 +28,7 @@ def gradient_terms(checkpoint: Checkpoint, num_tokens: int, window_tokens: int) 
                  + 16 (k + 1) routing)
     window       W x (4 (8 (k + 1) (H + 2I) + 24 H + 12 x widest dense row) + 64 k (k + 1))
                  + 24 x heads x W**2 attention scores: what autograd keeps for the way back
-    sums         16 bytes x E x (2I neurons + 3 costs x forms) and a copy
+    sums         16 bytes x E x (2I neurons + 2 costs x 16 forms or fewer) and a copy
     scratch, allowance  as in calibration
     """
     spec = checkpoint.spec
@@ -46,7 +46,7 @@ def gradient_terms(checkpoint: Checkpoint, num_tokens: int, window_tokens: int) 
         "weights": max(terms["layer"], READ_BYTES_PER_WEIGHT * head, 4 * head + logits),
         "activations": num_tokens * (12 * hidden + 16 * slots),
         "window": window_tokens * row_bytes + 24 * spec.num_attention_heads * window_tokens**2,
-        "sums": 32 * spec.num_experts * (2 * width + 3 * 16),
+        "sums": 32 * spec.num_experts * (2 * width + 2 * 16),
         "scratch": terms["scratch"],
         "allowance": terms["allowance"],
     }

@@ -45,8 +45,6 @@ class FormCost(StrEnum):
     FIRST_ORDER = "first_order"
     """(g . dz)**2: the squared first-order change of the loss, dz^T (g g^T) dz. With labels drawn
     from the model itself its mean is twice the KL divergence that dz at this token alone causes."""
-    ISOTROPIC = "isotropic"
-    """|g|**2 |dz|**2 / H: the mean of both others over all directions that dz could have."""
 
 
 NEURON_SUMS = ("hidden_square", "gradient_square")

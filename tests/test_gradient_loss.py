@@ -37,7 +37,6 @@ FORMS = ("drop", "q8_0", "q4_0")
 DIRECT: dict[FormCost, Callable[[Tensor, Tensor], Tensor]] = {
     FormCost.DIAGONAL: lambda g, dz: ((g * dz) ** 2).sum(),
     FormCost.FIRST_ORDER: lambda g, dz: torch.einsum("th,th->t", g, dz).square().sum(),
-    FormCost.ISOTROPIC: lambda g, dz: (g.norm(dim=1) * dz.norm(dim=1)).square().sum() / g.shape[1],
 }
 
 
@@ -199,11 +198,7 @@ def test_neuron_score_is_the_second_order_of_a_quadratic_loss() -> None:
 def test_costs_of_one_token_by_hand() -> None:
     gradient, change = torch.tensor([[1.0, 2.0]]).double(), torch.tensor([[3.0, -1.0]]).double()
     costs = {kind: float(cost[0]) for kind, cost in token_costs(gradient, change).items()}
-    assert costs == {
-        FormCost.DIAGONAL: 9 + 4,
-        FormCost.FIRST_ORDER: 1,
-        FormCost.ISOTROPIC: 5 / 2 * 10,
-    }
+    assert costs == {FormCost.DIAGONAL: 9 + 4, FormCost.FIRST_ORDER: 1}
 
 
 def test_layer_weight_and_loss(
