@@ -22,6 +22,7 @@ from edge_moe.commands.demo import demo_command
 from edge_moe.commands.evaluate import eval_command
 from edge_moe.commands.inspect import inspect_command
 from edge_moe.commands.plan import plan_command
+from edge_moe.commands.recover import recover_command
 from edge_moe.commands.report import report_command
 from edge_moe.commands.run import run_command
 from edge_moe.commands.stats import stats_app
@@ -76,6 +77,7 @@ app.command("calibrate")(calibrate_command)
 app.add_typer(stats_app, name="stats")
 app.command("plan")(plan_command)
 app.command("build")(build_command)
+app.command("recover")(recover_command)
 app.command("run")(run_command)
 app.command("eval")(eval_command)
 app.command("report")(report_command)

@@ -38,12 +38,17 @@ def verify_resident(package: Package) -> None:
         PackageError: the file was changed after it was built.
     """
     path = package.folder / RESIDENT_NAME
+    if file_sha256(path) != package.manifest.resident_sha256:
+        raise PackageError(f"{path} is damaged (its checksum differs): build the package again")
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file, read piece by piece."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while piece := handle.read(_PIECE_BYTES):
             digest.update(piece)
-    if digest.hexdigest() != package.manifest.resident_sha256:
-        raise PackageError(f"{path} is damaged (its checksum differs): build the package again")
+    return digest.hexdigest()
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -70,7 +75,7 @@ def build_model(
     """
     model = _on_meta(folder, compute_dtype(spec, device))
     for index, layer_id in enumerate(spec.moe_layer_ids):
-        _shrink_router(model.get_submodule(spec.moe_module(layer_id)), rows_per_layer[index])
+        shrink_router(model.get_submodule(spec.moe_module(layer_id)), rows_per_layer[index])
     _load_dense(model, spec, tensors, device)
     _rebuild_rotary(model, device)
     _require_complete(model, folder)
@@ -107,7 +112,7 @@ def _on_meta(folder: Path, dtype: torch.dtype) -> Any:
         raise SpecError(f"{folder / 'config.json'}: transformers refuses it: {reason}") from None
 
 
-def _shrink_router(block: Any, num_rows: int) -> None:
+def shrink_router(block: Any, num_rows: int) -> None:
     """Tell block, router and experts how many experts this layer has."""
     for module in (block, block.gate, block.experts):
         for name in _COUNT_ATTRIBUTES:

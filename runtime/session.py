@@ -22,6 +22,7 @@ from edge_moe.overhead import ASSUMED_BYTES, runtime_overhead, tokenizer_bytes
 from edge_moe.package import Package, is_package
 from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime import memory
+from edge_moe.runtime.adapter import merge_adapter
 from edge_moe.runtime.expert_cache import ExpertCache, HostTier
 from edge_moe.runtime.expert_store import CheckpointStore, ExpertStore, PackageStore
 from edge_moe.runtime.generate import Decoder, Sampling, TextStream, Timing, chunks
@@ -134,6 +135,8 @@ class Session:
         rows = [len(kept) for kept in store.kept]
         register_experts()
         network = build_model(spec, model, dense_tensors(source), rows, where)
+        if isinstance(source, Package):
+            merge_adapter(network, source)
         memory.trim()
         cache = _cache(spec, store, slots, where, ram_bytes)
         blocks = moe_blocks(network, spec)
