@@ -1,8 +1,8 @@
 """`recover`: repair a shrunken package by training a few parameters against the original.
 
 Routers first (`recover_router`), then low-rank branches on the attention outputs (`recover_train`),
-both on calibration text of the task; every eighth window of it only judges. The result is a package
-of its own. A killed run resumes when the same call is made again.
+both on calibration text of the task, of which every eighth document only judges. The result is a
+package of its own. A killed run resumes when the same call is made again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from edge_moe.converters.recover_memory import (
 from edge_moe.converters.recover_router import RouterFit, calibrate_routers
 from edge_moe.converters.recover_student import Branch, add_branches, load_student
 from edge_moe.converters.recover_teacher import TeacherCache, cache_bytes
-from edge_moe.converters.recover_train import BranchTraining, LossRow, TrainSettings, TrainText
+from edge_moe.converters.recover_text import TrainText, split_text
+from edge_moe.converters.recover_train import BranchTraining, LossRow, TrainSettings
 from edge_moe.converters.recover_write import RECOVERY_NAME, write_recovered
 from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.errors import InputError, PackageError
@@ -39,11 +40,10 @@ from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
 from edge_moe.runtime.model import moe_blocks
 from edge_moe.runtime.session import Session, load_tokenizer
-from edge_moe.tasks import Tokenizer, task_label, task_windows, windows_fingerprint
+from edge_moe.tasks import task_label, windows_fingerprint
 from edge_moe.units import format_bytes
 
 WINDOW_TOKENS = 256
-_HELDOUT_EVERY = 8  # one window in so many judges
 
 
 class RecoveryReport(BaseModel):
@@ -116,7 +116,7 @@ def recover(
         raise InputError("nothing to recover: leave the routers or the branches on")
     shrunken, original = Package(package), Checkpoint(against)
     _check_origin(shrunken, original)
-    text = _split_text(tasks, load_tokenizer(package), shrunken, window_tokens, max_windows)
+    text = split_text(tasks, load_tokenizer(package), shrunken, window_tokens, max_windows)
     chosen = (settings or TrainSettings()) if branches else None
     job = _Job(
         package=shrunken,
@@ -206,40 +206,6 @@ def _check_origin(package: Package, original: Checkpoint) -> None:
         raise InputError(
             f"{package.folder} was recovered already: recover the package it was made from"
         )
-
-
-def _split_text(
-    tasks: Sequence[str],
-    tokenizer: Tokenizer,
-    package: Package,
-    window_tokens: int,
-    max_windows: int | None,
-) -> TrainText:
-    """Windows of every task's calibration text, one in eight of each held out to judge."""
-    limit = package.spec.max_position_embeddings
-    if window_tokens > limit:
-        raise InputError(
-            f"windows of {window_tokens} tokens exceed the model's context of {limit}: "
-            "use a smaller --window-tokens"
-        )
-    if not tasks:
-        raise InputError("no task is given: name at least one with --task")
-    share = None if max_windows is None else -(-max_windows // len(tasks))
-    windows: list[list[int]] = []
-    is_training: list[bool] = []
-    for task in tasks:
-        found = task_windows([task], "calibration", tokenizer, window_tokens, share)
-        if len(found) > 1 and len(found[-1]) < window_tokens // 4:
-            found.pop()  # a short rest would weigh as much as a whole window
-        windows += found
-        judge = min(_HELDOUT_EVERY // 2, len(found) - 1)
-        is_training += [index % _HELDOUT_EVERY != judge for index in range(len(found))]
-    if all(is_training) or not any(is_training):
-        raise InputError(
-            f"the task text gives {len(windows)} window of {window_tokens} tokens, but one must "
-            "be learned from and another judge: use a smaller --window-tokens or more text"
-        )
-    return TrainText(windows, is_training)
 
 
 def _state_memory(

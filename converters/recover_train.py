@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from edge_moe.converters.recover_student import Branch
 from edge_moe.converters.recover_teacher import TeacherCache, divergence
+from edge_moe.converters.recover_text import TrainText
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path
 
@@ -98,17 +98,6 @@ class LossRow(BaseModel):
     """Weighted sum of both: what chooses the state that is kept."""
     learning_rate: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class TrainText:
-    """Windows and which of them are learned from; the others judge."""
-
-    windows: Sequence[Sequence[int]]
-    is_training: Sequence[bool]
-
-    def indices(self, training: bool) -> list[int]:
-        return [i for i, is_training in enumerate(self.is_training) if is_training == training]
 
 
 class BranchTraining:
