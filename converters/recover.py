@@ -38,7 +38,7 @@ from edge_moe.measurement import Provenance
 from edge_moe.package import MANIFEST_NAME, Package
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
-from edge_moe.runtime.model import moe_blocks
+from edge_moe.runtime.model import moe_blocks, verify_resident
 from edge_moe.runtime.session import Session, load_tokenizer
 from edge_moe.tasks import task_label, windows_fingerprint
 from edge_moe.units import format_bytes
@@ -116,6 +116,7 @@ def recover(
         raise InputError("nothing to recover: leave the routers or the branches on")
     shrunken, original = Package(package), Checkpoint(against)
     _check_origin(shrunken, original)
+    verify_resident(shrunken)
     text = split_text(tasks, load_tokenizer(package), shrunken, window_tokens, max_windows)
     chosen = (settings or TrainSettings()) if branches else None
     job = _Job(

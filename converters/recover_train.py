@@ -5,6 +5,10 @@
 AdamW, linear warm-up, cosine to a tenth, gradients clipped by their joint norm. Windows come in an
 order that depends on the seed and the step alone, so a run that was killed and resumed from its
 last state ends where an uninterrupted one ends. Held-out windows choose which state is kept.
+
+The next-token loss has the weight 0 unless asked for: on the little text that a task comes with it
+is learned by heart (demo model, code: 1.086 x the original's perplexity with weight 0.5, 1.081
+without).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def merge_adapter(model: Any, package: Package) -> None:
         weight = _weight(model, branch, str(path))
         delta = low_rank_product(*read_factors(branch, weight.device), record.alpha / record.rank)
         with torch.no_grad():
-            weight.add_(delta.to(weight.dtype))
+            weight.copy_(weight.float().add_(delta))  # rounded once
 
 
 def read_factors(branch: BranchTensors, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.recover_student import add_branches, load_student
 from edge_moe.errors import PackageError
+from edge_moe.inspect import inspect_model
 from edge_moe.package import Package
 from edge_moe.runtime.model import file_sha256
 from edge_moe.runtime.session import Session
@@ -93,6 +94,17 @@ def test_files_are_those_that_peft_reads(package: Path, tmp_path: Path) -> None:
     record = Package(output).manifest.adapter
     assert record is not None
     assert record.sha256 == file_sha256(output / "adapter.safetensors")
+
+
+def test_inspect_counts_the_adapter_on_disk(package: Path, tmp_path: Path) -> None:
+    output = with_adapter(package, tmp_path / "out", random_branches(package, rank=4))
+
+    def attention_bytes(folder: Path) -> int:
+        parts = {each.name: each.num_bytes for each in inspect_model(str(folder)).components}
+        return parts["attention"]
+
+    # two layers, float32 A [4, 128] and B [64, 4]
+    assert attention_bytes(output) - attention_bytes(package) == 2 * 4 * (4 * 128 + 64 * 4)
 
 
 def edit_adapter(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

@@ -285,6 +285,15 @@ def _other_original(paths: dict[str, Path]) -> dict[str, Any]:
     return {"source": make_tiny_checkpoint(paths["output"].parent / "other", "olmoe")}
 
 
+def _damaged(paths: dict[str, Path]) -> dict[str, Any]:
+    copy = paths["output"].parent / "copy"
+    shutil.copytree(paths["package"], copy)
+    with (copy / "resident.safetensors").open("r+b") as handle:
+        handle.seek(-1, 2)
+        handle.write(b"\x7f")
+    return {"package": copy}
+
+
 def _recovered_already(paths: dict[str, Path]) -> dict[str, Any]:
     copy = paths["output"].parent / "copy"
     shutil.copytree(paths["package"], copy)
@@ -298,6 +307,7 @@ def _recovered_already(paths: dict[str, Path]) -> dict[str, Any]:
         (_existing, "already exists"),
         (_other_original, "give the checkpoint it was built from"),
         (_recovered_already, "was recovered already"),
+        (_damaged, r"resident\.safetensors is damaged"),
         (lambda _: {"routers": False, "branches": False}, "nothing to recover"),
         (lambda _: {"window_tokens": 4096}, "exceed the model's context of 512"),
         (lambda _: {"window_tokens": 500, "max_windows": 1, "task": "short"}, "another judge"),

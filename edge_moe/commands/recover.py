@@ -33,6 +33,9 @@ def recover_command(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the branches.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    lm_weight: Annotated[
+        float, typer.Option(help="Weight of the next-token loss beside the divergence.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Start of the branches, order of the text.")] = 0,
     window_tokens: Annotated[int, typer.Option(help="Tokens per window of text.")] = 256,
     max_windows: Annotated[
@@ -58,7 +61,9 @@ def recover_command(
     from edge_moe.converters.recover import recover
     from edge_moe.converters.recover_train import train_settings
 
-    settings = train_settings(rank=rank, steps=steps, learning_rate=learning_rate, seed=seed)
+    settings = train_settings(
+        rank=rank, steps=steps, learning_rate=learning_rate, lm_weight=lm_weight, seed=seed
+    )
     report = recover(
         package,
         original,
