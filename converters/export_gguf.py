@@ -155,10 +155,10 @@ def _dense_tensors(plan: Plan, checkpoint: Checkpoint) -> Iterator[GgufTensor]:
 
 
 def _dense_tensor(info: TensorInfo, source: SlicedTensor, form: str) -> GgufTensor:
-    return GgufTensor(_gguf_name(info.name), source.entry.shape, form, source.chunks)
+    return GgufTensor(gguf_name(info.name), source.entry.shape, form, source.chunks)
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     """llama.cpp's name of a dense tensor.
 
     Raises:

@@ -10,18 +10,42 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edge_moe.checkpoint import Checkpoint, FloatArray, to_float32
+from edge_moe.checkpoint import FloatArray, TensorInfo, to_float32
 from edge_moe.errors import CheckpointError, InputError
+from edge_moe.spec import ModelSpec
 
 _EMBEDDING_NAME = "model.embed_tokens.weight"
 _FINAL_NORM_NAME = "model.norm.weight"
+
+
+class LayerSource(Protocol):
+    """Where the weights come from: a `Checkpoint`, or a package seen as one."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]: ...
+
+    @property
+    def dense_tensors(self) -> tuple[TensorInfo, ...]: ...
+
+    def read(self, name: str) -> FloatArray: ...
+
+    def expert(
+        self, layer_id: int, expert_id: int
+    ) -> tuple[FloatArray, FloatArray, FloatArray]: ...
 
 
 class _Recorder(nn.Module):
@@ -39,7 +63,7 @@ class _Recorder(nn.Module):
 class LayerStream:
     """Decoder layers of `checkpoint`, loaded and run one at a time, in float32 on the CPU."""
 
-    def __init__(self, checkpoint: Checkpoint, experts_implementation: str) -> None:
+    def __init__(self, checkpoint: LayerSource, experts_implementation: str) -> None:
         """Build the model without weights.
 
         `experts_implementation` is a name registered in transformers' `ALL_EXPERTS_FUNCTIONS`.

@@ -25,6 +25,7 @@ from edge_moe.commands.evaluate import eval_command
 from edge_moe.commands.inspect import inspect_command
 from edge_moe.commands.patterns import patterns_command
 from edge_moe.commands.plan import plan_command
+from edge_moe.commands.recover import recover_command
 from edge_moe.commands.report import report_command
 from edge_moe.commands.run import run_command
 from edge_moe.commands.simulate import simulate_command
@@ -85,6 +86,7 @@ app.command("calibrate-skipping")(calibrate_skipping_command)
 app.command("patterns")(patterns_command)
 app.command("plan")(plan_command)
 app.command("build")(build_command)
+app.command("recover")(recover_command)
 app.command("run")(run_command)
 app.command("simulate")(simulate_command)
 app.command("eval")(eval_command)

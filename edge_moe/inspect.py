@@ -17,7 +17,7 @@ from edge_moe.checkpoint import Checkpoint, TensorInfo, read_header
 from edge_moe.errors import TargetError
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes, form_fits, get_form
 from edge_moe.hub import is_hub_id, local_path, remote_checkpoint
-from edge_moe.package import RESIDENT_NAME, Package, is_package
+from edge_moe.package import ADAPTER_NAME, RESIDENT_NAME, Package, is_package
 from edge_moe.plan import Target
 from edge_moe.spec import ModelSpec
 
@@ -172,6 +172,8 @@ def _inspect_checkpoint(
 
 def _inspect_package(model: str, package: Package) -> ModelInspection:
     tensors, _ = read_header(package.folder / RESIDENT_NAME)
+    if package.manifest.adapter is not None:
+        tensors |= read_header(package.folder / ADAPTER_NAME)[0]
     names = {name: component_of(name) for name in tensors}
     sums = sum_components(tensors.values(), names)
     records = [record for layer in package.manifest.layers for record in layer.experts]

@@ -6,6 +6,7 @@
     edge_moe.json                       PackageManifest; written last, marks the folder complete
     resident.safetensors                dense tensors in their source dtype, router rows sliced
     experts-00001.safetensors, ...      expert records: U8 tensors `layers.{layer}.experts.{expert}`
+    adapter.safetensors                 low-rank branches (see `edge_moe.adapter`), where recovered
 
 One record is one expert: gate_proj [I, H], up_proj [I, H], down_proj [H, I] packed in its form, one
 after the other, then zeros up to a multiple of 4096. Every record starts at a multiple of 4096 in
@@ -29,6 +30,7 @@ PACKAGE_VERSION = 1
 MANIFEST_NAME = "edge_moe.json"
 PLAN_NAME = "plan.json"
 RESIDENT_NAME = "resident.safetensors"
+ADAPTER_NAME = "adapter.safetensors"
 RECORD_ALIGNMENT_BYTES = 4096
 
 
@@ -57,6 +59,17 @@ class LayerRecords(_Model):
     experts: list[ExpertRecord]
 
 
+class AdapterRecord(_Model):
+    """Low-rank branches that are merged into the dense weights when the package is opened."""
+
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0, allow_inf_nan=False)
+    """The branches are scaled by alpha / rank."""
+    num_bytes: int = Field(gt=0)
+    """Size of adapter.safetensors."""
+    sha256: str
+
+
 class PackageManifest(_Model):
     """`edge_moe.json`."""
 
@@ -67,6 +80,7 @@ class PackageManifest(_Model):
     resident_bytes: int
     """Size of resident.safetensors."""
     resident_sha256: str
+    adapter: AdapterRecord | None = None
 
 
 class Package:
@@ -104,6 +118,8 @@ class Package:
             for record in layer.experts:
                 self._check_record(layer.layer_id, record, sizes)
         self._check_size(RESIDENT_NAME, self.manifest.resident_bytes, sizes)
+        if self.manifest.adapter is not None:
+            self._check_size(ADAPTER_NAME, self.manifest.adapter.num_bytes, sizes)
 
     def _check_record(self, layer_id: int, record: ExpertRecord, sizes: dict[str, int]) -> None:
         where = f"{self.folder / MANIFEST_NAME}: layer {layer_id} expert {record.expert_id}"

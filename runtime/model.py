@@ -31,12 +31,17 @@ def verify_resident(package: Package) -> None:
         PackageError: the file was changed after it was built.
     """
     path = package.folder / RESIDENT_NAME
+    if file_sha256(path) != package.manifest.resident_sha256:
+        raise PackageError(f"{path} is damaged (its checksum differs): build the package again")
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file, read piece by piece."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while piece := handle.read(_PIECE_BYTES):
             digest.update(piece)
-    if digest.hexdigest() != package.manifest.resident_sha256:
-        raise PackageError(f"{path} is damaged (its checksum differs): build the package again")
+    return digest.hexdigest()
 
 
 def compute_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:

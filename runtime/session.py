@@ -21,6 +21,7 @@ from edge_moe.errors import InputError
 from edge_moe.package import Package
 from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime import memory
+from edge_moe.runtime.adapter import merge_adapter
 from edge_moe.runtime.allotment import (
     Slots,
     allot,
@@ -145,6 +146,8 @@ class Session:
         rows = [len(kept) for kept in store.kept]
         register_experts()
         network = build_model(spec, model, dense_tensors(source), rows, where)
+        if isinstance(source, Package):
+            merge_adapter(network, source)
         memory.trim()
         limits = _Limits(budget_bytes, num_slots)
         options = PagingOptions(where, prefetch, ram_bytes, skip)

@@ -1,8 +1,8 @@
 """Runs llama.cpp in a process of its own: a file it does not like aborts the whole process.
 
 usage: python llama_worker.py MODEL.gguf REQUEST.json ANSWER.npz
-REQUEST holds "ids" (token ids to evaluate) and "texts" (to tokenise); ANSWER gets "logits" and
-"tokens" (JSON).
+REQUEST holds "ids" (token ids to evaluate), "texts" (to tokenise) and "lora" (path of an adapter,
+or null); ANSWER gets "logits" and "tokens" (JSON).
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ class LlamaAnswer:
 
 
 def ask_llama(
-    model: Path, work: Path, ids: list[int], texts: list[str] | None = None
+    model: Path,
+    work: Path,
+    ids: list[int],
+    texts: list[str] | None = None,
+    lora: Path | None = None,
 ) -> LlamaAnswer:
     """Load `model` in a new process; fails the test with llama.cpp's own words."""
     request, answer = work / "request.json", work / "answer.npz"
-    request.write_text(json.dumps({"ids": ids, "texts": texts or []}))
+    adapter = str(lora) if lora else None
+    request.write_text(json.dumps({"ids": ids, "texts": texts or [], "lora": adapter}))
     command = [sys.executable, __file__, str(model), str(request), str(answer)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr[-2000:]
@@ -57,6 +62,7 @@ def _main(model: str, request_path: str, answer_path: str) -> None:
         flash_attn=False,
         type_k=0,  # float32
         type_v=0,
+        lora_path=request["lora"],
         verbose=True,
     )
     llama.eval(request["ids"])
