@@ -25,6 +25,7 @@ from edge_moe.commands.plan import plan_command
 from edge_moe.commands.report import report_command
 from edge_moe.commands.run import run_command
 from edge_moe.commands.stats import stats_app
+from edge_moe.commands.transform import transform_command
 from edge_moe.errors import EdgeMoeError
 
 EXIT_INTERNAL = 1
@@ -74,6 +75,7 @@ def _app_options(
 app.command("inspect")(inspect_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(stats_app, name="stats")
+app.command("transform")(transform_command)
 app.command("plan")(plan_command)
 app.command("build")(build_command)
 app.command("run")(run_command)

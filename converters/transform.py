@@ -1,0 +1,334 @@
+"""Checkpoint + task text -> a smaller checkpoint of the same architecture, one layer at a time.
+
+A method (`edge_moe.converters.transforms`) gives every MoE layer fewer or narrower experts, the
+same number and width in every layer, so that transformers, vLLM, GGUF and this project's own
+calibrate, plan and build load the result like any other checkpoint.
+
+Every stage survives kill -9, and the result has the same bytes however often it was killed:
+
+    .NAME.building/stats      calibration of the original: saliency, and super experts to protect
+    .NAME.building/gradients  instead, for methods that rank by the loss gradient
+    .NAME.building/samples    hidden states that enter the next layer, for methods that run layers
+    .NAME.building/output     the checkpoint; the shards of finished layers are the progress
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+import edge_moe
+from edge_moe.converters.calibration_memory import hidden_file_bytes, require_free_memory
+from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter
+from edge_moe.converters.layer_stream import LayerStream
+from edge_moe.converters.sampling import (
+    SAMPLE,
+    BlockSampler,
+    block_weights,
+    install,
+    read_weights,
+)
+from edge_moe.converters.sidecar import CARD_NAME
+from edge_moe.converters.staging import BuildFolder, build_folder
+from edge_moe.converters.transform_memory import transform_terms
+from edge_moe.converters.transform_output import TransformOutput
+from edge_moe.converters.transform_record import (
+    LayerRecord,
+    TransformRecord,
+    source_record,
+    transform_card,
+)
+from edge_moe.converters.transform_request import Request, TextLimits, check_request
+from edge_moe.converters.transform_scores import Scores, measure_scores
+from edge_moe.converters.transforms import get_method
+from edge_moe.converters.transforms.base import (
+    LayerResult,
+    LayerSamples,
+    LayerTask,
+    LayerWeights,
+    Value,
+)
+from edge_moe.converters.transforms.heapr import fitting_forms
+from edge_moe.files import require_new_output, write_text
+from edge_moe.units import format_bytes
+
+_NO_LIMITS = TextLimits()
+
+
+def transform(
+    model: Path,
+    tasks: Sequence[str],
+    output: Path,
+    method: str,
+    *,
+    num_experts: int | None = None,
+    expert_width: int | None = None,
+    settings: Mapping[str, Value] | None = None,
+    limits: TextLimits = _NO_LIMITS,
+    stats: Path | None = None,
+    name: str | None = None,
+) -> TransformRecord:
+    """Write checkpoint `model`, made smaller by `method` for `tasks`, to the new folder `output`.
+
+    Give `num_experts` per layer or `expert_width`, whichever the method lowers. `stats` are
+    statistics of this model that exist already; without them it is calibrated first. `name` is how
+    the record names the source. A killed run resumes when it is started again with the same
+    arguments. Memory: `transform_terms`. Disk: the output and, meanwhile, twice the hidden states.
+
+    Raises:
+        EdgeMoeError: bad model, method, setting, text or output, or not enough memory or disk.
+    """
+    require_new_output(output)
+    request = check_request(
+        model,
+        name or str(model),
+        get_method(method),
+        settings or {},
+        tasks,
+        limits,
+        num_experts,
+        expert_width,
+    )
+    with build_folder(output, request.fingerprint(stats)) as work:
+        files = TransformOutput(request.checkpoint, work, request.num_experts, request.expert_width)
+        files.config_text()  # refuses what config.json cannot state before any work is done
+        _require_room(request, files)
+        scores = measure_scores(request, work.path.parent, stats)
+        run = _Run(request, work, files, scores)
+        run.layers()
+        return run.finish()
+
+
+class _Run:
+    """One pass over the layers that are not done yet."""
+
+    def __init__(
+        self, request: Request, work: BuildFolder, files: TransformOutput, scores: Scores
+    ) -> None:
+        self._request = request
+        self._work = work
+        self._files = files
+        self._scores = scores
+        self._spec = request.checkpoint.spec
+        self._progress = _progress_bar()
+        self._bar = self._progress.add_task("transforming", total=self._units())
+
+    def layers(self) -> None:
+        """Write every MoE layer."""
+        with torch.inference_mode(), self._progress:
+            if self._request.method.needs_samples:
+                self._stream_layers()
+                return
+            for layer_id in self._spec.moe_layer_ids:
+                self._describe(layer_id)
+                if self._files.layer_facts(layer_id) is None:
+                    weights = read_weights(self._request.checkpoint, layer_id)
+                    self._write(layer_id, self._transform(layer_id, weights, None))
+                self._progress.advance(self._bar)
+
+    def finish(self) -> TransformRecord:
+        """Write the rest and the record."""
+        sizes = self._files.finish()
+        record = self._record()
+        record.save(self._work.path)
+        card = transform_card(
+            record, self._request.checkpoint.folder, self._work.output.name, sizes
+        )
+        write_text(self._work.path / CARD_NAME, card)
+        return record
+
+    def _stream_layers(self) -> None:
+        """Run the sampled windows through every layer, transforming MoE layers on the way."""
+        request, hidden_size = self._request, self._spec.hidden_size
+        folder = self._work.path.parent / "samples"
+        samples = CalibrationWork(folder, request.sample_info(), list(map(len, request.texts)))
+        stream = LayerStream(request.checkpoint, SAMPLE)
+        if samples.next_layer is None:
+            with samples.committing(0, hidden_size) as writer:
+                for text in request.texts:
+                    writer.write(stream.embed(text))
+        first_layer = samples.next_layer or 0
+        self._progress.advance(self._bar, first_layer * len(request.texts))
+        for layer_id in range(first_layer, self._spec.num_layers):
+            self._describe(layer_id)
+            windows = _Windows(stream, samples, len(request.texts), layer_id, self._advance)
+            with stream.loaded(layer_id), samples.committing(layer_id + 1, hidden_size) as writer:
+                if layer_id in self._spec.moe_layer_ids:
+                    self._moe_layer(layer_id, stream.moe_block(layer_id), windows, writer)
+                else:
+                    windows.run(writer)
+        shutil.rmtree(folder)
+
+    def _moe_layer(
+        self, layer_id: int, block: Any, windows: _Windows, writer: HiddenWriter
+    ) -> None:
+        is_sequential = self._request.method.is_sequential
+        with BlockSampler(block) as sampler:
+            windows.run(None if is_sequential else writer)
+        samples = sampler.join()
+        result = self._transform(layer_id, block_weights(block, self._spec, layer_id), samples)
+        self._write(layer_id, result)
+        if is_sequential:
+            install(block, self._files.as_stored(layer_id, result.weights))
+            windows.run(writer)
+
+    def _transform(
+        self, layer_id: int, weights: LayerWeights, samples: LayerSamples | None
+    ) -> LayerResult:
+        row = self._spec.moe_layer_ids.index(layer_id)
+        scores, request = self._scores, self._request
+        task = LayerTask(
+            layer_id=layer_id,
+            spec=self._spec,
+            weights=weights,
+            num_experts=request.num_experts,
+            expert_width=request.expert_width,
+            settings=request.settings,
+            stats=scores.stats,
+            protected=None if scores.protected is None else scores.protected[row],
+            samples=samples,
+            neuron_scores=None if scores.neurons is None else scores.neurons[row],
+        )
+        return request.method.run(task)
+
+    def _write(self, layer_id: int, result: LayerResult) -> None:
+        facts = {"members": result.members, "facts": result.facts}
+        self._files.write_layer(layer_id, result.weights, facts)
+
+    def _record(self) -> TransformRecord:
+        request, spec = self._request, self._spec
+        layers = [
+            LayerRecord(layer_id=layer_id, **(self._files.layer_facts(layer_id) or {}))
+            for layer_id in spec.moe_layer_ids
+        ]
+        forms = fitting_forms(spec, request.expert_width)
+        lost = [form for form in fitting_forms(spec, spec.expert_width) if form not in forms]
+        return TransformRecord(
+            edge_moe_version=edge_moe.__version__,
+            method=request.method.name,
+            source=request.method.source,
+            settings=request.settings,
+            model=request.name,
+            model_fingerprint=request.checkpoint.fingerprint,
+            tasks=list(request.tasks),
+            data_fingerprint=request.data_fingerprint,
+            window_tokens=request.limits.window_tokens,
+            max_windows=request.limits.max_windows,
+            num_tokens=sum(map(len, request.windows)),
+            sample_tokens=request.sample_tokens,
+            num_experts=request.num_experts,
+            source_num_experts=spec.num_experts,
+            expert_width=request.expert_width,
+            source_expert_width=spec.expert_width,
+            super_experts=self._scores.super_experts(),
+            forms=list(forms),
+            lost_forms=lost,
+            notes=_notes(request, lost),
+            layers=layers,
+            source_transform=source_record(request.checkpoint.folder),
+        )
+
+    def _units(self) -> int:
+        """Progress units: windows run through a layer, or layers where none is run."""
+        method, spec = self._request.method, self._spec
+        if not method.needs_samples:
+            return spec.num_moe_layers
+        passes = spec.num_layers + (spec.num_moe_layers if method.is_sequential else 0)
+        return passes * len(self._request.sampled)
+
+    def _describe(self, layer_id: int) -> None:
+        description = f"layer {layer_id + 1} of {self._spec.num_layers}"
+        self._progress.update(self._bar, description=description)
+
+    def _advance(self) -> None:
+        self._progress.advance(self._bar)
+
+
+class _Windows:
+    """The sampled windows of one loaded layer."""
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        samples: CalibrationWork,
+        num_windows: int,
+        layer_id: int,
+        advance: Callable[[], None],
+    ) -> None:
+        self._stream = stream
+        self._samples = samples
+        self._num_windows = num_windows
+        self._layer_id = layer_id
+        self._advance = advance
+
+    def run(self, writer: HiddenWriter | None) -> None:
+        """Run the layer on every window; with a writer, keep what comes out."""
+        for output in self._outputs():
+            if writer is not None:
+                writer.write(output)
+
+    def _outputs(self) -> Iterator[Tensor]:
+        hidden = self._samples.hidden(self._layer_id)
+        for index in range(self._num_windows):
+            yield self._stream.run(self._layer_id, hidden.read(index))
+            self._advance()
+
+
+def _notes(request: Request, lost: Sequence[str]) -> list[str]:
+    notes = []
+    remaining = fitting_forms(request.checkpoint.spec, request.expert_width)
+    if lost:
+        notes.append(
+            f"Rows of {request.expert_width} weights fit fewer packed forms than the source: "
+            f"{', '.join(lost)} are gone, {', '.join(remaining)} remain."
+        )
+    if request.checkpoint.unused_tensors:
+        notes.append(
+            f"{len(request.checkpoint.unused_tensors)} tensors of multi-token prediction layers "
+            "were left out: they hold experts of their own, and plain decoding does not use them."
+        )
+    return notes
+
+
+def _require_room(request: Request, files: TransformOutput) -> None:
+    """State the memory needed on stderr, and refuse when it or the disk is not there."""
+    spec, method = request.checkpoint.spec, request.method
+    new_weights = request.num_experts * 3 * spec.hidden_size * request.expert_width
+    longest = max(map(len, request.texts), default=0)
+    terms = transform_terms(
+        request.checkpoint,
+        request.sample_tokens,
+        longest,
+        new_weights,
+        method.scratch_bytes(spec, request.sample_tokens),
+    )
+    peak_bytes = sum(term.num_bytes for term in terms)
+    parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
+    Console(stderr=True, highlight=False).print(
+        f"{method.name}: layers run on {request.sample_tokens} tokens; "
+        f"memory at most {format_bytes(peak_bytes)} beside the libraries ({parts})",
+        soft_wrap=True,
+    )
+    require_free_memory(peak_bytes)
+    num_tokens = sum(map(len, request.windows))
+    files.require_disk(2 * hidden_file_bytes(spec.hidden_size, num_tokens))
+
+
+def _progress_bar() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
