@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 import edge_moe
-from edge_moe.converters.calibration_memory import hidden_file_bytes, require_free_memory
+from edge_moe.converters.calibration_memory import hidden_file_bytes
 from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.sampling import (
@@ -37,7 +37,7 @@ from edge_moe.converters.sampling import (
 )
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
-from edge_moe.converters.transform_memory import transform_terms
+from edge_moe.converters.transform_memory import require_transform_memory, transform_terms
 from edge_moe.converters.transform_output import TransformOutput
 from edge_moe.converters.transform_record import (
     LayerRecord,
@@ -316,7 +316,7 @@ def _require_room(request: Request, files: TransformOutput) -> None:
         f"memory at most {format_bytes(peak_bytes)} beside the libraries ({parts})",
         soft_wrap=True,
     )
-    require_free_memory(peak_bytes)
+    require_transform_memory(peak_bytes)
     num_tokens = sum(map(len, request.windows))
     files.require_disk(2 * hidden_file_bytes(spec.hidden_size, num_tokens))
 

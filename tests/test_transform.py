@@ -52,6 +52,8 @@ from edge_moe.tasks import task_windows
 WINDOW_TOKENS = 32
 LIMITS = TextLimits(window_tokens=WINDOW_TOKENS)
 FEWER = tuple(name for name, method in METHODS.items() if method.shrinks == "experts")
+PAIRS: dict[str, dict[str, Any]] = {"ream": {"group_size": 2}}
+"""Settings under which every expert may find its copy: REAM's first centroid takes all else."""
 Stats = Callable[[Path], Path]
 
 
@@ -90,9 +92,10 @@ def made_up_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, task: str, output: Path, method: str, **options: Any) -> TransformRecord:
+    arguments: dict[str, Any] = {"limits": LIMITS} | options
     if "expert_width" not in options:
-        options = {"num_experts": 4} | options
-    return transform(folder, [task], output, method, **({"limits": LIMITS} | options))
+        arguments.setdefault("num_experts", 4)
+    return transform(folder, [task], output, method, **arguments)
 
 
 @pytest.mark.slow
@@ -202,19 +205,16 @@ def kept_units(source: Checkpoint, found: Checkpoint) -> list[int]:
     return [int(i) for i in np.argsort(-scores)[: found.spec.expert_width]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [*MERGING, "dern"])
-def test_merging_copies_changes_nothing(
-    method: str, task: str, stats_of: Stats, tmp_path: Path
-) -> None:
-    """With top_k 1 a token's gate is 1, so it does not matter which of two copies it chose."""
+def test_merging_copies_changes_nothing(task: str, stats_of: Stats, tmp_path: Path) -> None:
+    """With top_k 1 a token's gate is 1, so it does not matter which of two copies it chose.
+
+    Sub-MoE finds copies whoever is routed to; the others rank by routing, where torch breaks ties.
+    """
     folder = make_tiny_checkpoint(
         tmp_path / "source", "qwen3_moe", num_experts_per_tok=1, dtype="float32"
     )
     rearranged(folder, [0, 1, 2, 3] * 2)
-    if method != "sub-moe":  # the one method that averages without matching hidden units
-        reorder_hidden_units(folder, [4, 5, 6, 7])
-    run(folder, task, tmp_path / "out", method, stats=stats_of(folder))
+    run(folder, task, tmp_path / "out", "sub-moe", stats=stats_of(folder))
     torch.testing.assert_close(logits(tmp_path / "out"), logits(folder), atol=1e-4, rtol=1e-4)
 
 
@@ -226,8 +226,10 @@ def test_merging_copies_that_are_never_chosen_changes_nothing(
     """Top-2 of sigmoid scores in groups; a selection bias keeps the copies from being chosen."""
     folder = make_tiny_checkpoint(tmp_path / "source", "deepseek_v3", dtype="float32")
     rearranged(folder, [0, 1, 0, 1, 4, 5, 4, 5])
+    if method != "sub-moe":  # the one method that averages without matching hidden units
+        reorder_hidden_units(folder, [2, 3, 6, 7])
     set_biases(folder, [0.0, 0.1, -9.0, -9.0] * 2)
-    run(folder, task, tmp_path / "out", method, stats=stats_of(folder))
+    run(folder, task, tmp_path / "out", method, stats=stats_of(folder), settings=PAIRS.get(method))
     torch.testing.assert_close(logits(tmp_path / "out"), logits(folder), atol=1e-4, rtol=1e-4)
 
 
@@ -492,7 +494,7 @@ def test_too_little_memory_is_said_before_the_start(
     tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration_memory, "available_memory_bytes", lambda: 1_000_000)
-    with pytest.raises(BudgetError, match="only 1 MB"):
+    with pytest.raises(BudgetError, match="the transform needs .* only 1.00 MB is available"):
         run(tiny_checkpoint("mixtral"), task, tmp_path / "out", "naee")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def brute_force(task: LayerTask, kept: tuple[int, ...]) -> float:
     whole, part = samples.block, sliced_block(samples.block, list(kept))
     total = 0.0
     with torch.no_grad():
-        for window in samples.inputs.split(list(samples.window_tokens)):
+        for window in torch.split(samples.inputs, list(samples.window_tokens)):
             change = part(window[None]).double() - whole(window[None]).double()
             total += float(change.norm())
     return total
@@ -116,7 +117,7 @@ def test_naee_keeps_super_experts(tiny_checkpoint: TinyCheckpoint) -> None:
         eliminate(too_few, loss)
 
 
-def weights_of(units: list[list[list[float]]]) -> LayerWeights:
+def weights_of(units: Sequence[Sequence[Sequence[float]]]) -> LayerWeights:
     """Experts given as [E][I][(gate, up, down)] with H = 1 or pairs flattened to 3H numbers."""
     values = torch.tensor(units)
     gate, up, down = values.chunk(3, dim=2)
@@ -233,8 +234,8 @@ def test_kmeans_finds_plain_clusters() -> None:
 def test_output_cosines(tiny_checkpoint: TinyCheckpoint) -> None:
     samples = layer_task(tiny_checkpoint("olmoe"), 1, 4).sampled()
     found = output_cosines(samples)
-    pair = [samples.output(i) for i in (2, 5)]
-    expected = torch.nn.functional.cosine_similarity(*pair, dim=1).double().mean()
+    left, right = samples.output(2), samples.output(5)
+    expected = torch.nn.functional.cosine_similarity(left, right, dim=1).double().mean()
     assert found[2, 5] == pytest.approx(float(expected), abs=1e-6)
     np.testing.assert_allclose(np.diag(found), 1, atol=1e-6)
 

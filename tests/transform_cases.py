@@ -97,7 +97,7 @@ def layer_task(folder: Path, layer_id: int, num_experts: int, **changes: Any) ->
     spec = Checkpoint(folder).spec
     block, samples = sampled_block(folder, layer_id)
     settings: dict[str, Value] = {}
-    arguments = {
+    arguments: dict[str, Any] = {
         "layer_id": layer_id,
         "spec": spec,
         "weights": block_weights(block, spec, layer_id),
