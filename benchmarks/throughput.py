@@ -122,7 +122,7 @@ def measure_build(
     seconds, read_bytes, written_bytes = timed(
         checkpoint,
         lambda: build(
-            plan.model_copy(update={"forms": forms}),
+            plan.with_forms(forms),
             output,
             model=checkpoint.folder,
             target="native",

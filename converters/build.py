@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 from edge_moe import __version__
@@ -10,12 +11,17 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.export_hf import check_hf, export_hf
 from edge_moe.converters.export_native import export_native
 from edge_moe.converters.model_card import SizeRow, model_card, plan_fingerprint
+from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.errors import PlanError, TargetError
 from edge_moe.files import require_new_output, write_text
+from edge_moe.formats import expert_bytes
+from edge_moe.formats.quantise import get_quantiser
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, Target
+from edge_moe.spec import ModelSpec
+from edge_moe.units import format_bytes
 
 GGUF_NAME = "model.gguf"
 
@@ -49,7 +55,7 @@ def build(
         check_hf(plan, checkpoint.spec)
     with build_folder(output, _build_fingerprint(plan, target)) as work:
         if target == "native":
-            export_native(plan, checkpoint, work)
+            export_native(plan, checkpoint, work, _packer(plan, checkpoint))
         elif target == "hf":
             export_hf(plan, checkpoint, work)
         else:
@@ -90,6 +96,34 @@ def _check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
             f"the plan is for top-{plan.top_k} of {len(plan.forms[0])} experts, "
             f"{checkpoint.folder} has top-{spec.top_k} of {spec.num_experts}: plan again"
         )
+    _check_bill(plan, spec)
+
+
+def _check_bill(plan: Plan, spec: ModelSpec) -> None:
+    """Refuse a bill that the plan's own forms and budget contradict."""
+    counts = Counter(form for row in plan.forms for form in row)
+    widths = spec.hidden_size, spec.expert_width
+    needed = sum(count * expert_bytes(form, *widths) for form, count in counts.items())
+    stated = plan.term("experts").num_bytes
+    if needed != stated:
+        raise PlanError(
+            f"the plan's experts take {needed} bytes in their forms, its bill says {stated}: "
+            "the plan was edited; plan again"
+        )
+    if plan.total_bytes > plan.budget_bytes:
+        raise PlanError(
+            f"the plan takes {format_bytes(plan.total_bytes)}, more than its own budget of "
+            f"{format_bytes(plan.budget_bytes)}: plan again"
+        )
+
+
+def _packer(plan: Plan, checkpoint: Checkpoint) -> Packer:
+    """What packs the plan's experts; only one that runs the text again needs torch."""
+    if not get_quantiser(plan.quantiser).needs:
+        return PlainPacker(checkpoint, plan.quantiser)
+    from edge_moe.converters.calibrate import text_packer
+
+    return text_packer(checkpoint, plan.calibration, plan.data_fingerprint)
 
 
 def _build_fingerprint(plan: Plan, target: Target) -> str:
@@ -101,7 +135,8 @@ def _build_fingerprint(plan: Plan, target: Target) -> str:
 def _build_gguf(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:
     from edge_moe.converters.export_gguf import export_gguf
 
-    path = export_gguf(plan, checkpoint, work.path / GGUF_NAME)
+    packer = _packer(plan, checkpoint)
+    path = export_gguf(plan, checkpoint, work.path / GGUF_NAME, packer)
     source_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
     sizes = [SizeRow("whole model", source_bytes, path.stat().st_size)]
     write_text(work.path / CARD_NAME, model_card(plan, checkpoint, work.output.name, "gguf", sizes))

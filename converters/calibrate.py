@@ -22,26 +22,35 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import AutoTokenizer
 
 import edge_moe
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibrated_packing import CalibratedPacker
 from edge_moe.converters.calibration_memory import (
     calibration_terms,
     hidden_file_bytes,
     require_free_memory,
 )
-from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter
+from edge_moe.converters.calibration_work import (
+    CalibrationWork,
+    HiddenWriter,
+    calibration_work,
+    require_unfinished,
+)
 from edge_moe.converters.form_loss import FormLosses, add_moments
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservation
+from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP, get_form
+from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
+from edge_moe.plan import CalibrationOptions
+from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
 from edge_moe.tasks import (
-    Tokenizer,
+    task_argument,
     task_label,
     task_windows,
     tokenizer_fingerprint,
@@ -59,20 +68,54 @@ def calibrate(
     max_windows: int | None = None,
     shard: tuple[int, int] = (0, 1),
     forms: Sequence[str] | None = None,
+    quantiser: str | None = None,
 ) -> ExpertStats:
     """Measure every expert of the checkpoint `model` on the calibration text of `tasks`.
 
     Writes `output` (a folder) and returns what it holds. A killed run goes on where it stopped when
     it is started again with the same arguments. `shard=(i, N)` covers the windows whose number
     modulo N is i; `ExpertStats.merge` joins shards. `forms` defaults to the planner's candidates.
+    `quantiser` packs them (see `edge_moe.formats.quantise`): the best by default, which needs the
+    whole text at once; shards default to `nearest`, whose losses add up.
     Memory: `calibration_terms`. Disk: twice the hidden states of all windows, while it runs.
 
     Raises:
         EdgeMoeError: bad model, text, option or output, or not enough memory or disk.
     """
+    require_unfinished(output)
     checkpoint = Checkpoint(model)
+    measured_forms = checked_forms(checkpoint.spec, forms)
+    info, texts = calibration_text(
+        checkpoint, tasks, window_tokens, max_windows, shard, measured_forms, quantiser
+    )
+    _require_room(checkpoint, info, output)
+    with calibration_work(output, info, [len(text) for text in texts]) as work:
+        stats = _Run(checkpoint, info, work, texts).finish()
+        work.publish_moments()
+        stats.save(output)
+        work.remove()
+    return stats
+
+
+def calibration_text(
+    checkpoint: Checkpoint,
+    tasks: Sequence[str],
+    window_tokens: int,
+    max_windows: int | None,
+    shard: tuple[int, int],
+    forms: tuple[str, ...],
+    quantiser: str | None = None,
+) -> tuple[StatsInfo, list[list[int]]]:
+    """The settings of a run over `shard` of the tasks' calibration text, and its windows.
+
+    Raises:
+        EdgeMoeError: bad model, text or option.
+    """
+    model = checkpoint.folder
     _check_options(checkpoint.spec, window_tokens, shard)
-    windows = task_windows(tasks, "calibration", _tokenizer(model), window_tokens, max_windows)
+    quantiser = _quantiser(quantiser, shard)
+    tokenizer = load_tokenizer(model)
+    windows = task_windows(tasks, "calibration", tokenizer, window_tokens, max_windows)
     covered = _shard_windows(len(windows), shard)
     texts = [windows[index] for index in covered]
     info = StatsInfo(
@@ -90,15 +133,40 @@ def calibrate(
         moe_layer_ids=checkpoint.spec.moe_layer_ids,
         num_experts=checkpoint.spec.num_experts,
         top_k=checkpoint.spec.top_k,
-        forms=_checked_forms(checkpoint.spec, forms),
+        quantiser=quantiser,
+        forms=forms,
+        options=CalibrationOptions(
+            tasks=tuple(task_argument(task) for task in tasks),
+            window_tokens=window_tokens,
+            max_windows=max_windows,
+            forms=forms,
+            shards=(shard,),
+            quantiser=quantiser,
+        ),
     )
-    _require_room(checkpoint, info, output)
-    work = CalibrationWork(output, info, [len(text) for text in texts])
-    stats = _Run(checkpoint, info, work, texts).finish()
-    work.publish_moments()
-    stats.save(output)
-    work.remove()
-    return stats
+    return info, texts
+
+
+def text_packer(
+    checkpoint: Checkpoint, asked: CalibrationOptions | None, data_fingerprint: str
+) -> Packer:
+    """Packs experts as they were packed when their forms were measured.
+
+    Raises:
+        InputError: the calibration text that the plan's quantiser needs is gone or has changed.
+    """
+    if asked is None or not get_quantiser(asked.quantiser).needs:
+        return PlainPacker(checkpoint, asked.quantiser if asked else "nearest")
+    tokenizer = load_tokenizer(checkpoint.folder)
+    windows = task_windows(
+        asked.tasks, "calibration", tokenizer, asked.window_tokens, asked.max_windows
+    )
+    if windows_fingerprint(windows) != data_fingerprint:
+        raise InputError(
+            f"the text of {', '.join(asked.tasks)} has changed since it was calibrated on, and "
+            f"quantiser {asked.quantiser} needs it again: restore it, or calibrate and plan again"
+        )
+    return CalibratedPacker(checkpoint, asked.quantiser, windows)
 
 
 class _Run:
@@ -116,8 +184,8 @@ class _Run:
         self.work = work
         self.texts = texts
         self.stream = LayerStream(checkpoint, OBSERVE)
-        self.form_losses = FormLosses(checkpoint, info.forms)
-        self.progress = _progress_bar()
+        self.form_losses = FormLosses(checkpoint, info.forms, info.quantiser)
+        self.progress = progress_bar()
         self.bar = self.progress.add_task(
             "calibrating", total=self._units(checkpoint.spec.num_layers)
         )
@@ -125,6 +193,7 @@ class _Run:
     def finish(self) -> ExpertStats:
         """The statistics of all layers."""
         num_layers = self.checkpoint.spec.num_layers
+        self._check_outside_layers()
         with torch.inference_mode(), self.progress:
             if self.work.next_layer is None:
                 self._embed()
@@ -135,6 +204,12 @@ class _Run:
                 with self.work.committing(layer_id + 1, self.checkpoint.spec.hidden_size) as writer:
                     self._layer(layer_id, writer)
         return self.work.collect()
+
+    def _check_outside_layers(self) -> None:
+        """Embeddings, final norm and output head: no layer reads them, a damaged one ruins all."""
+        for info in self.checkpoint.dense_tensors:
+            if not info.name.startswith("model.layers."):
+                self.checkpoint.check_finite(info.name)
 
     def _units(self, num_layers: int) -> float:
         """Progress units of the first layers: a window run, or one form measured on a window."""
@@ -201,19 +276,10 @@ def _add_window(
     stats.form_loss.add(form_losses, index=0)
 
 
-def _tokenizer(model: Path) -> Tokenizer:
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{model} has no usable tokenizer ({reason}): add its files") from None
-    return tokenizer
-
-
 def _check_options(spec: ModelSpec, window_tokens: int, shard: tuple[int, int]) -> None:
     if window_tokens > spec.max_position_embeddings:
         raise InputError(
-            f"windows of {window_tokens} tokens exceed the model's context of "
+            f"--window-tokens is {window_tokens}, more than the model's context of "
             f"{spec.max_position_embeddings}: use a smaller window"
         )
     index, count = shard
@@ -221,6 +287,22 @@ def _check_options(spec: ModelSpec, window_tokens: int, shard: tuple[int, int]) 
         raise InputError(
             f"shard {index}/{count} does not exist: use 0/{count} to {count - 1}/{count}"
         )
+
+
+def _quantiser(name: str | None, shard: tuple[int, int]) -> str:
+    """The quantiser to measure with.
+
+    Raises:
+        InputError: unknown, or one that needs the whole text with a shard of it.
+    """
+    if name is None:
+        return BEST_QUANTISER if shard[1] == 1 else "nearest"
+    if get_quantiser(name).needs and shard[1] > 1:
+        raise InputError(
+            f"quantiser {name!r} needs the whole text at once, not shard {shard[0]}/{shard[1]}: "
+            "leave out --shard, or use --quantiser nearest"
+        )
+    return name
 
 
 def _shard_windows(num_windows: int, shard: tuple[int, int]) -> tuple[int, ...]:
@@ -231,7 +313,7 @@ def _shard_windows(num_windows: int, shard: tuple[int, int]) -> tuple[int, ...]:
     return covered
 
 
-def _checked_forms(spec: ModelSpec, forms: Sequence[str] | None) -> tuple[str, ...]:
+def checked_forms(spec: ModelSpec, forms: Sequence[str] | None) -> tuple[str, ...]:
     """`drop` first, then the packed forms; each must fit the expert's shapes."""
     if forms is None:
         from edge_moe.candidates import candidate_forms
@@ -261,7 +343,8 @@ def _require_room(checkpoint: Checkpoint, info: StatsInfo, output: Path) -> None
     require_free_disk(output, 2 * hidden_bytes, "calibration")
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
+    """A bar on stderr, shown only at a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -16,7 +16,7 @@ from edge_moe.units import format_bytes
 PACK_CHUNK_WEIGHTS = 2**17
 """Weights that are packed and unpacked at a time."""
 _PACK_BYTES_PER_WEIGHT = 64  # the forms take 6 to 25
-_READ_BYTES_PER_WEIGHT = 11  # stored 2 + widened 4 + shifted 4 + finite mask 1
+READ_BYTES_PER_WEIGHT = 11  # stored 2 + widened 4 + shifted 4 + finite mask 1
 _ALLOWANCE_BYTES = 96_000_000  # libraries paged in by the first forward pass, allocator slack
 
 
@@ -46,7 +46,7 @@ def calibration_terms(
         + 32 * spec.num_experts * (hidden + width),
         "activations": num_tokens * (8 * hidden + 16 * (top_k + 1)),
         "window": window_tokens * row_bytes + 8 * spec.num_attention_heads * window_tokens**2,
-        "scratch": _READ_BYTES_PER_WEIGHT * largest_weights
+        "scratch": READ_BYTES_PER_WEIGHT * largest_weights
         + 4 * spec.expert_weights
         + _PACK_BYTES_PER_WEIGHT * PACK_CHUNK_WEIGHTS,
         "allowance": _ALLOWANCE_BYTES,

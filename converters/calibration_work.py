@@ -1,5 +1,6 @@
 """The work folder of a calibration: what survives kill -9, and where a resumed run goes on.
 
+    lock                   held while a run writes here
     run.json               StatsInfo of the run; a resume with other settings is refused
     hidden_0007.safetensors  hidden states that enter layer 7, one tensor per window
     layer_0006.safetensors   statistics of layer 6
@@ -27,7 +28,8 @@ from torch import Tensor
 
 from edge_moe.checkpoint import TensorInfo, read_header
 from edge_moe.converters.safetensors_writer import TensorEntry, header
-from edge_moe.errors import InputError, StatsError
+from edge_moe.converters.staging import locked
+from edge_moe.errors import EdgeMoeError, InputError, StatsError
 from edge_moe.files import atomic_path, require_new_output, write_text
 from edge_moe.moments import LayerMoments, moments_path
 from edge_moe.stats import ExpertStats, StatsInfo
@@ -71,28 +73,19 @@ class CalibrationWork:
     """Progress of one run inside its output folder."""
 
     def __init__(self, output: Path, info: StatsInfo, window_lengths: Sequence[int]) -> None:
-        """Start a run in `output`, or go on with the one that was begun there.
+        """Start a run in the folder `output/work`, or go on with the one that was begun there.
 
         Raises:
-            InputError: `output` holds finished statistics, another run, or something else.
+            InputError: the folder holds another run.
         """
         self.folder = output / "work"
         self._output = output
         self._info = info
         self._window_lengths = tuple(window_lengths)
-        if (output / "stats.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise InputError(
-                f"output {output} already holds finished statistics: "
-                "choose another path or remove it first"
-            )
         settings = self.folder / "run.json"
         if settings.exists():
-            _require_same_run(settings, info)
+            require_same_run(settings, info)
         else:
-            if not self.folder.exists():
-                require_new_output(output)
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(settings, info.model_dump_json(indent=1) + "\n")
         self._remove_leftovers()
 
@@ -172,13 +165,66 @@ class CalibrationWork:
         return self.folder / f"layer_{layer_id:04}.safetensors"
 
 
-def _require_same_run(settings: Path, info: StatsInfo) -> None:
+@contextmanager
+def calibration_work(
+    output: Path, info: StatsInfo, window_lengths: Sequence[int]
+) -> Iterator[CalibrationWork]:
+    """Yield the work of a run in `output`, which no other process may write meanwhile.
+
+    A run that fails leaves nothing behind, unless a layer is done that a resumed run need not do.
+
+    Raises:
+        InputError: as for `require_unfinished`; another run; another process writes there.
+    """
+    require_unfinished(output)
+    folder = output / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(
+        folder / "lock",
+        f"output {output} is being calibrated by another process: wait for it to finish or choose "
+        "another path",
+    ):
+        work = CalibrationWork(output, info, window_lengths)
+        try:
+            yield work
+        except (EdgeMoeError, OSError):
+            if not work.next_layer:
+                work.remove()
+                if not any(output.iterdir()):
+                    output.rmdir()
+            raise
+
+
+def require_unfinished(output: Path) -> None:
+    """Refuse an output that a calibration can neither start in nor resume.
+
+    Raises:
+        InputError: `output` holds finished statistics, or something else.
+    """
+    folder = output / "work"
+    if (output / "stats.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"output {output} already holds finished statistics: "
+            "choose another path or remove it first"
+        )
+    if not folder.exists():
+        require_new_output(output)
+
+
+def require_same_run(settings: Path, info: StatsInfo) -> None:
+    """Refuse to go on with a run that was begun with other settings than `info`.
+
+    Raises:
+        InputError: names the first setting that differs, or the damaged file.
+    """
     remedy = f"choose another output or remove {settings.parent.parent}"
     try:
-        begun = StatsInfo.model_validate_json(settings.read_bytes())
+        begun = type(info).model_validate_json(settings.read_bytes())
     except (OSError, ValidationError):
         raise InputError(f"{settings} is damaged: {remedy}") from None
-    fields = sorted(info.model_dump().items(), key=lambda field: field[0].endswith("fingerprint"))
+    measured = info.model_dump(exclude={"options"})
+    fields = sorted(measured.items(), key=lambda field: field[0].endswith("fingerprint"))
     for name, value in fields:  # a changed option is named before the fingerprint it changes
         found = getattr(begun, name)
         if found != value:

@@ -28,12 +28,13 @@ from edge_moe.converters.gguf_writer import (
     import_gguf,
     write_tensor,
 )
+from edge_moe.converters.packer import Packer
 from edge_moe.converters.progress import byte_progress
 from edge_moe.converters.slicing import SlicedTensor, slice_rows, whole_tensor
 from edge_moe.converters.source_bytes import read_float32
 from edge_moe.errors import TargetError
 from edge_moe.files import atomic_path, require_free_disk
-from edge_moe.formats import form_fits, get_form
+from edge_moe.formats import expert_packed_bytes, form_fits, get_form
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
 
@@ -61,7 +62,9 @@ _EXPERT_NAMES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def export_gguf(plan: Plan, checkpoint: Checkpoint, output: Path) -> Path:
+def export_gguf(
+    plan: Plan, checkpoint: Checkpoint, output: Path, packer: Packer | None = None
+) -> Path:
     """Write `plan` to the file `output`, which appears when it is complete; returns `output`.
 
     Raises:
@@ -76,7 +79,7 @@ def export_gguf(plan: Plan, checkpoint: Checkpoint, output: Path) -> Path:
     check_gguf(plan, spec)
     check_config(spec, config)
     vocabulary = read_vocabulary(checkpoint.folder, spec.vocab_size)
-    tensors = [*_dense_tensors(plan, checkpoint), *_expert_tensors(plan, checkpoint)]
+    tensors = [*_dense_tensors(plan, checkpoint), *_expert_tensors(plan, checkpoint, packer)]
     total_bytes = sum(tensor.num_bytes for tensor in tensors)
     require_free_disk(output.parent, total_bytes + _HEADER_BYTES, f"GGUF file {output.name}")
     with (
@@ -169,7 +172,9 @@ def _gguf_name(name: str) -> str:
     return f"blk.{match.group(1)}.{found}.weight" if match else f"{found}.weight"
 
 
-def _expert_tensors(plan: Plan, checkpoint: Checkpoint) -> Iterator[GgufTensor]:
+def _expert_tensors(
+    plan: Plan, checkpoint: Checkpoint, packer: Packer | None
+) -> Iterator[GgufTensor]:
     """Three stacks per layer: gate and up [kept, I, H], down [kept, H, I]."""
     spec = checkpoint.spec
     up, down = (spec.expert_width, spec.hidden_size), (spec.hidden_size, spec.expert_width)
@@ -181,14 +186,28 @@ def _expert_tensors(plan: Plan, checkpoint: Checkpoint) -> Iterator[GgufTensor]:
                 f"blk.{layer_id}.{name}.weight",
                 (len(kept), *shape),
                 form,
-                partial(_pack_projection, checkpoint, layer_id, kept, projection, form),
+                partial(_pack_projection, checkpoint, packer, layer_id, kept, projection, form),
             )
 
 
 def _pack_projection(
-    checkpoint: Checkpoint, layer_id: int, expert_ids: list[int], projection: int, form: str
+    checkpoint: Checkpoint,
+    packer: Packer | None,
+    layer_id: int,
+    expert_ids: list[int],
+    projection: int,
+    form: str,
 ) -> Iterator[bytes]:
-    """Packed bytes of one projection, expert by expert; 0 gate, 1 up, 2 down."""
+    """Packed bytes of one projection, expert by expert; 0 gate, 1 up, 2 down.
+
+    A packer packs whole experts, so each is packed once per projection.
+    """
+    spec = checkpoint.spec
+    sizes = expert_packed_bytes(form, spec.hidden_size, spec.expert_width)
+    part = slice(sum(sizes[:projection]), sum(sizes[: projection + 1]))
     for expert_id in expert_ids:
+        if packer is not None:
+            yield packer.pack(layer_id, expert_id, form)[part].tobytes()
+            continue
         weights = read_float32(checkpoint.expert_ranges(layer_id, expert_id)[projection])
         yield get_form(form).pack(weights).tobytes()

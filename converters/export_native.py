@@ -14,6 +14,7 @@ from functools import cached_property
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.model_card import model_card, size_rows
+from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.packing import expert_records
 from edge_moe.converters.progress import Advance, byte_progress
 from edge_moe.converters.safetensors_writer import TensorEntry, file_bytes, header, safetensors_file
@@ -68,7 +69,9 @@ class _LayerFile:
         return file_bytes(self.entries, RECORD_ALIGNMENT_BYTES)
 
 
-def export_native(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:
+def export_native(
+    plan: Plan, checkpoint: Checkpoint, work: BuildFolder, packer: Packer | None = None
+) -> None:
     """Write the package into `work`, continuing where a killed build stopped.
 
     Raises:
@@ -86,7 +89,8 @@ def export_native(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None
     copy_sidecar(checkpoint.folder, work.path)
     with byte_progress(f"build {name}", total_bytes) as advance:
         resident_sha256 = _write_resident(dense, work, advance)
-        records = [_write_layer(layer, checkpoint, work, advance) for layer in layers]
+        packer = packer or PlainPacker(checkpoint)
+        records = [_write_layer(layer, checkpoint, work, packer, advance) for layer in layers]
     manifest = PackageManifest(
         edge_moe_version=__version__,
         model_fingerprint=plan.model_fingerprint,
@@ -139,7 +143,11 @@ def _write_resident(dense: list[SlicedTensor], work: BuildFolder, advance: Advan
 
 
 def _write_layer(
-    layer: _LayerFile, checkpoint: Checkpoint, work: BuildFolder, advance: Advance
+    layer: _LayerFile,
+    checkpoint: Checkpoint,
+    work: BuildFolder,
+    packer: Packer,
+    advance: Advance,
 ) -> LayerRecords:
     facts = work.finished(layer.name)
     if facts is not None:
@@ -149,7 +157,7 @@ def _write_layer(
     offset = len(header(layer.entries, RECORD_ALIGNMENT_BYTES))
     with safetensors_file(work.path / layer.name, layer.entries, RECORD_ALIGNMENT_BYTES) as writer:
         experts = [(record.expert_id, record.form) for record in layer.records]
-        packed = expert_records(checkpoint, layer.layer_id, experts)
+        packed = expert_records(checkpoint, layer.layer_id, experts, packer)
         for entry, record, chunks in zip(layer.entries, layer.records, packed, strict=True):
             summed = _Checksummed(chunks)
             writer.write(entry.name, summed.padded_to(entry.num_bytes))

@@ -5,7 +5,8 @@ One expert in one form is in memory at a time, and every expert is packed once p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,37 @@ from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
-from edge_moe.converters.observe import WindowObservation, expert_inner, expert_output
-from edge_moe.formats import DROP, get_form
+from edge_moe.converters.observe import RoutedWindow, expert_inner, expert_output
+from edge_moe.converters.second_moments import (
+    WEIGHTING,
+    ExpertMoments,
+    expert_moments,
+    moment_arguments,
+)
+from edge_moe.formats import DROP, get_form, unpack_expert
+from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 from edge_moe.moments import LayerMoments
 from edge_moe.spec import ModelSpec
 
 _LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
 """Stored dtype -> forms that hold it without loss."""
+
+
+@dataclass(frozen=True)
+class FormChange:
+    """How storing one expert in one form changes its output on one window."""
+
+    expert_id: int
+    form: int
+    """Position among the forms."""
+    window: int
+    """Position among the windows."""
+    token: Tensor
+    """[n] tokens of the window that chose the expert."""
+    gates: Tensor
+    """[n] float64"""
+    change: Tensor
+    """[n, H] float64, un-gated: f_form - f."""
 
 
 class FormLosses:
@@ -30,10 +55,13 @@ class FormLosses:
     Cost per routed token: (1 + number of lossy forms) x 6HI floating point operations.
     """
 
-    def __init__(self, checkpoint: Checkpoint, forms: Sequence[str]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, forms: Sequence[str], quantiser: str = "nearest"
+    ) -> None:
         """`forms` in the order of the statistics' last axis."""
         spec = checkpoint.spec
         self._checkpoint = checkpoint
+        self._quantiser = quantiser
         self._forms = tuple(forms)
         self._gate_up = torch.empty(2 * spec.expert_width, spec.hidden_size)
         self._down = torch.empty(spec.hidden_size, spec.expert_width)
@@ -42,21 +70,31 @@ class FormLosses:
         self,
         layer_id: int,
         experts: Any,
-        windows: Sequence[WindowObservation],
+        windows: Sequence[RoutedWindow],
         on_expert: Callable[[], None],
     ) -> npt.NDArray[np.float64]:
         """[windows, E, F] sum over routed tokens of (g |f - f_form|)**2; `drop` stays 0."""
         num_experts = self._checkpoint.spec.num_experts
         losses = np.zeros((len(windows), num_experts, len(self._forms)))
-        for expert_id in range(num_experts):
+        for each in self.changes(layer_id, experts, windows, on_expert):
+            square = each.change.square().sum(dim=1)
+            loss = float((each.gates.square() * square).sum())
+            losses[each.window, each.expert_id, each.form] = loss
+        return losses
+
+    def changes(
+        self,
+        layer_id: int,
+        experts: Any,
+        windows: Sequence[RoutedWindow],
+        on_expert: Callable[[], None],
+    ) -> Iterator[FormChange]:
+        """What every lossy packed form does to every expert on every window."""
+        for expert_id in range(self._checkpoint.spec.num_experts):
             routed = [(window.expert_ids == expert_id).nonzero(as_tuple=True) for window in windows]
             if any(len(token) for token, _ in routed):
-                lossy = self._lossy_forms(layer_id, expert_id)
-                losses[:, expert_id, lossy] = self._expert_losses(
-                    experts, expert_id, windows, routed, lossy
-                )
+                yield from self._expert_changes(layer_id, experts, expert_id, windows, routed)
             on_expert()
-        return losses
 
     def _lossy_forms(self, layer_id: int, expert_id: int) -> list[int]:
         """Positions of the forms that change this expert's stored weights."""
@@ -64,37 +102,56 @@ class FormLosses:
         return [
             position
             for position, form in enumerate(self._forms)
-            if form != DROP and not _is_lossless(form, parts)
+            if form != DROP and not is_lossless(form, parts)
         ]
 
-    def _expert_losses(
+    def _expert_changes(
         self,
+        layer_id: int,
         experts: Any,
         expert_id: int,
-        windows: Sequence[WindowObservation],
+        windows: Sequence[RoutedWindow],
         routed: Sequence[tuple[Tensor, ...]],
-        lossy: Sequence[int],
-    ) -> npt.NDArray[np.float64]:
-        """[windows, len(lossy)]; each window is multiplied on its own."""
+    ) -> Iterator[FormChange]:
+        """Each window is multiplied on its own."""
         gate_up, down = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
         exact = [
             expert_output(experts, window.inputs[token], gate_up, down)
             for window, (token, _) in zip(windows, routed, strict=True)
         ]
-        losses = np.zeros((len(windows), len(lossy)))
-        for column, position in enumerate(lossy):
-            round_trip(self._forms[position], gate_up, self._gate_up)
-            round_trip(self._forms[position], down, self._down)
+        moments = None
+        if get_quantiser(self._quantiser).needs:
+            moments = expert_moments(experts, expert_id, windows, weighting=WEIGHTING)
+        for position in self._lossy_forms(layer_id, expert_id):
+            self._store(self._forms[position], gate_up, down, moments)
             for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):
                 stored = expert_output(experts, window.inputs[token], self._gate_up, self._down)
-                square = (stored - exact[row]).double().square().sum(dim=1)
-                losses[row, column] = float((window.gates[token, slot].square() * square).sum())
-        return losses
+                yield FormChange(
+                    expert_id=expert_id,
+                    form=position,
+                    window=row,
+                    token=token,
+                    gates=window.gates[token, slot],
+                    change=(stored - exact[row]).double(),
+                )
+
+    def _store(
+        self, form: str, gate_up: Tensor, down: Tensor, moments: ExpertMoments | None
+    ) -> None:
+        """Put what `form` holds of one expert into the buffers."""
+        if moments is None and self._quantiser == "nearest":
+            round_trip(form, gate_up, self._gate_up)
+            round_trip(form, down, self._down)
+            return
+        known = {} if moments is None else moment_arguments(moments)
+        gate, up = gate_up.numpy().reshape(2, -1, gate_up.shape[1])
+        record = pack_expert_with(form, gate, up, down.numpy(), self._quantiser, **known)
+        stored = unpack_expert(form, record, *down.shape)
+        self._gate_up.numpy()[...] = np.concatenate(stored[:2])
+        self._down.numpy()[...] = stored[2]
 
 
-def add_moments(
-    experts: Any, windows: Sequence[WindowObservation], spec: ModelSpec
-) -> LayerMoments:
+def add_moments(experts: Any, windows: Sequence[RoutedWindow], spec: ModelSpec) -> LayerMoments:
     """Second moments of every expert's inputs over the tokens that chose it.
 
     Cost per routed token: 4HI floating point operations; memory: one expert's tokens of a window.
@@ -130,5 +187,6 @@ def round_trip(form_name: str, weights: Tensor, output: Tensor) -> None:
         target[rows] = form.unpack(form.pack(source[rows]), width)
 
 
-def _is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
+def is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
+    """Whether `form` holds what is stored in `parts` without loss."""
     return all(form in _LOSSLESS.get(part.dtype, ()) for part in parts)

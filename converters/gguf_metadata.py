@@ -22,6 +22,8 @@ _FILE_TYPES = {
     "q2_k": 10,
     "q3_k": 12,
     "q4_k": 15,
+    "q5_k": 17,
+    "q6_k": 18,
     "bf16": 32,
     "tq1_0": 36,
     "tq2_0": 37,
@@ -41,9 +43,8 @@ def check_config(spec: ModelSpec, config: dict[str, Any]) -> None:
     Raises:
         TargetError: names the key of config.json and its value.
     """
-    rope_type = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get(
-        "rope_type", "default"
-    )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"  # the older key
     heads, kv_heads = spec.num_attention_heads, config.get("num_key_value_heads")
     has_all_heads = kv_heads in (None, heads)
     unsupported = {

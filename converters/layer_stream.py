@@ -21,6 +21,7 @@ from edge_moe.checkpoint import Checkpoint, FloatArray, to_float32
 from edge_moe.errors import CheckpointError, InputError
 
 _EMBEDDING_NAME = "model.embed_tokens.weight"
+_FINAL_NORM_NAME = "model.norm.weight"
 
 
 class _Recorder(nn.Module):
@@ -81,7 +82,7 @@ class LayerStream:
         rows = to_float32(raw, info.dtype).reshape(len(wanted), -1)
         if not np.isfinite(rows).all():
             raise CheckpointError(f"{info.path}: {info.name!r} holds NaN or infinity")
-        return _aligned(rows[positions])[None]
+        return aligned(rows[positions])[None]
 
     @contextmanager
     def loaded(self, layer_id: int) -> Iterator[nn.Module]:
@@ -97,6 +98,17 @@ class LayerStream:
             yield layer
         finally:
             layer.to(device="meta")
+
+    def final_norm(self) -> nn.Module:
+        """The norm after the last layer, with its weights.
+
+        Raises:
+            CheckpointError: its weights are missing or hold NaN or infinity.
+        """
+        norm: nn.Module = self._base.norm
+        weight = aligned(self._checkpoint.read(_FINAL_NORM_NAME))
+        norm.load_state_dict({"weight": nn.Parameter(weight, requires_grad=False)}, assign=True)
+        return norm
 
     def moe_block(self, layer_id: int) -> Any:
         """The MoE block of layer `layer_id`."""
@@ -138,7 +150,7 @@ class LayerStream:
         for info in self._checkpoint.dense_tensors:
             name = spec.module_name(info.name)
             if name.startswith(prefix):
-                state[name[len(prefix) :]] = _aligned(self._checkpoint.read(info.name))
+                state[name[len(prefix) :]] = aligned(self._checkpoint.read(info.name))
         if layer_id in spec.moe_layer_ids:
             experts = f"{spec.moe_module(layer_id)[len(prefix) :]}.experts"
             gate_up, down = self._experts(layer_id)
@@ -173,7 +185,7 @@ class LayerStream:
         return self._expert_buffers
 
 
-def _aligned(values: FloatArray) -> Tensor:
+def aligned(values: FloatArray) -> Tensor:
     """A copy in memory of torch's own: the same alignment in every run, so the same last bits."""
     tensor = torch.empty(values.shape)
     tensor.numpy()[...] = values

@@ -16,6 +16,7 @@ from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.formats import DROP
 from edge_moe.plan import Plan, Target
+from edge_moe.reproduce import build_commands, model_name, without_folders
 from edge_moe.units import format_bytes
 
 _CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -131,7 +132,7 @@ def model_card(
         loss=f"{plan.loss:.4g}",
         loss_unit=plan.loss_unit,
         use=_usage(name, target),
-        commands=reproduce_commands(plan, name, target),
+        commands="\n".join(build_commands(without_folders(plan), name, target)),
         plan_fingerprint=plan_fingerprint(plan),
         model_fingerprint=plan.model_fingerprint,
         stats_fingerprint=plan.stats_fingerprint,
@@ -141,26 +142,8 @@ def model_card(
 
 def base_model(model: str, folder: Path) -> str:
     """The hub id of the source where one is known, else the name of its folder."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists():
-        return model
-    for part in folder.resolve().parts:  # .../models--OWNER--NAME/snapshots/REVISION
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
-    return folder.resolve().name
-
-
-def reproduce_commands(plan: Plan, name: str, target: Target) -> str:
-    """The commands that lead from the source to this build."""
-    model = shlex.quote(plan.model)
-    tasks = " ".join(f"--task {shlex.quote(task)}" for task in plan.tasks)
-    return "\n".join(
-        (
-            f"edge-moe calibrate {model} {tasks} -o stats",
-            f"edge-moe plan {model} --stats stats --budget {plan.budget_bytes}B "
-            f"--ctx {plan.context_tokens} --target {plan.target} -o plan.json",
-            f"edge-moe build plan.json -o {shlex.quote(name)} --target {target}",
-        )
-    )
+    named = model_name(model)
+    return named if "/" in named else model_name(str(folder.resolve()))
 
 
 def carried_front_matter(card: Path) -> str:

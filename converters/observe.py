@@ -8,7 +8,7 @@ Letters: T tokens of one window, H hidden_size, E experts, k top_k, K = k + 1 sl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,22 @@ OBSERVE = "edge_moe_observe"
 """Name of the experts implementation."""
 
 FloatArray64 = npt.NDArray[np.float64]
+
+
+class RoutedWindow(Protocol):
+    """One window as a MoE block saw it; letters as above."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """[T, H] what the block was given."""
+
+    @property
+    def expert_ids(self) -> Tensor:
+        """[T, k]"""
+
+    @property
+    def gates(self) -> Tensor:
+        """[T, k] float64 real weights."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ class BlockObserver:
         )
         self._experts.observer = self
 
-    def __enter__(self) -> BlockObserver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,7 +123,11 @@ class BlockObserver:
         wider = self._probe(hidden) if self._has_next_best else None
         slots = fill_slots((ids, weights), wider)
         outputs = self._slot_outputs(hidden, slots.expert_ids)
-        drop_losses = _drop_losses(slots, outputs, self._spec)
+        self._record(hidden, slots, outputs)
+        return mix(slots.gates, outputs)
+
+    def _record(self, hidden: Tensor, slots: Slots, outputs: Tensor) -> None:
+        """Keep what `take` will need."""
         chosen = outputs[:, : slots.top_k]
         self._seen = _Seen(
             inputs=hidden,
@@ -115,9 +135,8 @@ class BlockObserver:
             gates=slots.gates[:, : slots.top_k],
             norms=chosen.double().norm(dim=2),
             largest=chosen.abs().amax(dim=2),
-            drop_losses=drop_losses,
+            drop_losses=_drop_losses(slots, outputs, self._spec),
         )
-        return _mix(slots.gates, outputs)
 
     def _probe(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, weights), [T, k + 1] each: the block's own choice of one expert more."""
@@ -227,12 +246,12 @@ def _drop_losses(slots: Slots, outputs: Tensor, spec: ModelSpec) -> Tensor:
     """[T, k] float64 |change of the MoE output|**2 when each chosen expert is dropped."""
     changes = weight_changes(slots, spec.router)
     columns = [
-        _mix(changes[:, slot], outputs).double().square().sum(dim=1) for slot in range(slots.top_k)
+        mix(changes[:, slot], outputs).double().square().sum(dim=1) for slot in range(slots.top_k)
     ]
     return torch.stack(columns, dim=1)
 
 
-def _mix(weights: Tensor, outputs: Tensor) -> Tensor:
+def mix(weights: Tensor, outputs: Tensor) -> Tensor:
     """Weighted sum over slots: [T, K], [T, K, H] -> [T, H] float32."""
     return torch.bmm(weights.float()[:, None], outputs)[:, 0]
 

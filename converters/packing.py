@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.converters.packer import Packer
 from edge_moe.converters.slicing import DTYPE_OF_FORM
 from edge_moe.converters.source_bytes import read_all
-from edge_moe.formats import pack_expert
 from edge_moe.measurement import usable_cores
 from edge_moe.spec import ModelSpec
 
@@ -31,7 +31,7 @@ def packing_peak_bytes(spec: ModelSpec) -> int:
 
 
 def expert_records(
-    checkpoint: Checkpoint, layer_id: int, experts: Sequence[tuple[int, str]]
+    checkpoint: Checkpoint, layer_id: int, experts: Sequence[tuple[int, str]], packer: Packer
 ) -> Iterator[Iterable[bytes]]:
     """The record of every (expert_id, form) in order, each as chunks of bytes.
 
@@ -51,14 +51,14 @@ def expert_records(
             if is_stored_as(form, ranges):
                 waiting.append(read_all(ranges))
             else:
-                waiting.append(pool.submit(packed_record, checkpoint, layer_id, expert_id, form))
+                waiting.append(pool.submit(_packed_record, packer, layer_id, expert_id, form))
         while waiting:
             yield _chunks(waiting.popleft())
 
 
-def packed_record(checkpoint: Checkpoint, layer_id: int, expert_id: int, form: str) -> bytes:
+def _packed_record(packer: Packer, layer_id: int, expert_id: int, form: str) -> bytes:
     """One expert, read and packed."""
-    return pack_expert(form, *checkpoint.expert(layer_id, expert_id)).tobytes()
+    return packer.pack(layer_id, expert_id, form).tobytes()
 
 
 def is_stored_as(form: str, ranges: Iterable[TensorInfo]) -> bool:

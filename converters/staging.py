@@ -102,7 +102,10 @@ def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
     folder = output.with_name(f".{output.name}.building")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, output):
+        with locked(
+            folder / "lock",
+            f"output {output} is being built by another process: wait for it to finish",
+        ):
             work = BuildFolder(output, folder, fingerprint)
             yield from _failing_cleanly(work, folder)
             os.rename(work.path, output)
@@ -126,14 +129,17 @@ def _failing_cleanly(work: BuildFolder, folder: Path) -> Iterator[BuildFolder]:
 
 
 @contextmanager
-def _locked(folder: Path, output: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as handle:
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path`; a killed process lets go of it.
+
+    Raises:
+        InputError: `refusal`, where another process holds it.
+    """
+    with path.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                f"output {output} is being built by another process: wait for it to finish"
-            ) from None
+            raise InputError(refusal) from None
         yield
 
 

@@ -14,19 +14,16 @@ Every stage survives kill -9, and the result has the same bytes however often it
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
-import edge_moe
+from edge_moe.converters.calibrate import progress_bar
 from edge_moe.converters.calibration_memory import hidden_file_bytes
-from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter
+from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter, calibration_work
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.sampling import (
     SAMPLE,
@@ -42,7 +39,7 @@ from edge_moe.converters.transform_output import TransformOutput
 from edge_moe.converters.transform_record import (
     LayerRecord,
     TransformRecord,
-    source_record,
+    make_record,
     transform_card,
 )
 from edge_moe.converters.transform_request import Request, TextLimits, check_request
@@ -55,7 +52,6 @@ from edge_moe.converters.transforms.base import (
     LayerWeights,
     Value,
 )
-from edge_moe.converters.transforms.heapr import fitting_forms
 from edge_moe.files import require_new_output, write_text
 from edge_moe.units import format_bytes
 
@@ -117,7 +113,7 @@ class _Run:
         self._files = files
         self._scores = scores
         self._spec = request.checkpoint.spec
-        self._progress = _progress_bar()
+        self._progress = progress_bar()
         self._bar = self._progress.add_task("transforming", total=self._units())
 
     def layers(self) -> None:
@@ -136,7 +132,11 @@ class _Run:
     def finish(self) -> TransformRecord:
         """Write the rest and the record."""
         sizes = self._files.finish()
-        record = self._record()
+        layers = [
+            LayerRecord(layer_id=layer_id, **(self._files.layer_facts(layer_id) or {}))
+            for layer_id in self._spec.moe_layer_ids
+        ]
+        record = make_record(self._request, self._scores, layers)
         record.save(self._work.path)
         card = transform_card(
             record, self._request.checkpoint.folder, self._work.output.name, sizes
@@ -146,38 +146,40 @@ class _Run:
 
     def _stream_layers(self) -> None:
         """Run the sampled windows through every layer, transforming MoE layers on the way."""
-        request, hidden_size = self._request, self._spec.hidden_size
-        folder = self._work.path.parent / "samples"
-        samples = CalibrationWork(folder, request.sample_info(), list(map(len, request.texts)))
+        request, folder = self._request, self._work.path.parent / "samples"
         stream = LayerStream(request.checkpoint, SAMPLE)
-        if samples.next_layer is None:
-            with samples.committing(0, hidden_size) as writer:
-                for text in request.texts:
-                    writer.write(stream.embed(text))
-        first_layer = samples.next_layer or 0
-        self._progress.advance(self._bar, first_layer * len(request.texts))
-        for layer_id in range(first_layer, self._spec.num_layers):
-            self._describe(layer_id)
-            windows = _Windows(stream, samples, len(request.texts), layer_id, self._advance)
-            with stream.loaded(layer_id), samples.committing(layer_id + 1, hidden_size) as writer:
-                if layer_id in self._spec.moe_layer_ids:
-                    self._moe_layer(layer_id, stream.moe_block(layer_id), windows, writer)
-                else:
-                    windows.run(writer)
-        shutil.rmtree(folder)
+        lengths = [len(text) for text in request.texts]
+        with calibration_work(folder, request.sample_info(), lengths) as samples:
+            if samples.next_layer is None:
+                with samples.committing(0, self._spec.hidden_size) as writer:
+                    for text in request.texts:
+                        writer.write(stream.embed(text))
+            first_layer = samples.next_layer or 0
+            self._progress.advance(self._bar, first_layer * len(lengths))
+            for layer_id in range(first_layer, self._spec.num_layers):
+                self._describe(layer_id)
+                self._stream_layer(layer_id, stream, samples)
 
-    def _moe_layer(
-        self, layer_id: int, block: Any, windows: _Windows, writer: HiddenWriter
-    ) -> None:
-        is_sequential = self._request.method.is_sequential
-        with BlockSampler(block) as sampler:
-            windows.run(None if is_sequential else writer)
-        samples = sampler.join()
-        result = self._transform(layer_id, block_weights(block, self._spec, layer_id), samples)
-        self._write(layer_id, result)
-        if is_sequential:
-            install(block, self._files.as_stored(layer_id, result.weights))
-            windows.run(writer)
+    def _stream_layer(self, layer_id: int, stream: LayerStream, samples: CalibrationWork) -> None:
+        is_moe = layer_id in self._spec.moe_layer_ids
+        is_sequential = is_moe and self._request.method.is_sequential
+        with (
+            stream.loaded(layer_id),
+            samples.committing(layer_id + 1, self._spec.hidden_size) as writer,
+        ):
+            outputs = _Outputs(stream, samples, layer_id, len(self._request.texts), self._advance)
+            if not is_moe:
+                outputs.write(writer)
+                return
+            block = stream.moe_block(layer_id)
+            with BlockSampler(block) as sampler:
+                outputs.write(None if is_sequential else writer)
+            weights = block_weights(block, self._spec, layer_id)
+            result = self._transform(layer_id, weights, sampler.join())
+            self._write(layer_id, result)
+            if is_sequential:
+                install(block, self._files.as_stored(layer_id, result.weights))
+                outputs.write(writer)
 
     def _transform(
         self, layer_id: int, weights: LayerWeights, samples: LayerSamples | None
@@ -202,39 +204,6 @@ class _Run:
         facts = {"members": result.members, "facts": result.facts}
         self._files.write_layer(layer_id, result.weights, facts)
 
-    def _record(self) -> TransformRecord:
-        request, spec = self._request, self._spec
-        layers = [
-            LayerRecord(layer_id=layer_id, **(self._files.layer_facts(layer_id) or {}))
-            for layer_id in spec.moe_layer_ids
-        ]
-        forms = fitting_forms(spec, request.expert_width)
-        lost = [form for form in fitting_forms(spec, spec.expert_width) if form not in forms]
-        return TransformRecord(
-            edge_moe_version=edge_moe.__version__,
-            method=request.method.name,
-            source=request.method.source,
-            settings=request.settings,
-            model=request.name,
-            model_fingerprint=request.checkpoint.fingerprint,
-            tasks=list(request.tasks),
-            data_fingerprint=request.data_fingerprint,
-            window_tokens=request.limits.window_tokens,
-            max_windows=request.limits.max_windows,
-            num_tokens=sum(map(len, request.windows)),
-            sample_tokens=request.sample_tokens,
-            num_experts=request.num_experts,
-            source_num_experts=spec.num_experts,
-            expert_width=request.expert_width,
-            source_expert_width=spec.expert_width,
-            super_experts=self._scores.super_experts(),
-            forms=list(forms),
-            lost_forms=lost,
-            notes=_notes(request, lost),
-            layers=layers,
-            source_transform=source_record(request.checkpoint.folder),
-        )
-
     def _units(self) -> int:
         """Progress units: windows run through a layer, or layers where none is run."""
         method, spec = self._request.method, self._spec
@@ -251,50 +220,24 @@ class _Run:
         self._progress.advance(self._bar)
 
 
-class _Windows:
-    """The sampled windows of one loaded layer."""
+@dataclass(frozen=True)
+class _Outputs:
+    """What leaves a loaded layer, window by window."""
 
-    def __init__(
-        self,
-        stream: LayerStream,
-        samples: CalibrationWork,
-        num_windows: int,
-        layer_id: int,
-        advance: Callable[[], None],
-    ) -> None:
-        self._stream = stream
-        self._samples = samples
-        self._num_windows = num_windows
-        self._layer_id = layer_id
-        self._advance = advance
+    stream: LayerStream
+    samples: CalibrationWork
+    layer_id: int
+    num_windows: int
+    advance: Callable[[], None]
 
-    def run(self, writer: HiddenWriter | None) -> None:
+    def write(self, writer: HiddenWriter | None) -> None:
         """Run the layer on every window; with a writer, keep what comes out."""
-        for output in self._outputs():
+        hidden = self.samples.hidden(self.layer_id)
+        for index in range(self.num_windows):
+            output = self.stream.run(self.layer_id, hidden.read(index))
             if writer is not None:
                 writer.write(output)
-
-    def _outputs(self) -> Iterator[Tensor]:
-        hidden = self._samples.hidden(self._layer_id)
-        for index in range(self._num_windows):
-            yield self._stream.run(self._layer_id, hidden.read(index))
-            self._advance()
-
-
-def _notes(request: Request, lost: Sequence[str]) -> list[str]:
-    notes = []
-    remaining = fitting_forms(request.checkpoint.spec, request.expert_width)
-    if lost:
-        notes.append(
-            f"Rows of {request.expert_width} weights fit fewer packed forms than the source: "
-            f"{', '.join(lost)} are gone, {', '.join(remaining)} remain."
-        )
-    if request.checkpoint.unused_tensors:
-        notes.append(
-            f"{len(request.checkpoint.unused_tensors)} tensors of multi-token prediction layers "
-            "were left out: they hold experts of their own, and plain decoding does not use them."
-        )
-    return notes
+            self.advance()
 
 
 def _require_room(request: Request, files: TransformOutput) -> None:
@@ -317,18 +260,4 @@ def _require_room(request: Request, files: TransformOutput) -> None:
         soft_wrap=True,
     )
     require_transform_memory(peak_bytes)
-    num_tokens = sum(map(len, request.windows))
-    files.require_disk(2 * hidden_file_bytes(spec.hidden_size, num_tokens))
-
-
-def _progress_bar() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    files.require_disk(2 * hidden_file_bytes(spec.hidden_size, request.info.num_tokens))

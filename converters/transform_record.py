@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -18,7 +17,11 @@ from edge_moe.converters.model_card import (
     carried_front_matter,
     with_total,
 )
+from edge_moe.converters.transform_request import Request
+from edge_moe.converters.transform_scores import Scores
+from edge_moe.converters.transforms.heapr import fitting_forms
 from edge_moe.files import write_text
+from edge_moe.reproduce import command_line, model_name
 
 RECORD_NAME = "transform.json"
 
@@ -119,13 +122,44 @@ class TransformRecord(BaseModel):
         write_text(folder / RECORD_NAME, self.model_dump_json(indent=1) + "\n")
 
 
-def source_record(folder: Path) -> dict[str, Any] | None:
+def _source_record(folder: Path) -> dict[str, Any] | None:
     """The record beside a source that was transformed before."""
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def make_record(request: Request, scores: Scores, layers: Sequence[LayerRecord]) -> TransformRecord:
+    """The record of a finished transform."""
+    spec = request.checkpoint.spec
+    forms = fitting_forms(spec, request.expert_width)
+    lost = [form for form in fitting_forms(spec, spec.expert_width) if form not in forms]
+    return TransformRecord(
+        edge_moe_version=edge_moe.__version__,
+        method=request.method.name,
+        source=request.method.source,
+        settings=request.settings,
+        model=model_name(request.name),
+        model_fingerprint=request.checkpoint.fingerprint,
+        tasks=list(request.info.tasks),
+        data_fingerprint=request.info.data_fingerprint,
+        window_tokens=request.limits.window_tokens,
+        max_windows=request.limits.max_windows,
+        num_tokens=request.info.num_tokens,
+        sample_tokens=request.sample_tokens,
+        num_experts=request.num_experts,
+        source_num_experts=spec.num_experts,
+        expert_width=request.expert_width,
+        source_expert_width=spec.expert_width,
+        super_experts=scores.super_experts(),
+        forms=list(forms),
+        lost_forms=lost,
+        notes=_notes(request, lost),
+        layers=list(layers),
+        source_transform=_source_record(request.checkpoint.folder),
+    )
 
 
 def transform_card(
@@ -168,7 +202,7 @@ def _shrunk(record: TransformRecord) -> str:
 
 
 def _command(record: TransformRecord, name: str) -> str:
-    parts = ["edge-moe", "transform", record.model, "--method", record.method]
+    parts = [record.model, "--method", record.method]
     if record.num_experts != record.source_num_experts:
         parts += ["--experts", str(record.num_experts)]
     else:
@@ -180,4 +214,20 @@ def _command(record: TransformRecord, name: str) -> str:
     parts += ["--window-tokens", str(record.window_tokens)]
     if record.max_windows is not None:
         parts += ["--max-windows", str(record.max_windows)]
-    return shlex.join([*parts, "-o", name])
+    return command_line("transform", *parts, "-o", name)
+
+
+def _notes(request: Request, lost: Sequence[str]) -> list[str]:
+    notes = []
+    remaining = fitting_forms(request.checkpoint.spec, request.expert_width)
+    if lost:
+        notes.append(
+            f"Rows of {request.expert_width} weights fit fewer packed forms than the source: "
+            f"{', '.join(lost)} are gone, {', '.join(remaining)} remain."
+        )
+    if request.checkpoint.unused_tensors:
+        notes.append(
+            f"{len(request.checkpoint.unused_tensors)} tensors of multi-token prediction layers "
+            "were left out: they hold experts of their own, and plain decoding does not use them."
+        )
+    return notes

@@ -8,18 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 import edge_moe
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibrate import calibration_text
 from edge_moe.converters.transforms import Method
 from edge_moe.converters.transforms.base import Value
 from edge_moe.converters.transforms.heapr import check_width
 from edge_moe.converters.transforms.selection import check_num_experts
 from edge_moe.errors import InputError
 from edge_moe.formats import DROP
-from edge_moe.stats import STATS_VERSION, StatsInfo
-from edge_moe.tasks import task_label, task_windows, tokenizer_fingerprint, windows_fingerprint
+from edge_moe.stats import StatsInfo
+
+PLAIN_QUANTISER = "nearest"
+"""Nothing is packed here, so no quantiser needs to be prepared."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Request:
     num_experts: int
     expert_width: int
     tasks: tuple[str, ...]
+    info: StatsInfo
+    """The whole calibration text, in the words of a calibration."""
     windows: list[list[int]]
     sampled: tuple[int, ...]
     """Windows that the layers are run on; none where the method needs no samples."""
@@ -58,15 +61,6 @@ class Request:
     def sample_tokens(self) -> int:
         return sum(map(len, self.texts))
 
-    @property
-    def data_fingerprint(self) -> str:
-        return windows_fingerprint(self.windows)
-
-    @property
-    def changes_shape(self) -> bool:
-        spec = self.checkpoint.spec
-        return (self.num_experts, self.expert_width) != (spec.num_experts, spec.expert_width)
-
     def fingerprint(self, stats: Path | None) -> str:
         """sha256 over everything that decides the result; a killed run resumes only its equal."""
         described = {
@@ -75,7 +69,7 @@ class Request:
             "method": self.method.name,
             "settings": self.settings,
             "shape": [self.num_experts, self.expert_width],
-            "text": self.data_fingerprint,
+            "text": self.info.data_fingerprint,
             "windows": [self.limits.window_tokens, list(self.sampled)],
             "stats": str(stats.absolute()) if stats else None,
         }
@@ -83,24 +77,8 @@ class Request:
 
     def sample_info(self) -> StatsInfo:
         """The pass over the sampled windows, in the words of a calibration."""
-        spec, folder = self.checkpoint.spec, self.checkpoint.folder
-        return StatsInfo(
-            version=STATS_VERSION,
-            edge_moe_version=edge_moe.__version__,
-            model_type=spec.model_type,
-            model_fingerprint=self.checkpoint.fingerprint,
-            tokenizer_fingerprint=tokenizer_fingerprint(folder),
-            data_fingerprint=self.data_fingerprint,
-            tasks=tuple(task_label(task) for task in self.tasks),
-            window_tokens=self.limits.window_tokens,
-            num_windows=len(self.windows),
-            windows=self.sampled,
-            num_tokens=self.sample_tokens,
-            moe_layer_ids=spec.moe_layer_ids,
-            num_experts=spec.num_experts,
-            top_k=spec.top_k,
-            forms=(DROP,),
-        )
+        changes = {"windows": self.sampled, "num_tokens": self.sample_tokens}
+        return self.info.model_copy(update=changes)
 
 
 def check_request(
@@ -119,21 +97,16 @@ def check_request(
         EdgeMoeError: bad model, setting, shape, task or window.
     """
     checkpoint = Checkpoint(model)
-    spec = checkpoint.spec
     values = method.parse(settings)
     num_experts, expert_width = _shape(checkpoint, method, num_experts, expert_width)
-    if limits.window_tokens > spec.max_position_embeddings:
-        raise InputError(
-            f"windows of {limits.window_tokens} tokens exceed the model's context of "
-            f"{spec.max_position_embeddings}: use a smaller window"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{model} has no usable tokenizer ({reason}): add its files") from None
-    windows = task_windows(
-        tasks, "calibration", tokenizer, limits.window_tokens, limits.max_windows
+    info, windows = calibration_text(
+        checkpoint,
+        tasks,
+        limits.window_tokens,
+        limits.max_windows,
+        (0, 1),
+        (DROP,),
+        PLAIN_QUANTISER,
     )
     wanted = method.sample_tokens if limits.sample_tokens is None else limits.sample_tokens
     sampled = _spread(windows, wanted) if method.needs_samples else ()
@@ -145,6 +118,7 @@ def check_request(
         num_experts=num_experts,
         expert_width=expert_width,
         tasks=tuple(tasks),
+        info=info,
         windows=windows,
         sampled=sampled,
         limits=limits,

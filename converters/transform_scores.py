@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe.converters.calibrate import calibrate
-from edge_moe.converters.transform_request import Request
+from edge_moe.converters.transform_request import PLAIN_QUANTISER, Request
 from edge_moe.converters.transforms.base import BoolArray, FloatArray
 from edge_moe.errors import StatsError
 from edge_moe.stats import ExpertStats
@@ -57,6 +57,7 @@ def measure_scores(request: Request, folder: Path, stats: Path | None) -> Scores
             window_tokens=request.limits.window_tokens,
             max_windows=request.limits.max_windows,
             forms=(),
+            quantiser=PLAIN_QUANTISER,
         )
     )
 

@@ -1,6 +1,6 @@
 """`python -m edge_moe` is the `edge-moe` command."""
 
-from edge_moe.cli import main
+from edge_moe.start import main
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,10 @@ from edge_moe.units import format_bytes
 
 PREFILL_CHUNK_TOKENS = 256
 """The native runtime feeds a prompt in pieces of this many tokens."""
+ALLOCATOR_BYTES = 6_000_000
+"""Freed pieces below 1 MiB that glibc keeps: 3 to 8 MB measured after prompts of 2048 to 4096."""
+READING_THREADS = 2
+"""The model's own thread, and the one that reads ahead."""
 LLAMA_UBATCH_TOKENS = 512
 """llama.cpp's default micro-batch."""
 FLOAT32_BYTES = 4
@@ -36,10 +40,12 @@ def memory_terms(
     target: Target,
     runtime_bytes: int,
     runtime_source: Source,
+    scored_tokens: int = 1,
 ) -> list[MemoryTerm]:
     """The bill: dense weights, experts, KV cache, workspace, runtime.
 
-    `forms` is [L][E], or empty for the bill without experts.
+    `forms` is [L][E], or empty for the bill without experts. `scored_tokens` is the number of
+    positions whose logits are held at once: one, but a window's when quality is measured.
     """
     per_expert = {
         form: expert_bytes(form, spec.hidden_size, spec.expert_width)
@@ -60,7 +66,7 @@ def memory_terms(
         MemoryTerm(name="KV cache", num_bytes=kv_bytes, source="formula", note=kv_note),
         MemoryTerm(
             name="workspace",
-            num_bytes=_workspace_bytes(spec, context_tokens, device, target),
+            num_bytes=_workspace_bytes(spec, context_tokens, device, target, scored_tokens),
             source="formula",
             note=_workspace_note(target),
         ),
@@ -103,31 +109,41 @@ def kv_itemsize_bytes(spec: ModelSpec, device: Device, target: Target) -> int:
     return 2
 
 
-def workspace_bytes(spec: ModelSpec, context_tokens: int, device: Device) -> int:
-    """Native runtime: one expert unpacked to float32 and the activations of one prefill chunk.
+def workspace_bytes(
+    spec: ModelSpec, context_tokens: int, device: Device, scored_tokens: int = 1
+) -> int:
+    """Native runtime: the largest moment of one prefill chunk, and its lasting buffers.
 
-    With T = min(256, context) tokens, all in float32: residual stream, normed copy, MoE output and
-    an expert's input and output [T, H] each; queries, keys and values [T, ...]; gate, up and their
-    product [T, I]; router logits [T, E]; attention scores of all heads [heads, T, context]; logits
-    of one position [V]. The device does not change the formula. Where key and value widths differ
-    (multi-head latent attention), torch has no fused attention on a CPU and holds the scores about
-    2.4 times (measured: 316 MB at 256 x 4096 tokens, 32 heads).
+    With T = min(256, context) tokens, C the context, all in float32 but the packed bytes:
+
+    always     the residual stream and its normed copy [T, 2H]; logits [scored, V]; a bounce buffer
+               per reading thread, a 16-bit expert each; pieces that the allocator keeps
+    attention  query, rotated query and output [T, 2Q + H], keys and values [T, K + V], the mask as
+               booleans and as floats [T, C]; on CUDA keys and values repeated to every head,
+               [C, 2Q] where heads are grouped
+    experts    one expert unpacked, with half as much again for the codes of a matrix; inputs,
+               outputs and their sum [T, 3H]; gate, up and their product [T, 3I]; router logits
+
+    Multi-head latent attention expands its cache for one layer at a time, and since its keys and
+    values differ in width torch has no fused attention for it on a CPU and holds the scores of all
+    heads [heads, T, C] about 2.4 times (measured: 316 MB at 256 x 4096 tokens, 32 heads).
     """
-    tokens = min(PREFILL_CHUNK_TOKENS, context_tokens)
-    query_width = max(spec.hidden_size, spec.kv_key_width)
-    scores = spec.num_attention_heads * context_tokens
-    if spec.kv_key_width != spec.kv_value_width:
-        scores = scores * 12 // 5
-    per_token = (
-        5 * spec.hidden_size
-        + query_width
-        + spec.kv_key_width
-        + spec.kv_value_width
-        + 3 * spec.expert_width
-        + spec.num_experts
-        + scores
+    tokens, context = min(PREFILL_CHUNK_TOKENS, context_tokens), context_tokens
+    hidden, query = spec.hidden_size, spec.query_width
+    always = 2 * tokens * hidden + scored_tokens * spec.vocab_size
+    attention = tokens * (2 * query + hidden + spec.kv_key_width + spec.kv_value_width)
+    attention += tokens * context * 5 // 4
+    if spec.expanded_kv_width:
+        attention += tokens * context * spec.num_attention_heads * 12 // 5
+        attention += context * spec.expanded_kv_width
+    elif device == "cuda" and spec.num_kv_heads != spec.num_attention_heads:
+        attention += 2 * context * query
+    experts = spec.expert_weights * 7 // 6 + tokens * (
+        3 * hidden + 3 * spec.expert_width + spec.num_experts
     )
-    return FLOAT32_BYTES * (spec.expert_weights + tokens * per_token + spec.vocab_size)
+    bounce_bytes = READING_THREADS * 2 * spec.expert_weights
+    floats = always + max(attention, experts)
+    return FLOAT32_BYTES * floats + bounce_bytes + ALLOCATOR_BYTES
 
 
 def llama_compute_bytes(spec: ModelSpec, context_tokens: int) -> int:
@@ -163,10 +179,12 @@ def _computes_in_float32(device: Device, target: Target) -> bool:
     return target == "native" and device == "cpu"
 
 
-def _workspace_bytes(spec: ModelSpec, context_tokens: int, device: Device, target: Target) -> int:
+def _workspace_bytes(
+    spec: ModelSpec, context_tokens: int, device: Device, target: Target, scored_tokens: int
+) -> int:
     if target == "gguf":
         return llama_compute_bytes(spec, context_tokens)
-    return workspace_bytes(spec, context_tokens, device)
+    return workspace_bytes(spec, context_tokens, device, scored_tokens)
 
 
 def _workspace_note(target: Target) -> str:

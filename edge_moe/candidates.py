@@ -18,6 +18,8 @@ _CLASSES = {
     "2-bit": ("q2_k", "q2_0"),
     "3-bit": ("q3_k",),
     "4-bit": ("q4_k", "q4_0"),
+    "5-bit": ("q5_k",),
+    "6-bit": ("q6_k",),
     "8-bit": ("q8_0",),
 }
 """Class -> forms, preferred first; the first that fits the shapes is the candidate."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +21,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_moe.dense_shapes import dense_shapes
 from edge_moe.errors import CheckpointError
-from edge_moe.spec import ModelSpec
+from edge_moe.files import os_problem, read_json
+from edge_moe.spec import ModelSpec, read_config
 
 FloatArray = npt.NDArray[np.float32]
 
 ITEMSIZE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
+_PIECE_BYTES = 16 * 2**20
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -57,17 +61,41 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             header = json.loads(handle.read(header_bytes))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: download the checkpoint again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} has no readable header ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {os_problem(error)}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        raise CheckpointError(
+            f"{path} has no readable header ({error}): download the file again"
+        ) from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
+        raise CheckpointError(f"{path}: the header is not a JSON object: download the file again")
+    metadata = header.pop("__metadata__", {})
+    if not _is_text_table(metadata):
+        raise CheckpointError(
+            f"{path}: the header's __metadata__ is not a table of texts: download the file again"
+        )
     data_start = 8 + header_bytes
     tensors = {
         name: _tensor_info(name, entry, path, data_start, file_bytes)
         for name, entry in header.items()
     }
+    _check_overlaps(tensors.values(), path)
     return tensors, metadata
+
+
+def _is_text_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _check_overlaps(tensors: Iterable[TensorInfo], path: Path) -> None:
+    end, last = 0, ""
+    for info in sorted(tensors, key=lambda info: (info.offset, info.num_bytes)):
+        if info.offset < end:
+            raise CheckpointError(
+                f"{path}: {info.name!r} lies inside {last!r} (byte {info.offset}): "
+                "download the file again"
+            )
+        end, last = info.offset + info.num_bytes, info.name
 
 
 def _header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
@@ -84,24 +112,28 @@ def _header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
 
 def _tensor_info(name: str, entry: Any, path: Path, data_start: int, file_bytes: int) -> TensorInfo:
     try:
-        dtype = entry["dtype"]
-        shape = tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not isinstance(dtype, str) or not all(type(n) is int for n in (*shape, begin, end)):
+            raise TypeError
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path}: the header entry of {name!r} is malformed") from None
+        raise CheckpointError(
+            f"{path}: the header entry of {name!r} is malformed: download the file again"
+        ) from None
     if begin < 0 or end < begin or min(shape, default=0) < 0:
-        raise CheckpointError(f"{path}: {name!r} has an impossible range {begin}..{end}")
+        raise CheckpointError(
+            f"{path}: {name!r} has an impossible range {begin}..{end}: download the file again"
+        )
     if data_start + end > file_bytes:
         raise CheckpointError(
             f"{path} is truncated: {name!r} ends at byte {data_start + end} "
             f"but the file has {file_bytes}; download the file again"
         )
     itemsize_bytes = ITEMSIZE_BYTES.get(dtype)
-    expected_bytes = int(np.prod(shape, dtype=np.int64)) * (itemsize_bytes or 0)
+    expected_bytes = math.prod(shape) * (itemsize_bytes or 0)
     if itemsize_bytes is not None and expected_bytes != end - begin:
         raise CheckpointError(
             f"{path}: {name!r} of shape {list(shape)} {dtype} needs {expected_bytes} bytes, "
-            f"the header gives it {end - begin}"
+            f"the header gives it {end - begin}: download the file again"
         )
     return TensorInfo(name, path, dtype, shape, data_start + begin, end - begin)
 
@@ -126,9 +158,12 @@ class Checkpoint:
             CheckpointError: a weight file is missing, truncated, or lacks expected tensors.
         """
         self.folder = folder
-        self.spec = ModelSpec.from_file(folder / "config.json")
+        config_path = folder / "config.json"
+        config = read_config(config_path)
+        spec = ModelSpec.from_config(config, source=str(config_path))
         self.tensors = _read_all_headers(folder) if tensors is None else tensors
-        self._check_names_and_shapes()
+        self.spec = spec.with_names_of(self.tensors)
+        self._check_tensors(dense_shapes(self.spec, config, str(config_path)))
 
     @cached_property
     def is_fused(self) -> bool:
@@ -228,7 +263,9 @@ class Checkpoint:
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing from the checkpoint")
+            raise CheckpointError(
+                f"{self.folder}: tensor {name!r} is missing from the checkpoint: download it again"
+            )
         return self.tensors[name]
 
     def _row_block(self, name: str, index: int) -> FloatArray:
@@ -239,32 +276,42 @@ class Checkpoint:
         return flat.reshape(info.shape[1:])
 
     def _checked(self, info: TensorInfo, offset: int, num_bytes: int) -> FloatArray:
-        if info.dtype not in _FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{info.path}: {info.name!r} is {info.dtype}; edge-moe reads BF16, F16 and F32 "
-                "checkpoints, so give it the unquantised one"
-            )
+        _require_float(info)
         values = to_float32(_read_range(info.path, offset, num_bytes), info.dtype)
         if not np.isfinite(values).all():
             raise CheckpointError(
-                f"{info.path}: {info.name!r} holds NaN or infinity; the checkpoint is damaged"
+                f"{info.path}: {info.name!r} holds NaN or infinity; the checkpoint is damaged: "
+                "download it again"
             )
         return values
 
-    def _check_names_and_shapes(self) -> None:
-        spec = self.spec
-        missing = [name for name in sorted(self.expert_tensors) if name not in self.tensors]
-        routers = [name for layer in spec.moe_layer_ids for name in spec.router_tensor_names(layer)]
-        missing += [name for name in routers if name not in self.tensors]
+    def check_finite(self, name: str) -> None:
+        """Read tensor `name` in pieces of 16 MiB.
+
+        Raises:
+            CheckpointError: as for `read`.
+        """
+        info = self._info(name)
+        for start in range(0, info.num_bytes, _PIECE_BYTES):
+            self._checked(info, info.offset + start, min(_PIECE_BYTES, info.num_bytes - start))
+
+    def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """What config.json promises is there; `shapes` are those of the dense part."""
+        wanted = (*sorted(self.expert_tensors), *shapes)
+        missing = [name for name in wanted if name not in self.tensors]
         if missing:
             raise CheckpointError(
                 f"{self.folder}: {len(missing)} tensors that config.json promises are missing, "
                 f"first {missing[0]!r}; a weight file may not have been downloaded"
             )
-        for layer_id in spec.moe_layer_ids:
-            self._check_layer_shapes(layer_id)
+        self._check_shapes(shapes)
+        for layer_id in self.spec.moe_layer_ids:
+            self._check_shapes(self._expert_shapes(layer_id))
+        for name, info in self.tensors.items():
+            if name not in self.unused_tensors:
+                _require_float(info)
 
-    def _check_layer_shapes(self, layer_id: int) -> None:
+    def _expert_shapes(self, layer_id: int) -> dict[str, tuple[int, ...]]:
         spec = self.spec
         up, down = (spec.expert_width, spec.hidden_size), (spec.hidden_size, spec.expert_width)
         expected: dict[str, tuple[int, ...]] = {}
@@ -276,15 +323,25 @@ class Checkpoint:
             for expert_id in range(spec.num_experts):
                 names = spec.expert_tensor_names(layer_id, expert_id)
                 expected.update(zip(names, (up, up, down), strict=True))
-        for name in spec.router_tensor_names(layer_id):
-            expected[name] = (spec.num_experts, *self.tensors[name].shape[1:])
+        return expected
+
+    def _check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
         for name, shape in expected.items():
             found = self.tensors[name].shape
             if found != shape:
                 raise CheckpointError(
                     f"{self.tensors[name].path}: {name!r} has shape {list(found)}, "
-                    f"config.json implies {list(shape)}"
+                    f"config.json implies {list(shape)}: one of the two files belongs to another "
+                    "model or was edited; download both again"
                 )
+
+
+def _require_float(info: TensorInfo) -> None:
+    if info.dtype not in _FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{info.path}: {info.name!r} is {info.dtype}; edge-moe reads BF16, F16 and F32 "
+            "checkpoints, so give it the unquantised one"
+        )
 
 
 def _read_all_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -304,14 +361,19 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json: "
             "edge-moe reads safetensors checkpoints"
         )
+    missing = f"{index} does not exist: download the checkpoint again"
+    content = read_json(index, CheckpointError, missing=missing, damaged="download it again")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error}): download it again") from None
+        names = sorted(set(content["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{index} holds no table 'weight_map' of file names: download it again"
+        ) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: weight file {name!r} points outside the folder")
+            raise CheckpointError(
+                f"{index}: weight file {name!r} points outside the folder: download it again"
+            )
     return [folder / name for name in names]
 
 

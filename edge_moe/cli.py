@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,19 +19,25 @@ from typer.exceptions import TyperException
 import edge_moe
 from edge_moe.commands.build import build_command
 from edge_moe.commands.calibrate import calibrate_command
+from edge_moe.commands.calibrate_skipping import calibrate_skipping_command
 from edge_moe.commands.demo import demo_command
 from edge_moe.commands.evaluate import eval_command
 from edge_moe.commands.inspect import inspect_command
+from edge_moe.commands.patterns import patterns_command
 from edge_moe.commands.plan import plan_command
 from edge_moe.commands.report import report_command
 from edge_moe.commands.run import run_command
+from edge_moe.commands.simulate import simulate_command
 from edge_moe.commands.stats import stats_app
 from edge_moe.commands.transform import transform_command
-from edge_moe.errors import EdgeMoeError
+from edge_moe.errors import EdgeMoeError, install_command
+from edge_moe.files import os_problem
 
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+"""As a shell counts a program that SIGPIPE ended: whoever read the output had enough."""
 
 _EXTRAS = {
     "gguf": "gguf",
@@ -75,10 +82,13 @@ def _app_options(
 app.command("inspect")(inspect_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(stats_app, name="stats")
+app.command("calibrate-skipping")(calibrate_skipping_command)
+app.command("patterns")(patterns_command)
 app.command("transform")(transform_command)
 app.command("plan")(plan_command)
 app.command("build")(build_command)
 app.command("run")(run_command)
+app.command("simulate")(simulate_command)
 app.command("eval")(eval_command)
 app.command("report")(report_command)
 app.command("demo")(demo_command)
@@ -94,7 +104,14 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors become one line on stderr."""
     try:
-        return app(list(arguments), prog_name="edge-moe", standalone_mode=False) or 0
+        code = app(list(arguments), prog_name="edge-moe", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return code
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise  # rich and typer turn a broken pipe into SystemExit(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit
+        return EXIT_BROKEN_PIPE
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -111,16 +128,14 @@ def explain(error: Exception) -> tuple[str, int]:
         return _one_line(str(error)), error.exit_code
     if isinstance(error, TyperException):
         return _explain_usage(error), EXIT_USAGE
-    if getattr(error, "errno", None) == errno.ENOSPC or _NO_SPACE_IN_RUST in str(error):
-        filename = getattr(error, "filename", None)
-        place = f" for {filename}" if filename else ""
-        return f"no space left on the disk{place}: free some space and start again", EXIT_USAGE
+    if _NO_SPACE_IN_RUST in str(error):
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and missing.split(".")[0] != edge_moe.__name__:
         return _explain_missing_module(missing), EXIT_USAGE
     if isinstance(error, OSError):
-        place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or error}{place}: check the path and its permissions", EXIT_USAGE
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{os_problem(error)}", EXIT_USAGE
     if isinstance(error, MemoryError):
         return "out of memory: free some, or use a smaller model or context", EXIT_USAGE
     name = type(error).__name__
@@ -134,13 +149,17 @@ def explain(error: Exception) -> tuple[str, int]:
 def _explain_usage(error: TyperException) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "edge-moe"
-    return f"{_one_line(error.format_message()).rstrip('.')}: see `{command} --help`"
+    message = _one_line(error.format_message()).rstrip(".")
+    for kind in ("integer", "number"):  # the words of the validation library
+        jargon = f"Input should be a valid {kind}, unable to parse string as an? {kind}"
+        message = re.sub(jargon, f"not a valid {kind}", message)
+    return f"{message}: see `{command} --help`"
 
 
 def _explain_missing_module(name: str) -> str:
     package = name.split(".")[0]
     extra = _EXTRAS.get(package)
-    remedy = f"pip install 'edge-moe[{extra}]'" if extra else "pip install edge-moe"
+    remedy = install_command(extra) if extra else "pip install edge-moe"
     return f"this needs the package {package!r}, which is not installed: {remedy}"
 
 

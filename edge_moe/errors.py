@@ -6,6 +6,11 @@ Every message names the thing, the value that was found, and the remedy.
 from __future__ import annotations
 
 
+def install_command(extra: str) -> str:
+    """How to get an extra: from the package index, and in a checkout."""
+    return f"pip install 'edge-moe[{extra}]', or in a checkout pip install -e '.[{extra}]'"
+
+
 class EdgeMoeError(Exception):
     """Base of every error that is the input's fault, not the program's."""
 
@@ -64,7 +69,7 @@ class MissingExtraError(EdgeMoeError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed: "
-            f"pip install 'edge-moe[{extra}]'"
+            f"{install_command(extra)}"
         )
         self.package = package
         self.extra = extra

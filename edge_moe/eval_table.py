@@ -9,19 +9,25 @@ from rich.table import Table
 
 from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
+from edge_moe.tasks import task_label
+from edge_moe.units import format_bytes
 
 _MAX_COLUMNS = 3
-_COMPACT_ROWS = (
+_TEXT_ROWS = (
     "Mean PPL(Q)",
     "Mean PPL(base)",
     "Mean KLD",
     "99.0% KLD",
     "Same top p",
-    "exact match (Q)",
-    "exact match (base)",
-    "recovery",
+    "recovery (1 / perplexity)",
+    "active experts",
+    "active parameters",
+    "expert bytes saved",
 )
-_WHERE = {True: "in task", False: "out of task", None: ""}
+_PROBLEM_ROWS = ("exact match (Q)", "exact match (base)", "recovery (exact match)")
+_SHORT = {"Mean PPL(Q)": "PPL(Q)", "Mean PPL(base)": "PPL(base)"}
+_SHORT |= dict.fromkeys(("recovery (1 / perplexity)", "recovery (exact match)"), "recovery")
+_WHERE = {True: "in task", False: "off task", None: ""}
 
 
 def print_eval(results: Sequence[EvalResult], console: Console) -> None:
@@ -41,18 +47,34 @@ def print_eval(results: Sequence[EvalResult], console: Console) -> None:
 
 
 def _print_compact(results: Sequence[EvalResult], console: Console) -> None:
-    names = [
-        name for name in _COMPACT_ROWS if any(name in dict(_rows(result)) for result in results)
-    ]
-    table = Table(title=_title(results[0]), title_justify="left")
-    table.add_column("task")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for result in results:
-        cells = dict(_rows(result))
-        table.add_row(result.task, _WHERE[result.in_task], *(cells.get(name, "") for name in names))
+    """Two tables that fit 110 columns: held-out text, and problems where a task has them."""
+    text = "recovery: 1 / perplexity, as a share of the reference's"
+    _print_rows(results, _TEXT_ROWS, _title(results[0]), text, console)
+    solved = [result for result in results if result.exact_match is not None]
+    text = "recovery: exact match, as a share of the reference's"
+    if solved:
+        _print_rows(solved, _PROBLEM_ROWS, "Problems solved", text, console)
+
+
+def _print_rows(
+    results: Sequence[EvalResult], names: Sequence[str], title: str, note: str, console: Console
+) -> None:
+    """Tasks down, those of `names` that any result has across."""
+    cells = [dict(_rows(result)) for result in results]
+    shown = [name for name in names if any(name in row for row in cells)]
+    table = Table(
+        title=title, title_justify="left", box=None, pad_edge=False, collapse_padding=True
+    )
+    table.add_column("task", no_wrap=True)
+    for name in shown:
+        table.add_column(_SHORT.get(name, name), justify="right", no_wrap=True)
+    for result, row in zip(results, cells, strict=True):
+        where = f" ({_WHERE[result.in_task]})" if _WHERE[result.in_task] else ""
+        label = task_label(result.task) + where
+        table.add_row(label, *(row.get(name, "") for name in shown))
     console.print(table)
+    if any(_SHORT.get(name) == "recovery" for name in shown):
+        console.print(note, markup=False)
 
 
 def _title(result: EvalResult) -> str:
@@ -68,9 +90,9 @@ def _rows(result: EvalResult) -> list[tuple[str, str]]:
         rows.append(("exact match (Q)", _percent(result.exact_match)))
     if result.base_exact_match is not None:
         rows.append(("exact match (base)", _percent(result.base_exact_match)))
-    if result.recovery_percent is not None:
-        rows.append(("recovery", f"{result.recovery_percent:.1f} %"))
-    return rows
+    if result.recovery is not None:
+        rows.append((f"recovery ({result.recovery_of})", f"{result.recovery} %"))
+    return rows + _skipping_rows(result)
 
 
 def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:
@@ -88,6 +110,23 @@ def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:
         ("Median KLD", f"{found.median_kld:.3g}"),
         ("RMS Δp", _percent(found.rms_delta_p)),
         ("Same top p", _percent(found.same_top_p)),
+    ]
+
+
+def _skipping_rows(result: EvalResult) -> list[tuple[str, str]]:
+    """Per token: what the skipping rule left, and what it saved."""
+    found = result.skipping
+    if found is None:
+        return []
+    share = found.saved_bytes_per_token / found.routed_bytes_per_token
+    return [
+        ("skipping rule", found.rule),
+        ("active experts", f"{found.active_per_token:.2f} of {found.routed_per_token:g}"),
+        ("active parameters", f"{found.active_parameters / 1e6:,.2f} M"),
+        (
+            "expert bytes saved",
+            f"{format_bytes(found.saved_bytes_per_token)} per token ({share:.1%})",
+        ),
     ]
 
 

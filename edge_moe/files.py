@@ -1,15 +1,57 @@
-"""Writing files so that a reader never sees half of one, and refusing before the disk is full."""
+"""Writing files so that a reader never sees half of one, and refusing before the disk is full.
+
+Errors of the operating system always name the path that the user knows, the reason and the remedy.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from edge_moe.errors import DiskSpaceError, InputError
+from edge_moe.errors import DiskSpaceError, EdgeMoeError, InputError
 from edge_moe.units import format_bytes
+
+_REMEDIES = {
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EISDIR: "name a file, not a folder",
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ENOSPC: "free some space and start again",
+    errno.EDQUOT: "free some space and start again",
+}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors, written in Rust, spells an error of the operating system."""
+
+
+def os_problem(error: OSError) -> str:
+    """`Permission denied; change its permissions`: the reason and the remedy."""
+    remedy = _REMEDIES.get(error.errno or 0, "check the path and its permissions")
+    return f"{error.strerror or error}; {remedy}"
+
+
+def read_json(path: Path, kind: type[EdgeMoeError], *, missing: str, damaged: str) -> Any:
+    """The JSON in file `path`; whatever goes wrong is one `kind`.
+
+    `missing` is the whole message where there is no such file; `damaged` says what to do with a
+    file that is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise kind(missing) from None
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {os_problem(error)}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        raise kind(f"{path} is not readable JSON ({error}): {damaged}") from None
 
 
 @contextmanager
@@ -17,6 +59,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` when the block succeeds.
 
     The temporary file is flushed to disk before the rename and removed when the block fails.
+
+    Raises:
+        OSError: names `path`, never the temporary file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -24,6 +69,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except EdgeMoeError:
+        raise
+    except Exception as error:
+        number = _os_error_number(error)
+        if number is None or getattr(error, "filename", None) not in (None, str(temporary)):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -34,21 +86,44 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _os_error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = _RUST_ERROR.search(str(error))
+    return int(found.group(1)) if found else None
+
+
 def require_free_disk(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Raise `DiskSpaceError` unless `folder` (or its nearest existing parent) has the space.
 
     Raises:
         DiskSpaceError: names the folder, the bytes needed and the bytes free.
+        InputError: no file can be stored there.
     """
     existing = folder.resolve()
     while not existing.exists():
         existing = existing.parent
-    free_bytes = shutil.disk_usage(existing).free
+    usage = shutil.disk_usage(existing)
+    if usage.total == 0:  # /proc, /sys and the like
+        raise InputError(
+            f"{folder} cannot be written: {existing} stores no files; choose another folder"
+        )
+    free_bytes = usage.free
     if free_bytes < needed_bytes:
         raise DiskSpaceError(
             f"{purpose} needs {format_bytes(needed_bytes)} in {folder}, but only "
             f"{format_bytes(free_bytes)} is free there: free some space or choose another folder"
         )
+
+
+def require_file_output(path: Path, suffix: str) -> None:
+    """Refuse a folder where a file is to be written, before the work is done.
+
+    Raises:
+        InputError: `path` is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"output {path} is a folder: name a file, such as {path / f'out{suffix}'}")
 
 
 def require_new_output(path: Path) -> None:

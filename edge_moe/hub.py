@@ -38,6 +38,11 @@ def local_path(model: str) -> Path:
             f"model {model!r} does not exist: give a checkpoint folder, a package, a .gguf file "
             "or a hub id such as Qwen/Qwen3-30B-A3B"
         )
+    if path.is_file() and path.suffix != ".gguf":
+        raise InputError(
+            f"model {model!r} is a file: MODEL must be a checkpoint folder, a package folder or a "
+            ".gguf file"
+        )
     return path
 
 

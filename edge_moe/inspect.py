@@ -104,6 +104,7 @@ class ModelInspection(_Model):
     kv_bytes_per_1024_tokens: int
     """In the checkpoint's dtype; the native runtime caches float32 on a CPU."""
     targets: list[TargetFit]
+    """Empty for a package: what is packed already cannot be exported."""
 
 
 def inspect_model(model: str, revision: str | None = None) -> ModelInspection:
@@ -225,7 +226,9 @@ def _inspection(
         forms=form_table(spec),
         kv_bytes_per_1024_tokens=KV_TOKENS
         * spec.kv_bytes_per_token(_CACHE_ITEMSIZE_BYTES[spec.dtype]),
-        targets=[target_fit(spec, target) for target in get_args(Target)],
+        targets=[]
+        if kind == "package"
+        else [target_fit(spec, target) for target in get_args(Target)],
     )
 
 

@@ -46,7 +46,19 @@ class LossKind:
     """One variant of the loss."""
 
     drop: DropLoss = DropLoss.REROUTE
-    layers: LayerScale = LayerScale.RAW
+    layers: LayerScale = LayerScale.RELATIVE
+    drop_factor: float = 2.0
+    """Dropping costs this many times what was measured: each expert was measured with all others
+    present, but a plan drops several, and the next-best expert may be gone as well."""
+    prior_tokens: float = 16.0
+    """Every expert is taken to have been chosen for this many more tokens, at its layer's mean loss
+    per choice: an expert that the calibration text hardly used is not free to lose."""
+
+    @property
+    def name(self) -> str:
+        """Short, for tables."""
+        parts = [self.drop.value, self.layers.value]
+        return f"{' '.join(parts)}, drop x {self.drop_factor:g}, prior {self.prior_tokens:g}"
 
     @property
     def unit(self) -> str:
@@ -54,6 +66,10 @@ class LossKind:
         unit = "sum over calibration tokens of |change of the MoE output|^2"
         if self.layers is LayerScale.RELATIVE:
             unit += " / sum of |hidden state after the layer|^2"
+        if self.prior_tokens:
+            unit += f", {self.prior_tokens:g} tokens of the layer's mean added to every expert"
+        if self.drop_factor != 1:
+            unit += f", dropping times {self.drop_factor:g}"
         if self.drop is DropLoss.REROUTE:
             return unit + ", dropping measured with re-routing"
         names = {"zero": "its output set to zero", "max": "the worse", "mean": "the mean"}
@@ -61,7 +77,7 @@ class LossKind:
         return f"{unit}, dropping counted as {names[self.drop]}{suffix}"
 
 
-DEFAULT_LOSS = LossKind(DropLoss.REROUTE, LayerScale.RELATIVE)
+DEFAULT_LOSS = LossKind()
 """Of the eight variants the one whose plans diverged least (KL) on held-out text of the demo model:
 code, prose, facts, arithmetic. About equal to RAW at 20-30 % of the experts' bytes, 6-64 % below it
 at 7-14 % in 11 of 12 cases. ZERO prunes more: it sees the harm of dropping, but not its repair."""
@@ -87,10 +103,19 @@ def loss_table(
             table[..., index] = _drop_loss(stats, measured, kind.drop)
         elif form != source_form:
             table[..., index] = measured[..., stats.form_index(form)]
+    table[..., 0] *= kind.drop_factor if forms[0] == DROP else 1.0
+    table += kind.prior_tokens * _mean_per_choice(stats, table)
     if kind.layers is LayerScale.RELATIVE:
         residual = stats.layer_sums["residual_square"].values()
         table /= np.maximum(residual, np.finfo(np.float64).tiny)[:, None, None]
     return table
+
+
+def _mean_per_choice(stats: ExpertStats, table: FloatArray) -> FloatArray:
+    """[L, 1, F] the layer's mean loss per routed token, over all of its experts."""
+    routed = np.maximum(stats.routed_tokens.sum(axis=1), 1)
+    mean: FloatArray = table.sum(axis=1, keepdims=True) / routed[:, None, None]
+    return mean
 
 
 def _drop_loss(stats: ExpertStats, measured: FloatArray, kind: DropLoss) -> FloatArray:

@@ -6,6 +6,7 @@ PACKAGE/measurements/eval-<task>.json     EvalResult, written by `eval --record`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_moe import __version__
+from edge_moe.demo import task_names
 from edge_moe.errors import InputError
 from edge_moe.files import write_text
 from edge_moe.metrics import Comparison, Estimate
@@ -29,6 +31,7 @@ MEASUREMENT_VERSION = 1
 MEASUREMENTS_FOLDER = "measurements"
 _PACKAGES = ("torch", "transformers", "numpy", "llama-cpp-python")
 
+RecoveryKind = Literal["1 / perplexity", "exact match"]
 ModelKind = Literal["package", "checkpoint", "gguf"]
 
 
@@ -56,6 +59,8 @@ class Provenance(_Model):
 
     command: str
     """The command line, ready to paste into a shell."""
+    folder: str = ""
+    """Where it was run; relative paths in it start there."""
     time: datetime
     edge_moe_version: str
     machine: Machine
@@ -67,6 +72,7 @@ class Provenance(_Model):
         """This process, now."""
         return cls(
             command=this_command(),
+            folder=str(Path.cwd()),
             time=datetime.now(UTC).replace(microsecond=0),
             edge_moe_version=__version__,
             machine=this_machine(accelerator),
@@ -126,7 +132,12 @@ class RunMeasurement(_Record):
     terms: list[MemoryTerm]
     """What the memory was planned to hold under this budget."""
     measured_terms: dict[str, int] = Field(default_factory=dict)
-    """Bytes really taken, for those terms that can be told apart; keyed by the term's name."""
+    """Bytes really taken, for those terms that can be told apart; keyed by the term's name.
+
+    The runtime's is that of the probe, a process with next to no model.
+    """
+    cached_tokens: int = 0
+    """Tokens in the KV cache when it was measured."""
     peak_memory_bytes: int
     """Peak of the whole process: VmHWM on CPU, torch's allocator on CUDA."""
     prompt_tokens: int
@@ -151,6 +162,22 @@ class RunMeasurement(_Record):
         return self._save(folder, f"run-{stamp}-{os.getpid()}.json")
 
 
+class SkippingCost(_Model):
+    """What a skipping rule left of the work, over the scored windows of held-out text."""
+
+    rule: str
+    routed_per_token: float
+    """Experts that the routers chose per token, over all MoE layers."""
+    active_per_token: float
+    """... and that were computed."""
+    active_parameters: float
+    """Weights that a token uses on average: its experts and the dense part, a tied lm_head once."""
+    routed_bytes_per_token: float
+    """Packed bytes of the chosen experts: what decoding one token reads."""
+    saved_bytes_per_token: float
+    """... of which skipping saves this much."""
+
+
 class EvalResult(_Record):
     """The quality of one model on one task, alone or against a reference."""
 
@@ -172,13 +199,32 @@ class EvalResult(_Record):
     exact_match: Estimate | None = None
     """Share of the task's problems solved, where the task has problems."""
     base_exact_match: Estimate | None = None
+    recovery_of: RecoveryKind | None = None
+    """The score that `recovery_percent` compares."""
     recovery_percent: float | None = None
     """100 x score / reference score: exact match where there is one, else 1 / perplexity."""
+    recovery_error_percent: float | None = None
+    """Its standard error."""
+    skipping: SkippingCost | None = None
+    """Where a skipping rule was in force."""
     seconds: float
 
+    @property
+    def recovery(self) -> Estimate | None:
+        """`recovery_percent` with its error bar."""
+        if self.recovery_percent is None:
+            return None
+        return Estimate(self.recovery_percent, self.recovery_error_percent or 0.0)
+
     def save(self, folder: Path) -> Path:
-        """Write `folder`/measurements/eval-<task>.json; returns its path."""
+        """Write `folder`/measurements/eval-<task>.json; returns its path.
+
+        Files of one name are told apart by a hash of where they lie.
+        """
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(self.task).stem) or "task"
+        if self.task not in task_names():
+            where = Path(self.provenance.folder) / self.task
+            name += f"-{hashlib.sha256(os.path.abspath(where).encode()).hexdigest()[:8]}"
         return self._save(folder, f"eval-{name}.json")
 
 

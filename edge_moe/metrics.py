@@ -133,6 +133,18 @@ def exact_match(is_correct: Sequence[bool]) -> Estimate:
     return mean_and_error(np.asarray(is_correct, dtype=np.float64))
 
 
+def ratio(score: Estimate, base: Estimate) -> Estimate:
+    """score / base, the errors taken as independent (Bienayme, first order).
+
+    Raises:
+        ValueError: `base` is zero.
+    """
+    if base.value == 0:
+        raise ValueError("a ratio to a score of zero")
+    value = score.value / base.value
+    return Estimate(value, math.hypot(score.error, value * base.error) / abs(base.value))
+
+
 def compare(scores: TokenScores) -> Comparison:
     """Sum up the scores of all windows."""
     # the error of a paired difference is llama-perplexity's sqrt(var_Q + var_base - 2 cov)

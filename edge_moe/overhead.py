@@ -32,15 +32,28 @@ def runtime_overhead(model_type: str, device: Device) -> tuple[int, Source]:
 
     `SPREAD` is added to what was measured, for a budget is a cap and not a mean.
     """
-    key = _key(model_type, device)
-    known = _read_cache().get(key)
-    if isinstance(known, int) and known > 0:
-        return known, "measured"
+    known = known_overhead(model_type, device)
+    if known[1] == "measured":
+        return known
     measured = _measure(model_type, device)
     if measured is None:
-        return ASSUMED_BYTES[device], "assumed"
-    _write_cache({**_read_cache(), key: measured})
+        return known
+    _write_cache({**_read_cache(), _key(model_type, device): measured})
     return measured, "measured"
+
+
+def known_overhead(model_type: str, device: Device) -> tuple[int, Source]:
+    """What an earlier `runtime_overhead` measured, or the assumed figure; starts nothing."""
+    known = _read_cache().get(_key(model_type, device))
+    if isinstance(known, int) and known > 0:
+        return known, "measured"
+    return ASSUMED_BYTES[device], "assumed"
+
+
+def probed_bytes(runtime_bytes: int, folder: Path) -> int:
+    """What the probe measured of a bill's measured `runtime` term, without what `SPREAD` adds."""
+    tokenizer = tokenizer_bytes(folder)
+    return round((runtime_bytes - tokenizer) / (1 + SPREAD)) + tokenizer
 
 
 def tokenizer_bytes(folder: Path) -> int:

@@ -14,13 +14,13 @@ its file (the safetensors header is padded with spaces), so it can be read with 
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_moe.errors import PackageError
+from edge_moe.files import read_json
 from edge_moe.formats import FORM_NAMES
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
@@ -131,15 +131,11 @@ def is_package(folder: Path) -> bool:
 
 def _read_manifest(folder: Path) -> PackageManifest:
     path = folder / MANIFEST_NAME
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PackageError(
-            f"{folder} is not a finished edge-moe package (no {MANIFEST_NAME}): "
-            "run or resume `edge-moe build`"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PackageError(f"{path} is not readable JSON ({error}): build again") from None
+    missing = (
+        f"{folder} is not a finished edge-moe package (no {MANIFEST_NAME}): "
+        "run or resume `edge-moe build`"
+    )
+    raw = read_json(path, PackageError, missing=missing, damaged="build again")
     version = raw.get("version") if isinstance(raw, dict) else None
     if version != PACKAGE_VERSION:
         raise PackageError(

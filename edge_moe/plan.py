@@ -5,14 +5,13 @@ Plain JSON, diffable. The optimiser writes it, builders and runtimes read it, re
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edge_moe.errors import PlanError
-from edge_moe.files import write_text
+from edge_moe.files import read_json, write_text
 from edge_moe.formats import DROP, FORM_NAMES
 
 PLAN_VERSION = 1
@@ -55,6 +54,46 @@ class Rival(_Model):
     note: str = ""
 
 
+class SearchTrial(_Model):
+    """One plan that the search measured."""
+
+    name: str
+    kld: float
+    """Mean KL divergence from the whole model on the search's text, nats per token."""
+
+
+class CalibrationOptions(_Model):
+    """What `edge-moe calibrate` was told: enough to do it again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: tuple[str, ...]
+    """Shipped names, and files with their whole path."""
+    window_tokens: int
+    max_windows: int | None
+    forms: tuple[str, ...]
+    shards: tuple[tuple[int, int], ...] = ((0, 1),)
+    """(i, N) of every part that was joined; ((0, 1),) when they cover the whole text."""
+    quantiser: str = "nearest"
+    """How experts were packed when their forms were measured, and are packed by `build`."""
+
+
+class SearchRecord(_Model):
+    """How a plan was found among several: what was tried, and what it measured."""
+
+    chosen: str
+    is_complete: bool
+    """False where the time ran out before every round was done."""
+    seconds: float
+    trials: list[SearchTrial]
+    text: str = ""
+    """The text that was measured on."""
+    tasks: list[str] = []
+    """Its tasks: shipped names, and files with their whole path."""
+    limit_seconds: float | None = None
+    """The time that was allowed."""
+
+
 class Plan(_Model):
     """Everything that building, running and reporting need to know. L MoE layers, E experts."""
 
@@ -68,8 +107,8 @@ class Plan(_Model):
     tasks: list[str]
     target: Target
     device: Device
-    budget_bytes: int
-    context_tokens: int
+    budget_bytes: int = Field(gt=0)
+    context_tokens: int = Field(gt=0)
     moe_layer_ids: list[int]
     top_k: int
     forms: list[list[str]]
@@ -93,6 +132,12 @@ class Plan(_Model):
     limits: list[str]
     """What the target cannot express, in sentences."""
     warnings: list[str] = []
+    search: SearchRecord | None = None
+    """None for the plain program."""
+    calibration: CalibrationOptions | None = None
+    """None where the statistics do not say."""
+    data_fingerprint: str = ""
+    """Of the calibration text, which some quantisers need again."""
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -108,6 +153,8 @@ class Plan(_Model):
             if len(self.kept(row)) < self.top_k:
                 raise ValueError(f"layer {layer_id} keeps fewer than top_k={self.top_k} experts")
         self._check_tiers()
+        if "experts" not in {term.name for term in self.terms}:
+            raise ValueError("terms hold no term 'experts'")
         return self
 
     def _check_tiers(self) -> None:
@@ -128,6 +175,11 @@ class Plan(_Model):
     def total_bytes(self) -> int:
         return sum(term.num_bytes for term in self.terms)
 
+    @property
+    def quantiser(self) -> str:
+        """How `build` packs the experts."""
+        return self.calibration.quantiser if self.calibration else "nearest"
+
     def term(self, name: str) -> MemoryTerm:
         """The term called `name`.
 
@@ -138,6 +190,24 @@ class Plan(_Model):
             if term.name == name:
                 return term
         raise KeyError(name)
+
+    def with_forms(self, forms: list[list[str]]) -> Plan:
+        """This plan with other forms [L][E] that were considered; tiers and bytes follow them.
+
+        The budget grows where they need more.
+        """
+        num_bytes = sum(self.form_bytes[form] for row in forms for form in row)
+        terms = [
+            term.model_copy(update={"num_bytes": num_bytes}) if term.name == "experts" else term
+            for term in self.terms
+        ]
+        changes = {
+            "forms": forms,
+            "tiers": [["none" if form == DROP else "device" for form in row] for row in forms],
+            "terms": [term.model_dump() for term in terms],
+            "budget_bytes": max(self.budget_bytes, sum(term.num_bytes for term in terms)),
+        }
+        return Plan.model_validate(self.model_dump() | changes)
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -151,12 +221,8 @@ class Plan(_Model):
         Raises:
             PlanError: missing, not JSON, another version, or inconsistent.
         """
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise PlanError(f"plan {path} does not exist: make one with `edge-moe plan`") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PlanError(f"plan {path} is not readable JSON ({error}): make it again") from None
+        missing = f"plan {path} does not exist: make one with `edge-moe plan`"
+        raw = read_json(path, PlanError, missing=missing, damaged="make it again")
         version = raw.get("version") if isinstance(raw, dict) else None
         if version != PLAN_VERSION:
             raise PlanError(
@@ -168,4 +234,7 @@ class Plan(_Model):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "plan"
-            raise PlanError(f"plan {path} is damaged: {where}: {first['msg']}") from None
+            problem = first["msg"].removeprefix("Value error, ")
+            raise PlanError(
+                f"plan {path} is damaged: {where}: {problem}: make it again with `edge-moe plan`"
+            ) from None

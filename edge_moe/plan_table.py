@@ -12,10 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_moe.formats import DROP, FORM_NAMES, get_form
-from edge_moe.plan import FrontierPoint, MemoryTerm, Plan
+from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, SearchRecord
+from edge_moe.reproduce import command_line
+from edge_moe.search import MIXED_BITS, PLAN_NAME
 from edge_moe.units import format_bytes
 
 MAX_FRONTIER_ROWS = 12
+MAX_SEARCH_ROWS = 5
 
 
 class _Model(BaseModel):
@@ -53,6 +56,7 @@ class PlanSummary(_Model):
     super_experts: list[tuple[int, int]]
     limits: list[str]
     warnings: list[str]
+    search: SearchRecord | None
 
 
 def summarise_plan(plan: Plan, path: Path) -> PlanSummary:
@@ -81,6 +85,7 @@ def summarise_plan(plan: Plan, path: Path) -> PlanSummary:
         super_experts=plan.super_experts,
         limits=plan.limits,
         warnings=plan.warnings,
+        search=plan.search,
     )
 
 
@@ -105,10 +110,13 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
     if plan.rivals:
         console.print(_rivals_table(plan))
     console.print(f"loss: {plan.loss_unit}", markup=False)
+    if plan.search is not None:
+        console.print(_search_table(plan.search))
+        console.print(_search_line(plan.search), markup=False)
     for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
         for sentence in sentences:
             console.print(f"{heading}: {sentence}", style="yellow", markup=False)
-    console.print(f"next: edge-moe build {path} -o OUT", markup=False)
+    console.print(f"next: {command_line('build', path, '-o', 'OUT')}", markup=False)
 
 
 def _terms_table(plan: Plan) -> Table:
@@ -189,6 +197,29 @@ def _rivals_table(plan: Plan) -> Table:
             rival.name, format_bytes(rival.expert_bytes), f"{rival.loss:.3g}", ratio, rival.note
         )
     return table
+
+
+def _search_table(search: SearchRecord) -> Table:
+    """The best trials, and the ways that everybody knows."""
+    table = _table("Measured: mean KL divergence from the whole model")
+    table.add_column("proposed by")
+    table.add_column("KLD", justify="right")
+    table.add_column("")
+    order = sorted(search.trials, key=lambda trial: trial.kld)
+    for position, trial in enumerate(order):
+        is_chosen = trial.name == search.chosen
+        if position < MAX_SEARCH_ROWS or trial.name in (PLAN_NAME, MIXED_BITS):
+            mark = "<- this plan" if is_chosen else ""
+            table.add_row(trial.name, f"{trial.kld:.3g}", mark, style="bold" if is_chosen else None)
+    return table
+
+
+def _search_line(search: SearchRecord) -> str:
+    ending = "" if search.is_complete else "; the time ran out: --search-seconds gives more"
+    return (
+        f"search: {len(search.trials)} plans measured in {search.seconds:.0f} s on "
+        f"{search.text or 'held-out text'}{ending}"
+    )
 
 
 def _table(title: str) -> Table:

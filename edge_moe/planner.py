@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,12 +27,15 @@ from edge_moe.overhead import tokenizer_bytes
 from edge_moe.plan import Device, MemoryTerm, Plan, Source, Target
 from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_bytes
 from edge_moe.rivals import find_frontier, find_rivals, name_forms
+from edge_moe.search import Evidence, Measure, search
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.super_experts import MINIMUM_BITS, find_super_experts
-from edge_moe.units import format_bytes
+from edge_moe.units import format_bytes, round_up_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
+MeasureForms = Callable[[Mapping[str, list[list[str]]]], Mapping[str, float]]
+"""Forms [L][E] by name -> mean KL divergence in nats per token; see `edge_moe.search.Measure`."""
 EVIDENCE_TOKENS = 32
 """An expert that fewer calibration tokens chose has a loss that is hardly more than a guess."""
 THIN_EVIDENCE_SHARE = 0.1
@@ -77,16 +80,20 @@ def make_plan(
     budget_bytes: int,
     *,
     model: str,
-    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    context_tokens: int | None = None,
     target: Target = "native",
     device: Device = "cpu",
     runtime: tuple[int, Source],
     loss_kind: LossKind = DEFAULT_LOSS,
+    measure: MeasureForms | None = None,
+    search_seconds: float = 0.0,
 ) -> Plan:
     """The form of every expert that loses least within `budget_bytes` of device memory.
 
     `runtime` is the process's own overhead in bytes and where that number comes from. The context
-    is capped to what the model was made for.
+    is capped to what the model was made for; it defaults to `DEFAULT_CONTEXT_TOKENS`. With
+    `measure`, plans proposed in many ways are measured for up to `search_seconds`, and the best of
+    them is taken.
 
     Raises:
         StatsError: the statistics belong to another model or lack a needed loss.
@@ -96,15 +103,23 @@ def make_plan(
     spec = checkpoint.spec
     _check_stats(checkpoint, stats)
     offer = _find_offer(spec, stats, target, device)
-    context = min(context_tokens, spec.max_position_embeddings)
+    context = min(context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_position_embeddings)
     setting = _Setting(checkpoint, target, device, context, runtime)
     fixed_terms = setting.bill([])
     fixed_bytes = non_expert_bytes(fixed_terms)
     supers = find_super_experts(stats.max_output)
-    losses = loss_table(stats, offer.forms, SOURCE_FORMS[spec.dtype], loss_kind)
+
+    def table(kind: LossKind) -> FloatArray:
+        return loss_table(stats, offer.forms, SOURCE_FORMS[spec.dtype], kind)
+
+    losses = table(loss_kind)
     problem = build_problem(spec, offer.forms, losses, supers, target, budget_bytes - fixed_bytes)
     _check_budget(problem, fixed_terms, budget_bytes, target)
-    solution = solve(problem)
+    solution, record = solve(problem), None
+    if measure is not None:
+        evidence = Evidence(problem, stats, supers, table)
+        named = _by_name(measure, offer.forms)
+        solution, record = search(evidence, solution, named, search_seconds)
     rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
     forms = name_forms(solution.choice, offer.forms)
     return Plan(
@@ -138,6 +153,9 @@ def make_plan(
             *_evidence_warnings(stats),
             *missing_rivals,
         ],
+        search=record,
+        calibration=stats.info.options,
+        data_fingerprint=stats.info.data_fingerprint,
     )
 
 
@@ -162,7 +180,7 @@ def build_problem(
         form_bytes=np.array([expert_bytes(form, *widths) for form in forms], np.int64),
         allowed=~supers[..., None] | np.array(at_least_4_bits),
         budget_bytes=expert_budget_bytes,
-        top_k=spec.top_k,
+        top_k=max(spec.top_k, spec.family.fewest_experts),
         num_groups=spec.router.num_groups,
         top_groups=spec.router.top_groups,
         scope=TARGET_RULES[target].scope,
@@ -171,7 +189,7 @@ def build_problem(
 
 def stats_fingerprint(stats: ExpertStats) -> str:
     """sha256 over everything that the statistics hold."""
-    digest = hashlib.sha256(stats.info.model_dump_json().encode())
+    digest = hashlib.sha256(stats.info.model_dump_json(exclude={"options"}).encode())
     for name, array in sorted(stats.to_arrays().items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -224,12 +242,19 @@ def _check_budget(
     rest = [term for term in fixed_terms if term.name != "experts"]
     message = (
         f"budget {format_bytes(budget_bytes)} is too small: the smallest that works is "
-        f"{minimum_bytes}B ({describe_terms(rest)} + experts at least "
+        f"{round_up_bytes(minimum_bytes)} ({describe_terms(rest)} + experts at least "
         f"{format_bytes(least_expert_bytes)}); raise --budget or lower --ctx"
     )
     if target == "native":
         message += ", or plan for more and let `edge-moe run --budget` page experts from disk"
     raise BudgetError(message, minimum_bytes)
+
+
+def _by_name(measure: MeasureForms, forms: Sequence[str]) -> Measure:
+    """`measure` for tables of form indices."""
+    return lambda choices: measure(
+        {name: name_forms(choice, forms) for name, choice in choices.items()}
+    )
 
 
 def _tier(form: str) -> Literal["device", "ram", "disk", "none"]:
@@ -266,8 +291,8 @@ def _solver_warnings(solution: Solution) -> list[str]:
     ]
 
 
-def _context_warnings(asked_tokens: int, context_tokens: int) -> list[str]:
-    if asked_tokens == context_tokens:
+def _context_warnings(asked_tokens: int | None, context_tokens: int) -> list[str]:
+    if asked_tokens in (None, context_tokens):
         return []
     return [f"context lowered from {asked_tokens} to {context_tokens} tokens, the model's maximum."]
 

@@ -6,9 +6,9 @@ L is the number of MoE layers, E experts, F forms.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
-from edge_moe.files import atomic_path, write_text
+from edge_moe.files import atomic_path, read_json, write_text
+from edge_moe.plan import CalibrationOptions
 
 STATS_VERSION = 2
 
@@ -67,12 +68,54 @@ class StatsInfo(BaseModel):
     moe_layer_ids: tuple[int, ...]
     num_experts: int
     top_k: int
+    quantiser: str = "nearest"
+    """How experts were packed when their forms were measured."""
     forms: tuple[str, ...]
     """Forms whose loss was measured, in the order of `form_loss`'s last axis; `drop` is first."""
+    options: CalibrationOptions | None = None
+    """How it was asked for; says nothing about what was measured."""
 
     def merge_key(self) -> dict[str, object]:
-        """The fields that must be equal for two shards to merge."""
-        return self.model_dump(exclude={"windows", "num_tokens", "edge_moe_version"})
+        """The fields that must be equal for two shards to merge; what a person chose comes first.
+
+        A fingerprint says nothing to a person, and another task or window changes it too.
+        """
+        unlike = {"windows", "num_tokens", "edge_moe_version", "options"}
+        fields = self.model_dump(exclude=unlike)
+        return dict(sorted(fields.items(), key=lambda field: field[0].endswith("fingerprint")))
+
+    def _merged_options(self, other: StatsInfo) -> CalibrationOptions | None:
+        if self.options is None or other.options is None:
+            return None
+        is_whole = len(self.windows) + len(other.windows) == self.num_windows
+        shards = sorted({*self.options.shards, *other.options.shards})
+        return self.options.model_copy(update={"shards": ((0, 1),) if is_whole else tuple(shards)})
+
+    def merged(self, other: Self) -> Self:
+        """The settings of both shards together.
+
+        Raises:
+            StatsError: another model, text or setting, or windows counted twice.
+        """
+        for key, value in self.merge_key().items():
+            found = other.merge_key()[key]
+            if found != value:
+                raise StatsError(
+                    f"cannot merge: {key} is {_brief(value)} in one and {_brief(found)} in the "
+                    "other: merge only shards of one run, which differ in --shard alone"
+                )
+        twice = sorted(set(self.windows) & set(other.windows))
+        if twice:
+            raise StatsError(
+                f"cannot merge: window {twice[0]} is in both; give each shard another --shard"
+            )
+        return self.model_copy(
+            update={
+                "windows": tuple(sorted(self.windows + other.windows)),
+                "num_tokens": self.num_tokens + other.num_tokens,
+                "options": self._merged_options(other),
+            }
+        )
 
 
 @dataclass(eq=False)
@@ -127,24 +170,7 @@ class ExpertStats:
         Raises:
             StatsError: another model, text or setting, or windows counted twice.
         """
-        for key, value in self.info.merge_key().items():
-            found = other.info.merge_key()[key]
-            if found != value:
-                raise StatsError(
-                    f"cannot merge: {key} is {value!r} in one and {found!r} in the other"
-                )
-        twice = sorted(set(self.info.windows) & set(other.info.windows))
-        if twice:
-            raise StatsError(
-                f"cannot merge: window {twice[0]} is in both; give each shard another --shard"
-            )
-        info = self.info.model_copy(
-            update={
-                "windows": tuple(sorted(self.info.windows + other.info.windows)),
-                "num_tokens": self.info.num_tokens + other.info.num_tokens,
-            }
-        )
-        merged = ExpertStats.zeros(info)
+        merged = ExpertStats.zeros(self.info.merged(other.info))
         for part in (self, other):
             merged._accumulate(part)
         return merged
@@ -209,28 +235,39 @@ class ExpertStats:
         Raises:
             StatsError: missing, incomplete, damaged, or written by another version.
         """
-        path = folder / "stats.json"
-        if not path.exists():
-            raise StatsError(
-                f"{folder} holds no finished statistics (no stats.json): run or resume "
-                "`edge-moe calibrate`"
-            )
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(raw, dict) and raw.get("version") != STATS_VERSION:
-                raise StatsError(
-                    f"{path} has version {raw.get('version')}, this edge-moe reads "
-                    f"{STATS_VERSION}: calibrate again"
-                )
-            info = StatsInfo.model_validate(raw)
-            arrays = load_file(folder / "stats.safetensors")
-        except StatsError:
-            raise
-        except (OSError, ValueError, ValidationError, SafetensorError) as error:
-            raise StatsError(
-                f"{folder} is damaged ({_first_line(error)}): calibrate again"
-            ) from None
+        remedy = "run or resume `edge-moe calibrate`"
+        info, arrays = load_sums(folder, "stats", StatsInfo, STATS_VERSION, remedy)
         return cls.from_arrays(info, arrays)
+
+
+InfoT = TypeVar("InfoT", bound=StatsInfo)
+
+
+def load_sums(
+    folder: Path, stem: str, info_type: type[InfoT], version: int, remedy: str
+) -> tuple[InfoT, dict[str, npt.NDArray[np.generic]]]:
+    """(settings, arrays) of `stem`.json and `stem`.safetensors in `folder`.
+
+    Raises:
+        StatsError: missing (`remedy` says how to make them), damaged, or of another version.
+    """
+    path = folder / f"{stem}.json"
+    missing = f"{folder} holds no finished statistics (no {path.name}): {remedy}"
+    raw = read_json(path, StatsError, missing=missing, damaged="calibrate again")
+    if isinstance(raw, dict) and raw.get("version") != version:
+        raise StatsError(
+            f"{path} has version {raw.get('version')}, this edge-moe reads "
+            f"{version}: calibrate again"
+        )
+    try:
+        return info_type.model_validate(raw), load_file(folder / f"{stem}.safetensors")
+    except (OSError, ValueError, ValidationError, SafetensorError) as error:
+        raise StatsError(f"{folder} is damaged ({_first_line(error)}): calibrate again") from None
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def _first_line(error: Exception) -> str:

@@ -5,12 +5,17 @@ A `.jsonl` file holds one document per line, in one of three spellings:
     {"text": "..."}    {"prompt": "...", "completion": "..."}    {"messages": [{"role", "content"}]}
 
 A `.txt` file is one document. No torch here: a tokenizer is anything that fits `Tokenizer`.
+
+Shipped tasks come in two files, for calibration and held out. A user's file is split in the same
+way every time: of five documents or more, every fifth is held out; of fewer, the last fifth of each
+is, cut between paragraphs, or else lines, or else words.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,11 +24,16 @@ import numpy as np
 
 from edge_moe.demo import task_dir, task_names
 from edge_moe.errors import InputError
+from edge_moe.files import os_problem
 
 Split = Literal["calibration", "heldout"]
 
 MIN_WINDOW_TOKENS = 2
 """A window of one token predicts nothing."""
+HELD_OUT_EVERY = 5
+"""One document of so many is held out."""
+_BORDERS = (r"\n\s*\n", r"\n", r"\s+")
+"""Where a document may be cut: between paragraphs, lines, words."""
 _FILE_SUFFIXES = (".jsonl", ".txt")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -55,22 +65,67 @@ class Tokenizer(Protocol):
 def load_task_texts(task: str, split: Split, tokenizer: Tokenizer | None = None) -> list[str]:
     """Documents of a task: a shipped name, or the path of a .jsonl or .txt file.
 
-    A user's file has one split: `calibration` and `heldout` both read the whole file.
-    `tokenizer` renders chat messages with its own template; only they need it.
+    No text of a user's file is in both splits. `tokenizer` renders chat messages with its own
+    template; only they need it.
 
     Raises:
-        InputError: unknown task, unreadable or empty file, or a line that holds no document.
+        InputError: unknown task, unreadable or empty file, one that is too short to be split, or a
+            line that holds no document.
     """
     path = task_file(task, split)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"task file {path} cannot be read as UTF-8 text ({error})") from None
+    except OSError as error:
+        raise InputError(f"task file {path} cannot be read: {os_problem(error)}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"task file {path} is not UTF-8 text ({error}): save it as UTF-8"
+        ) from None
     documents = [text] if path.suffix == ".txt" else _jsonl_documents(path, text, tokenizer)
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise InputError(f"task file {path} holds no text: put at least one document into it")
-    return documents
+    if task in task_names():
+        return documents
+    calibration, heldout = split_documents(documents)
+    if not calibration or not heldout:
+        raise InputError(
+            f"task file {path} is too short to hold out a fifth of it (a single document of "
+            f"{sum(map(len, documents))} characters without a space): add text"
+        )
+    return calibration if split == "calibration" else heldout
+
+
+def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(for calibration, held out), as the module describes; either may be empty."""
+    if len(documents) >= HELD_OUT_EVERY:
+        last = HELD_OUT_EVERY - 1
+        kept = [text for index, text in enumerate(documents) if index % HELD_OUT_EVERY != last]
+        return kept, list(documents[last::HELD_OUT_EVERY])
+    parts = [_cut(document) for document in documents]
+    calibration = [first for first, _ in parts if first]
+    heldout = [last for _, last in parts if last]
+    if not heldout:  # documents of one word each
+        return calibration[:-1], calibration[-1:]
+    return calibration, heldout
+
+
+def _cut(document: str) -> tuple[str, str]:
+    """The first four fifths and the last one, at the nearest border; ("...", "") without any.
+
+    A finer border is taken where the coarser ones would hold out less than a tenth or more than
+    three tenths.
+    """
+    text = document.strip()
+    wanted = len(text) * (HELD_OUT_EVERY - 1) / HELD_OUT_EVERY
+    best: re.Match[str] | None = None
+    for border in _BORDERS:
+        for match in re.finditer(border, text):
+            if best is None or abs(match.end() - wanted) < abs(best.end() - wanted):
+                best = match
+        if best is not None and abs(best.end() - wanted) <= len(text) / 10:
+            break
+    return (text[: best.start()], text[best.end() :]) if best else (text, "")
 
 
 def task_file(task: str, split: Split) -> Path:
@@ -98,6 +153,11 @@ def task_label(task: str) -> str:
     return task if task in task_names() else Path(task).name
 
 
+def task_argument(task: str) -> str:
+    """`--task` as it means the same from every folder: a shipped name, or a file's whole path."""
+    return task if task in task_names() else str(Path(task).resolve())
+
+
 def token_windows(
     texts: Iterable[str], tokenizer: Tokenizer, window_tokens: int
 ) -> list[list[int]]:
@@ -109,7 +169,7 @@ def token_windows(
         InputError: `window_tokens` below two, or texts of fewer than two tokens.
     """
     if window_tokens < MIN_WINDOW_TOKENS:
-        raise InputError(f"window of {window_tokens} tokens is too short: use at least 2")
+        raise InputError(f"--window-tokens is {window_tokens}: use at least 2")
     token_ids: list[int] = []
     for text in texts:
         if token_ids and tokenizer.eos_token_id is not None:
@@ -140,7 +200,7 @@ def task_windows(
     if not tasks:
         raise InputError("no task is given: name at least one with --task")
     if max_windows is not None and max_windows < 1:
-        raise InputError(f"max_windows is {max_windows}: use at least 1")
+        raise InputError(f"--max-windows is {max_windows}: use at least 1")
     per_task = [
         token_windows(load_task_texts(task, split, tokenizer), tokenizer, window_tokens)
         for task in tasks

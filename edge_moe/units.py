@@ -6,6 +6,7 @@ GB is 10**9 and GiB is 2**30; both are accepted and every printed number carries
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from edge_moe.errors import InputError
 
@@ -36,7 +37,7 @@ def parse_bytes(text: str) -> int:
             f"memory size {text!r} is not understood: "
             "write a number and a unit, such as 12GB, 500MB or 8GiB"
         )
-    count = int(float(match.group(1)) * _BYTE_UNITS[unit])
+    count = int(Decimal(match.group(1)) * _BYTE_UNITS[unit])
     if count <= 0:
         raise InputError(f"memory size {text!r} is not positive: write for example 12GB")
     return count
@@ -54,6 +55,15 @@ def format_bytes(count: int | float) -> str:
             digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
             return f"{sign}{value:.{digits}f} {unit}"
     raise AssertionError("unreachable")
+
+
+def round_up_bytes(count: int) -> str:
+    """A size to type after --budget, never below `count`: 443_435_538 -> `"443.5MB"`."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            step = 10 ** max(0, len(str(count)) - 4)
+            return f"{Decimal(-(-count // step) * step) / scale:f}{unit}"
+    return f"{count}B"
 
 
 def parse_tokens(text: str) -> int:

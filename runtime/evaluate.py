@@ -6,6 +6,7 @@ once per window, compared, and dropped: memory is that of the open models and tw
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from edge_moe import metrics
 from edge_moe.demo import task_dir, task_names
 from edge_moe.demo.arithmetic import extract_answer
-from edge_moe.errors import InputError
-from edge_moe.measurement import EvalResult, ModelKind, Provenance
+from edge_moe.errors import InputError, TargetError
+from edge_moe.measurement import EvalResult, ModelKind, Provenance, RecoveryKind, SkippingCost
 from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.package import PLAN_NAME, is_package
 from edge_moe.plan import Plan
+from edge_moe.runtime.policy import PagingStatistics
+from edge_moe.runtime.skipping import SkipRule
 from edge_moe.tasks import load_task_texts, task_label, token_windows
+
+if TYPE_CHECKING:
+    from edge_moe.runtime.session import Session
 
 WINDOW_TOKENS = 256
 MAX_PROBLEMS = 100
@@ -65,10 +71,12 @@ class _Settings:
     def check(self) -> None:
         if self.window_tokens < 2:
             raise InputError(
-                f"a window of {self.window_tokens} tokens predicts nothing: use 2 or more"
+                f"--window-tokens is {self.window_tokens}, which predicts nothing: use 2 or more"
             )
         if self.max_windows is not None and self.max_windows < 1:
-            raise InputError(f"max_windows is {self.max_windows}: use 1 or more")
+            raise InputError(f"--max-windows is {self.max_windows}: use 1 or more")
+        if self.max_problems < 0:
+            raise InputError(f"--max-problems is {self.max_problems}: use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class _Pair:
     against: Path | None
     base: LanguageModel | None
     budget_bytes: int | None
+    skip: SkipRule | None
 
 
 def evaluate(
@@ -91,10 +100,12 @@ def evaluate(
     window_tokens: int = WINDOW_TOKENS,
     max_problems: int = MAX_PROBLEMS,
     budget_bytes: int | None = None,
+    skip: SkipRule | None = None,
 ) -> list[EvalResult]:
     """Evaluate `model` on the held-out text of every task, beside `against` when it is given.
 
-    `budget_bytes` caps the memory of `model` only. Tasks that come with problems to solve are
+    `budget_bytes` caps the memory of `model` only, and `skip` leaves out experts of `model` only.
+    Tasks that come with problems to solve are
     scored by exact match too, on the first `max_problems` of them.
 
     Raises:
@@ -108,25 +119,44 @@ def evaluate(
         raise InputError(f"no task to evaluate on: give --task, such as {', '.join(task_names())}")
     context_tokens = max(window_tokens, _PROBLEM_CONTEXT_TOKENS)
     with ExitStack() as stack:
-        tested = _open(stack, model, context_tokens, budget_bytes)
+        tested = _open(stack, model, context_tokens, budget_bytes, skip)
         base = _open(stack, against, context_tokens, None) if against else None
         if base is not None and against is not None:
             check_same_tokenizer({str(model): tested, str(against): base})
-        pair = _Pair(model, tested, against, base, budget_bytes)
+        pair = _Pair(model, tested, against, base, budget_bytes, skip)
         return [_evaluate_task(pair, task, settings) for task in tasks]
 
 
 def open_model(
-    path: Path, *, context_tokens: int, budget_bytes: int | None = None
+    path: Path,
+    *,
+    context_tokens: int,
+    budget_bytes: int | None = None,
+    skip: SkipRule | None = None,
 ) -> LanguageModel:
-    """A native package or Hugging Face folder as a Session, a .gguf file through llama.cpp."""
+    """A native package or Hugging Face folder as a Session, a .gguf file through llama.cpp.
+
+    Raises:
+        TargetError: a skipping rule for a .gguf file, whose routing llama.cpp does itself.
+    """
     if model_kind(path) == "gguf":
+        if skip is not None:
+            raise TargetError(
+                f"{path} runs in llama.cpp, which cannot skip experts: use a native package or a "
+                "Hugging Face folder with --skip"
+            )
         from edge_moe.runtime.gguf_logits import GgufModel
 
         return GgufModel(path, context_tokens)
     from edge_moe.runtime.session import Session
 
-    return Session.open(path, budget_bytes=budget_bytes, context_tokens=context_tokens)
+    return Session.open(
+        path,
+        budget_bytes=budget_bytes,
+        context_tokens=context_tokens,
+        skip=skip,
+        scored_tokens=context_tokens,
+    )
 
 
 def model_kind(path: Path) -> ModelKind:
@@ -248,8 +278,10 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
     start = time.perf_counter()
     tokenizer = (pair.base or pair.model).tokenizer
     windows = heldout_windows(task, tokenizer, settings.window_tokens, settings.max_windows)
+    before = _statistics(pair)
     with progress(f"{task}: held-out text", len(windows)) as advance:
         quality = _text_quality(pair, windows, advance)
+    skipping = _skipping_cost(pair, before, sum(map(len, windows)))
     problems = task_problems(task, settings.max_problems)
     if problems:
         quality |= _problem_quality(pair, task, problems)
@@ -264,7 +296,8 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
         window_tokens=settings.window_tokens,
         num_windows=len(windows),
         num_problems=len(problems),
-        recovery_percent=_recovery_percent(quality),
+        **_recovery(quality),
+        skipping=skipping,
         seconds=time.perf_counter() - start,
         **quality,
     )
@@ -300,18 +333,66 @@ def _problem_quality(
         return {key: solve_problems(each, problems, advance) for key, each in models.items()}
 
 
-def _recovery_percent(quality: Mapping[str, Any]) -> float | None:
+def _recovery(quality: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `EvalResult.recovery`; the perplexities' errors are paired, token by token."""
+    kind: RecoveryKind
     if base := quality.get("base_exact_match"):
-        return 100 * quality["exact_match"].value / base.value if base.value else None
-    if base := quality.get("base_perplexity"):
-        return float(100 * base.value / quality["perplexity"].value)
-    return None
+        if not base.value:
+            return {}
+        kind, found = "exact match", metrics.ratio(quality["exact_match"], base)
+    elif comparison := quality.get("comparison"):
+        inverse = comparison.ppl_ratio
+        kind = "1 / perplexity"
+        found = Estimate(1 / inverse.value, inverse.error / inverse.value**2)
+    else:
+        return {}
+    return {
+        "recovery_of": kind,
+        "recovery_percent": 100 * found.value,
+        "recovery_error_percent": 100 * found.error,
+    }
+
+
+def _session(pair: _Pair) -> Session | None:
+    """The model under test where a skipping rule is in force; only sessions have rules."""
+    from edge_moe.runtime.session import Session
+
+    return pair.model if pair.skip is not None and isinstance(pair.model, Session) else None
+
+
+def _statistics(pair: _Pair) -> PagingStatistics | None:
+    session = _session(pair)
+    return dataclasses.replace(session.statistics()) if session else None
+
+
+def _skipping_cost(
+    pair: _Pair, before: PagingStatistics | None, num_tokens: int
+) -> SkippingCost | None:
+    """What the rule did to `num_tokens` tokens since `before`."""
+    session = _session(pair)
+    if session is None or before is None or pair.skip is None:
+        return None
+    now = session.statistics()
+    routed = (now.routed_experts - before.routed_experts) / num_tokens
+    active = routed - (now.skipped_experts - before.skipped_experts) / num_tokens
+    return SkippingCost(
+        rule=pair.skip.name,
+        routed_per_token=routed,
+        active_per_token=active,
+        active_parameters=session.dense_parameters + active * session.spec.expert_weights,
+        routed_bytes_per_token=(now.routed_bytes - before.routed_bytes) / num_tokens,
+        saved_bytes_per_token=(now.skipped_bytes - before.skipped_bytes) / num_tokens,
+    )
 
 
 def _open(
-    stack: ExitStack, path: Path, context_tokens: int, budget_bytes: int | None
+    stack: ExitStack,
+    path: Path,
+    context_tokens: int,
+    budget_bytes: int | None,
+    skip: SkipRule | None = None,
 ) -> LanguageModel:
-    model = open_model(path, context_tokens=context_tokens, budget_bytes=budget_bytes)
+    model = open_model(path, context_tokens=context_tokens, budget_bytes=budget_bytes, skip=skip)
     stack.callback(model.close)
     return model
 

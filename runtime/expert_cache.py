@@ -151,7 +151,7 @@ class ExpertCache:
         self._load(key, entry, is_demand=False)
         if entry.state is State.FAILED:
             with self._lock:
-                if entry.pins == 0:
+                if entry.pins == 0 and self._entries.get(key) is entry:  # else `release` did it
                     self._remove(key, entry)
                 self._lock.notify_all()
         return True

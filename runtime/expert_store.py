@@ -67,8 +67,10 @@ class ExpertStore(ABC):
 class _Files:
     """Open file descriptors and one aligned bounce buffer per thread."""
 
-    def __init__(self, *, is_aligned: bool) -> None:
+    def __init__(self, *, is_aligned: bool, largest_bytes: int = 0) -> None:
+        """`largest_bytes` is the largest read to come; a bounce buffer is made once, for that."""
         self._is_aligned = is_aligned  # O_DIRECT reads only from multiples of 4096
+        self._bounce_bytes = largest_bytes + -largest_bytes % RECORD_ALIGNMENT_BYTES
         self._descriptors: dict[Path, tuple[int, bool]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -98,7 +100,8 @@ class _Files:
     def _bounce(self, num_bytes: int) -> mmap.mmap:
         bounce: mmap.mmap | None = getattr(self._local, "bounce", None)
         if bounce is None or len(bounce) < num_bytes:
-            bounce = self._local.bounce = mmap.mmap(-1, num_bytes)  # page aligned
+            size = max(num_bytes, self._bounce_bytes)
+            bounce = self._local.bounce = mmap.mmap(-1, size)  # page aligned
         return bounce
 
     def _open(self, path: Path) -> tuple[int, bool]:
@@ -130,7 +133,8 @@ class PackageStore(ExpertStore):
 
     def __init__(self, package: Package) -> None:
         self._package = package
-        self._files = _Files(is_aligned=True)
+        sizes = [record.num_bytes for layer in package.manifest.layers for record in layer.experts]
+        self._files = _Files(is_aligned=True, largest_bytes=max(sizes, default=0))
         self._verified: set[Key] = set()
         self.kept = [
             [record.expert_id for record in layer.experts] for layer in package.manifest.layers

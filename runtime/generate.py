@@ -29,6 +29,9 @@ class Timing:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    cached_tokens: int = 0
+    cache_bytes: int = 0
+    """What the KV cache held at the end, for `cached_tokens`."""
     stop_reason: str = ""
     """`eos`, `stop`, `length`, `context` or `interrupted`."""
 
@@ -51,9 +54,9 @@ class Decoder:
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
-        from transformers import DynamicCache
+        from edge_moe.runtime.kv_cache import make_cache
 
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = make_cache(self.model.config, self.context_tokens)
 
     @torch.inference_mode()
     def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:
@@ -83,6 +86,20 @@ class Decoder:
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, eos: set[int]
     ) -> Iterator[int]:
         """New tokens one by one, without the end-of-text token."""
+        try:
+            yield from self._tokens(prompt_ids, max_new_tokens, sampling, eos)
+        finally:
+            self.timing.cached_tokens = self.num_tokens
+            self.timing.cache_bytes = self.cache_bytes()
+
+    def cache_bytes(self) -> int:
+        """Bytes of the tensors that the KV cache holds."""
+        tensors = (tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def _tokens(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, eos: set[int]
+    ) -> Iterator[int]:
         generator = torch.Generator().manual_seed(sampling.seed)
         logits = self.prefill(prompt_ids)
         start = time.perf_counter()

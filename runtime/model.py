@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo, read_header
+from edge_moe.checkpoint import TensorInfo
 from edge_moe.errors import CheckpointError, PackageError, SpecError
 from edge_moe.package import RESIDENT_NAME, Package
 from edge_moe.spec import ModelSpec
@@ -22,13 +22,6 @@ EXPERTS_IMPLEMENTATION = "edge_moe_paged"
 _PIECE_BYTES = 16 * 2**20
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def dense_tensors(source: Package | Checkpoint) -> list[TensorInfo]:
-    """Everything but routed experts, as stored."""
-    if isinstance(source, Checkpoint):
-        return list(source.dense_tensors)
-    return list(read_header(source.folder / RESIDENT_NAME)[0].values())
 
 
 def verify_resident(package: Package) -> None:
@@ -70,7 +63,7 @@ def build_model(
     """
     model = _on_meta(folder, compute_dtype(spec, device))
     for index, layer_id in enumerate(spec.moe_layer_ids):
-        _shrink_router(model.get_submodule(spec.moe_module(layer_id)), rows_per_layer[index])
+        shrink_router(model.get_submodule(spec.moe_module(layer_id)), rows_per_layer[index])
     _load_dense(model, spec, tensors, device)
     _rebuild_rotary(model, device)
     _require_complete(model, folder)
@@ -94,20 +87,23 @@ def held_bytes(model: Any) -> int:
 
 
 def _on_meta(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION
             )
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SpecError(f"{folder / 'config.json'}: transformers refuses it: {reason}") from None
 
 
-def _shrink_router(block: Any, num_rows: int) -> None:
+def shrink_router(block: Any, num_rows: int) -> None:
     """Tell block, router and experts how many experts this layer has."""
     for module in (block, block.gate, block.experts):
         for name in _COUNT_ATTRIBUTES:
@@ -119,11 +115,13 @@ def _load_dense(
     model: Any, spec: ModelSpec, tensors: Iterable[TensorInfo], device: torch.device
 ) -> None:
     dtype = compute_dtype(spec, device)
+    buffers = {name.rpartition(".")[2] for name in spec.family.optional_router_tensors}
     for info in tensors:
         name = spec.module_name(info.name)
         if name == "lm_head.weight" and spec.tie_word_embeddings:
             continue
-        _assign(model, name, read_tensor(info, dtype, device))
+        is_buffer = name.rpartition(".")[2] in buffers  # transformers keeps them in float32
+        _assign(model, name, read_tensor(info, torch.float32 if is_buffer else dtype, device))
     if spec.tie_word_embeddings:
         model.lm_head.weight = model.get_input_embeddings().weight
 
@@ -144,7 +142,7 @@ def _assign(model: Any, name: str, value: torch.Tensor) -> None:
     if attribute in module._parameters:
         module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=False)
     else:
-        module._buffers[attribute] = value.float()
+        module._buffers[attribute] = value
 
 
 def read_tensor(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -166,13 +164,15 @@ def read_tensor(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> t
             if len(piece) < num_bytes:
                 raise CheckpointError(f"{info.path} is truncated inside {info.name!r}")
             values = torch.frombuffer(piece, dtype=stored)
+            if not torch.isfinite(values).all():
+                raise CheckpointError(
+                    f"{info.path}: {info.name!r} holds NaN or infinity: download the file again"
+                )
             first = start // stored.itemsize
             flat[first : first + len(values)] = values.to(device)
         os.posix_fadvise(descriptor, info.offset, info.num_bytes, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-    if not torch.isfinite(flat).all():
-        raise CheckpointError(f"{info.path}: {info.name!r} holds NaN or infinity")
     return result
 
 

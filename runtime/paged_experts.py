@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from edge_moe.formats import expert_packed_bytes
+from edge_moe.runtime.allotment import record_sizes
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernels.unpack import unpack
 from edge_moe.runtime.model import EXPERTS_IMPLEMENTATION
 from edge_moe.runtime.prefetch import Prefetcher
+from edge_moe.runtime.skipping import SkipRule
+from edge_moe.runtime.trace import TraceRecorder
 from edge_moe.spec import ModelSpec
 
 Tensor = torch.Tensor
@@ -31,12 +36,17 @@ class ExpertPager:
         cache: ExpertCache,
         dtype: torch.dtype,
         prefetcher: Prefetcher | None,
+        skip: SkipRule | None = None,
     ) -> None:
         self._spec = spec
         self._store = store
         self._cache = cache
         self._dtype = dtype
         self._prefetcher = prefetcher
+        self._skip = skip
+        self._sizes = [np.array(layer) for layer in record_sizes(store)]
+        self.recorder: TraceRecorder | None = None
+        """Where the routers' choices are written down, while somebody wants them."""
 
     def forward(
         self, experts: Any, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor
@@ -50,10 +60,11 @@ class ExpertPager:
 
         Returns: [T, H]
         """
+        rows, weights = self._chosen(layer, hidden, rows, weights)
         if len(hidden) == 1:
             return self._forward_token(experts, layer, hidden, rows[0].tolist(), weights[0])
         output = torch.zeros_like(hidden)
-        for row in torch.unique(rows).tolist():
+        for row in torch.unique(rows[rows >= 0]).tolist():
             tokens, places = torch.nonzero(rows == row, as_tuple=True)
             scale = weights[tokens, places, None].to(hidden.dtype)
             result = self._one_expert(experts, (layer, row), hidden[tokens])
@@ -64,15 +75,54 @@ class ExpertPager:
         self, experts: Any, layer: int, hidden: Tensor, rows: list[int], weights: Tensor
     ) -> Tensor:
         """The decoding case: one token [1, H], read-ahead for the next layer."""
+        wanted = sorted((row, place) for place, row in enumerate(rows) if row >= 0)
         if self._prefetcher is not None:
-            self._prefetcher.observe(layer, rows)
-            self._prefetcher.predict(layer, hidden, rows)
+            asked = [row for row, _ in wanted]
+            self._prefetcher.observe(layer, asked)
+            self._prefetcher.predict(layer, hidden, asked)
         output = torch.zeros_like(hidden)
         scales = weights.to(hidden.dtype)
-        for row, place in sorted((row, place) for place, row in enumerate(rows)):
+        for row, place in wanted:
             result = self._one_expert(experts, (layer, row), hidden)
             output.add_(result.mul_(scales[place]))
         return output
+
+    def _chosen(
+        self, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(rows, weights), [T, K] each, after skipping: row -1 and weight 0 where one is skipped.
+
+        Counts, and writes down the router's own choice while that is wanted.
+        """
+        self._cache.statistics.routed_experts += rows.numel()
+        if self._skip is None and self.recorder is None:
+            return rows, weights
+        ids, gates = rows.cpu().numpy(), weights.float().cpu().numpy()
+        norms = None
+        if self.recorder is not None or (self._skip is not None and self._skip.needs_token_norms):
+            norms = hidden.float().abs().sum(dim=1).cpu().numpy()
+        if self.recorder is not None and norms is not None:
+            self.recorder.add(layer, ids, gates, norms)
+        if self._skip is None:
+            return rows, weights
+        self._cache.statistics.routed_bytes += int(self._sizes[layer][ids].sum())
+        is_skipped = self._skip.skips(layer, gates, norms)
+        if not is_skipped.any():
+            return rows, weights
+        self._count_skipped(layer, ids, is_skipped)
+        remaining = torch.from_numpy(self._skip.remaining(gates, is_skipped))
+        chosen = torch.from_numpy(np.where(is_skipped, -1, ids))
+        return chosen.to(rows), remaining.to(weights)
+
+    def _count_skipped(
+        self, layer: int, ids: npt.NDArray[np.int64], is_skipped: npt.NDArray[np.bool_]
+    ) -> None:
+        statistics, sizes = self._cache.statistics, self._sizes[layer]
+        statistics.skipped_experts += int(is_skipped.sum())
+        statistics.skipped_bytes += int(sizes[ids[is_skipped]].sum())
+        for row in np.setdiff1d(ids[is_skipped], ids[~is_skipped]).tolist():
+            if not self._cache.is_resident((layer, row)):
+                statistics.not_paged_bytes += int(sizes[row])
 
     def _one_expert(self, experts: Any, key: tuple[int, int], inputs: Tensor) -> Tensor:
         """[t, H] -> [t, H], un-gated output of one expert."""
@@ -102,6 +152,12 @@ def attach(blocks: list[Any], pager: ExpertPager) -> None:
         block.experts._parameters.clear()
         object.__setattr__(block.experts, "edge_moe_pager", pager)
         block.experts.edge_moe_layer = layer
+
+
+def detach(blocks: list[Any]) -> None:
+    """Undo `attach`: nothing but its owner holds the pager any more."""
+    for block in blocks:
+        object.__setattr__(block.experts, "edge_moe_pager", None)
 
 
 def register_experts() -> None:

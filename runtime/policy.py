@@ -148,6 +148,16 @@ class PagingStatistics:
     """... and that the next layer really asked for: precision on misses is the ratio."""
     host_hits: int = 0
     """Page-ins served by the host tier instead of the disk."""
+    routed_experts: int = 0
+    """Experts that the routers chose, over all tokens and layers."""
+    skipped_experts: int = 0
+    """... of which a skipping rule left out."""
+    routed_bytes: int = 0
+    """Packed bytes of the chosen experts, each token counted for itself; with a rule only."""
+    skipped_bytes: int = 0
+    """... and of those left out, resident or not."""
+    not_paged_bytes: int = 0
+    """Experts that a step did not need any more, and that had no slot at that moment."""
 
     @property
     def hit_rate(self) -> float:

@@ -16,15 +16,23 @@ import torch
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.policy import AdmissionRule, Key
+from edge_moe.runtime.skipping import SkipRule
 
 
 class Prefetcher:
     """Predicts, admits and reads ahead. `observe` and `predict` belong to the model's thread."""
 
-    def __init__(self, blocks: list[Any], store: ExpertStore, cache: ExpertCache) -> None:
+    def __init__(
+        self,
+        blocks: list[Any],
+        store: ExpertStore,
+        cache: ExpertCache,
+        skip: SkipRule | None = None,
+    ) -> None:
         self._routers = [block.gate for block in blocks]
         self._store = store
         self._cache = cache
+        self._skip = skip
         self._rule = AdmissionRule()
         self._guessed_misses: dict[int, set[int]] = {}
         self._queue: queue.SimpleQueue[tuple[Key, frozenset[Key]] | None] = queue.SimpleQueue()
@@ -52,8 +60,9 @@ class Prefetcher:
         following = layer + 1
         if following >= len(self._routers):
             return
-        _, _, chosen = self._routers[following](hidden)  # the model's own: biases, groups and all
-        rows = chosen[0].tolist()
+        # the model's own: biases, groups and all
+        _, weights, chosen = self._routers[following](hidden)
+        rows = self._wanted(following, weights, chosen)
         misses = [row for row in rows if not self._cache.is_resident((following, row))]
         self._guessed_misses[following] = set(misses)
         keep = frozenset([(following, row) for row in rows] + [(layer, row) for row in current])
@@ -64,6 +73,14 @@ class Prefetcher:
         """Stop the thread; what is being read is finished first."""
         self._queue.put(None)
         self._thread.join()
+
+    def _wanted(self, layer: int, weights: torch.Tensor, chosen: torch.Tensor) -> list[int]:
+        """Guessed rows of one token, [1, K], without those that would be skipped anyway."""
+        rows: list[int] = chosen[0].tolist()
+        if self._skip is None:
+            return rows
+        is_skipped = self._skip.skips(layer, weights.float().cpu().numpy())[0].tolist()
+        return [row for row, skipped in zip(rows, is_skipped, strict=True) if not skipped]
 
     def _submit(self, key: Key, keep: frozenset[Key]) -> None:
         num_bytes = self._store.record(key).num_bytes
@@ -78,12 +95,14 @@ class Prefetcher:
         while (item := self._queue.get()) is not None:
             key, keep = item
             num_bytes = self._store.record(key).num_bytes
-            start = time.perf_counter()
-            was_read = self._cache.prefetch(key, keep)
-            with self._lock:
-                self._queued_bytes -= num_bytes
-                if was_read:
-                    self._rule.learn_transfer(num_bytes, time.perf_counter() - start)
+            start, was_read = time.perf_counter(), False
+            try:
+                was_read = self._cache.prefetch(key, keep)
+            finally:
+                with self._lock:
+                    self._queued_bytes -= num_bytes
+                    if was_read:
+                        self._rule.learn_transfer(num_bytes, time.perf_counter() - start)
 
     def _learn_busy(self) -> None:
         now, stalled = time.perf_counter(), self._cache.statistics.stall_seconds

@@ -6,7 +6,8 @@ The dense part is loaded; experts live in slots under a hard byte budget and are
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,48 +16,48 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_moe import budget as bill
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.errors import BudgetError, InputError
-from edge_moe.overhead import ASSUMED_BYTES, runtime_overhead, tokenizer_bytes
-from edge_moe.package import Package, is_package
+from edge_moe.errors import InputError
+from edge_moe.package import Package
 from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime import memory
-from edge_moe.runtime.expert_cache import ExpertCache, HostTier
-from edge_moe.runtime.expert_store import CheckpointStore, ExpertStore, PackageStore
-from edge_moe.runtime.generate import Decoder, Sampling, TextStream, Timing, chunks
-from edge_moe.runtime.model import (
-    build_model,
-    compute_dtype,
+from edge_moe.runtime.allotment import (
+    Slots,
+    allot,
+    context_length,
+    dense_parameters,
     dense_tensors,
-    held_bytes,
-    moe_blocks,
-    verify_resident,
+    open_source,
+    open_store,
+    record_sizes,
+    session_terms,
+    source_fingerprint,
+    with_slots,
 )
-from edge_moe.runtime.paged_experts import ExpertPager, attach, register_experts
-from edge_moe.runtime.policy import PagingStatistics, choose_policy, token_cycle_bytes
-from edge_moe.runtime.prefetch import Prefetcher
-from edge_moe.runtime.slots import (
-    SlotBuffers,
-    allot_by_bytes,
-    allot_by_count,
-    size_classes,
-    smallest_slot_bytes,
-)
+from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.generate import Decoder, Sampling, TextStream, Timing, chunks
+from edge_moe.runtime.kv_cache import share_key_value_heads
+from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
+from edge_moe.runtime.paged_experts import register_experts
+from edge_moe.runtime.policy import PagingStatistics
+from edge_moe.runtime.residency import PagingOptions, Residency
+from edge_moe.runtime.skipping import SkipRule
+from edge_moe.runtime.subset import RouterRows, Rows, SubsetStore, choose_rows
+from edge_moe.runtime.trace import TraceInfo, TraceRecorder
 from edge_moe.spec import ModelSpec
-from edge_moe.units import format_bytes
-
-DEFAULT_CONTEXT_TOKENS = 4096
+from edge_moe.task_pattern import Match, TaskPattern, match_pattern
 
 
 @dataclass(frozen=True)
-class _Slots:
-    """How the expert bytes are laid out."""
+class _Limits:
+    """What was asked for: at most one of the two."""
 
-    counts: dict[int, int]
-    num_bytes: int
-    is_paging: bool
-    is_below_cycle: bool
+    budget_bytes: int | None
+    num_slots: int | None
+
+    @property
+    def has_any(self) -> bool:
+        return self.budget_bytes is not None or self.num_slots is not None
 
 
 class Session:
@@ -64,35 +65,30 @@ class Session:
 
     def __init__(
         self,
-        *,
-        spec: ModelSpec,
+        source: Package | Checkpoint,
         model: Any,
         tokenizer: Any,
-        cache: ExpertCache,
         store: ExpertStore,
-        prefetcher: Prefetcher | None,
         terms: list[MemoryTerm],
-        measured_terms: dict[str, int],
         context_tokens: int,
-        device: torch.device,
-        is_paging: bool,
-        load_seconds: float,
-        warnings: list[str],
+        limits: _Limits,
+        options: PagingOptions,
     ) -> None:
-        self.spec = spec
+        self.spec: ModelSpec = source.spec
         self.model = model
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
-        self.device = device
-        self.is_paging = is_paging
-        self.load_seconds = load_seconds
-        self.warnings = warnings
-        self.measured_terms = measured_terms
+        self.device = options.device
+        self.load_seconds = 0.0
         self.timing = Timing()
-        self._cache = cache
+        self._source = source
         self._store = store
-        self._prefetcher = prefetcher
-        self._terms = terms
+        self._full_terms = terms
+        self._limits = limits
+        self._options = options
+        self._blocks = moe_blocks(model, source.spec)
+        self._routers = RouterRows(self._blocks, source.spec)
+        self._experts: Residency | None = None
 
     @classmethod
     def open(
@@ -105,6 +101,10 @@ class Session:
         num_slots: int | None = None,
         prefetch: bool = True,
         ram_bytes: int | None = None,
+        scored_tokens: int = 1,
+        skip: SkipRule | None = None,
+        pattern: TaskPattern | None = None,
+        match_first: bool = False,
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -114,6 +114,11 @@ class Session:
             context_tokens: longest sequence; default 4096 or the model's limit.
             num_slots: experts in memory at once, instead of a budget.
             ram_bytes: on CUDA, packed experts kept in RAM between the disk and the GPU.
+            scored_tokens: most positions that `logits` will be asked for at once.
+            skip: leave out chosen experts that this rule finds not worth computing.
+            pattern: run with this task's experts only; see `use_pattern`.
+            match_first: without a limit, start with slots for one layer's experts only, until
+                `match_task` has said which pattern to use: the other experts never stay in memory.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -121,42 +126,101 @@ class Session:
         """
         start = time.perf_counter()
         memory.limit_arenas()
-        source = _open_source(model)
+        source = open_source(model)
         if isinstance(source, Package):
             verify_resident(source)
         spec = source.spec
         where = _device(device)
-        context = _context(spec, context_tokens)
-        store = _store(source)
-        terms = _terms(source, store, context, where, has_budget=budget_bytes is not None)
-        slots = _allot(spec, store, terms, budget_bytes, num_slots)
+        kind: Device = "cuda" if where.type == "cuda" else "cpu"
+        context = context_length(spec, context_tokens)
+        store = open_store(source)
+        terms = session_terms(
+            *(source, store, context, kind),
+            has_budget=budget_bytes is not None,
+            scored_tokens=scored_tokens,
+        )
+        share_key_value_heads(where)
+        allot(spec, record_sizes(store), terms, budget_bytes, num_slots)  # refuse before loading
         tokenizer = load_tokenizer(model)
         rows = [len(kept) for kept in store.kept]
         register_experts()
         network = build_model(spec, model, dense_tensors(source), rows, where)
         memory.trim()
-        cache = _cache(spec, store, slots, where, ram_bytes)
-        blocks = moe_blocks(network, spec)
-        is_predicting = prefetch and slots.is_paging
-        prefetcher = Prefetcher(blocks, store, cache) if is_predicting else None
-        attach(blocks, ExpertPager(spec, store, cache, compute_dtype(spec, where), prefetcher))
-        return cls(
-            spec=spec,
-            model=network,
-            tokenizer=tokenizer,
-            cache=cache,
-            store=store,
-            prefetcher=prefetcher,
-            terms=[_resized(term, slots.num_bytes) for term in terms],
-            measured_terms={
-                "dense weights": held_bytes(network),
-                "experts": cache.slot_bytes,
-            },
-            context_tokens=context,
-            device=where,
-            is_paging=slots.is_paging,
-            load_seconds=time.perf_counter() - start,
-            warnings=_warnings(slots),
+        limits = _Limits(budget_bytes, num_slots)
+        options = PagingOptions(where, prefetch, ram_bytes, skip)
+        session = cls(source, network, tokenizer, store, terms, context, limits, options)
+        if match_first and not limits.has_any:
+            most = max(map(len, store.kept))
+            slots = allot(spec, record_sizes(store), terms, None, most)
+            session._reside(store, None, slots)
+        else:
+            session.use_pattern(pattern)
+        session.load_seconds = time.perf_counter() - start
+        return session
+
+    def use_pattern(self, pattern: TaskPattern | None) -> None:
+        """Keep only the experts of a task, or all of them with None. Statistics start anew.
+
+        They get the slots; the routers lose the rows of the others, as if the model had been built
+        without them. Under a budget (or with a number of slots) as many experts are kept as fit, so
+        nothing pages; without one the pattern's own kept sets are.
+
+        Raises:
+            InputError: the pattern belongs to another model, or keeps too few experts.
+        """
+        store, rows = self._store, None
+        if pattern is not None:
+            if pattern.model_fingerprint != self.fingerprint:
+                raise InputError(
+                    f"task pattern {pattern.name!r} belongs to another model "
+                    f"({pattern.model_fingerprint[:12]}, not {self.fingerprint[:12]}): make one "
+                    "for this model with `edge-moe patterns`"
+                )
+            room = self._allot(store).num_bytes if self._limits.has_any else None
+            rows = choose_rows(pattern, store, self.spec, room)
+            store = SubsetStore(store, rows)
+        self._reside(store, rows, self._allot(store))
+
+    def _reside(self, store: ExpertStore, rows: Rows | None, slots: Slots) -> None:
+        """Run with the experts of `store`, which are `rows` of the whole model's."""
+        if self._experts is not None:
+            self._experts.close()
+            self._experts = None  # its slots are freed before the new ones are taken
+        self._routers.use(rows)
+        self._experts = Residency.open(self.spec, self._blocks, store, slots, self._options)
+
+    def match_task(self, prompt_ids: Sequence[int], patterns: Mapping[str, TaskPattern]) -> Match:
+        """Which of `patterns` a prompt is nearest to, by the experts that it is routed to.
+
+        Costs one prefill of the prompt with every expert reachable, paging what does not fit; what
+        it read counts in `statistics()` until `use_pattern` starts them anew.
+
+        Raises:
+            InputError: a prompt that does not fit the context, or no pattern.
+        """
+        self._check_length(prompt_ids)
+        with self.tracing() as recorder:
+            Decoder(self.model, self.device, self.context_tokens).prefill(prompt_ids)
+        trace = recorder.finish(self.trace_info())
+        return match_pattern(trace.gate_means(self.spec.num_experts), patterns)
+
+    @contextmanager
+    def tracing(self) -> Iterator[TraceRecorder]:
+        """Record what the routers choose while the block runs."""
+        pager, recorder = self._residency.pager, TraceRecorder()
+        pager.recorder = recorder
+        try:
+            yield recorder
+        finally:
+            pager.recorder = None
+
+    def trace_info(self) -> TraceInfo:
+        """What the rows of a trace of this session stand for."""
+        return TraceInfo(
+            model_fingerprint=self.fingerprint,
+            moe_layer_ids=self.spec.moe_layer_ids,
+            top_k=self.spec.top_k,
+            kept=tuple(tuple(kept) for kept in self._residency.store.kept),
         )
 
     def generate(
@@ -178,11 +242,7 @@ class Session:
             InputError: an empty prompt, one longer than the context, or chat without a template.
         """
         prompt_ids = self.prompt_ids(prompt)
-        if len(prompt_ids) >= self.context_tokens:
-            raise InputError(
-                f"the prompt has {len(prompt_ids)} tokens but the context holds "
-                f"{self.context_tokens}: shorten it or raise --ctx"
-            )
+        self._check_length(prompt_ids)
         decoder = Decoder(self.model, self.device, self.context_tokens)
         self.timing = decoder.timing
         stream = TextStream(self.tokenizer, stop)
@@ -218,8 +278,12 @@ class Session:
                 f"{len(token_ids)} tokens do not fit a context of {self.context_tokens}"
             )
         decoder = Decoder(self.model, self.device, self.context_tokens)
-        parts = [decoder.step(chunk, keep_all=True).cpu() for chunk in chunks(token_ids)]
-        return np.concatenate([part.numpy() for part in parts])
+        logits = np.empty((len(token_ids), self.model.config.vocab_size), np.float32)
+        done = 0
+        for chunk in chunks(token_ids):
+            logits[done : done + len(chunk)] = decoder.step(chunk, keep_all=True).cpu().numpy()
+            done += len(chunk)
+        return logits
 
     def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a prompt.
@@ -254,24 +318,84 @@ class Session:
             return set()
         return set(found) if isinstance(found, list) else {found}
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint that this model is, or was built from."""
+        return source_fingerprint(self._source)
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Per MoE layer, ids of the experts in use."""
+        return self._residency.store.kept
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that the model's folder holds, over all MoE layers."""
+        return sum(map(len, self._store.kept))
+
+    @property
+    def dense_parameters(self) -> int:
+        """Number of weights outside routed experts: every token uses them."""
+        return dense_parameters(self._source)
+
+    @property
+    def is_paging(self) -> bool:
+        """Whether there are fewer slots than experts in use."""
+        return self._residency.slots.is_paging
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know about the slots."""
+        return self._residency.slots.warnings()
+
+    @property
+    def measured_terms(self) -> dict[str, int]:
+        """Bytes really taken, by the name of the term."""
+        return {
+            "dense weights": held_bytes(self.model),
+            "experts": self._residency.cache.slot_bytes,
+        }
+
     def statistics(self) -> PagingStatistics:
-        """What paging did since the session was opened."""
-        return self._cache.statistics
+        """What paging did since the session was opened, or since `use_pattern`."""
+        return self._residency.cache.statistics
 
     def memory(self) -> list[MemoryTerm]:
         """The planned bill at this budget, term by term."""
-        return self._terms
+        return with_slots(self._full_terms, self._residency.slots.num_bytes)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the slots' bookkeeping is inconsistent."""
-        self._cache.check_integrity()
+        self._residency.cache.check_integrity()
 
     def close(self) -> None:
         """Stop reading ahead and close the files."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
+        if self._experts is not None:
+            self._experts.close()
         self._store.close()
+
+    @property
+    def _residency(self) -> Residency:
+        if self._experts is None:
+            raise RuntimeError("the session holds no experts")
+        return self._experts
+
+    def _allot(self, store: ExpertStore) -> Slots:
+        limits = self._limits
+        return allot(
+            self.spec,
+            record_sizes(store),
+            self._full_terms,
+            limits.budget_bytes,
+            limits.num_slots,
+        )
+
+    def _check_length(self, prompt_ids: Sequence[int]) -> None:
+        if len(prompt_ids) >= self.context_tokens:
+            raise InputError(
+                f"the prompt has {len(prompt_ids)} tokens but the context holds "
+                f"{self.context_tokens}: shorten it or raise --ctx"
+            )
 
     def __enter__(self) -> Session:
         return self
@@ -290,21 +414,18 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder} holds no readable tokenizer ({reason})") from None
-
-
-def _open_source(model: Path) -> Package | Checkpoint:
-    if not model.is_dir():
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(
-            f"{model} is not a folder: give a native package or a Hugging Face checkpoint"
-        )
-    return Package(model) if is_package(model) else Checkpoint(model)
+            f"{folder} holds no usable tokenizer ({_tokenizer_problem(folder, error)}): "
+            "copy the model's tokenizer files there again"
+        ) from None
 
 
-def _store(source: Package | Checkpoint) -> ExpertStore:
-    return PackageStore(source) if isinstance(source, Package) else CheckpointStore(source)
+def _tokenizer_problem(folder: Path, error: Exception) -> str:
+    """transformers' own text about missing files is long and names none of them."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return "neither tokenizer.json nor tokenizer.model is there"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _device(name: str | None) -> torch.device:
@@ -313,131 +434,3 @@ def _device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch finds no CUDA GPU: use --device cpu")
     return torch.device(name)
-
-
-def _context(spec: ModelSpec, asked: int | None) -> int:
-    if asked is None:
-        return min(DEFAULT_CONTEXT_TOKENS, spec.max_position_embeddings)
-    if asked > spec.max_position_embeddings:
-        raise InputError(
-            f"context {asked} is longer than the model's {spec.max_position_embeddings} tokens: "
-            "ask for less"
-        )
-    return asked
-
-
-def _terms(
-    source: Package | Checkpoint,
-    store: ExpertStore,
-    context_tokens: int,
-    device: torch.device,
-    *,
-    has_budget: bool,
-) -> list[MemoryTerm]:
-    """The bill with every kept expert resident. Only a budget is worth measuring overhead for."""
-    spec = source.spec
-    kind: Device = "cuda" if device.type == "cuda" else "cpu"
-    itemsize = compute_dtype(spec, device).itemsize
-    dense = sum(
-        bill.num_weights(info) * itemsize
-        for info in dense_tensors(source)
-        if not (info.name == "lm_head.weight" and spec.tie_word_embeddings)
-    )
-    overhead, origin = (
-        runtime_overhead(spec.model_type, kind) if has_budget else (ASSUMED_BYTES[kind], "assumed")
-    )
-    return bill.memory_terms(
-        spec,
-        forms=[
-            [store.record((layer, row)).form for row in range(len(kept))]
-            for layer, kept in enumerate(store.kept)
-        ],
-        dense_bytes=dense,
-        context_tokens=context_tokens,
-        device=kind,
-        target="native",
-        runtime_bytes=overhead + tokenizer_bytes(source.folder),
-        runtime_source=origin,
-    )
-
-
-def _allot(
-    spec: ModelSpec,
-    store: ExpertStore,
-    terms: list[MemoryTerm],
-    budget_bytes: int | None,
-    num_slots: int | None,
-) -> _Slots:
-    """Slots per record size.
-
-    Raises:
-        BudgetError: `minimum_bytes` is the smallest budget that works, paging included.
-    """
-    sizes = [
-        [store.record((layer, row)).num_bytes for row in range(len(kept))]
-        for layer, kept in enumerate(store.kept)
-    ]
-    classes = size_classes(sizes)
-    cycle = token_cycle_bytes((max(layer) for layer in sizes), spec.top_k)
-    every = {item.record_bytes: item.num_experts for item in classes}
-    if num_slots is not None:
-        if num_slots < spec.top_k:
-            raise InputError(f"{num_slots} slots are fewer than top_k={spec.top_k}: give more")
-        counts = allot_by_count(classes, num_slots)
-    elif budget_bytes is None:
-        counts = every
-    else:
-        fixed = bill.non_expert_bytes(terms)
-        smallest = smallest_slot_bytes(classes, spec.top_k)
-        if budget_bytes - fixed < smallest:
-            raise BudgetError(
-                f"budget {format_bytes(budget_bytes)} is too small even when experts are paged: "
-                f"{bill.describe_terms([term for term in terms if term.name != 'experts'])} and "
-                f"{format_bytes(smallest)} of slots need {format_bytes(fixed + smallest)} "
-                f"({fixed + smallest} bytes)",
-                minimum_bytes=fixed + smallest,
-            )
-        counts = allot_by_bytes(classes, budget_bytes - fixed, spec.top_k)
-    num_bytes = sum(size * count for size, count in counts.items())
-    return _Slots(counts, num_bytes, counts != every, num_bytes < cycle and counts != every)
-
-
-def _cache(
-    spec: ModelSpec,
-    store: ExpertStore,
-    slots: _Slots,
-    device: torch.device,
-    ram_bytes: int | None,
-) -> ExpertCache:
-    """Slots on the device, filled as far as they go; the counting starts afterwards."""
-    cycle = slots.num_bytes + 1 if slots.is_below_cycle else 0
-    host = None
-    if ram_bytes and device.type == "cuda":  # on a CPU the slots already are the RAM
-        host = HostTier(ram_bytes, is_pinned=True)
-    cache = ExpertCache(
-        store,
-        SlotBuffers(slots.counts, device),
-        choose_policy(slots.num_bytes, cycle),
-        host=host,
-        device=device,
-    )
-    cache.fill()
-    cache.statistics = PagingStatistics()
-    return cache
-
-
-def _resized(term: MemoryTerm, slot_bytes: int) -> MemoryTerm:
-    """The bill at this budget: experts take what the slots take."""
-    if term.name != "experts":
-        return term
-    return MemoryTerm(name=term.name, num_bytes=slot_bytes, source="plan", note="slots")
-
-
-def _warnings(slots: _Slots) -> list[str]:
-    if not slots.is_below_cycle:
-        return []
-    return [
-        f"the slots ({format_bytes(slots.num_bytes)}) hold less than one token's experts over all "
-        "layers: recency would never hit, so the most frequent experts are kept; a larger budget "
-        "is much faster"
-    ]

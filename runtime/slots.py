@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from edge_moe.errors import BudgetError, InputError
 from edge_moe.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class SlotBuffers:
     """The memory of all slots: one uint8 tensor [slots, record_bytes] per size class."""
 
     def __init__(self, slots: Mapping[int, int], device: torch.device) -> None:
+        import torch  # the arithmetic above serves the simulator, which needs none
+
         self._buffers = {
             record_bytes: torch.empty((count, record_bytes), dtype=torch.uint8, device=device)
             for record_bytes, count in slots.items()

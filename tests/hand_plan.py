@@ -11,15 +11,18 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.formats import DROP
+from edge_moe.formats import DROP, expert_bytes, form_fits
 from edge_moe.plan import MemoryTerm, Plan, Target
 
 
 def hand_plan(
     checkpoint: Checkpoint, forms: Sequence[Sequence[str]], target: Target = "native"
 ) -> Plan:
-    """A plan with the given [L][E] forms and made-up numbers elsewhere."""
+    """A plan with the given [L][E] forms, their true bytes, and made-up numbers elsewhere."""
     spec = checkpoint.spec
+    widths = spec.hidden_size, spec.expert_width
+    fitting = [form for row in forms for form in row if form_fits(form, *widths)]
+    experts = sum(expert_bytes(form, *widths) for form in fitting)
     rows = [list(row) for row in forms]
     ones = [[1 / spec.num_experts] * spec.num_experts for _ in rows]
     return Plan(
@@ -37,7 +40,7 @@ def hand_plan(
         top_k=spec.top_k,
         forms=rows,
         tiers=[["none" if form == DROP else "device" for form in row] for row in rows],
-        terms=[MemoryTerm(name="experts", num_bytes=1000, source="plan")],
+        terms=[MemoryTerm(name="experts", num_bytes=experts, source="plan")],
         loss=0.5,
         loss_unit="made up",
         frontier=[],

@@ -179,6 +179,39 @@ def test_plan_that_was_edited(source: Path, tmp_path: Path) -> None:
     check_refused(PlanError, r"MoE layers \[1, 2\]", moved, tmp_path / "out", model=source)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget_bytes": -5}, "budget_bytes: Input should be greater than 0: make it again"),
+        ({"context_tokens": 0}, "context_tokens: Input should be greater than 0"),
+        ({"terms": []}, "terms hold no term 'experts': make it again"),
+        ({"forms": [["nonsense"] * 8] * 2}, "layer 0 names the unknown form 'nonsense'"),
+    ],
+)
+def test_plan_file_that_contradicts_itself(
+    change: dict[str, object], message: str, source: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan_for(source).model_dump(mode="json") | change))
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.load(path)
+    assert "Value error" not in str(caught.value)
+
+
+def test_plan_whose_bill_is_not_that_of_its_forms(source: Path, tmp_path: Path) -> None:
+    plan = plan_for(source)
+    forms = [list(row) for row in plan.forms]
+    forms[0][plan.kept(forms[0])[0]] = "q8_0"
+    check_refused(
+        PlanError, "experts take 185088 bytes .* bill says 196608: the plan was edited",
+        plan.model_copy(update={"forms": forms}), tmp_path / "out", model=source,
+    )  # fmt: skip
+    check_refused(
+        PlanError, "takes 197 kB, more than its own budget of 1.00 kB: plan again",
+        plan.model_copy(update={"budget_bytes": 1000}), tmp_path / "out", model=source,
+    )  # fmt: skip
+
+
 def test_form_that_does_not_fit(source: Path, tmp_path: Path) -> None:
     check_refused(
         FormError, "blocks of 256 weights; a row of 64", plan_for(source, "q4_k"),

@@ -9,6 +9,7 @@ import pytest
 from conftest import TinyCheckpoint, make_tiny_checkpoint
 
 from edge_moe.budget import (
+    ALLOCATOR_BYTES,
     GGUF_RUNTIME_BYTES,
     dense_bytes,
     describe_terms,
@@ -84,13 +85,32 @@ def test_runtime_is_measured_natively_and_assumed_for_llama() -> None:
 
 
 def test_workspace_by_hand() -> None:
-    # 10 tokens: hidden states 5 x 64, queries 64, keys 8, values 8, expert 3 x 32, router 4,
-    # scores 2 heads x 10 positions
-    per_token = 5 * 64 + 64 + 8 + 8 + 3 * 32 + 4 + 2 * 10
-    expected = 4 * (3 * 64 * 32 + 10 * per_token + 100)
-    assert workspace_bytes(small_spec(), 10, "cpu") == expected
+    # 10 tokens: residual stream and norm 2 x 64, logits 100; an expert of 3 x 64 x 32 weights and
+    # codes, its tokens 3 x 64 + 3 x 32 + 4; two bounce buffers of one expert at 16 bits
+    always, rest = 10 * 2 * 64 + 100, 2 * 2 * 3 * 64 * 32 + ALLOCATOR_BYTES
+    experts = 3 * 64 * 32 * 7 // 6 + 10 * (3 * 64 + 3 * 32 + 4)
+    assert workspace_bytes(small_spec(), 10, "cpu") == 4 * (always + experts) + rest
+    # 256 tokens of 900: queries and output 2 x 16 + 64, keys and values 8 + 8, masks 5 bytes
+    always = 256 * 2 * 64 + 100
+    attention = 256 * (2 * 16 + 64 + 8 + 8) + 256 * 900 * 5 // 4
     long = workspace_bytes(small_spec(), 900, "cpu")
-    assert long == 4 * (3 * 64 * 32 + 256 * (per_token - 2 * 10 + 2 * 900) + 100)
+    assert long == 4 * (always + attention) + rest
+    assert workspace_bytes(small_spec(), 900, "cpu", 256) == long + 4 * 255 * 100
+    repeated = 4 * 2 * 900 * 16  # keys and values of the whole context for every query head
+    assert workspace_bytes(small_spec(), 900, "cuda") == long + repeated
+    whole = small_spec(num_key_value_heads=2)
+    assert workspace_bytes(whole, 900, "cuda") == workspace_bytes(whole, 900, "cpu")
+
+
+def test_latent_attention_holds_its_scores() -> None:
+    latent = {"model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    widths = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 6}
+    spec = small_spec(**latent, **widths, first_k_dense_replace=0)
+    assert spec.kv_bytes_per_token(4) == 4 * 3 * (6 + 4)
+    attention = 256 * (2 * 2 * 12 + 64 + 6 + 4) + 256 * 900 * 5 // 4
+    attention += 256 * 900 * 2 * 12 // 5 + 900 * 2 * ((8 + 8) + (8 + 4))
+    always, rest = 256 * 2 * 64 + 100, 2 * 2 * 3 * 64 * 32 + ALLOCATOR_BYTES
+    assert workspace_bytes(spec, 900, "cpu") == 4 * (always + attention) + rest
 
 
 def test_llama_compute_buffer_is_the_larger_moment() -> None:

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters import export_native, packing
 from edge_moe.converters.build import build
+from edge_moe.converters.packer import Packer
 from edge_moe.converters.packing import num_workers, packing_peak_bytes
 from edge_moe.converters.safetensors_writer import TensorEntry, safetensors_file
 from edge_moe.errors import InputError
@@ -192,10 +193,13 @@ def test_killed_build_resumes_to_the_same_bytes(
     real = packing.expert_records
 
     def counted(
-        checkpoint: Checkpoint, layer_id: int, experts: Sequence[tuple[int, str]]
+        checkpoint: Checkpoint,
+        layer_id: int,
+        experts: Sequence[tuple[int, str]],
+        packer: Packer,
     ) -> Iterator[Iterable[bytes]]:
         asked.append(layer_id)
-        return real(checkpoint, layer_id, experts)
+        return real(checkpoint, layer_id, experts, packer)
 
     monkeypatch.setattr(export_native, "expert_records", counted)
     assert tree(build(plan, output, model=checkpoint.folder)) == expected

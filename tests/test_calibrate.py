@@ -28,6 +28,7 @@ from edge_moe.converters import calibration_memory
 from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.calibration_memory import calibration_peak_bytes
 from edge_moe.converters.form_loss import round_trip
+from edge_moe.converters.staging import locked
 from edge_moe.errors import (
     BudgetError,
     CheckpointError,
@@ -54,7 +55,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(model: Path, task: str, output: Path, **options: Any) -> ExpertStats:
-    arguments: dict[str, Any] = {"window_tokens": WINDOW_TOKENS, "forms": FORMS} | options
+    arguments: dict[str, Any] = {
+        "window_tokens": WINDOW_TOKENS,
+        "forms": FORMS,
+        "quantiser": "nearest",
+    } | options
     return calibrate(model, [task], output, **arguments)
 
 
@@ -360,7 +365,8 @@ import sys
 from pathlib import Path
 from edge_moe.converters.calibrate import calibrate
 model, task, output = sys.argv[1:]
-calibrate(Path(model), [task], Path(output), window_tokens=32, forms=["q8_0", "q4_0", "bf16"])
+options = {"window_tokens": 32, "forms": ["q8_0", "q4_0", "bf16"], "quantiser": "nearest"}
+calibrate(Path(model), [task], Path(output), **options)
 """
 
 
@@ -435,6 +441,53 @@ def test_finished_foreign_and_other_outputs_are_refused(
         run(folder, task, foreign)
 
 
+def test_a_finished_output_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
+    output = tmp_path / "stats"
+    output.mkdir()
+    (output / "stats.json").write_text("{}")
+    with pytest.raises(InputError, match="already holds finished statistics"):
+        calibrate(tmp_path / "no model", ["no task"], output)
+
+
+def test_two_calibrations_cannot_share_a_folder(
+    tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path
+) -> None:
+    folder, output = tiny_checkpoint("olmoe"), tmp_path / "stats"
+    (output / "work").mkdir(parents=True)
+    with (
+        locked(output / "work" / "lock", "taken"),
+        pytest.raises(InputError, match="stats is being calibrated by another process: wait"),
+    ):
+        run(folder, task, output)
+    run(folder, task, output)
+    assert not (output / "work").exists()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_a_failed_run_leaves_nothing_behind(
+    name: str, tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path
+) -> None:
+    """NaN in weights that no layer reads is found too, before anything is measured."""
+    folder = damaged_copy(tiny_checkpoint("olmoe"), tmp_path / "damaged", name, np.nan)
+    with pytest.raises(CheckpointError, match=f"'{name}' holds NaN or infinity"):
+        run(folder, task, tmp_path / "stats")
+    assert not (tmp_path / "stats").exists()
+
+
+def test_a_failed_run_keeps_the_layers_that_are_done(
+    tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path
+) -> None:
+    name = "model.layers.{}.self_attn.q_proj.weight"
+    first = damaged_copy(tiny_checkpoint("olmoe"), tmp_path / "first", name.format(0), np.nan)
+    second = damaged_copy(tiny_checkpoint("olmoe"), tmp_path / "second", name.format(1), np.nan)
+    with pytest.raises(CheckpointError, match="layers.0"):
+        run(first, task, tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+    with pytest.raises(CheckpointError, match="layers.1"):
+        run(second, task, tmp_path / "two")
+    assert (tmp_path / "two" / "work" / "hidden_0001.safetensors").exists()
+
+
 def test_a_resume_with_other_settings_is_refused(
     tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,8 +516,8 @@ def test_a_resume_with_other_settings_is_refused(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"window_tokens": 1024}, InputError, "exceed the model's context of 512"),
-        ({"window_tokens": 1}, InputError, "too short"),
+        ({"window_tokens": 1024}, InputError, "--window-tokens is 1024, more than the model's"),
+        ({"window_tokens": 1}, InputError, "--window-tokens is 1: use"),
         ({"shard": (3, 3)}, InputError, "shard 3/3 does not exist"),
         ({"shard": (400, 500)}, InputError, "shard 400/500 is empty"),
         ({"forms": ["q9_9"]}, FormError, "'q9_9' is unknown"),

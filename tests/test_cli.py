@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TinyCheckpoint
+from hand_plan import hand_plan, uniform_forms
 
 import edge_moe
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import explain, run
+from edge_moe.converters.build import build
 from edge_moe.errors import BudgetError, InputError
+from edge_moe.files import atomic_path, require_free_disk
+from edge_moe.inspect import inspect_model
 from edge_moe.moments import LayerMoments, moments_path
 from edge_moe.stats import EXPERT_SUMS, STATS_VERSION, ExpertStats, StatsInfo
 
@@ -96,6 +102,9 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         "eval",
         "report",
         "demo",
+        "calibrate-skipping",
+        "patterns",
+        "simulate",
         "stats merge",
         "stats show",
     ],
@@ -153,6 +162,9 @@ def test_empty_task_text(checkpoint: Path, tmp_path: Path, fails: Failure) -> No
     message = fails("calibrate", checkpoint, "--task", task, "-o", tmp_path / "stats")
     assert f"{task} holds no text" in message
     assert not (tmp_path / "stats").exists()
+    task.write_text('{"text": "word"}\n')
+    message = fails("calibrate", checkpoint, "--task", task, "-o", tmp_path / "stats")
+    assert f"{task} is too short to hold out a fifth" in message
 
 
 def test_stats_merge_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,15 +197,16 @@ def test_explain_covers_what_users_meet() -> None:
     assert explain(BudgetError("too small: 3 GB is the smallest", 3))[1] == 3
     full = OSError(errno.ENOSPC, "No space left on device", "/out/x")
     assert explain(full) == (
-        "no space left on the disk for /out/x: free some space and start again",
+        "/out/x: No space left on device; free some space and start again",
         2,
     )
     rust = Exception("I/O error: No space left on device (os error 28)")
-    assert "no space left" in explain(rust)[0]
+    assert explain(rust) == ("No space left on device; free some space and start again", 2)
     denied = PermissionError(errno.EACCES, "Permission denied", "/root/x")
-    assert explain(denied) == ("Permission denied: /root/x: check the path and its permissions", 2)
+    assert explain(denied) == ("/root/x: Permission denied; change its permissions", 2)
     missing = ModuleNotFoundError("No module named 'plotly'", name="plotly.graph_objects")
     assert "pip install 'edge-moe[report]'" in explain(missing)[0]
+    assert "in a checkout pip install -e '.[report]'" in explain(missing)[0]
     message, code = explain(ZeroDivisionError("division by zero"))
     assert code == 1 and "internal error, ZeroDivisionError" in message
 
@@ -231,3 +244,98 @@ def test_flags_repeat_the_defaults_of_the_functions() -> None:
         flags, wanted = defaults(command), defaults(function)
         for name in flags.keys() & wanted.keys() - {"shard"}:
             assert flags[name] == wanted[name], name
+
+
+def test_a_reader_that_stops_early_is_no_error(demo_model: Path) -> None:
+    code = "from edge_moe.start import main; main()"
+    for flags in ([], ["--json"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [sys.executable, "-c", code, "inspect", str(demo_model), *flags]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_ctrl_c_while_importing_ends_quietly() -> None:
+    code = (
+        "import builtins, sys; real = builtins.__import__\n"
+        "def stop(name, *rest):\n"
+        "    if name == 'typer': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = stop\n"
+        "from edge_moe.start import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
+def test_values_that_mean_nothing_name_their_flag(
+    fails: Failure, checkpoint: Path, tmp_path: Path
+) -> None:
+    run_it = ("run", checkpoint, "--prompt", "x")
+    for value in ("nan", "inf", "-1"):
+        assert f"--temperature is {value}: use 0" in fails(*run_it, "--temperature", value)
+    assert "--top-p is nan: use" in fails(*run_it, "--top-p", "nan")
+    assert "--seed is -1: use 0 to" in fails(*run_it, "--seed", "-1")
+    abc = fails(*run_it, "--max-new-tokens", "abc")
+    assert "'--max-new-tokens': not a valid integer: see" in abc
+    evaluate = ("eval", checkpoint, "--task", "code")
+    assert "--max-problems is -2: use 0 or more" in fails(*evaluate, "--max-problems", "-2")
+    calibrate = ("calibrate", checkpoint, "--task", "code", "-o", tmp_path / "out")
+    assert "--max-windows is 0: use at least 1" in fails(*calibrate, "--max-windows", "0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_where_a_folder_belongs_and_the_other_way_round(
+    fails: Failure, checkpoint: Path, tmp_path: Path
+) -> None:
+    file, folder = tmp_path / "garbage", tmp_path / "empty"
+    file.write_text("x")
+    folder.mkdir()
+    assert "is a file: MODEL must be a checkpoint folder" in fails("inspect", file)
+    plan = fails("plan", checkpoint, "--stats", "nowhere", "--budget", "1GB", "-o", folder)
+    assert plan == f"output {folder} is a folder: name a file, such as {folder / 'out.json'}"
+    assert f"output {folder} is a folder" in fails("report", checkpoint, "-o", folder)
+
+
+def test_a_model_that_moved_is_given_by_a_flag(
+    fails: Failure, checkpoint: Path, tmp_path: Path
+) -> None:
+    opened = Checkpoint(checkpoint)
+    hand_plan(opened, uniform_forms(opened, 4)).save(tmp_path / "plan.json")
+    checkpoint.rename(tmp_path / "moved")
+    message = fails("build", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert message.endswith(f"is not at {checkpoint} any more: say where with --model")
+
+
+def test_errors_of_the_system_name_the_output_not_its_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as caught, atomic_path(tmp_path) as temporary:
+        temporary.write_text("x")
+    assert caught.value.filename == str(tmp_path)
+    for full in (OSError(errno.ENOSPC, "full"), Exception("I/O error: full (os error 28)")):
+        with pytest.raises(OSError, match=r"out\.json") as caught_full:
+            with atomic_path(tmp_path / "out.json") as temporary:
+                raise full
+        message, code = explain(caught_full.value)
+        assert message == f"{tmp_path / 'out.json'}: No space left on device; " + (
+            "free some space and start again"
+        )
+        assert code == 2
+    foreign = PermissionError(errno.EACCES, "Permission denied", "/elsewhere")
+    with pytest.raises(PermissionError) as kept, atomic_path(tmp_path / "out.json"):
+        raise foreign
+    assert kept.value is foreign
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_place_that_stores_no_files() -> None:
+    with pytest.raises(InputError, match="/proc stores no files; choose another folder"):
+        require_free_disk(Path("/proc/foo"), 1, "a test")
+
+
+def test_a_package_lists_no_export_targets(checkpoint: Path, tmp_path: Path) -> None:
+    opened = Checkpoint(checkpoint)
+    package = build(hand_plan(opened, uniform_forms(opened, 4)), tmp_path / "out")
+    assert inspect_model(str(package)).targets == []

@@ -21,6 +21,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import InputError, MissingExtraError
 from edge_moe.eval_table import print_eval
 from edge_moe.measurement import EvalResult
+from edge_moe.metrics import Estimate
 from edge_moe.runtime import evaluate as module
 from edge_moe.runtime.evaluate import evaluate, score_windows, solve_problems
 
@@ -100,7 +101,8 @@ def test_a_model_against_itself(models: dict[str, BigramModel], task: str) -> No
     assert result.comparison.mean_kld.value == 0
     assert result.comparison.same_top_p.value == 1
     assert result.recovery_percent == pytest.approx(100)
-    assert result.num_tokens >= len(TEXT) - result.num_windows  # one per window is not scored
+    heldout = "\n".join(TEXT.splitlines()[-4:])  # a fifth of the lines
+    assert result.num_tokens == len(heldout) - result.num_windows  # one per window is not scored
 
 
 def test_against_another_model(models: dict[str, BigramModel], task: str) -> None:
@@ -112,6 +114,10 @@ def test_against_another_model(models: dict[str, BigramModel], task: str) -> Non
     assert found.mean_kld.value > 0.5
     assert found.ppl_ratio.value == pytest.approx(result.perplexity.value / base.value)
     assert result.recovery_percent == pytest.approx(100 / found.ppl_ratio.value)
+    assert result.recovery_of == "1 / perplexity"
+    # d(1/r) = dr / r**2, and dr = r * d(ln r)
+    error = 100 * found.ln_ppl_ratio.error / found.ppl_ratio.value
+    assert result.recovery_error_percent == pytest.approx(error)
 
 
 def test_kld_over_windows_by_hand(models: dict[str, BigramModel]) -> None:
@@ -181,6 +187,8 @@ def test_recovery_is_by_exact_match_where_there_are_problems(
     (result,) = evaluate(Path("small"), Path("full"), [task])
     assert result.exact_match is not None and result.exact_match.value == 0.5
     assert result.recovery_percent == pytest.approx(50)
+    assert result.recovery_of == "exact match"
+    assert result.recovery_error_percent == pytest.approx(50)  # 0.5 +- 0.5 of 1 +- 0
     assert result.num_problems == 2
 
 
@@ -206,11 +214,11 @@ def test_different_vocabularies(models: dict[str, BigramModel], task: str) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window_tokens": 1}, "a window of 1 tokens predicts nothing"),
-        ({"max_windows": 0}, "max_windows is 0"),
+        ({"window_tokens": 1}, "--window-tokens is 1, which predicts nothing"),
+        ({"max_windows": 0}, "--max-windows is 0"),
     ],
 )
-def test_bad_arguments(options: dict[str, int], message: str) -> None:
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         evaluate(Path("full"), None, ["code"], **options)
 
@@ -240,6 +248,31 @@ def test_many_tasks_become_rows(models: dict[str, BigramModel], task: str) -> No
     assert results[0].comparison is not None
     assert text.count(f"{results[0].comparison.mean_kld}") == 5
     assert "Maximum KLD" not in text
+
+
+def test_many_tasks_fit_110_columns_unwrapped(
+    models: dict[str, BigramModel], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = [{"prompt": "p", "answer": "7"}, {"prompt": "q", "answer": "8"}]
+    monkeypatch.setattr(module, "task_problems", lambda _task, _count: problems)
+    models["full"]._answers = {"p": "The answer is 7", "q": "The answer is 8"}
+    results = evaluate(Path("small"), Path("full"), [task] * 4, window_tokens=64)
+    wide = Estimate(114.43, 0.73)
+    assert results[0].comparison is not None
+    results = [
+        result.model_copy(
+            update={"task": "arithmetic", "in_task": False, "perplexity": wide}
+            | {"base_perplexity": wide, "recovery_of": kind}
+        )
+        for result, kind in zip(results, ["1 / perplexity", "exact match"] * 2, strict=True)
+    ]
+    console = Console(record=True, width=110, file=io.StringIO())
+    print_eval(results, console)
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 110
+    assert text.count("arithmetic (off task)") == 8  # a line per task in both tables
+    assert "recovery: 1 / perplexity" in text and "recovery: exact match" in text
 
 
 def test_json_round_trip(models: dict[str, BigramModel], task: str, tmp_path: Path) -> None:

@@ -125,7 +125,9 @@ def dense_routing(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.mark.parametrize(
-    "form", ["tq1_0", "tq2_0", "q2_0", "q2_k", "q3_k", "q4_0", "q4_k", "q8_0", "f16", "bf16"]
+    "form",
+    ["tq1_0", "tq2_0", "q2_0", "q2_k", "q3_k", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16"]
+    + ["bf16"],
 )
 def test_packed_forms_agree_with_their_unpacked_weights(
     form: str, dense_routing: Checkpoint, tmp_path: Path

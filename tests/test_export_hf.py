@@ -239,6 +239,7 @@ def test_model_card_keeps_the_licence(tiny_checkpoint: TinyCheckpoint, tmp_path:
     assert "| drop | 8 |" in card
     assert "edge-moe build plan.json -o out --target hf" in card
     assert "edge-moe plan Qwen/Tiny-MoE --stats stats --budget 1000000000B --ctx 256" in card
+    assert str(tmp_path) not in card
 
 
 def test_model_card_is_valid_yaml(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

@@ -120,6 +120,29 @@ def test_q4_k_block_by_hand() -> None:
     assert not weights[32:128].any()
 
 
+def test_q5_k_block_by_hand() -> None:
+    scales = [2 | 1 << 6, 0, 0, 0, 1 | 2 << 6, 0, 0, 0, 3 | 5 << 4, 0, 0, 0]  # as for q4_k
+    high = [0b0001_0001] + [0] * 31  # byte 0: weights 0 and 128
+    nibbles = [0x0F] + [0] * 63 + [0x07] + [0] * 63
+    weights = _unpacked("q5_k", HALF_HALF + HALF_ONE + scales + high + nibbles)
+    assert weights[0] == 0.5 * 2 * 31 - 1
+    assert weights[1] == -1
+    assert weights[128] == 0.5 * 19 * 23 - 37
+    assert not weights[32:128].any()
+
+
+def test_q6_k_block_by_hand() -> None:
+    low = [0x3F] + [0] * 127  # weight 0: 15, weight 64: 3
+    high = [0b00_11_00_11] + [0b10_10_10_10] * 63  # weights 0 and 64: 48; 32 and 96: 0
+    scales = [3, 0, 1, 0, 254] + [0] * 11  # the scale of weights 64..79 is -2
+    weights = _unpacked("q6_k", low + high + scales + HALF_HALF)
+    assert weights[0] == 0.5 * 3 * (63 - 32)
+    assert weights[1] == 0  # code 32
+    assert weights[32] == 0.5 * 1 * -32
+    assert weights[64] == 0.5 * -2 * (51 - 32)
+    assert np.count_nonzero(weights) == 3
+
+
 # ---------------------------------------------------------------------------- frozen bytes
 
 
@@ -155,6 +178,21 @@ FROZEN = {
         "0f53a8fd3085da0f75ca0f52a7fc2075da0f52a7fc2085da0f52a7fc3085da0f53a8fd3085da0f53"
         "fc2075ca0f52a7fc2075ca0f52a7fc2085da0f53a8fd3085da0f53a8fd3085da2075ca0f52a7fc20"
         "75da0f52a7fc2085da0f53a8fd3085da0f53a8fd3085da0f"
+    ),
+    "q5_k": (
+        "8f131324fffefefefffaf5f1feae6f1e300cc771188ee3300cc771188ef3388ee7711ccff3388ee7"
+        "711ccff3388ee77150fa940ea54fe950fa940ea55ff9510ba41eb650fa610ba51fb650fa610ba51f"
+        "fa940ea54fe950fa940ea54ff9500aa41fb550fa610ba51fb650fa610ba51fb6e950fa940ea54fe9"
+        "50fa950fa650fa510ba51fb650fa610ba51fb650fa610ba550fa940ea54fe950fa940ea54ff9510a"
+        "a41eb650fa610ba51fb650fa610ba51f"
+    ),
+    "q6_k": (
+        "af5d0b49f6a4f2af5d0b49f5a3e19e4c162ae9bdc08043172aeaadb17044071bdaaea27034080cda"
+        "aea26135090dcb9f9dbfcbe7234551adbedae6324460acce2e60a2f5c8195c3f70b3f6d81a5c3f71"
+        "53162ae9bdc08043172aeaadb17044071cdaaea27034080cda9ea26135090dcb519dbfcbe7234551"
+        "adbedae6324460ac6316cdb0570afd6316cdb0570afd6316027f98c573acd9027f98c573acd9027f"
+        "ce5025fe836439ce5025fe836439ce50d9027f98c573acd9027f98c573acd9027d8d90706b727480"
+        "888d907091727380398c"
     ),
     "q8_0": "082081ca145da7f03a83cc165fa9f23c85ce1861abf43e87d01a63adf64089d21c65",
 }
@@ -273,7 +311,15 @@ def test_ternary_reaches_the_optimum_on_gaussian_weights(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("q2_0", 0.351), ("q2_k", 0.264), ("q3_k", 0.1436), ("q4_k", 0.0706), ("q8_0", 0.00535)],
+    [
+        ("q2_0", 0.351),
+        ("q2_k", 0.264),
+        ("q3_k", 0.1436),
+        ("q4_k", 0.0706),
+        ("q5_k", 0.0354),
+        ("q6_k", 0.01707),
+        ("q8_0", 0.00535),
+    ],
 )
 def test_gaussian_errors(name: str, expected: float) -> None:
     assert _relative_error(name, _gaussian(128, 1024)) == pytest.approx(expected, rel=0.01)
@@ -282,8 +328,9 @@ def test_gaussian_errors(name: str, expected: float) -> None:
 def test_more_bits_lose_less() -> None:
     errors = [_relative_error(name, _gaussian(32, 512)) for name in PACKED_FORMS]
     by_name = dict(zip(PACKED_FORMS, errors, strict=True))
-    ladder = ("tq1_0", "q2_0", "q2_k", "q3_k", "q4_0", "q4_k", "q8_0", "bf16", "f16", "f32")
-    assert sorted(ladder, key=lambda name: -by_name[name]) == list(ladder)
+    ladder = ["tq1_0", "q2_0", "q2_k", "q3_k", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0"]
+    ladder += ["bf16", "f16", "f32"]
+    assert sorted(ladder, key=lambda name: -by_name[name]) == ladder
 
 
 def test_ternary_is_the_global_optimum_of_small_cases() -> None:
@@ -434,7 +481,7 @@ def test_refuses_scales_beyond_fp16(name: str) -> None:
 
 
 def test_widths_decide_what_fits() -> None:
-    assert form_fits("q4_k", 2048, 768)
+    assert form_fits("q4_k", 2048, 768) and form_fits("q6_k", 2048, 768)
     assert not form_fits("q4_k", 2048, 1408)
     assert form_fits("q4_0", 2048, 1408)
     assert form_fits("drop", 3, 5)

@@ -33,7 +33,7 @@ def layer_of(path: Path) -> str:
         return parts[0]
     if parts[1] in ("commands", "demo"):
         return parts[1]
-    return "commands" if parts[1] in ("cli.py", "__main__.py") else "core"
+    return "commands" if parts[1] in ("cli.py", "start.py", "__main__.py") else "core"
 
 
 def source_files() -> list[Path]:

@@ -84,9 +84,17 @@ def test_runs_come_oldest_first(tmp_path: Path) -> None:
 
 def test_eval_round_trip_own_task_first(tmp_path: Path) -> None:
     off = eval_result(task="a/b c.jsonl", in_task=False)
-    assert off.save(tmp_path).name == "eval-b-c.json"
+    assert off.save(tmp_path).name.startswith("eval-b-c-")
     eval_result().save(tmp_path)
     assert load_evals(tmp_path) == [eval_result(), off]
+
+
+def test_evals_of_files_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    tasks = ("code", "/data/code.jsonl", "/a/mine.jsonl", "/b/mine.jsonl", "/b/mine.txt")
+    paths = {task: eval_result(task=task).save(tmp_path) for task in tasks}
+    assert len(set(paths.values())) == len(tasks)
+    assert paths["code"].name == "eval-code.json"
+    assert eval_result(task="/a/../b/mine.txt").save(tmp_path) == paths["/b/mine.txt"]
 
 
 def test_nothing_recorded(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_moe import metrics
-from edge_moe.metrics import Estimate, TokenScores, compare, compare_tokens, token_nll
+from edge_moe.metrics import Estimate, TokenScores, compare, compare_tokens, ratio, token_nll
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -147,3 +147,12 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = compare_tokens(model, base, ids)
     assert np.array_equal(whole.kld, pieces.kld)
     assert np.array_equal(token_nll(model, ids), pieces.nll)
+
+
+def test_ratio_by_hand() -> None:
+    found = ratio(Estimate(0.6, 0.03), Estimate(0.8, 0.04))
+    assert found.value == pytest.approx(0.75)
+    assert found.error == pytest.approx(0.75 * math.hypot(0.05, 0.05))  # relative errors add up
+    assert ratio(Estimate(0.0, 0.1), Estimate(0.5, 0.0)).error == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="score of zero"):
+        ratio(Estimate(0.5, 0.1), Estimate(0.0, 0.0))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FAMILY_NAMES, TinyCheckpoint
+from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from fake_stats import fake_stats
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, StatsError, TargetError
-from edge_moe.formats import DROP, expert_bytes, get_form
+from edge_moe.formats import DROP, FORM_NAMES, expert_bytes, get_form
 from edge_moe.loss_table import DropLoss, LossKind
 from edge_moe.plan import Plan, Target
 from edge_moe.planner import make_plan
 from edge_moe.stats import ExpertStats
+from edge_moe.units import round_up_bytes
 
 RUNTIME = (10_000_000, "assumed")
 TARGETS: tuple[Target, ...] = ("native", "gguf", "hf", "onnx")
@@ -91,7 +93,7 @@ def test_the_stated_minimum_works_and_one_byte_less_does_not(
     assert caught.value.minimum_bytes == smallest
     assert caught.value.exit_code == 3
     message = str(caught.value)
-    assert f"smallest that works is {smallest}B" in message
+    assert f"smallest that works is {round_up_bytes(smallest)} (" in message
     assert "dense weights" in message and "\n" not in message
     assert ("edge-moe run" in message) == (target == "native")
 
@@ -206,10 +208,12 @@ def test_experts_that_were_never_chosen_go_first(qwen3: Checkpoint) -> None:
         limbs[:, unused] = 0
     stats.routed_tokens[:, unused] = 0
     whole = plan_for(qwen3, 10**12)
-    plan = plan_for(qwen3, whole.total_bytes - 1, stats=stats)
-    assert plan.loss == 0.0
-    assert [row[unused] for row in plan.forms] == [DROP, DROP]
-    assert plan.routed_share[0][unused] == plan.saliency[0][unused] == 0.0
+    spared = 2 * expert_bytes("bf16", qwen3.spec.hidden_size, qwen3.spec.expert_width)
+    plan = plan_for(qwen3, whole.total_bytes - spared, stats=stats)
+    smallest = [min(row, key=lambda form: FORM_NAMES.index(form)) for row in plan.forms]
+    assert [row[unused] for row in plan.forms] == smallest
+    assert plan.routed_share[0][unused] == 0.0
+    assert plan.saliency[0][unused] == min(plan.saliency[0])
     assert sum(plan.saliency[0]) == pytest.approx(1.0)
 
 
@@ -226,6 +230,9 @@ def test_the_context_is_capped_to_the_model(qwen3: Checkpoint) -> None:
     plan = plan_for(qwen3, 10**12, context_tokens=4096)
     assert plan.context_tokens == 512
     assert any("context lowered from 4096 to 512 tokens" in line for line in plan.warnings)
+    unasked = plan_for(qwen3, 10**12, context_tokens=None)
+    assert unasked.context_tokens == 512
+    assert not any("context lowered" in line for line in unasked.warnings)
     shorter = plan_for(qwen3, 10**12, context_tokens=64)
     assert shorter.term("KV cache").num_bytes * 8 == plan.term("KV cache").num_bytes
 
@@ -261,3 +268,13 @@ def test_shards_merged_give_the_same_plan(qwen3: Checkpoint) -> None:
     merged: list[ExpertStats] = [first.merge(second), second.merge(first)]
     plans = [plan_for(qwen3, budget_bytes, stats=stats) for stats in merged]
     assert plans[0] == plans[1]
+
+
+def test_deepseek_keeps_two_experts_even_for_top_1(tmp_path: Path) -> None:
+    """Its router takes the best two of every group, also when there is one group."""
+    folder = make_tiny_checkpoint(
+        tmp_path / "model", "deepseek_v3", n_group=1, topk_group=1, num_experts_per_tok=1
+    )
+    checkpoint = Checkpoint(folder)
+    plan = plan_for(checkpoint, minimum_bytes(checkpoint))
+    assert all(len(plan.kept(row)) >= 2 for row in plan.forms)

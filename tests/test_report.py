@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from rich.console import Console
 
 from edge_moe.errors import InputError
 from edge_moe.measurement import Provenance, RunMeasurement
-from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, Rival
-from edge_moe.report import print_report, write_report
+from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, Rival, SearchRecord, SearchTrial
+from edge_moe.report import charts, print_report, write_report
 from edge_moe.report.data import load_report
+from edge_moe.report.facts import speed_table, term_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -60,6 +62,17 @@ def _plan() -> Plan:
         super_experts=[],
         form_bytes={"drop": 0, "q8_0": 500_000, "bf16": 1_000_000},
         limits=["nothing to say about </script>"],
+        search=SearchRecord(
+            chosen="default loss",
+            is_complete=True,
+            seconds=7.0,
+            trials=[
+                SearchTrial(name="<slow> trial", kld=0.3),
+                SearchTrial(name="default loss", kld=0.1),
+                SearchTrial(name="mixed bits, none dropped", kld=0.2),
+            ],
+            text="some text",
+        ),
     )
 
 
@@ -72,7 +85,13 @@ def _measured(folder: Path) -> None:
         budget_bytes=21_000_000,
         context_tokens=1000,
         terms=_terms(),
-        measured_terms={"dense weights": 10_500_000},
+        measured_terms={
+            "dense weights": 10_500_000,
+            "experts": 2_500_000,
+            "KV cache": 550_000,
+            "runtime": 5_940_000,
+        },
+        cached_tokens=500,
         peak_memory_bytes=20_400_000,
         prompt_tokens=5,
         generated_tokens=20,
@@ -95,18 +114,36 @@ def artefact(tmp_path: Path) -> Path:
 
 def test_waterfall_adds_up(artefact: Path) -> None:
     steps = {step.label: step.num_bytes for step in load_report(artefact).waterfall()}
-    assert steps["experts at 16 bits"] == 8_000_000
+    assert steps["at 16 bits"] == 8_000_000
     assert steps["dropped"] == -4_000_000
     assert steps["fewer bits"] == -1_500_000
-    assert steps["experts kept"] == 2_500_000
-    assert steps["total"] == 20_000_000
+    assert steps["as stored"] == 2_500_000
 
 
 def test_terms_carry_their_error(artefact: Path) -> None:
     rows = {row.name: row for row in load_report(artefact).term_rows()}
     assert rows["dense weights"].error == pytest.approx(0.05)
-    assert rows["KV cache"].error is None
     assert rows["total"].error == pytest.approx(0.02)
+    # 500 of 1000 tokens were cached: 10 % more than half of the 1 MB that was planned
+    assert rows["KV cache"].measured_bytes == 550_000
+    assert rows["KV cache"].error == pytest.approx(0.1)
+    assert rows["runtime"].error == pytest.approx(-0.01)
+    rest = 20_400_000 - 10_500_000 - 2_500_000 - 550_000 - 5_940_000
+    assert rows["workspace"].measured_bytes == rest
+    assert rows["workspace"].how.startswith("derived")
+    assert sum(row.measured_bytes or 0 for row in rows.values()) == 2 * 20_400_000
+
+
+def test_a_workspace_lost_in_the_runtime_is_not_invented(artefact: Path) -> None:
+    data = load_report(artefact)
+    assert data.run is not None
+    run = data.run.model_copy(update={"peak_memory_bytes": 15_000_000})
+    (row,) = [r for r in replace(data, run=run).term_rows() if r.name == "workspace"]
+    assert row.measured_bytes is None and row.error is None
+    known = {"dense weights": 10_500_000}
+    run = data.run.model_copy(update={"measured_terms": known})  # an assumed runtime
+    (row,) = [r for r in replace(data, run=run).term_rows() if r.name == "workspace"]
+    assert row.measured_bytes is None and row.how == ""
 
 
 def test_context_rows_scale_the_kv_cache_only(artefact: Path) -> None:
@@ -121,6 +158,8 @@ def test_terminal_report_says_what_matters(artefact: Path) -> None:
     assert "Fits: 20.4 MB measured of 21.0 MB" in text
     assert "+2.0%" in text
     assert "4 drop, 3 q8_0, 1 bf16" in text
+    assert "3 plans measured in 7 s" in text
+    assert re.search(r"default loss +0\.1 +this plan", text)
     assert len(text.splitlines()) <= 40
 
 
@@ -140,8 +179,35 @@ def test_page_is_offline_and_escapes(artefact: Path, tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="https?://', body)
     assert "some/&lt;model&gt;" in body
     assert body.count("</script>") == body.count("<script")
-    for name in ("waterfall", "frontier", "forms", "saliency"):
+    for name in ("bill", "waterfall", "frontier", "search", "forms", "saliency"):
         assert f'id="chart-{name}"' in body
+    assert "&lt;slow&gt; trial" in body and "3 plans measured in 7 s on some text" in body
+
+
+def test_paging_is_shown_only_where_something_was_paged(artefact: Path) -> None:
+    data = load_report(artefact)
+    assert data.run is not None
+    assert "hits" not in {row["name"] for row in speed_table(data)}
+    run = data.run.model_copy(update={"paging": data.run.paging | {"misses": 2.0}})
+    assert "hits" in {row["name"] for row in speed_table(replace(data, run=run))}
+
+
+def test_charts_say_what_the_table_says(artefact: Path) -> None:
+    pytest.importorskip("plotly")
+    data = load_report(artefact)
+    names = {trace.name for trace in charts.memory_bill(data).data}
+    for row in term_table(data):
+        assert row["is_total"] or f"{row['name']} {row['planned']}" in names
+
+
+def test_a_frontier_without_loss_leaves_the_log_axis(artefact: Path) -> None:
+    pytest.importorskip("plotly")
+    data = load_report(artefact)
+    exact = FrontierPoint(total_bytes=27_500_000, expert_bytes=10_000_000, loss=0.0)
+    data.plan.frontier.append(exact)
+    figure = charts.frontier(data)
+    assert list(figure.data[0].y) == [0.9, 0.01]
+    assert [note.text for note in figure.layout.annotations] == ["no loss from 10.0 MB on"]
 
 
 @pytest.mark.slow
@@ -151,7 +217,7 @@ def test_page_draws_in_a_browser(artefact: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     write_report(artefact, output)
     dom = _browse(output, tmp_path, "--dump-dom", "--virtual-time-budget=20000")
-    assert dom.count('class="main-svg"') >= 4
+    assert dom.count('class="main-svg"') >= 6
     picture = tmp_path / "report.png"
     _browse(
         output,

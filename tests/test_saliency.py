@@ -21,7 +21,7 @@ from edge_moe.stats import ExpertStats
 # Expert 0 is chosen by both tokens, expert 1 by the second, expert 2 by none.
 # token 0: g0 = 1.0, |f0| = 2, s = 0.5, p0 = 0.6;   raw logits 1, -1, 0
 # token 1: g0 = 0.25, |f0| = 4, g1 = 0.75, |f1| = 8, s = 0.1, p0 = 0.2, p1 = 0.7; logits -4, -1, -2
-SUMS = {
+SUMS: dict[str, list[float]] = {
     "gate": [1.25, 0.75, 0],
     "output_norm": [6, 8, 0],
     "output_square": [4 + 16, 64, 0],
@@ -33,7 +33,7 @@ SUMS = {
     "top_score": [0.6, 0.7, 0],
     "top_logit": [1, -1, 0],
 }
-BY_HAND = {
+BY_HAND: dict[str, list[float]] = {
     "frequency": [2, 1, 0],
     "weighted-frequency": [1.25, 0.75, 0],
     "ean": [6, 8, 0],

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
+from edge_moe.plan import CalibrationOptions
 from edge_moe.stats import EXPERT_SUMS, LAYER_SUMS, STATS_VERSION, ExpertStats, StatsInfo
 
 finite = st.floats(-1e9, 1e9, allow_nan=False, width=64)
@@ -105,6 +106,23 @@ def test_merging_in_any_order_gives_the_same_bits(order: list[int]) -> None:
     assert expected.info.num_tokens == 12
 
 
+def test_merging_joins_the_options_until_the_text_is_whole() -> None:
+    parts = [random_stats(window) for window in range(3)]
+    for index, part in enumerate(parts):
+        options = CalibrationOptions(
+            tasks=("code",),
+            window_tokens=4,
+            max_windows=None,
+            forms=part.info.forms,
+            shards=((index, 3),),
+        )
+        part.info = part.info.model_copy(update={"options": options})
+    two = parts[2].merge(parts[0])
+    assert two.info.options is not None and two.info.options.shards == ((0, 3), (2, 3))
+    three = two.merge(parts[1])
+    assert three.info.options is not None and three.info.options.shards == ((0, 1),)
+
+
 def test_merging_refuses_strangers_and_repetition() -> None:
     stats = random_stats(0)
     with pytest.raises(StatsError, match="window 0 is in both"):
@@ -113,6 +131,15 @@ def test_merging_refuses_strangers_and_repetition() -> None:
         other = ExpertStats.zeros(make_info(windows=(1,), **change))
         with pytest.raises(StatsError, match=f"cannot merge: {next(iter(change))}"):
             stats.merge(other)
+
+
+def test_merging_two_tasks_names_the_tasks_not_their_hashes() -> None:
+    prose = make_info(windows=(1,), tasks=("prose",), data_fingerprint="f" * 64)
+    with pytest.raises(StatsError) as caught:
+        random_stats(0).merge(ExpertStats.zeros(prose))
+    message = str(caught.value)
+    assert "cannot merge: tasks is" in message and "'prose'" in message
+    assert "merge only shards of one run" in message and "ffff" not in message
 
 
 def test_saved_statistics_come_back(tmp_path: Path) -> None:

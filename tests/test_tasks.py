@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from edge_moe.errors import InputError
 from edge_moe.tasks import (
     load_task_texts,
+    split_documents,
     task_label,
     task_windows,
     token_windows,
@@ -69,15 +70,56 @@ def test_all_three_spellings_of_a_document(tmp_path: Path) -> None:
         {"prompt": "1+1=", "completion": "2"},
         {"messages": [{"role": "user", "content": "hi"}]},
     )
-    assert load_task_texts(task, "heldout", LetterTokenizer("template")) == [
-        "plain",
-        "1+1=2",
-        "<user>hi",
-    ]
+    tokenizer = LetterTokenizer("template")
+    assert load_task_texts(task, "calibration", tokenizer) == ["plain", "1+1=2"]
+    assert load_task_texts(task, "heldout", tokenizer) == ["<user>hi"]
 
 
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    assert load_task_texts(write(tmp_path / "a.txt", "x", "y"), "calibration") == ["x\ny"]
+def test_every_fifth_document_is_held_out(tmp_path: Path) -> None:
+    task = write(tmp_path / "mine.jsonl", *({"text": f"document {i}"} for i in range(11)))
+    assert load_task_texts(task, "heldout") == ["document 4", "document 9"]
+    calibration = load_task_texts(task, "calibration")
+    assert calibration == [f"document {i}" for i in range(11) if i not in (4, 9)]
+
+
+@pytest.mark.parametrize(
+    ("text", "heldout"),
+    [
+        ("aaaa aaaa\n\nbbbb\nb bb\n\ncccc", "cccc"),  # a paragraph is about a fifth
+        ("aa aa aa\nbb bb bb\ncc\ndd d", "dd d"),  # no paragraphs
+        ("a b c d e f g h i j", "i j"),  # one line
+        ("a b c d e f g h\n\ni j", "i j"),
+        ("a\n\nb c d e f g h i j k l m n o", "l m n o"),  # the paragraphs' border is far off
+    ],
+)
+def test_the_last_fifth_of_a_text_is_held_out(tmp_path: Path, text: str, heldout: str) -> None:
+    task = write(tmp_path / "mine.txt", text)
+    assert load_task_texts(task, "heldout") == [heldout]
+    (calibration,) = load_task_texts(task, "calibration")
+    assert calibration == text.removesuffix(heldout).rstrip()
+
+
+def test_every_one_of_few_documents_holds_a_part_out(tmp_path: Path) -> None:
+    task = write(tmp_path / "two.jsonl", {"text": "a b c d e"}, {"text": "v w x y z"})
+    assert load_task_texts(task, "calibration") == ["a b c d", "v w x y"]
+    assert load_task_texts(task, "heldout") == ["e", "z"]
+
+
+@given(st.lists(st.text("ab \n", min_size=1).filter(str.strip), min_size=1, max_size=12))
+def test_splits_lose_nothing_and_share_nothing(documents: list[str]) -> None:
+    calibration, heldout = split_documents(documents)
+    words = sorted(word for text in documents for word in text.split())
+    assert sorted(word for text in [*calibration, *heldout] for word in text.split()) == words
+    assert all(heldout)
+    if len(documents) > 1:
+        assert calibration and heldout
+
+
+def test_a_file_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
+    task = write(tmp_path / "word.txt", "word")
+    for split in ("calibration", "heldout"):
+        with pytest.raises(InputError, match=r"word\.txt is too short to hold out a fifth"):
+            load_task_texts(task, split)
 
 
 @pytest.mark.parametrize(
@@ -109,18 +151,18 @@ def test_unknown_tasks_and_files_are_refused(tmp_path: Path) -> None:
         load_task_texts(write(tmp_path / "a.csv", "x"), "calibration")
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         load_task_texts(str(latin), "calibration")
 
 
 def test_tasks_take_turns_under_a_limit(tmp_path: Path) -> None:
-    tasks = [write(tmp_path / "a.txt", "aaaaaa"), write(tmp_path / "b.txt", "bbbb")]
+    tasks = [write(tmp_path / "a.txt", "aaaaaa a"), write(tmp_path / "b.txt", "bbbb b")]
     windows = task_windows(tasks, "calibration", LetterTokenizer(), 2, max_windows=3)
     assert windows == [[97, 97], [98, 98], [97, 97]]
     assert len(task_windows(tasks, "calibration", LetterTokenizer(), 2)) == 5
     with pytest.raises(InputError, match="no task"):
         task_windows([], "calibration", LetterTokenizer(), 2)
-    with pytest.raises(InputError, match="max_windows is 0"):
+    with pytest.raises(InputError, match="--max-windows is 0"):
         task_windows(tasks, "calibration", LetterTokenizer(), 2, max_windows=0)
     with pytest.raises(InputError, match="at least 2"):
         token_windows(["abc"], LetterTokenizer(), 1)

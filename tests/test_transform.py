@@ -427,7 +427,7 @@ def test_width_says_which_forms_are_lost(
 ) -> None:
     folder = tiny_checkpoint("qwen3_moe", wide=True)
     record = run(folder, task, tmp_path / "out", "heapr", expert_width=128)
-    assert {"q2_k", "q3_k", "q4_k", "tq1_0", "tq2_0"} == set(record.lost_forms)
+    assert {"q2_k", "q3_k", "q4_k", "tq1_0", "tq2_0"} <= set(record.lost_forms)
     assert {"q8_0", "q4_0", "q2_0", "bf16"} <= set(record.forms)
     assert "q2_k" in record.notes[0] and "q8_0" in record.notes[0]
     for width in (100, 0, 288):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_moe.errors import InputError
-from edge_moe.units import format_bytes, parse_bytes, parse_tokens
+from edge_moe.units import format_bytes, parse_bytes, parse_tokens, round_up_bytes
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,16 @@ def test_parse_tokens(text: str, tokens: int) -> None:
 def test_parse_tokens_refuses(text: str) -> None:
     with pytest.raises(InputError, match="context length"):
         parse_tokens(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(443_435_538, "443.5MB"), (999_950_001, "1000MB"), (12_000_000_000, "12GB"), (7, "7B")],
+)
+def test_round_up_bytes(count: int, text: str) -> None:
+    assert round_up_bytes(count) == text
+
+
+@given(st.integers(min_value=1, max_value=10**15))
+def test_a_size_that_was_rounded_up_is_enough_and_hardly_more(count: int) -> None:
+    assert count <= parse_bytes(round_up_bytes(count)) <= count * 1.0011

@@ -25,11 +25,16 @@ def build_command(
     ] = None,
 ) -> None:
     """Build what a plan says, streaming. A killed build resumes by running it again."""
-    from edge_moe.hub import resolve_model
+    from edge_moe.errors import PlanError
+    from edge_moe.hub import is_hub_id, resolve_model
     from edge_moe.plan import Plan
     from edge_moe.units import format_bytes
 
     loaded = Plan.load(plan)
+    if model is None and not (is_hub_id(loaded.model) or Path(loaded.model).exists()):
+        raise PlanError(
+            f"the model of plan {plan} is not at {loaded.model} any more: say where with --model"
+        )
     folder = resolve_model(model or loaded.model)
     from edge_moe.converters.build import build
 
@@ -41,7 +46,9 @@ def build_command(
 
 
 def _next_command(path: Path, target: str) -> str:
+    from edge_moe.reproduce import command_line
+
     if target == "native":
-        return f'edge-moe run {path} --prompt "..."'
+        return command_line("run", path, "--prompt", "...")
     artefact = path / "model.gguf" if target == "gguf" else path
-    return f"edge-moe eval {artefact} --against MODEL --task TASK"
+    return command_line("eval", artefact, "--against", "MODEL", "--task", "TASK")

@@ -36,30 +36,49 @@ def calibrate_command(
             show_default=False,
         ),
     ] = None,
+    quantiser: Annotated[
+        str | None,
+        typer.Option(
+            help="How experts are packed, here and by build: gptq_refit (default), nearest, "
+            "imatrix, weighted, refit, gptq.",
+            show_default=False,
+        ),
+    ] = None,
     revision: Revision = None,
 ) -> None:
     """Measure every expert on task text, layer by layer. A killed run resumes by running again."""
     from edge_moe.hub import resolve_model
+    from edge_moe.reproduce import command_line
 
     part = parse_shard(shard)
     names = parse_names(forms) if forms is not None else None
     folder = resolve_model(model, revision)
     from edge_moe.converters.calibrate import calibrate
 
-    stats = calibrate(
-        folder,
-        task,
-        output,
-        window_tokens=window_tokens,
-        max_windows=max_windows,
-        shard=part,
-        forms=names,
-    )
+    try:
+        stats = calibrate(
+            folder,
+            task,
+            output,
+            window_tokens=window_tokens,
+            max_windows=max_windows,
+            shard=part,
+            forms=names,
+            quantiser=quantiser,
+        )
+    except KeyboardInterrupt:
+        stderr().print("stopped: run the same command again to resume")
+        raise
     info = stats.info
     console = stderr()
     console.print(
         f"{output}: {info.num_tokens:,} tokens in {len(info.windows)} of {info.num_windows} "
         f"windows, {len(info.moe_layer_ids)} layers x {info.num_experts} experts, "
-        f"forms {', '.join(info.forms)}"
+        f"forms {', '.join(info.forms)}, packed by {info.quantiser}"
     )
-    console.print(f"next: edge-moe plan {model} --stats {output} --budget SIZE -o plan.json")
+    if part[1] > 1:
+        console.print(
+            f"next, with every shard: {command_line('stats', 'merge', 'OUT', output)} ..."
+        )
+        return
+    console.print(f"next: {command_line('plan', model, '--stats', output, '--budget', 'SIZE')}")

@@ -18,6 +18,9 @@ def demo_command(
     budget: Budget = None,
 ) -> None:
     """Calibrate, plan, build, run, evaluate and report on the embedded model, in minutes."""
-    from edge_moe.demo.flow import run_demo
+    from edge_moe.demo.flow import StepError, run_demo
 
-    run_demo(output, task, budget)
+    try:
+        run_demo(output, task, budget)
+    except StepError as error:
+        raise typer.Exit(error.exit_code) from None

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from edge_moe.commands.options import Budget, Json, Model, Tasks, stderr, stdout
+from edge_moe.commands.options import (
+    Budget,
+    Json,
+    Model,
+    Skip,
+    SkipCalibrationFile,
+    Tasks,
+    skip_rule,
+    stderr,
+    stdout,
+)
 
 
 def eval_command(
@@ -24,6 +34,8 @@ def eval_command(
         int, typer.Option(help="Solve at most this many of a task's problems.")
     ] = 100,
     budget: Budget = None,
+    skip: Skip = None,
+    skip_calibration: SkipCalibrationFile = None,
     record: Annotated[
         bool, typer.Option("--record", help="Keep the results inside MODEL, for the report.")
     ] = False,
@@ -34,6 +46,7 @@ def eval_command(
 
     tested = resolve_model(model)
     reference = resolve_model(against) if against is not None else None
+    rule = skip_rule(skip, skip_calibration, tested)
     from edge_moe.runtime.evaluate import evaluate
 
     results = evaluate(
@@ -44,6 +57,7 @@ def eval_command(
         window_tokens=window_tokens,
         max_problems=max_problems,
         budget_bytes=budget,
+        skip=rule,
     )
     if record:
         folder = tested if tested.is_dir() else tested.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,12 @@ class Sampling:
         """
         if self.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens is {self.max_new_tokens}: use 1 or more")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"--temperature is {self.temperature:g}: use 0 or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p is {self.top_p:g}: use a number above 0, at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed is {self.seed}: use 0 to {2**63 - 1}")
         if "" in self.stop:
             raise InputError("--stop is empty: give the text to stop at")
 
@@ -90,7 +93,8 @@ def measure(
         budget_bytes=budget_bytes,
         context_tokens=session.context_tokens,
         terms=session.memory(),
-        measured_terms=session.measured_terms,
+        measured_terms=_measured_terms(session, model),
+        cached_tokens=timing.cached_tokens,
         peak_memory_bytes=peak_memory_bytes(session.device.type),
         prompt_tokens=timing.prompt_tokens,
         generated_tokens=timing.generated_tokens,
@@ -101,6 +105,16 @@ def measure(
         paging=_paging(session),
         text=text,
     )
+
+
+def _measured_terms(session: Session, model: Path) -> dict[str, int]:
+    from edge_moe.overhead import probed_bytes
+
+    found = session.measured_terms | {"KV cache": session.timing.cache_bytes}
+    runtime = next(term for term in session.memory() if term.name == "runtime")
+    if runtime.source == "measured":
+        found["runtime"] = probed_bytes(runtime.num_bytes, model)
+    return found
 
 
 def _accelerator(session: Session) -> str:
@@ -132,6 +146,13 @@ def statistics_lines(measured: RunMeasurement) -> list[str]:
             f"paging: {paging['hits']:.0f} hits, {paging['misses']:.0f} misses "
             f"({paging['hit_rate']:.1%} resident), {format_bytes(paging['page_in_bytes'])} read, "
             f"{paging['stall_seconds']:.2f} s waited"
+        )
+    if skipped := paging.get("skipped_experts"):
+        routed = paging["routed_experts"]
+        lines.append(
+            f"skipping: {skipped:.0f} of {routed:.0f} chosen experts left out "
+            f"({skipped / routed:.1%}), {format_bytes(paging['skipped_bytes'])} not used, "
+            f"{format_bytes(paging['not_paged_bytes'])} of them not paged in"
         )
     if paging.get("prefetch_issued_bytes"):
         useful, late, wasted = (

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from edge_moe.errors import InputError
 from edge_moe.units import parse_bytes, parse_tokens
+
+if TYPE_CHECKING:
+    from edge_moe.runtime.skipping import SkipRule
 
 _PLAIN_WIDTH = 110  # columns when nobody's terminal sets them, as in a pipe or a file
 
@@ -48,7 +51,8 @@ Tasks = Annotated[
     list[str],
     typer.Option(
         "--task",
-        help="Shipped task, or a .jsonl or .txt file. Repeat for several.",
+        help="Shipped task, or a .jsonl or .txt file, a fifth of which is held out. Repeat for "
+        "several.",
         show_default=False,
     ),
 ]
@@ -72,6 +76,24 @@ ContextTokens = Annotated[
         show_default=False,
     ),
 ]
+Skip = Annotated[
+    str | None,
+    typer.Option(
+        "--skip",
+        metavar="RULE",
+        help="Leave out light experts: odp, naee or top-p=0.8.",
+        show_default=False,
+    ),
+]
+SkipCalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--skip-calibration",
+        metavar="FILE",
+        help="Medians for odp and naee, from `edge-moe calibrate-skipping`.",
+        show_default=False,
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
 
@@ -85,6 +107,24 @@ def stderr() -> Console:
     """Progress, statistics and hints go here."""
     width = None if sys.stderr.isatty() else _PLAIN_WIDTH
     return Console(stderr=True, width=width, highlight=False, markup=False)
+
+
+def skip_rule(skip: str | None, calibration: Path | None, model: Path) -> SkipRule | None:
+    """The rule that --skip names, or None.
+
+    Raises:
+        InputError: an unknown rule, a missing calibration, or one that nothing uses.
+        StatsError: a calibration of another model.
+    """
+    if skip is None:
+        if calibration is not None:
+            raise InputError(
+                f"--skip-calibration {calibration} is given without --skip: add a rule"
+            )
+        return None
+    from edge_moe.runtime.skipping import load_skip
+
+    return load_skip(skip, calibration, model)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

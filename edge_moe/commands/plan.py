@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,9 +16,17 @@ from edge_moe.commands.options import (
     Output,
     Revision,
     TargetName,
+    stderr,
     stdout,
 )
 from edge_moe.units import parse_bytes, parse_tokens
+
+if TYPE_CHECKING:
+    from edge_moe.checkpoint import Checkpoint
+    from edge_moe.converters.plan_measure import PlanMeasure
+    from edge_moe.stats import StatsInfo
+
+DEFAULT_SEARCH_SECONDS = 120.0
 
 
 def plan_command(
@@ -34,15 +44,34 @@ def plan_command(
         ),
     ],
     ctx: Annotated[
-        int,
+        int | None,
         typer.Option(
             parser=parse_tokens,
             metavar="TOKENS",
-            help="Context length to reserve: 8k or 8192; capped to the model's own.",
+            help="Context length to reserve: 8k or 8192; default 4k, capped to the model's own.",
+            show_default=False,
         ),
-    ] = "4k",  # type: ignore[assignment]  # parsed like the user's text
+    ] = None,
     target: Annotated[TargetName, typer.Option(help="What will be built.")] = TargetName.NATIVE,
     device: Annotated[DeviceName, typer.Option(help="Where it will run.")] = DeviceName.CPU,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="Held-out text to measure plans on; default: the tasks of the statistics.",
+            show_default=False,
+        ),
+    ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            help="Measure plans proposed in many ways on held-out text and take the best, or only "
+            "solve the plain program."
+        ),
+    ] = True,
+    search_seconds: Annotated[
+        float, typer.Option(min=1, help="Time for measuring plans.")
+    ] = DEFAULT_SEARCH_SECONDS,
     output: Output = Path("plan.json"),
     revision: Revision = None,
     json: Json = False,
@@ -53,29 +82,77 @@ def plan_command(
     bytes, and what the target cannot express.
     """
     from edge_moe.checkpoint import Checkpoint
+    from edge_moe.files import require_file_output
     from edge_moe.hub import is_hub_id, resolve_model
     from edge_moe.overhead import runtime_overhead
     from edge_moe.plan_table import print_plan, summarise_plan
     from edge_moe.planner import make_plan
     from edge_moe.stats import ExpertStats
+    from edge_moe.tasks import task_argument
 
+    require_file_output(output, ".json")
     found_stats = ExpertStats.load(stats)
     folder = resolve_model(model, revision)
     checkpoint = Checkpoint(folder)
     is_measured = target in (TargetName.NATIVE, TargetName.HF)  # llama.cpp's is a constant
     runtime = runtime_overhead(checkpoint.spec.model_type, device.value) if is_measured else None
-    plan = make_plan(
-        checkpoint,
-        found_stats,
-        budget,
-        model=model if is_hub_id(model) else str(folder.resolve()),
-        context_tokens=ctx,
-        target=target.value,
-        device=device.value,
-        runtime=runtime or (0, "assumed"),
-    )
+    tasks = task or _known_tasks(found_stats.info) if search else []
+    if search and not tasks:
+        stderr().print(
+            "not searching: the text of the statistics is not where it was; name the text to "
+            "measure plans on with --task, or say --no-search"
+        )
+    with _measuring(checkpoint, found_stats.info, tasks, search_seconds) as measure:
+        plan = make_plan(
+            checkpoint,
+            found_stats,
+            budget,
+            model=model if is_hub_id(model) else str(folder.resolve()),
+            context_tokens=ctx,
+            target=target.value,
+            device=device.value,
+            runtime=runtime or (0, "assumed"),
+            measure=measure,
+            search_seconds=search_seconds,
+        )
+    if plan.search is not None and measure is not None:
+        plan.search.text = measure.text
+        plan.search.tasks = [task_argument(name) for name in tasks]
+        plan.search.limit_seconds = search_seconds
+    if output.exists():
+        stderr().print(f"{output} is replaced")
     plan.save(output)
     if json:
         print(summarise_plan(plan, output).model_dump_json(indent=1))
         return
     print_plan(plan, output, stdout())
+
+
+def _known_tasks(info: StatsInfo) -> list[str]:
+    """The statistics' tasks, if all are shipped or still lie where they were."""
+    from edge_moe.demo import task_names
+
+    tasks = list(info.options.tasks if info.options else info.tasks)
+    shipped = task_names()
+    return tasks if all(task in shipped or Path(task).is_file() for task in tasks) else []
+
+
+@contextmanager
+def _measuring(
+    checkpoint: Checkpoint, info: StatsInfo, tasks: Sequence[str], seconds: float
+) -> Iterator[PlanMeasure | None]:
+    """What measures proposals, with a bar of the time that has passed; None without tasks."""
+    if not tasks:
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from edge_moe.converters.plan_measure import PlanMeasure
+
+    columns = TextColumn("measuring plans"), BarColumn(), TimeElapsedColumn()
+    console = stderr()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=1.0)
+        yield PlanMeasure(
+            checkpoint, info, tasks, seconds, lambda share: progress.update(bar, completed=share)
+        )

@@ -23,8 +23,11 @@ def report_command(
     json: Json = False,
 ) -> None:
     """Explain where every byte went, planned beside measured: here, and as one HTML file."""
+    from edge_moe.files import require_file_output
     from edge_moe.report import print_report, write_report
 
+    if output is not None:
+        require_file_output(output, ".html")
     if json:
         print(json_library.dumps(report_facts(folder), indent=1))
     else:

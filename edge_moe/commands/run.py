@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,13 +25,18 @@ from edge_moe.commands.options import (
     Json,
     Model,
     Revision,
+    Skip,
+    SkipCalibrationFile,
+    skip_rule,
     stderr,
 )
+from edge_moe.commands.task_choice import AUTO, choose_task, known_patterns
 from edge_moe.errors import InputError, TargetError
 from edge_moe.units import parse_bytes
 
 if TYPE_CHECKING:
     from edge_moe.measurement import RunMeasurement
+    from edge_moe.runtime.session import Session
 
 EXIT_INTERRUPTED = 130
 
@@ -72,6 +80,27 @@ def run_command(
         int | None,
         typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Load only this task's experts; auto finds the task of the prompt.",
+            show_default=False,
+        ),
+    ] = None,
+    patterns: Annotated[
+        Path | None,
+        typer.Option(help="Folder of task patterns; else the shipped ones.", show_default=False),
+    ] = None,
+    skip: Skip = None,
+    skip_calibration: SkipCalibrationFile = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write down every expert that the router chose, for `edge-moe simulate`.",
+            show_default=False,
+        ),
+    ] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Keep the measurement inside MODEL, for the report.")
     ] = False,
@@ -83,6 +112,8 @@ def run_command(
 
     if prompt is None and (json or record):
         raise InputError("--json and --record measure one answer: give a --prompt too")
+    if prompt is None and task == AUTO:
+        raise InputError("--task auto matches a prompt: give a --prompt too, or name the task")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     sampling.check()
     path = resolve_model(model, revision)
@@ -91,19 +122,31 @@ def run_command(
             f"run cannot load {path}: it runs native packages and Hugging Face folders; for GGUF "
             f"use llama.cpp, as in `llama-cli -m {path}`"
         )
+    rule = skip_rule(skip, skip_calibration, path)
+    known = known_patterns(path, task, patterns)
     from edge_moe.runtime.session import Session
 
-    with Session.open(
-        path,
-        budget_bytes=budget,
-        context_tokens=ctx,
-        device=device.value if device else None,
-        num_slots=slots,
-        prefetch=prefetch,
-        ram_bytes=ram,
-    ) as session:
+    with (
+        Session.open(
+            path,
+            budget_bytes=budget,
+            context_tokens=ctx,
+            device=device.value if device else None,
+            num_slots=slots,
+            prefetch=prefetch,
+            ram_bytes=ram,
+            skip=rule,
+            pattern=known.get(task) if task else None,
+            match_first=task == AUTO,
+        ) as session,
+        ExitStack() as stack,
+    ):
+        if task is not None:
+            choose_task(session, task, known, as_prompt(session, prompt or "", raw))
         for warning in session.warnings:
             stderr().print(f"warning: {warning}", style="yellow")
+        if trace is not None:
+            stack.enter_context(tracing(session, trace))
         if prompt is None:
             chat(session, sampling, is_raw=raw)
             return
@@ -118,6 +161,16 @@ def run_command(
         stderr().print(f"recorded {measured.save(path)}")
     if was_interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def tracing(session: Session, path: Path) -> Iterator[None]:
+    """Write the routers' choices to `path` when the block ends, however it ends."""
+    with session.tracing() as recorder:
+        try:
+            yield
+        finally:
+            recorder.finish(session.trace_info()).save(path)
 
 
 def _print(measured: RunMeasurement, is_json: bool) -> None:

@@ -53,24 +53,29 @@ def transform_command(
 ) -> None:
     """Prune, merge or narrow experts: checkpoint in, checkpoint out. A killed run resumes."""
     from edge_moe.hub import resolve_model
+    from edge_moe.reproduce import command_line
 
     values = dict(parse_setting(text) for text in settings or ())
     folder = resolve_model(model, revision)
     from edge_moe.converters.transform import transform
     from edge_moe.converters.transform_request import TextLimits
 
-    record = transform(
-        folder,
-        task,
-        output,
-        method,
-        num_experts=experts,
-        expert_width=width,
-        settings=values,
-        limits=TextLimits(window_tokens, max_windows, sample_tokens),
-        stats=stats,
-        name=model,
-    )
+    try:
+        record = transform(
+            folder,
+            task,
+            output,
+            method,
+            num_experts=experts,
+            expert_width=width,
+            settings=values,
+            limits=TextLimits(window_tokens, max_windows, sample_tokens),
+            stats=stats,
+            name=model,
+        )
+    except KeyboardInterrupt:
+        stderr().print("stopped: run the same command again to resume")
+        raise
     console = stderr()
     console.print(
         f"{output}: {record.num_experts} of {record.source_num_experts} experts per layer, "
@@ -78,8 +83,8 @@ def transform_command(
     )
     for note in record.notes:
         console.print(f"note: {note}")
-    tasks = " ".join(f"--task {each}" for each in task)
-    console.print(f"next: edge-moe eval {output} --against {model} {tasks}")
+    tasks = [word for each in task for word in ("--task", each)]
+    console.print(f"next: {command_line('eval', output, '--against', model, *tasks)}")
 
 
 def parse_setting(text: str) -> tuple[str, str]:

@@ -82,6 +82,25 @@ FACTS_LICENCE = (
 )
 
 
+MODEL_CARD = """\
+---
+license: apache-2.0
+language:
+- en
+library_name: transformers
+tags:
+- moe
+- mixture-of-experts
+---
+# edge-moe demo model
+
+A mixture of experts of 14.4 million parameters for demonstrations and tests: 4 layers of 16,
+2 per token. Trained from random weights on six small texts, whose own permissive licences lie in
+`../LICENSES`. It is of no other use.
+"""
+"""Its front matter goes into the cards of everything built from the demo model."""
+
+
 def pieces(text: str, num_chars: int) -> list[str]:
     """Cuts a document into pieces of at most `num_chars`, at a line end or else at a space."""
     found = []
@@ -203,6 +222,7 @@ def build_assets(work: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_json(partial / "training.json", write_model(work, partial / "model"))
+    (partial / "model" / "README.md").write_text(MODEL_CARD, encoding="utf-8")
     for name in TASKS:
         write_task(work, name, partial / "tasks" / name)
     write_licences(work, partial / "LICENSES")

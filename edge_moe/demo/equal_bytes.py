@@ -23,7 +23,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.demo import task_names
 from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share, full_forms
-from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
+from edge_moe.formats import FORM_NAMES, expert_bytes
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.overhead import runtime_overhead
@@ -174,7 +174,7 @@ def _opened(
         packages = {}
         for index, candidate in enumerate(candidates):
             folder = Path(work) / str(index)
-            build(_plan_with(plan, candidate.forms), folder, model=model)
+            build(plan.with_forms(candidate.forms), folder, model=model)
             packages[candidate.name] = opened(folder)
         yield opened(model), packages
 
@@ -215,12 +215,6 @@ def _redrawn(forms: list[list[str]], plan: Plan, seed: int) -> list[list[str]]:
             new_row[new] = row[old]
         found.append(new_row)
     return found
-
-
-def _plan_with(plan: Plan, forms: list[list[str]]) -> Plan:
-    """`plan` with other forms; its expert bytes and tiers follow them."""
-    tiers = [["none" if form == DROP else "device" for form in row] for row in forms]
-    return Plan.model_validate(plan.model_dump() | {"forms": forms, "tiers": tiers})
 
 
 def _contender(

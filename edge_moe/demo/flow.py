@@ -1,8 +1,7 @@
 """`edge-moe demo`: the whole loop on the embedded model, command by command.
 
 Every step is one `edge-moe` command in a process of its own: the command that is shown is the
-command that runs, and peak memory is read from outside, from the kernel's account of that process.
-A demo that was stopped goes on where it was; finished steps are skipped.
+command that runs. A demo that was stopped goes on where it was; finished steps are skipped.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import re
 import shlex
 import subprocess
 import sys
@@ -28,8 +26,8 @@ from rich.text import Text
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.demo import demo_model_dir, task_dir, task_names
-from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share
-from edge_moe.errors import EdgeMoeError, InputError
+from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share, require_possible
+from edge_moe.errors import EdgeMoeError, InputError, install_command
 from edge_moe.files import write_text
 from edge_moe.measurement import RunMeasurement, load_evals
 from edge_moe.package import is_package
@@ -38,13 +36,13 @@ DEFAULT_OUTPUT = Path("edge-moe-demo")
 DEFAULT_TASK = "code"
 SHARE = 0.15
 """Share of the experts' 16-bit bytes that the default budget leaves them."""
+SEARCH_SECONDS = 30
 NEW_TOKENS = 96
 TEMPERATURE = 0.7
 SEED = 1
 MAX_WINDOWS = 12
 MAX_PROBLEMS = 100
 _BUDGET_STEP_BYTES = 100_000
-_POLL_SECONDS = 0.02
 
 
 class _Settings(BaseModel):
@@ -111,11 +109,12 @@ def run_demo(
 ) -> Path:
     """Run every step in the folder `work`, print the summary, and return the path of the report.
 
-    Without `budget_bytes`, the budget leaves a third of their 16-bit bytes to the experts.
+    Without `budget_bytes`, the budget leaves `SHARE` of their 16-bit bytes to the experts.
 
     Raises:
         InputError: unknown task, or a folder that holds something else.
-        EdgeMoeError: a step failed; its own message is on stderr.
+        BudgetError: no plan can fit.
+        StepError: a step failed; its own message is on stderr.
     """
     from edge_moe.demo.summary import print_summary, summarise
 
@@ -124,6 +123,7 @@ def run_demo(
     start = time.perf_counter()
     console = console or Console(highlight=False)
     demo = Demo(work, demo_model_dir(), task, budget_bytes or default_budget(), console)
+    require_possible(Checkpoint(demo.model), demo.budget_bytes)
     _prepare_folder(demo)
     for step in (_inspect, _calibrate, _plan, _build, _run_both, _evaluate, _report):
         step(demo)
@@ -174,7 +174,8 @@ def _calibrate(demo: Demo) -> None:
 
 def _plan(demo: Demo) -> None:
     _headline(demo, "3. Choose the form of every expert", f"at most {_budget_text(demo)} in all")
-    options = ("--ctx", CONTEXT_TOKENS, "--device", "cpu", "-o", demo.plan)
+    place = ("--ctx", CONTEXT_TOKENS, "--device", "cpu")
+    options = (*place, "--search-seconds", SEARCH_SECONDS, "-o", demo.plan)
     arguments = (demo.model, "--stats", demo.stats, "--budget", _budget_text(demo), *options)
     _unless(demo.plan.exists(), lambda: _command(demo, "plan", *arguments), demo)
 
@@ -202,15 +203,12 @@ def _run(demo: Demo, record: Path, model: Path, *options: object) -> None:
     sampling = () if demo.has_problems else ("--temperature", TEMPERATURE, "--seed", SEED)
     place = ("--ctx", CONTEXT_TOKENS, "--device", "cpu")
     arguments = (model, *options, *place, *prompt, *sampling, "--json")
-    output, peak_bytes = _command(demo, "run", *arguments, is_captured=True)
+    output = _command(demo, "run", *arguments, is_captured=True)
     measured = RunMeasurement.model_validate_json(output)
-    peak_bytes = max(peak_bytes, measured.peak_memory_bytes)
-    measured = measured.model_copy(update={"peak_memory_bytes": peak_bytes})
-    write_text(record, measured.model_dump_json(indent=1) + "\n")
+    write_text(record, output)
     speed = f"{measured.tokens_per_second:.1f} tokens per second"
-    demo.console.print(
-        f"{measured.generated_tokens} tokens, {speed}, peak {peak_bytes / 1e6:.1f} MB"
-    )
+    peak = f"peak {measured.peak_memory_bytes / 1e6:.1f} MB"
+    demo.console.print(f"{measured.generated_tokens} tokens, {speed}, {peak}")
 
 
 def _evaluate(demo: Demo) -> None:
@@ -231,8 +229,8 @@ def _report(demo: Demo) -> None:
     _headline(demo, "7. Explain where every byte went", "estimate beside measurement")
     missing = [name for name in ("jinja2", "plotly") if importlib.util.find_spec(name) is None]
     if missing:
-        remedy = "pip install 'edge-moe[report]'"
         names = " and ".join(missing)
+        remedy = install_command("report")
         demo.console.print(f"no HTML report: {names} not installed ({remedy})", markup=False)
         _command(demo, "report", demo.package)
         return
@@ -256,13 +254,11 @@ def _budget_text(demo: Demo) -> str:
     return f"{demo.budget_bytes}B" if rest else f"{megabytes // 10}.{megabytes % 10}MB"
 
 
-def _command(
-    demo: Demo, verb: str, *arguments: object, is_captured: bool = False
-) -> tuple[str, int]:
-    """Show and run `edge-moe verb arguments`; (stdout if captured, peak memory in bytes).
+def _command(demo: Demo, verb: str, *arguments: object, is_captured: bool = False) -> str:
+    """Show and run `edge-moe verb arguments`; its stdout, if captured.
 
     Raises:
-        EdgeMoeError: the command failed.
+        StepError: the command failed.
     """
     line = [verb, *(str(argument) for argument in arguments)]
     demo.console.print(Text(f"$ edge-moe {shlex.join(line)}", style="cyan"), soft_wrap=True)
@@ -270,36 +266,26 @@ def _command(
         process = subprocess.Popen(
             [sys.executable, "-m", "edge_moe", *line], stdout=output if is_captured else None
         )
-        peak_bytes = _watch(process)
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
         output.seek(0)
         text = output.read()
+    if process.returncode < 0:
+        raise EdgeMoeError(
+            f"`edge-moe {verb}` was killed by signal {-process.returncode}: free some memory if it "
+            "is 9, and start the demo again to go on"
+        )
     if process.returncode:
-        raise _StepError(f"`edge-moe {verb}` ended with exit code {process.returncode}")
-    return text, peak_bytes
+        raise StepError(verb, process.returncode)
+    return text
 
 
-def _watch(process: subprocess.Popen[bytes]) -> int:
-    """Wait for `process`; its peak resident memory in bytes, 0 where there is no /proc."""
-    peak_bytes = 0
-    try:
-        while process.poll() is None:
-            peak_bytes = max(peak_bytes, _peak_resident_bytes(process.pid))
-            time.sleep(_POLL_SECONDS)
-    except KeyboardInterrupt:
-        process.wait()
-        raise
-    return peak_bytes
+class StepError(EdgeMoeError):
+    """A step of the demo failed; it has already said why. Ends the demo with the same exit code."""
 
-
-def _peak_resident_bytes(process_id: int) -> int:
-    """VmHWM, the kernel's high-water mark of resident memory."""
-    try:
-        status = Path(f"/proc/{process_id}/status").read_text()
-    except OSError:
-        return 0
-    match = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(match.group(1)) * 1024 if match else 0
-
-
-class _StepError(EdgeMoeError):
-    """A step of the demo failed; it has already said why."""
+    def __init__(self, verb: str, exit_code: int) -> None:
+        super().__init__(f"`edge-moe {verb}` ended with exit code {exit_code}")
+        self.exit_code = exit_code

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from edge_moe.budget import dense_bytes, memory_terms
+from edge_moe.budget import dense_bytes, memory_terms, non_expert_bytes
 from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.errors import InputError
+from edge_moe.errors import BudgetError, InputError
+from edge_moe.formats import DROP, expert_bytes
 from edge_moe.overhead import runtime_overhead, tokenizer_bytes
 from edge_moe.plan import MemoryTerm
 from edge_moe.spec import ModelSpec
+from edge_moe.units import format_bytes
 
 CONTEXT_TOKENS = 1024
 """The demo model was made for no more."""
@@ -49,6 +51,28 @@ def budget_for_share(
     return sum(
         int(share * term.num_bytes) if term.name == "experts" else term.num_bytes for term in terms
     )
+
+
+def require_possible(checkpoint: Checkpoint, budget_bytes: int) -> None:
+    """Refuse at once what no plan could fit: top_k experts per layer in the smallest form.
+
+    Raises:
+        BudgetError: `budget_bytes` is below that.
+    """
+    spec = checkpoint.spec
+    fixed = full_terms(checkpoint)
+    one_expert = min(
+        expert_bytes(form, spec.hidden_size, spec.expert_width)
+        for form in candidate_forms(spec, "native")
+        if form != DROP
+    )
+    minimum = non_expert_bytes(fixed) + spec.num_moe_layers * spec.top_k * one_expert
+    if budget_bytes < minimum:
+        raise BudgetError(
+            f"budget {format_bytes(budget_bytes)} is too small for the demo: it needs at least "
+            f"{minimum}B ({format_bytes(minimum)}); raise --budget or leave it out",
+            minimum,
+        )
 
 
 def full_forms(spec: ModelSpec) -> list[list[str]]:

@@ -61,6 +61,7 @@ class Summary(_Model):
     task_kld: Estimate
     other_kld: float
     """Mean KLD over the other tasks."""
+    recovery_of: str
     recovery_percent: float
 
 
@@ -81,6 +82,7 @@ def summarise(demo: Demo) -> Summary:
         small=_small_side(demo, plan, own, others),
         task_kld=own.comparison.mean_kld,
         other_kld=_mean([each.comparison.mean_kld.value for each in others if each.comparison]),
+        recovery_of=own.recovery_of or "",
         recovery_percent=own.recovery_percent,
     )
     write_text(demo.folder / "summary.json", found.model_dump_json(indent=1) + "\n")
@@ -141,7 +143,8 @@ def _quality_rows(summary: Summary) -> list[tuple[str, str, str]]:
     ]
     if full.exact_match and small.exact_match:
         rows.append(("sums solved", _percent(full.exact_match), _percent(small.exact_match)))
-    return [*rows, ("quality kept on the task", "100 %", f"{summary.recovery_percent:.1f} %")]
+    kept = f"quality kept, by {summary.recovery_of}"
+    return [*rows, (kept, "100 %", f"{summary.recovery_percent:.1f} %")]
 
 
 def _full_side(demo: Demo, plan: Plan, own: EvalResult, others: Sequence[EvalResult]) -> Side:

@@ -26,6 +26,8 @@ _MODULES = {
     "q3_k": "edge_moe.formats.k_quants",
     "q4_0": "edge_moe.formats.grouped",
     "q4_k": "edge_moe.formats.k_quants",
+    "q5_k": "edge_moe.formats.k_quants",
+    "q6_k": "edge_moe.formats.k_quants",
     "q8_0": "edge_moe.formats.grouped",
     "f16": "edge_moe.formats.floats",
     "bf16": "edge_moe.formats.floats",

@@ -52,6 +52,16 @@ def split_nibble_planes(packed: ByteArray) -> ByteArray:
     return _split(packed.reshape(-1, 4, 1, 32), _NIBBLE_SHIFTS, 15).reshape(-1, 256)
 
 
+def join_nibble_halves(codes: ByteArray) -> ByteArray:
+    """Codes 0..15 [n, 256] -> [n, 128]: byte 64 j + m holds weights i and i + 64, i = 128 j + m."""
+    return _join(codes.reshape(-1, 2, 2, 64), _NIBBLE_SHIFTS).reshape(-1, 128)
+
+
+def split_nibble_halves(packed: ByteArray) -> ByteArray:
+    """Inverse of `join_nibble_halves`: [n, 128] -> [n, 256]."""
+    return _split(packed.reshape(-1, 2, 1, 64), _NIBBLE_SHIFTS, 15).reshape(-1, 256)
+
+
 def join_q3_k_scales(scales: ByteArray) -> ByteArray:
     """Sixteen 6-bit scales [n, 16] -> [n, 12].
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_moe.errors import MissingExtraError
@@ -9,8 +10,15 @@ from edge_moe.formats import DROP, FORM_NAMES, get_form
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
-    from edge_moe.report.data import ReportData
+    from edge_moe.report.data import ReportData, TermRow
 
+TERM_COLOURS = {
+    "dense weights": "#1e3a8a",
+    "experts": "#2563eb",
+    "KV cache": "#16a34a",
+    "workspace": "#f59e0b",
+    "runtime": "#cbd5e1",
+}
 INK, MUTED, BUDGET_COLOUR = "#1f2937", "#94a3b8", "#dc2626"
 # darker means more bits; a dropped expert is paper with a cross
 FORM_COLOURS = {
@@ -22,6 +30,8 @@ FORM_COLOURS = {
     "q3_k": "#93c5fd",
     "q4_0": "#60a5fa",
     "q4_k": "#60a5fa",
+    "q5_k": "#4c94f8",
+    "q6_k": "#3b82f6",
     "q8_0": "#2563eb",
     "f16": "#1e3a8a",
     "bf16": "#1e3a8a",
@@ -47,51 +57,111 @@ def form_label(form: str) -> str:
     return "dropped" if form == DROP else f"{get_form(form).label} ({form})"
 
 
-def memory_waterfall(data: ReportData) -> Any:
-    """From the experts as they were to the whole bill, beside the budget line. Megabytes."""
+def expert_waterfall(data: ReportData) -> Any:
+    """From the experts at 16 bits to the experts as they are stored. Megabytes."""
     go = graph_objects()
     steps = data.waterfall()
     figure = go.Figure(
         go.Waterfall(
-            x=[step.label for step in steps],
+            x=[f"{step.label}<br><b>{format_bytes(step.num_bytes)}</b>" for step in steps],
             y=[step.num_bytes / 1e6 for step in steps],
             measure=[step.kind for step in steps],
-            text=[format_bytes(step.num_bytes) for step in steps],
-            textposition="outside",
             connector={"line": {"color": MUTED, "width": 1}},
             decreasing={"marker": {"color": "#16a34a"}},
             increasing={"marker": {"color": "#93c5fd"}},
             totals={"marker": {"color": "#2563eb"}},
-            hovertemplate="%{x}: %{text}<extra></extra>",
+            hovertemplate="%{x}<extra></extra>",
         )
     )
-    budget = data.plan.budget_bytes
-    figure.add_hline(
-        y=budget / 1e6,
-        line={"color": BUDGET_COLOUR, "dash": "dash", "width": 2},
-        annotation={
-            "text": f"budget {format_bytes(budget)}",
-            "font": {"color": BUDGET_COLOUR},
-            "yanchor": "bottom",
-        },
-        annotation_position="top left",
-    )
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_xaxes(tickangle=0)
+    return _finish(figure, y_title="MB", height=340)
+
+
+def memory_bill(data: ReportData) -> Any:
+    """Stacked bars of planned terms: all of them, and the model's own on a scale of their own.
+
+    The upper one has the budget and the measured peak. Megabytes.
+    """
+    rows = [row for row in data.term_rows() if not row.is_total]
+    own = [row for row in rows if row.name != "runtime"]
+    figure = _bars([rows, own])
+    lines = [(data.budget_bytes, "budget", BUDGET_COLOUR, "top left", "dash")]
     if data.peak_memory_bytes is not None:
-        figure.add_hline(
-            y=data.peak_memory_bytes / 1e6,
-            line={"color": INK, "dash": "dot", "width": 1.5},
-            annotation={"text": f"measured peak {format_bytes(data.peak_memory_bytes)}"},
-            annotation_position="bottom left",
+        lines.append((data.peak_memory_bytes, "measured peak", INK, "bottom left", "dot"))
+    for num_bytes, name, colour, position, dash in lines:
+        label = {"text": f"{name} {format_bytes(num_bytes)}", "font": {"color": colour}}
+        figure.add_vline(
+            x=num_bytes / 1e6,
+            row=1,
+            col=1,
+            line={"color": colour, "dash": dash, "width": 2},
+            annotation={**label, "yanchor": "bottom"},
+            annotation_position=position,
         )
-    tallest = max(budget, data.plan.total_bytes, data.full_expert_bytes) / 1e6
-    figure.update_yaxes(range=[0, 1.12 * tallest])  # room for the labels above the bars
-    return _finish(figure, y_title="MB")
+    longest = max([*(line[0] for line in lines), sum(row.planned_bytes for row in rows)])
+    figure.update_xaxes(range=[0, 1.03 * longest / 1e6], row=1, col=1)
+    figure = _finish(figure, x_title=None, legend=True, height=400)
+    figure.update_xaxes(title="MB, the process in all", row=1, col=1)
+    figure.update_xaxes(title="MB, all but the runtime", row=2, col=1)
+    return figure.update_layout(
+        barmode="stack",
+        bargap=0.4,
+        legend={"y": -0.32, "traceorder": "normal"},
+        margin={"l": 20, "t": 40, "b": 110},
+    )
+
+
+def _bars(groups: Sequence[Sequence[TermRow]]) -> Any:
+    """One subplot below the other, each a single stacked bar; the first names the colours."""
+    go = graph_objects()
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=len(groups), cols=1, vertical_spacing=0.35)
+    for number, rows in enumerate(groups, start=1):
+        for row in rows:
+            bar = go.Bar(
+                y=["planned"],
+                x=[row.planned_bytes / 1e6],
+                name=f"{row.name} {format_bytes(row.planned_bytes)}",
+                orientation="h",
+                showlegend=number == 1,
+                marker={"color": TERM_COLOURS.get(row.name, MUTED)},
+                hovertemplate="%{fullData.name}<extra></extra>",
+            )
+            figure.add_trace(bar, row=number, col=1)
+    figure.update_yaxes(showticklabels=False)
+    return figure
+
+
+def search_trials(data: ReportData) -> Any:
+    """KL divergence of every plan that was measured, the best on top."""
+    go = graph_objects()
+    search = data.plan.search
+    trials = sorted(search.trials if search else [], key=lambda trial: trial.kld, reverse=True)
+    chosen = search.chosen if search else ""
+    figure = go.Figure(
+        go.Scatter(
+            x=[trial.kld for trial in trials],
+            y=[trial.name for trial in trials],
+            mode="markers",
+            marker={
+                "size": 10,
+                "color": [BUDGET_COLOUR if t.name == chosen else "#2563eb" for t in trials],
+            },
+            hovertemplate="%{y}: %{x:.4g}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(showticklabels=False, type="category")
+    figure.update_xaxes(rangemode="tozero")
+    return _finish(figure, x_title="KL divergence, nats per token", height=240)
 
 
 def frontier(data: ReportData) -> Any:
     """Predicted loss against the size of the experts, with rivals of equal bytes."""
     go = graph_objects()
-    points = sorted(data.plan.frontier, key=lambda point: point.expert_bytes)
+    every = sorted(data.plan.frontier, key=lambda point: point.expert_bytes)
+    points = [point for point in every if point.loss > 0]  # a log axis has no zero
     figure = go.Figure(
         go.Scatter(
             x=[point.expert_bytes / 1e6 for point in points],
@@ -122,7 +192,15 @@ def frontier(data: ReportData) -> Any:
             marker={"size": 16, "color": BUDGET_COLOUR, "symbol": "circle-open", "line_width": 3},
         )
     )
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", exponentformat="power")
+    lossless = [point.expert_bytes for point in every if point.loss <= 0]
+    if lossless:
+        figure.add_vline(
+            x=min(lossless) / 1e6,
+            line={"color": MUTED, "dash": "dot", "width": 1.5},
+            annotation={"text": f"no loss from {format_bytes(min(lossless))} on"},
+            annotation_position="top left",
+        )
     return _finish(figure, x_title="experts, MB", y_title="predicted loss (log)", legend=True)
 
 
@@ -228,7 +306,7 @@ def _finish(
         margin={"l": 60, "r": 20, "t": 30, "b": 50},
         height=height,
         showlegend=legend,
-        legend={"orientation": "h", "y": -0.2},
+        legend={"orientation": "h", "y": -0.28},
     )
     figure.update_xaxes(title=x_title)
     figure.update_yaxes(title=y_title)

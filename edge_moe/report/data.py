@@ -10,8 +10,9 @@ from typing import Literal
 from edge_moe.errors import InputError
 from edge_moe.formats import DROP, FORM_NAMES
 from edge_moe.measurement import EvalResult, RunMeasurement, load_evals, load_runs
-from edge_moe.package import PLAN_NAME
-from edge_moe.plan import Plan
+from edge_moe.package import PLAN_NAME, is_package
+from edge_moe.plan import MemoryTerm, Plan, Target
+from edge_moe.reproduce import build_commands, command_line, replay
 from edge_moe.spec import ModelSpec
 
 
@@ -34,13 +35,18 @@ class TermRow:
     measured_bytes: int | None
     source: str
     is_total: bool = False
+    how: str = ""
+    """How it was measured."""
+    used_share: float = 1.0
+    """Share of what was planned for that the run made use of."""
 
     @property
     def error(self) -> float | None:
-        """(measured - planned) / planned, or None where nothing was measured or planned."""
-        if self.measured_bytes is None or not self.planned_bytes:
+        """(measured - planned) / planned for what was used; None without either."""
+        planned_bytes = self.planned_bytes * self.used_share
+        if self.measured_bytes is None or not planned_bytes:
             return None
-        return (self.measured_bytes - self.planned_bytes) / self.planned_bytes
+        return (self.measured_bytes - planned_bytes) / planned_bytes
 
 
 @dataclass(frozen=True)
@@ -92,34 +98,32 @@ class ReportData:
         return num_experts * max(self.plan.form_bytes.values(), default=0)
 
     def waterfall(self) -> list[Step]:
-        """From all experts at 16 bits, over what was saved, to the whole bill."""
+        """From all experts at 16 bits, over what was saved, to the experts as stored."""
         plan, full = self.plan, self.full_expert_bytes
         experts = plan.term("experts").num_bytes
         one_expert = max(plan.form_bytes.values(), default=0)
         dropped = sum(row.count for row in self.form_rows if row.form == DROP) * one_expert
-        steps = [
-            Step("experts at 16 bits", full, "absolute"),
+        return [
+            Step("at 16 bits", full, "absolute"),
             Step("dropped", -dropped, "relative"),
             Step("fewer bits", experts - (full - dropped), "relative"),
-            Step("experts kept", experts, "total"),
+            Step("as stored", experts, "total"),
         ]
-        steps += [
-            Step(term.name, term.num_bytes, "relative")
-            for term in plan.terms
-            if term.name != "experts"
-        ]
-        return [*steps, Step("total", plan.total_bytes, "total")]
+
+    @property
+    def terms(self) -> list[MemoryTerm]:
+        """The bill: the recorded run's, at its own budget, or else the plan's."""
+        return self.run.terms if self.run else self.plan.terms
 
     def term_rows(self) -> list[TermRow]:
-        """Planned beside measured, the total last; terms of the recorded run where there is one."""
-        terms = self.run.terms if self.run else self.plan.terms
-        measured = self.run.measured_terms if self.run else {}
-        rows = [
-            TermRow(term.name, term.num_bytes, measured.get(term.name), term.source)
-            for term in terms
-        ]
-        total = sum(term.num_bytes for term in terms)
-        return [*rows, TermRow("total", total, self.peak_memory_bytes, "", is_total=True)]
+        """Planned beside measured, the total last."""
+        if self.run is None:
+            rows = [TermRow(term.name, term.num_bytes, None, term.source) for term in self.terms]
+        else:
+            rows = [_measured_row(self.run, term) for term in self.terms]
+        total = sum(term.num_bytes for term in self.terms)
+        how = "peak of the process" if self.run else ""
+        return [*rows, TermRow("total", total, self.peak_memory_bytes, "", is_total=True, how=how)]
 
     def context_rows(self) -> list[tuple[int, int, int]]:
         """(context tokens, KV cache bytes, total bytes) at a few context lengths."""
@@ -137,21 +141,52 @@ class ReportData:
             for tokens in sorted(lengths)
         ]
 
+    @property
+    def target(self) -> Target:
+        """What the folder holds; the plan may have been made for something else."""
+        if is_package(self.folder):
+            return "native"
+        if any(self.folder.glob("*.gguf")):
+            return "gguf"
+        return "hf" if any(self.folder.glob("*.safetensors")) else self.plan.target
+
+    @property
+    def artefact(self) -> Path:
+        """What `run` and `eval` are given."""
+        files = sorted(self.folder.glob("*.gguf"))
+        return files[0] if self.target == "gguf" and files else self.folder
+
     def commands(self) -> list[str]:
         """The commands that lead from the model to this report."""
-        plan = self.plan
-        tasks = " ".join(f"--task {task}" for task in plan.tasks)
-        lines = [
-            f"edge-moe calibrate {plan.model} {tasks} -o stats",
-            f"edge-moe plan {plan.model} --stats stats --budget {plan.budget_bytes}B "
-            f"--ctx {plan.context_tokens} --target {plan.target} --device {plan.device} "
-            "-o plan.json",
-            f"edge-moe build plan.json -o {self.folder.name}",
-        ]
-        if self.run:
-            lines.append(self.run.provenance.command)
-        lines += dict.fromkeys(result.provenance.command for result in self.evals)
-        return [*lines, f"edge-moe report {self.folder.name} -o report.html"]
+        lines = build_commands(self.plan, self.folder, self.target)
+        for record in (self.run, *self.evals):
+            if record is not None:
+                lines.append(replay(record.provenance, model=record.model, folder=self.artefact))
+        lines.append(command_line("report", self.folder, "-o", "report.html"))
+        return list(dict.fromkeys(lines))
+
+
+_HOW = {
+    "dense weights": "tensors held",
+    "experts": "slots held",
+    "runtime": "a process with next to no model",
+}
+
+
+def _measured_row(run: RunMeasurement, term: MemoryTerm) -> TermRow:
+    """One term beside what the run took. The workspace is what no other term explains."""
+    known, how, share = run.measured_terms.get(term.name), _HOW.get(term.name, ""), 1.0
+    if term.name == "KV cache" and run.cached_tokens:
+        share = run.cached_tokens / run.context_tokens
+        how = f"tensors held by {run.cached_tokens:,} of {run.context_tokens:,} tokens"
+    others = [each.name for each in run.terms if each.name != "workspace"]
+    if term.name == "workspace" and all(name in run.measured_terms for name in others):
+        rest = run.peak_memory_bytes - sum(run.measured_terms[name] for name in others)
+        known = rest if rest > 0 else None
+        how = "derived: peak less the rest" if known else "less than the runtime's own spread"
+    elif known is None:
+        how = ""
+    return TermRow(term.name, term.num_bytes, known, term.source, how=how, used_share=share)
 
 
 def load_report(folder: Path) -> ReportData:

@@ -8,6 +8,7 @@ from edge_moe.formats import DROP
 from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
 from edge_moe.report.data import ReportData
+from edge_moe.reproduce import command_line, model_name
 from edge_moe.units import format_bytes
 
 NOT_MEASURED = "-"
@@ -17,7 +18,8 @@ def title(data: ReportData) -> str:
     """What this report is about."""
     plan = data.plan
     return (
-        f"{plan.model} for {', '.join(plan.tasks)}, target {plan.target} on {plan.device}, "
+        f"{model_name(plan.model)} for {', '.join(plan.tasks)}, target {data.target} on "
+        f"{plan.device}, "
         f"budget {format_bytes(data.budget_bytes)}"
     )
 
@@ -73,6 +75,7 @@ def term_table(data: ReportData) -> list[dict[str, Any]]:
             else format_bytes(row.measured_bytes),
             "error": NOT_MEASURED if row.error is None else f"{row.error:+.1%}",
             "source": row.source,
+            "how": row.how,
             "is_total": row.is_total,
         }
         for row in _terms(data)
@@ -82,6 +85,36 @@ def term_table(data: ReportData) -> list[dict[str, Any]]:
 def quality_table(data: ReportData) -> list[dict[str, str]]:
     """Held-out quality per task; the plan's own tasks first."""
     return [_quality_row(result) for result in data.evals]
+
+
+def search_table(data: ReportData) -> list[dict[str, str]]:
+    """Every plan that was measured, the best first."""
+    search = data.plan.search
+    if search is None:
+        return []
+    best = min((trial.kld for trial in search.trials), default=0.0)
+    return [
+        {
+            "name": trial.name,
+            "kld": f"{trial.kld:.3g}",
+            "ratio": f"{trial.kld / best:.2f}" if best > 0 else NOT_MEASURED,
+            "mark": "this plan" if trial.name == search.chosen else "",
+        }
+        for trial in sorted(search.trials, key=lambda trial: trial.kld)
+    ]
+
+
+def search_line(data: ReportData) -> str:
+    """What was tried, on what, and for how long."""
+    search = data.plan.search
+    if search is None:
+        return "No plan was measured before choosing; the predicted loss alone decided."
+    ending = "" if search.is_complete else "; the time ran out before every proposal was measured"
+    count = len(search.trials)
+    return (
+        f"{count} plan{'s' * (count != 1)} measured in {search.seconds:.0f} s on "
+        f"{search.text or 'held-out text'}{ending}."
+    )
 
 
 def speed_table(data: ReportData) -> list[dict[str, str]]:
@@ -95,7 +128,8 @@ def speed_table(data: ReportData) -> list[dict[str, str]]:
         ("prompt", f"{run.prompt_tokens} tokens in {run.prefill_seconds:.2f} s"),
         ("loading", f"{run.load_seconds:.2f} s"),
     ]
-    for name, value in run.paging.items():
+    paging = run.paging if run.paging.get("misses") else {}  # else nothing was ever paged
+    for name, value in paging.items():
         words = name.replace("_", " ")
         if name.endswith("_bytes"):
             rows.append((words.removesuffix(" bytes"), format_bytes(value)))
@@ -121,13 +155,16 @@ def context_table(data: ReportData) -> list[dict[str, str]]:
 
 def record_command(data: ReportData) -> str:
     """The command that measures memory and speed."""
-    return f"edge-moe run {data.folder} --budget {data.plan.budget_bytes}B --prompt '...' --record"
+    budget = f"{data.plan.budget_bytes}B"
+    return command_line("run", data.artefact, "--budget", budget, "--prompt", "...", "--record")
 
 
 def eval_command(data: ReportData) -> str:
     """The command that measures quality."""
-    tasks = " ".join(f"--task {task}" for task in data.plan.tasks)
-    return f"edge-moe eval {data.folder} --against {data.plan.model} {tasks} --record"
+    plan = data.plan
+    known = plan.calibration.tasks if plan.calibration else plan.tasks
+    tasks = [word for task in known for word in ("--task", task)]
+    return command_line("eval", data.artefact, "--against", plan.model, *tasks, "--record")
 
 
 def provenance(data: ReportData) -> str:

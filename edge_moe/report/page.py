@@ -24,11 +24,14 @@ def render_page(data: ReportData) -> str:
     )
     safe = environment.filters["safe"]
     figures = {
-        "waterfall": charts.memory_waterfall(data),
+        "bill": charts.memory_bill(data),
+        "waterfall": charts.expert_waterfall(data),
         "frontier": charts.frontier(data),
         "forms": charts.expert_forms(data),
         "saliency": charts.expert_saliency(data),
     }
+    if data.plan.search is not None:
+        figures["search"] = charts.search_trials(data)
     rendered = {name: safe(_fragment(figure, name)) for name, figure in figures.items()}
     page: str = template.render(
         **_context(data),
@@ -61,10 +64,12 @@ def _context(data: ReportData) -> dict[str, Any]:
         ],
         "tasks": ", ".join(plan.tasks),
         "quality": facts.quality_table(data),
+        "trials": facts.search_table(data),
+        "search_line": facts.search_line(data),
         "speed": facts.speed_table(data),
         "contexts": facts.context_table(data),
         "remarks": [*plan.limits, *plan.warnings],
-        "commands": "\n".join(data.commands()),
+        "commands": data.commands(),
         "provenance": facts.provenance(data),
     }
 
@@ -90,7 +95,7 @@ def _fragment(figure: Any, name: str) -> str:
         full_html=False,
         include_plotlyjs=False,
         div_id=f"chart-{name}",
-        config={"displaylogo": False, "responsive": True},
+        config={"displayModeBar": False, "responsive": True},
     )
     return fragment
 

@@ -9,9 +9,11 @@ from rich.text import Text
 from edge_moe.formats import DROP, FORM_NAMES
 from edge_moe.report import facts
 from edge_moe.report.data import ReportData
+from edge_moe.search import MIXED_BITS, PLAN_NAME
 
 _TONES = {"good": "bold green", "bad": "bold red", "": "bold"}
 _MAP_COLUMNS = 64  # wider maps are left to the HTML page
+_MAX_TRIALS = 3
 _SHADES = {"tq": "░", "q2": "░", "q3": "▒", "q4": "▒", "q8": "▓"}
 
 
@@ -24,6 +26,8 @@ def print_facts(data: ReportData, console: Console) -> None:
     console.print(verdict)
     console.print(_bill(data))
     _print_experts(data, console)
+    if data.plan.search is not None:
+        _print_search(data, console)
     if data.evals:
         console.print(_quality(data))
     else:
@@ -42,6 +46,7 @@ def _bill(data: ReportData) -> Table:
     for heading in ("planned", "measured", "error"):
         table.add_column(heading, justify="right")
     table.add_column("planned from", style="dim")
+    table.add_column("measured from", style="dim")
     for row in facts.term_table(data):
         table.add_row(
             row["name"],
@@ -49,6 +54,7 @@ def _bill(data: ReportData) -> Table:
             row["measured"],
             row["error"],
             row["source"],
+            row["how"],
             style="bold" if row["is_total"] else None,
         )
     return table
@@ -64,6 +70,19 @@ def _print_experts(data: ReportData, console: Console) -> None:
         cells = "".join(_shade(form) for form in row)
         console.print(f"  layer {layer_id:>3} {cells}", highlight=False)
     console.print("  · dropped  ░ to 2 bits  ▒ 3-4  ▓ 8  █ 16", style="dim")
+
+
+def _print_search(data: ReportData, console: Console) -> None:
+    """The best of the plans that were measured, and the ways that everybody knows."""
+    console.print(f"search: {facts.search_line(data)}", highlight=False, markup=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("proposed by")
+    table.add_column("KLD", justify="right")
+    table.add_column("")
+    for position, row in enumerate(facts.search_table(data)):
+        if position < _MAX_TRIALS or row["mark"] or row["name"] in (PLAN_NAME, MIXED_BITS):
+            table.add_row(row["name"], row["kld"], row["mark"])
+    console.print(table)
 
 
 def _shade(form: str) -> str:

@@ -147,14 +147,34 @@ def _unpack_q3_k(blocks: Tensor) -> Tensor:
     return _signed_bytes(words, (len(blocks), 16, 16), 4).mul_(scale)
 
 
-def _unpack_q4_k(blocks: Tensor) -> Tensor:
+def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, minimum) of the sub-blocks of q4_k and q5_k, float32 [n, 8, 1] each."""
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=1)
     mins = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=1)
-    scale = scales.float().mul_(_half(blocks, 0)).unsqueeze(-1)  # [n, 8, 1]
-    minimum = mins.float().mul_(_half(blocks, 2)).unsqueeze(-1)
+    scale = scales.float().mul_(_half(blocks, 0))
+    minimum = mins.float().mul_(_half(blocks, 2))
+    return scale.unsqueeze(-1), minimum.unsqueeze(-1)
+
+
+def _unpack_q4_k(blocks: Tensor) -> Tensor:
+    scale, minimum = _scales_and_mins(blocks)
     words = _planes(blocks[:, 16:], 4, 4, _LOW_NIBBLES)
     return _signed_bytes(words, (len(blocks), 8, 32)).mul_(scale).sub_(minimum)
+
+
+def _unpack_q5_k(blocks: Tensor) -> Tensor:
+    scale, minimum = _scales_and_mins(blocks)
+    words = _planes(blocks[:, 16:48], 1, 1, _LOW_BITS).bitwise_left_shift_(4)  # [n, 1, 8, 4]
+    words.bitwise_or_(_planes(blocks[:, 48:], 4, 4, _LOW_NIBBLES).view(words.shape))
+    return _signed_bytes(words, (len(blocks), 8, 32)).mul_(scale).sub_(minimum)
+
+
+def _unpack_q6_k(blocks: Tensor) -> Tensor:
+    words = _planes(blocks[:, 128:192], 2, 2, _LOW_PAIRS).bitwise_left_shift_(4)  # [n, 2, 4, 4]
+    words.bitwise_or_(_planes(blocks[:, :128], 2, 4, _LOW_NIBBLES).view(words.shape))
+    scale = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208)).unsqueeze(-1)
+    return _signed_bytes(words, (len(blocks), 16, 16), 32).mul_(scale)
 
 
 _FLOAT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -166,5 +186,7 @@ _UNPACK_BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "q3_k": _unpack_q3_k,
     "q4_0": _unpack_q4_0,
     "q4_k": _unpack_q4_k,
+    "q5_k": _unpack_q5_k,
+    "q6_k": _unpack_q6_k,
     "q8_0": _unpack_q8_0,
 }

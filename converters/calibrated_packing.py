@@ -1,0 +1,126 @@
+"""Packing experts with what calibration knows of their inputs: GPTQ and its kin.
+
+The moments of an expert's inputs are too large to keep for every expert, so the calibration text is
+run again, layer by layer, and each layer's moments are made where they are needed. Memory: one
+layer in float32, the hidden states of the text, one layer's MoE inputs and two experts' hessians.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.layer_stream import LayerStream
+from edge_moe.converters.observe import OBSERVE, expert_output
+from edge_moe.converters.second_moments import (
+    WEIGHTING,
+    ExpertMoments,
+    expert_moments,
+    moment_arguments,
+)
+from edge_moe.formats.base import ByteArray
+from edge_moe.formats.quantise import pack_expert_with
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """One window as a MoE block saw it."""
+
+    inputs: Tensor
+    """[T, H]"""
+    expert_ids: Tensor
+    """[T, k]"""
+    gates: Tensor
+    """[T, k] float64"""
+
+
+class CalibratedPacker:
+    """Weighs errors by the inputs of the calibration text. Cheapest when layers ascend.
+
+    Going back to an earlier layer starts the text again from its embeddings.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, quantiser: str, windows: Sequence[Sequence[int]]
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._quantiser = quantiser
+        self._windows = windows
+        self._stream = LayerStream(checkpoint, OBSERVE)
+        self._next_layer = 0
+        self._hidden: list[Tensor] = []
+        self._layer_id = -1
+        self._routed: list[RoutedTokens] = []
+        self._lock = threading.Lock()
+
+    def pack(self, layer_id: int, expert_id: int, form: str) -> ByteArray:
+        """The flat record of one expert. Safe to call from several threads, one layer at a time."""
+        weights = self._checkpoint.expert(layer_id, expert_id)
+        with self._lock:
+            moments = self._moments_of(layer_id, expert_id, weights)
+        return pack_expert_with(form, *weights, self._quantiser, **moment_arguments(moments))
+
+    def _moments_of(self, layer_id: int, expert_id: int, weights: Any) -> ExpertMoments:
+        self._go_to(layer_id)
+        gate, up, down = (torch.from_numpy(matrix) for matrix in weights)
+        block = self._stream.moe_block(layer_id)
+        one = _OneExpert(block.experts, expert_id, torch.cat([gate, up]), down)
+        return expert_moments(one, expert_id, self._routed, weighting=WEIGHTING)
+
+    def _go_to(self, layer_id: int) -> None:
+        """Run the text up to and through the MoE layer `layer_id`, recording what it was given."""
+        if self._layer_id == layer_id:
+            return
+        with torch.inference_mode():
+            if layer_id < self._next_layer or not self._hidden:
+                self._hidden = [self._stream.embed(window) for window in self._windows]
+                self._next_layer = 0
+            while self._next_layer <= layer_id:
+                self._run_layer(self._next_layer)
+                self._next_layer += 1
+        self._layer_id = layer_id
+
+    def _run_layer(self, layer_id: int) -> None:
+        self._routed = []
+        with self._stream.loaded(layer_id):
+            if layer_id in self._checkpoint.spec.moe_layer_ids:
+                self._stream.moe_block(layer_id).experts.observer = _Recorder(
+                    self._stream.moe_block(layer_id).experts, self._routed
+                )
+            for index, hidden in enumerate(self._hidden):
+                self._hidden[index] = self._stream.run(layer_id, hidden)
+
+
+class _Recorder:
+    """Stands in for the observer: keeps the routing, computes the experts."""
+
+    def __init__(self, experts: Any, routed: list[RoutedTokens]) -> None:
+        self._experts = experts
+        self._routed = routed
+
+    def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """[T, H], [T, k], [T, k] -> [T, H]"""
+        self._routed.append(RoutedTokens(hidden, ids, weights.double()))
+        output = torch.zeros_like(hidden)
+        for expert_id in ids.unique().tolist():  # type: ignore[no-untyped-call]
+            token, slot = (ids == expert_id).nonzero(as_tuple=True)
+            gate_up = self._experts.gate_up_proj[expert_id]
+            down = self._experts.down_proj[expert_id]
+            found = expert_output(self._experts, hidden[token], gate_up, down)
+            output.index_add_(0, token, found * weights[token, slot, None].to(found.dtype))
+        return output
+
+
+class _OneExpert:
+    """Looks like the experts module to `expert_moments`, with the weights of one expert only."""
+
+    def __init__(self, experts: Any, expert_id: int, gate_up: Tensor, down: Tensor) -> None:
+        self.gate_up_proj = {expert_id: gate_up}
+        self.down_proj = {expert_id: down}
+        self._apply_gate = experts._apply_gate

@@ -1,0 +1,85 @@
+"""Measures proposed plans for the search: KL divergence on held-out text, within a time limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibrate import text_packer
+from edge_moe.converters.variants import VariantScorer
+from edge_moe.errors import InputError
+from edge_moe.runtime.evaluate import heldout_windows
+from edge_moe.runtime.session import load_tokenizer
+from edge_moe.search import TimeUp
+from edge_moe.stats import StatsInfo
+
+WINDOW_TOKENS = 256
+MAX_WINDOWS = 16
+SEARCH_PART, REPORT_PART = 1, 0
+"""Held-out windows with odd numbers choose between plans, even ones are left to report on."""
+
+
+def part_of_heldout(
+    tasks: Sequence[str], tokenizer: object, part: int, max_windows: int | None = MAX_WINDOWS
+) -> list[list[int]]:
+    """Every other held-out window of `tasks`: the half that searches, or the half that reports.
+
+    A task of a single window gives it to both.
+
+    Raises:
+        InputError: a task without held-out text.
+    """
+    found: list[list[int]] = []
+    for task in tasks:
+        windows = heldout_windows(task, tokenizer, WINDOW_TOKENS, None)
+        half = windows[part::2] or windows
+        limit = len(half) if max_windows is None else max(1, max_windows // len(tasks))
+        step = max(1, len(half) // limit)
+        found += half[::step][:limit]
+    return found
+
+
+class PlanMeasure:
+    """Callable that measures plans of one checkpoint until its time is up."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        stats: StatsInfo,
+        tasks: Sequence[str],
+        seconds: float,
+        on_share: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """`on_share` is told the share of `seconds` that has passed, after every layer.
+
+        Raises:
+            InputError: a task without held-out text, or no time.
+        """
+        if seconds <= 0:
+            raise InputError(f"{seconds:g} seconds of search are none: use --no-search instead")
+        tokenizer = load_tokenizer(checkpoint.folder)
+        windows = part_of_heldout(tasks, tokenizer, SEARCH_PART)
+        self.text = (
+            f"{sum(map(len, windows))} tokens of held-out {', '.join(tasks)}, odd windows only"
+        )
+        packer = text_packer(checkpoint, stats.options, stats.data_fingerprint)
+        self._scorer = VariantScorer(checkpoint, windows, packer)
+        self._seconds = seconds
+        self._start = time.monotonic()
+        self._on_share = on_share
+
+    def __call__(self, proposals: Mapping[str, list[list[str]]]) -> Mapping[str, float]:
+        """Mean KL divergence of every proposal.
+
+        Raises:
+            TimeUp: the time ran out before the last layer.
+        """
+        scores = self._scorer.score(proposals, self._check_time)
+        return {name: float(found.kld.mean()) for name, found in scores.items()}
+
+    def _check_time(self, share_of_pass: float) -> None:
+        passed = (time.monotonic() - self._start) / self._seconds
+        self._on_share(min(1.0, passed))
+        if passed > 1 and share_of_pass < 1:
+            raise TimeUp

@@ -1,0 +1,224 @@
+"""Many plans of one checkpoint, scored by KL divergence in one pass over its layers.
+
+A variant is the form of every expert. Each layer is loaded once; every variant runs through it with
+its own packed-and-unpacked experts and sliced routers, so nothing is built or written. Variants
+share their hidden states as long as their forms agree. Memory: two layers of experts in float32,
+the packed experts of one layer within `PACKED_LIMIT_BYTES`, and the hidden states of all windows
+once per distinct variant.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edge_moe import metrics
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.form_loss import is_lossless
+from edge_moe.converters.layer_stream import LayerStream
+from edge_moe.converters.packer import Packer, PlainPacker
+from edge_moe.errors import CheckpointError
+from edge_moe.formats import DROP, unpack_expert
+from edge_moe.metrics import TokenScores
+from edge_moe.runtime.model import shrink_router
+
+PACKED_LIMIT_BYTES = 2 * 2**30
+BATCH_TOKENS = 2048
+"""Windows of equal length run together up to this many tokens."""
+
+Forms = Sequence[Sequence[str]]
+"""[L][E] form of every expert."""
+Windows = Sequence[Sequence[int]]
+_Row = tuple[str, ...]
+_Path = tuple[_Row, ...]
+_LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class PackedExperts:
+    """Packed experts of a checkpoint, kept until the byte limit pushes the oldest out."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        packer: Packer | None = None,
+        limit_bytes: int = PACKED_LIMIT_BYTES,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._packer = packer or PlainPacker(checkpoint)
+        self._limit_bytes = limit_bytes
+        self._num_bytes = 0
+        self._records: OrderedDict[tuple[int, int, str], npt.NDArray[np.uint8]] = OrderedDict()
+
+    def unpacked(self, layer_id: int, expert_id: int, form: str) -> tuple[Any, Any, Any]:
+        """(gate_proj [I, H], up_proj [I, H], down_proj [H, I]) as the form holds them."""
+        if is_lossless(form, self._checkpoint.expert_ranges(layer_id, expert_id)):
+            return self._checkpoint.expert(layer_id, expert_id)
+        key = layer_id, expert_id, form
+        if key not in self._records:
+            self._add(key, self._packer.pack(layer_id, expert_id, form))
+        self._records.move_to_end(key)
+        spec = self._checkpoint.spec
+        return unpack_expert(form, self._records[key], spec.hidden_size, spec.expert_width)
+
+    def _add(self, key: tuple[int, int, str], record: npt.NDArray[np.uint8]) -> None:
+        self._records[key] = record
+        self._num_bytes += record.nbytes
+        while self._num_bytes > self._limit_bytes and len(self._records) > 1:
+            _, dropped = self._records.popitem(last=False)
+            self._num_bytes -= dropped.nbytes
+
+
+class VariantScorer:
+    """Scores plans of one checkpoint on the same windows, packing every expert once."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Windows, packer: Packer | None = None
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._spec = checkpoint.spec
+        self._windows = windows
+        self._batches = _batches(windows)
+        self._stream = LayerStream(checkpoint, "eager")
+        self._packed = PackedExperts(checkpoint, packer)
+
+    def score(
+        self, variants: Mapping[str, Forms], on_run: Callable[[float], None] = lambda _: None
+    ) -> dict[str, TokenScores]:
+        """Every variant beside the whole checkpoint. `on_run` is told the share of work done.
+
+        Raises:
+            CheckpointError: a layer is missing or computes NaN or infinity.
+        """
+        whole = [["whole"] * self._spec.num_experts] * self._spec.num_moe_layers
+        paths = {name: _path(forms) for name, forms in variants.items()}
+        states: dict[_Path, list[Tensor]] = {}
+        with torch.inference_mode():
+            states[()] = [self._embed(batch) for batch in self._batches]
+            for layer_id in range(self._spec.num_layers):
+                wanted = [*paths.values(), _path(whole)]
+                states = self._layer(layer_id, states, wanted)
+                on_run((layer_id + 1) / self._spec.num_layers)
+            return self._compare(states, paths, _path(whole))
+
+    def _embed(self, batch: Sequence[int]) -> Tensor:
+        return torch.cat([self._stream.embed(self._windows[index]) for index in batch])
+
+    def _layer(
+        self, layer_id: int, states: dict[_Path, list[Tensor]], wanted: Sequence[_Path]
+    ) -> dict[_Path, list[Tensor]]:
+        """The states after a layer; a MoE layer splits those whose forms differ in it."""
+        with self._stream.loaded(layer_id):
+            if layer_id not in self._spec.moe_layer_ids:
+                return {path: self._run(layer_id, state) for path, state in states.items()}
+            depth = self._spec.moe_layer_ids.index(layer_id) + 1
+            found: dict[_Path, list[Tensor]] = {}
+            for path in wanted:
+                if path[:depth] not in found:
+                    with self._forms(layer_id, path[depth - 1]):
+                        state = self._run(layer_id, states[path[: depth - 1]])
+                    found[path[:depth]] = state
+            return found
+
+    def _run(self, layer_id: int, state: list[Tensor]) -> list[Tensor]:
+        return [self._stream.run(layer_id, hidden) for hidden in state]
+
+    @contextmanager
+    def _forms(self, layer_id: int, row: _Row) -> Iterator[None]:
+        """The MoE block of a loaded layer with its experts stored as `row` says."""
+        if set(row) == {"whole"}:
+            yield
+            return
+        block = self._stream.moe_block(layer_id)
+        kept = [expert_id for expert_id, form in enumerate(row) if form != DROP]
+        router, experts = block.gate, block.experts
+        rows = {**dict(router.named_parameters()), **dict(router.named_buffers())}
+        saved = [(router, name, value) for name, value in rows.items()]
+        saved += [(experts, name, getattr(experts, name)) for name in _EXPERT_NAMES]
+        gate_up, down = self._experts(layer_id, row, kept)
+        for name, value in rows.items():
+            _replace(router, name, value[kept])
+        _replace(experts, "gate_up_proj", gate_up)
+        _replace(experts, "down_proj", down)
+        shrink_router(block, len(kept))
+        try:
+            yield
+        finally:
+            for module, name, value in saved:
+                _replace(module, name, value)
+            shrink_router(block, len(row))
+
+    def _experts(self, layer_id: int, row: _Row, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(gate_up_proj [R, 2I, H], down_proj [R, H, I]) of the kept experts."""
+        width, hidden = self._spec.expert_width, self._spec.hidden_size
+        gate_up, down = (
+            torch.empty(len(kept), 2 * width, hidden),
+            torch.empty(len(kept), hidden, width),
+        )
+        for place, expert_id in enumerate(kept):
+            gate, up, last = self._packed.unpacked(layer_id, expert_id, row[expert_id])
+            gate_up.numpy()[place, :width], gate_up.numpy()[place, width:] = gate, up
+            down.numpy()[place] = last
+        return gate_up, down
+
+    def _compare(
+        self, states: dict[_Path, list[Tensor]], paths: Mapping[str, _Path], whole: _Path
+    ) -> dict[str, TokenScores]:
+        norm, head = self._stream.final_norm(), self._lm_head()
+        wanted = set(paths.values())
+        parts: dict[_Path, list[TokenScores]] = {path: [] for path in wanted}
+        places = {
+            index: (position, place)
+            for position, batch in enumerate(self._batches)
+            for place, index in enumerate(batch)
+        }
+        for index, window in enumerate(self._windows):
+            position, place = places[index]
+            base = F.linear(norm(states[whole][position][place]), head).numpy()
+            for path in wanted:
+                logits = F.linear(norm(states[path][position][place]), head).numpy()
+                parts[path].append(metrics.compare_tokens(logits, base, window))
+        joined = {path: TokenScores.join(found) for path, found in parts.items()}
+        return {name: joined[path] for name, path in paths.items()}
+
+    def _lm_head(self) -> Tensor:
+        """[V, H] float32"""
+        has_own = not self._spec.tie_word_embeddings and _LM_HEAD in self._checkpoint.tensors
+        if not has_own and not self._spec.tie_word_embeddings:
+            raise CheckpointError(f"{self._checkpoint.folder}: {_LM_HEAD!r} is missing")
+        return torch.from_numpy(self._checkpoint.read(_LM_HEAD if has_own else _EMBEDDING))
+
+
+_EXPERT_NAMES = ("gate_up_proj", "down_proj")
+
+
+def _path(forms: Forms) -> _Path:
+    return tuple(tuple(row) for row in forms)
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` in place of a parameter or buffer."""
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[name] = value
+
+
+def _batches(windows: Windows) -> list[list[int]]:
+    """Indices of windows of equal length, as many together as `BATCH_TOKENS` allow."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(windows)), key=lambda each: (len(windows[each]), each)):
+        length = len(windows[index])
+        fits = batches and len(windows[batches[-1][0]]) == length
+        if fits and (len(batches[-1]) + 1) * length <= BATCH_TOKENS:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

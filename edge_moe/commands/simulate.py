@@ -1,0 +1,114 @@
+"""`edge-moe simulate`: what a recorded trace would page with other slots or a skipping rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edge_moe.commands.options import (
+    Budget,
+    ContextTokens,
+    DeviceName,
+    Json,
+    Model,
+    Skip,
+    SkipCalibrationFile,
+    skip_rule,
+    stdout,
+)
+from edge_moe.errors import InputError
+from edge_moe.units import format_bytes
+
+if TYPE_CHECKING:
+    from edge_moe.runtime.simulate import Simulation
+
+
+def simulate_command(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="From `edge-moe run --trace`.")],
+    model: Model,
+    slots: Annotated[
+        int | None, typer.Option(help="Experts in memory at once.", show_default=False)
+    ] = None,
+    budget: Budget = None,
+    ctx: ContextTokens = None,
+    device: Annotated[
+        DeviceName, typer.Option(help="Where the budget is meant to hold.")
+    ] = DeviceName.CPU,
+    skip: Skip = None,
+    skip_calibration: SkipCalibrationFile = None,
+    json: Json = False,
+) -> None:
+    """Replay a trace through the runtime's own eviction policy, without weights or torch."""
+    from edge_moe.hub import resolve_model
+
+    if (slots is None) == (budget is None):
+        raise InputError("simulate needs either --slots N or --budget SIZE: give one of them")
+    path = resolve_model(model)
+    rule = skip_rule(skip, skip_calibration, path)
+    from edge_moe.runtime.allotment import (
+        allot,
+        context_length,
+        open_source,
+        open_store,
+        session_terms,
+        source_fingerprint,
+    )
+    from edge_moe.runtime.simulate import simulate, traced_sizes
+    from edge_moe.runtime.trace import Trace
+
+    recorded, source = Trace.load(trace), open_source(path)
+    store = open_store(source)
+    sizes = traced_sizes(recorded, store, source_fingerprint(source))
+    context = context_length(source.spec, ctx)
+    terms = session_terms(source, store, context, device.value, has_budget=budget is not None)
+    store.close()
+    found = allot(source.spec, sizes, terms, budget, slots)
+    rules = [None] if rule is None else [None, rule]
+    results = [simulate(recorded, sizes, found.counts, found.policy, each) for each in rules]
+    if json:
+        print(f"[{','.join(_as_json(result) for result in results)}]")
+        return
+    _print(results)
+
+
+def _as_json(result: Simulation) -> str:
+    import json
+
+    per_token = {
+        "hit_rate": result.hit_rate,
+        "experts_per_token": result.experts_per_token,
+        "page_in_bytes_per_token": result.page_in_bytes_per_token,
+    }
+    return json.dumps(result.model_dump() | per_token, indent=1)
+
+
+def _print(results: list[Simulation]) -> None:
+    from rich.table import Table
+
+    first = results[0]
+    table = Table(
+        title=f"{first.num_tokens} tokens in {first.num_steps} steps, {first.num_slots} slots "
+        f"({format_bytes(first.slot_bytes)}), {first.policy}",
+        title_justify="left",
+    )
+    for heading in (
+        "skipping",
+        "experts per token",
+        "hits",
+        "misses",
+        "resident",
+        "paged per token",
+    ):
+        table.add_column(heading, justify="left" if heading == "skipping" else "right")
+    for result in results:
+        table.add_row(
+            result.rule,
+            f"{result.experts_per_token:.2f}",
+            f"{result.hits:,}",
+            f"{result.misses:,}",
+            f"{result.hit_rate:.1%}",
+            format_bytes(result.page_in_bytes_per_token),
+        )
+    stdout().print(table)

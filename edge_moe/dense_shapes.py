@@ -1,0 +1,112 @@
+"""The dense tensors that a config.json promises, with their shapes: damage shows in the headers.
+
+H hidden_size, V vocab_size, E experts. Shapes are [outputs, inputs], as `torch.nn.Linear` stores
+them. Biases are left out: which ones exist hangs on further keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edge_moe.spec import ConfigReader, ModelSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def dense_shapes(spec: ModelSpec, config: dict[str, Any], source: str) -> Shapes:
+    """Name -> shape of every tensor that the model cannot do without, routed experts excepted.
+
+    Raises:
+        SpecError: a key that gives a shape is missing or no positive integer.
+    """
+    read = ConfigReader({**spec.family.config_defaults, **config}, source)
+    hidden = spec.hidden_size
+    shapes: Shapes = {
+        "model.embed_tokens.weight": (spec.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not spec.tie_word_embeddings:
+        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+    moe_layers = set(spec.moe_layer_ids)
+    attention = _attention(spec, read)
+    norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    for layer_id in range(spec.num_layers):
+        prefix = f"model.layers.{layer_id}"
+        for name, shape in (attention | norms).items():
+            shapes[f"{prefix}.{name}.weight"] = shape
+        if layer_id in moe_layers:
+            shapes |= _routers(spec, layer_id)
+            shapes |= _shared_experts(spec, read, layer_id)
+        else:
+            shapes |= _mlp(f"{prefix}.mlp", hidden, read.count("intermediate_size"))
+    return shapes
+
+
+def _attention(spec: ModelSpec, read: ConfigReader) -> Shapes:
+    """Module below the layer -> shape of its weight."""
+    if spec.model_type == "deepseek_v3":
+        return _latent_attention(spec, read)
+    hidden, heads = spec.hidden_size, spec.num_attention_heads
+    head_width = read.count("head_dim", default=hidden // heads)
+    shapes: Shapes = {
+        "self_attn.q_proj": (heads * head_width, hidden),
+        "self_attn.k_proj": (spec.kv_key_width, hidden),
+        "self_attn.v_proj": (spec.kv_value_width, hidden),
+        "self_attn.o_proj": (hidden, heads * head_width),
+    }
+    if spec.model_type == "qwen3_moe":  # one norm for every head
+        shapes |= {f"self_attn.{name}_norm": (head_width,) for name in ("q", "k")}
+    if spec.model_type == "olmoe":  # one norm over all heads
+        shapes["self_attn.q_norm"] = (hidden,)
+        shapes["self_attn.k_norm"] = (spec.kv_key_width,)
+    return shapes
+
+
+def _latent_attention(spec: ModelSpec, read: ConfigReader) -> Shapes:
+    """DeepSeek's multi-head latent attention (arXiv:2412.19437, section 2.1.1)."""
+    hidden, heads = spec.hidden_size, spec.num_attention_heads
+    rope, latent = read.count("qk_rope_head_dim"), read.count("kv_lora_rank")
+    value = read.count("v_head_dim")
+    shapes: Shapes = {
+        "self_attn.kv_a_proj_with_mqa": (latent + rope, hidden),
+        "self_attn.kv_a_layernorm": (latent,),
+        "self_attn.kv_b_proj": (heads * (read.count("qk_nope_head_dim") + value), latent),
+        "self_attn.o_proj": (hidden, heads * value),
+    }
+    query_rank = read.count("q_lora_rank", default=0)
+    if not query_rank:
+        shapes["self_attn.q_proj"] = (spec.query_width, hidden)
+        return shapes
+    shapes["self_attn.q_a_proj"] = (query_rank, hidden)
+    shapes["self_attn.q_a_layernorm"] = (query_rank,)
+    shapes["self_attn.q_b_proj"] = (spec.query_width, query_rank)
+    return shapes
+
+
+def _routers(spec: ModelSpec, layer_id: int) -> Shapes:
+    """The router's matrix is [E, H], its selection bias [E]."""
+    return {
+        name: (spec.num_experts, spec.hidden_size)
+        if name.endswith(".weight")
+        else (spec.num_experts,)
+        for name in spec.router_tensor_names(layer_id)
+    }
+
+
+def _shared_experts(spec: ModelSpec, read: ConfigReader, layer_id: int) -> Shapes:
+    prefix, hidden = spec.moe_prefix(layer_id), spec.hidden_size
+    if not spec.num_shared_experts:
+        return {}
+    if spec.model_type == "qwen2_moe":
+        width = read.count("shared_expert_intermediate_size")
+        gate: Shapes = {f"{prefix}.shared_expert_gate.weight": (1, hidden)}
+        return _mlp(f"{prefix}.shared_expert", hidden, width) | gate
+    return _mlp(f"{prefix}.shared_experts", hidden, spec.num_shared_experts * spec.expert_width)
+
+
+def _mlp(prefix: str, hidden: int, width: int) -> Shapes:
+    return {
+        f"{prefix}.gate_proj.weight": (width, hidden),
+        f"{prefix}.up_proj.weight": (width, hidden),
+        f"{prefix}.down_proj.weight": (hidden, width),
+    }

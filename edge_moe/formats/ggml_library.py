@@ -1,0 +1,91 @@
+"""ggml's own quantisers, from the C library that llama-cpp-python brings (extra `gguf`)."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe.errors import FormError, MissingExtraError
+from edge_moe.formats.base import ByteArray, FloatArray, Form
+
+_NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
+
+
+def quantize_chunk(form: Form, weights: FloatArray, importance: FloatArray | None) -> ByteArray:
+    """`weights` [rows, width] float32 packed by `ggml_quantize_chunk`: [rows, row_bytes] uint8.
+
+    `importance` [width] weighs the squared error of every column, alike in all rows; ggml's types
+    without such a search (q8_0, tq1_0, tq2_0) ignore it. The interpreter's lock is free meanwhile.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        FormError: shapes that do not fit, or numbers that are not finite.
+    """
+    rows, width = weights.shape
+    row_bytes = form.row_bytes(width)
+    _require_finite(form, "a weight", weights)
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    if importance is not None:
+        if importance.shape != (width,):
+            raise FormError(
+                f"form {form.name}: the importance of {width} columns has shape "
+                f"{importance.shape}: give one number per column"
+            )
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
+        _require_finite(form, "an importance", importance)
+    packed = np.empty((rows, row_bytes), dtype=np.uint8)
+    written = _library().ggml_quantize_chunk(
+        form.ggml_type,
+        weights.ctypes.data,
+        packed.ctypes.data,
+        0,
+        rows,
+        width,
+        None if importance is None else importance.ctypes.data,
+    )
+    if written != packed.nbytes:
+        raise FormError(
+            f"libggml packed {rows} rows of {width} as {form.name} into {written} bytes, "
+            f"{packed.nbytes} were expected: install the version of the extra gguf"
+        )
+    return packed
+
+
+def is_installed() -> bool:
+    """Whether the library is there."""
+    return _path() is not None
+
+
+def _path() -> Path | None:
+    """The library beside the package `llama_cpp`, found without importing it."""
+    found = importlib.util.find_spec("llama_cpp")
+    if found is None or found.origin is None:
+        return None
+    folders = (Path(found.origin).parent / name for name in ("lib", "bin"))
+    paths = (folder / name for folder in folders for name in _NAMES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = _path()
+    if path is None:
+        raise MissingExtraError("llama-cpp-python", "gguf", "packing by libggml")
+    library = ctypes.CDLL(str(path))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def _require_finite(form: Form, what: str, values: FloatArray) -> None:
+    if not np.isfinite(values).all():
+        raise FormError(f"form {form.name}: {what} is NaN or infinite; the input is damaged")

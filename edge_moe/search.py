@@ -1,0 +1,218 @@
+"""Propose plans in many ways, measure them, keep the best: no criterion wins everywhere.
+
+The optimiser's loss is a sum over experts; what a model really loses is not. So the weights of that
+sum (what dropping costs, how much evidence rare experts need, how layers compare) and the field's
+saliency criteria each propose a plan within the same budget, and the KL divergence on held-out text
+decides. No torch here: measuring is handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edge_moe.errors import BudgetError
+from edge_moe.loss_table import DropLoss, LossKind
+from edge_moe.optimise import solve
+from edge_moe.plan import SearchRecord, SearchTrial
+from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
+from edge_moe.saliency import CRITERIA, keep_largest, saliency
+from edge_moe.stats import ExpertStats
+
+Measure = Callable[[Mapping[str, IntArray]], Mapping[str, float]]
+"""Choices [L, E] by name -> mean KL divergence in nats per token.
+
+Raises `TimeUp` when there is no time left.
+"""
+Tables = Callable[[LossKind], FloatArray]
+"""A kind of loss -> its table [L, E, F]."""
+
+PLAN_NAME = "default loss"
+MIXED_BITS = "mixed bits, none dropped"
+DROP_FACTORS = (1.0, 2.0, 4.0, 8.0)
+PRIOR_TOKENS = (0.0, 16.0, 64.0)
+LAYER_FACTORS = (0.5, 2.0)
+MAX_LAYER_GROUPS = 8
+MAX_PASS_PROPOSALS = 12
+"""Plans that are measured together, in one pass over the layers."""
+SOLVE_SECONDS = 10.0
+"""Time limit of the integer program for one proposal."""
+
+
+class TimeUp(Exception):
+    """The search's time is over; what was measured before counts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What proposals are made from."""
+
+    problem: Problem
+    """With the default loss and the plan's budget."""
+    stats: ExpertStats
+    supers: BoolArray
+    """[L, E] protected experts."""
+    tables: Tables
+
+
+def search(
+    evidence: Evidence, first: Solution, measure: Measure, seconds: float
+) -> tuple[Solution, SearchRecord]:
+    """(the best measured solution, every trial). `first` is the plain program's.
+
+    Rounds: the kinds of loss; the criteria, at about the number of experts that the best plan
+    keeps; then layers made dearer or cheaper as long as that helps. Stops after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    trials = _Trials(evidence.problem, measure, deadline)
+    try:
+        trials.add({PLAN_NAME: first.choice})
+        trials.add(dict(_by_loss(evidence)))
+        trials.add(dict(_by_criterion(evidence, trials.best.choice)))
+        _tune_layers(evidence, trials)
+        is_complete = True
+    except TimeUp:
+        is_complete = False
+    best = trials.best if trials.results else _Trial(PLAN_NAME, first.choice, np.nan)
+    record = SearchRecord(
+        chosen=best.name,
+        is_complete=is_complete,
+        seconds=seconds - (deadline - time.monotonic()),
+        trials=[SearchTrial(name=each.name, kld=each.kld) for each in trials.results],
+    )
+    return Solution.of(evidence.problem, best.choice), record
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    name: str
+    choice: IntArray
+    kld: float
+
+
+class _Trials:
+    """What was measured so far; a choice is measured once, whoever proposes it."""
+
+    def __init__(self, problem: Problem, measure: Measure, deadline: float) -> None:
+        self._problem = problem
+        self._measure = measure
+        self._deadline = deadline
+        self._seen: set[bytes] = set()
+        self.results: list[_Trial] = []
+
+    @property
+    def best(self) -> _Trial:
+        return min(self.results, key=lambda trial: trial.kld)
+
+    def add(self, proposals: Mapping[str, IntArray]) -> bool:
+        """Measure what is new; whether the best changed."""
+        before = self.best.kld if self.results else np.inf
+        waiting = {}
+        for name, choice in proposals.items():
+            key = choice.astype(np.int16).tobytes()
+            fits = self._problem.bytes_of(choice) <= self._problem.budget_bytes
+            if fits and key not in self._seen:
+                self._seen.add(key)
+                waiting[name] = choice
+        names = list(waiting)
+        for start in range(0, len(names), MAX_PASS_PROPOSALS):
+            if self.results and time.monotonic() > self._deadline:
+                raise TimeUp
+            part = {name: waiting[name] for name in names[start : start + MAX_PASS_PROPOSALS]}
+            for name, kld in self._measure(part).items():
+                self.results.append(_Trial(name, part[name], kld))
+        return bool(self.results) and self.best.kld < before
+
+
+def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
+    """One proposal per kind of loss, and mixed bits without dropping."""
+    problem = evidence.problem
+    kept_forms = list(range(1, len(problem.form_bytes)))
+    mixed = _solved(problem.only_forms(kept_forms, problem.budget_bytes))
+    if mixed is not None:
+        yield MIXED_BITS, mixed
+    kinds = [
+        LossKind(drop_factor=factor, prior_tokens=prior)
+        for prior in PRIOR_TOKENS
+        for factor in DROP_FACTORS
+    ]
+    for kind in [*kinds, LossKind(DropLoss.MEAN), LossKind(DropLoss.ZERO)]:
+        choice = _solved(replace(problem, loss=evidence.tables(kind)))
+        if choice is not None:
+            yield kind.name, choice
+
+
+def _by_criterion(evidence: Evidence, best: IntArray) -> Iterator[tuple[str, IntArray]]:
+    """The experts that a criterion keeps, their bits by the program; near the best plan's count."""
+    problem = evidence.problem
+    if problem.num_groups > 1:
+        return  # a criterion ranks a whole layer, group limits need equal numbers per group
+    num_experts = best.shape[1]
+    mean_kept = float((best > 0).sum(axis=1).mean())
+    counts = {round(mean_kept * share) for share in (0.75, 1.0, 1.25)}
+    lowest = max(problem.top_k, int(evidence.supers.sum(axis=1).max()), 1)
+    for count in sorted({min(max(count, lowest), num_experts) for count in counts}):
+        if count == num_experts:
+            continue
+        for name in CRITERIA:
+            kept = keep_largest(saliency(evidence.stats, name), count, evidence.supers)
+            choice = _solved(_with_kept(problem, kept))
+            if choice is not None:
+                yield f"{name}, {count} per layer", choice
+
+
+def _tune_layers(evidence: Evidence, trials: _Trials) -> None:
+    """Make one group of layers dearer or cheaper at a time, from the best kind of loss on."""
+    problem = evidence.problem
+    num_layers = problem.num_layers
+    groups = np.array_split(np.arange(num_layers), min(num_layers, MAX_LAYER_GROUPS))
+    base = _kind_of(trials.best.name)
+    table, weights = evidence.tables(base), np.ones(num_layers)
+    while True:
+        proposals, changed = {}, {}
+        for layers in groups:
+            for factor in LAYER_FACTORS:
+                tried = weights.copy()
+                tried[layers] *= factor
+                name = f"{base.name}, layer weights {_brief(tried[[g[0] for g in groups]])}"
+                choice = _solved(replace(problem, loss=table * tried[:, None, None]))
+                if choice is not None:
+                    proposals[name], changed[name] = choice, tried
+        if not trials.add(proposals) or trials.best.name not in changed:
+            return
+        weights = changed[trials.best.name]
+
+
+def _kind_of(name: str) -> LossKind:
+    """The kind of loss that made proposal `name`; the default where none did."""
+    for prior in PRIOR_TOKENS:
+        for factor in DROP_FACTORS:
+            kind = LossKind(drop_factor=factor, prior_tokens=prior)
+            if kind.name == name:
+                return kind
+    return LossKind()
+
+
+def _with_kept(problem: Problem, kept: BoolArray) -> Problem:
+    """The same problem with the kept experts fixed."""
+    allowed = problem.allowed & kept[..., None]
+    allowed[..., 0] = ~kept
+    return replace(problem, allowed=allowed)
+
+
+def _solved(problem: Problem) -> IntArray | None:
+    """[L, E] the optimum, or None where nothing fits."""
+    least_bytes = smallest_bytes(problem)
+    if least_bytes is None or least_bytes > problem.budget_bytes:
+        return None
+    try:
+        return solve(problem, SOLVE_SECONDS).choice
+    except BudgetError:
+        return None
+
+
+def _brief(weights: Sequence[float] | FloatArray) -> str:
+    return " ".join(f"{weight:g}" for weight in weights)

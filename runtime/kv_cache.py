@@ -1,0 +1,76 @@
+"""A KV cache that takes its memory once: transformers' own grows by copying itself every token.
+
+`DynamicCache` concatenates, so that each step moves the whole cache and leaves freed pieces behind
+in the allocator. Here each layer has one buffer for the longest sequence; pages that no token has
+reached are not in memory yet.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from edge_moe.errors import InputError
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values [1, kv heads, context, head width] of one layer, filled from the front."""
+
+    def __init__(self, context_tokens: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._context_tokens = context_tokens
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._num_tokens = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [1, kv heads, T, head width] each; everything so far, as views.
+
+        Raises:
+            InputError: more tokens than the context.
+        """
+        if self._buffers is None:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = self._empty_like(key_states), self._empty_like(value_states)
+        start, end = self._num_tokens, self._num_tokens + key_states.shape[-2]
+        if end > self._context_tokens:
+            raise InputError(f"{end} tokens exceed the context of {self._context_tokens}")
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self._num_tokens = end
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _empty_like(self, states: Tensor) -> Tensor:
+        batch, heads, _, width = states.shape
+        return states.new_empty(batch, heads, self._context_tokens, width)
+
+
+def make_cache(config: Any, context_tokens: int) -> Any:
+    """transformers' cache for `config`, its plain layers preallocated for `context_tokens`.
+
+    Layers with a sliding window keep transformers' own kind: they are short.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        PreallocatedLayer(context_tokens) if type(layer) is DynamicLayer else layer
+        for layer in cache.layers
+    ]
+    return cache
+
+
+def share_key_value_heads(device: torch.device) -> None:
+    """Let torch's attention read grouped key and value heads without copying them to every head.
+
+    Same results; on a CPU transformers would repeat the whole cache for every chunk of a prompt.
+    On CUDA torch's fast kernels refuse masks with grouped heads, so nothing changes there. A value
+    that the user set stays.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")

@@ -1,0 +1,117 @@
+"""GPTQ through the whole path: losses, plans, builds and the search pack the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TinyCheckpoint
+from hand_plan import hand_plan, random_forms
+
+from edge_moe import metrics
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import build
+from edge_moe.converters.calibrate import calibrate, text_packer
+from edge_moe.converters.variants import VariantScorer
+from edge_moe.errors import InputError
+from edge_moe.plan import Plan
+from edge_moe.runtime.session import Session
+from edge_moe.stats import ExpertStats
+
+TEXT = "def add(a, b):\n    return a + b\n\nIt was a fine evening, and 12 + 7 = 19.\n" * 40
+FORMS = ("q4_0", "q8_0")
+WINDOW_TOKENS = 128
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("task") / "mine.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def measured(folder: Path, task: Path, output: Path, quantiser: str | None) -> ExpertStats:
+    options = {"window_tokens": WINDOW_TOKENS, "forms": FORMS, "quantiser": quantiser}
+    return calibrate(folder, [str(task)], output, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_gptq_loses_less_than_nearest_and_is_the_default(
+    family: str, tiny_checkpoint: TinyCheckpoint, task: Path, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(family)
+    best = measured(folder, task, tmp_path / "best", None)
+    nearest = measured(folder, task, tmp_path / "nearest", "nearest")
+    assert best.info.quantiser == "gptq_refit" and nearest.info.quantiser == "nearest"
+    often = best.routed_tokens >= 100
+    for form in FORMS:
+        ratio = best.form_loss.values()[often, best.form_index(form)]
+        ratio /= nearest.form_loss.values()[often, nearest.form_index(form)]
+        assert np.median(ratio) < 0.9, form
+    np.testing.assert_array_equal(
+        best.form_loss.values()[..., 0], nearest.form_loss.values()[..., 0]
+    )
+
+
+def test_builds_and_the_search_pack_what_was_measured(
+    tiny_checkpoint: TinyCheckpoint, task: Path, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("olmoe")
+    checkpoint = Checkpoint(folder)
+    info = measured(folder, task, tmp_path / "stats", None).info
+    forms = random_forms(checkpoint, ("q4_0", "drop"))
+    plan = hand_plan(checkpoint, forms).model_copy(
+        update={"calibration": info.options, "data_fingerprint": info.data_fingerprint}
+    )
+    output = build(plan, tmp_path / "out")
+    again = build(plan, tmp_path / "again")
+    for path in output.glob("experts-*"):
+        assert path.read_bytes() == (again / path.name).read_bytes()
+    plain = build(hand_plan(checkpoint, forms), tmp_path / "plain")
+    assert (output / "experts-00001.safetensors").read_bytes() != (
+        plain / "experts-00001.safetensors"
+    ).read_bytes()
+    window = list(range(3, 60))
+    packer = text_packer(checkpoint, info.options, info.data_fingerprint)
+    scores = VariantScorer(checkpoint, [window], packer).score({"plan": forms})["plan"]
+    with (
+        Session.open(folder, context_tokens=64) as base,
+        Session.open(output, context_tokens=64) as built,
+    ):
+        found = metrics.compare_tokens(built.logits(window), base.logits(window), window)
+    np.testing.assert_allclose(scores.kld, found.kld, atol=1e-5)
+
+
+def test_layers_may_come_in_any_order(
+    tiny_checkpoint: TinyCheckpoint, task: Path, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("mixtral")
+    info = measured(folder, task, tmp_path / "stats", None).info
+    packers = [
+        text_packer(Checkpoint(folder), info.options, info.data_fingerprint) for _ in range(2)
+    ]
+    forwards = [packers[0].pack(layer, 2, "q4_0") for layer in (0, 1)]
+    backwards = [packers[1].pack(layer, 2, "q4_0") for layer in (1, 0)]
+    for left, right in zip(forwards, reversed(backwards), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_what_cannot_be_packed_again_is_refused(
+    tiny_checkpoint: TinyCheckpoint, task: Path, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("olmoe")
+    with pytest.raises(InputError, match="needs the whole text at once, not shard 0/2"):
+        calibrate(folder, [str(task)], tmp_path / "s", shard=(0, 2), quantiser="gptq")
+    with pytest.raises(InputError, match="quantiser 'best' is unknown"):
+        calibrate(folder, [str(task)], tmp_path / "s", quantiser="best")
+    moved = tmp_path / "moved.txt"
+    moved.write_text(TEXT, encoding="utf-8")
+    info = measured(folder, moved, tmp_path / "stats", None).info
+    plan: Plan = hand_plan(Checkpoint(folder), [["q4_0"] * 8] * 2).model_copy(
+        update={"calibration": info.options, "data_fingerprint": info.data_fingerprint}
+    )
+    moved.write_text("more " + TEXT, encoding="utf-8")
+    with pytest.raises(InputError, match="has changed since it was calibrated on"):
+        build(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

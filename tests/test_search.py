@@ -1,0 +1,107 @@
+"""The search on a made-up model whose true loss is not the optimiser's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from conftest import TinyCheckpoint
+from fake_stats import fake_stats
+
+from edge_moe.candidates import candidate_forms
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.loss_table import LossKind, loss_table
+from edge_moe.optimise import solve
+from edge_moe.planner import build_problem
+from edge_moe.problem import IntArray
+from edge_moe.saliency import CRITERIA
+from edge_moe.search import MIXED_BITS, PLAN_NAME, Evidence, TimeUp, search
+from edge_moe.super_experts import find_super_experts
+
+
+@pytest.fixture
+def evidence(tiny_checkpoint: TinyCheckpoint) -> Evidence:
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe", wide=True))
+    spec, stats = checkpoint.spec, fake_stats(checkpoint)
+    for name in ("gate", "output_norm", "gated_norm"):
+        noise = np.random.default_rng(len(name)).random(stats.routed_tokens.shape)
+        stats.expert_sums[name].add(noise)
+    forms = candidate_forms(spec, "native")
+    supers = find_super_experts(stats.max_output)
+
+    def tables(kind: LossKind) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        return loss_table(stats, forms, "bf16", kind)
+
+    whole = spec.num_experts * spec.num_moe_layers * spec.expert_weights * 2
+    problem = build_problem(spec, forms, tables(LossKind()), supers, "native", whole // 6)
+    return Evidence(problem, stats, supers, tables)
+
+
+class Truth:
+    """What the made-up model loses; `calls` counts passes and plans."""
+
+    def __init__(self, evidence: Evidence, limit: int = 10**9) -> None:
+        self._loss = evidence.tables(LossKind(drop_factor=4.0, prior_tokens=64.0)).copy()
+        self._loss[0] *= 8  # the first layer matters more than the optimiser believes
+        self._limit = limit
+        self.measured: list[str] = []
+
+    def __call__(self, choices: Mapping[str, IntArray]) -> dict[str, float]:
+        if len(self.measured) >= self._limit:
+            raise TimeUp
+        self.measured += choices
+        return {
+            name: float(np.take_along_axis(self._loss, choice[..., None], axis=-1).sum())
+            for name, choice in choices.items()
+        }
+
+
+def test_the_best_measured_plan_is_taken(evidence: Evidence) -> None:
+    truth, first = Truth(evidence), solve(evidence.problem)
+    best, record = search(evidence, first, truth, seconds=300)
+    found = {trial.name: trial.kld for trial in record.trials}
+    assert record.is_complete
+    assert list(found) == truth.measured
+    assert found[record.chosen] == min(found.values()) < found[PLAN_NAME]
+    assert truth({"": best.choice})[""] == found[record.chosen]
+    assert "layer weights" in record.chosen, "the search learns that the first layer matters more"
+    assert best.expert_bytes <= evidence.problem.budget_bytes
+    assert (best.choice[evidence.supers] > 0).all()
+    criteria = {name.partition(",")[0] for name in found} & set(CRITERIA)
+    assert len(criteria) > len(CRITERIA) / 2, "the rest propose what was measured already"
+    assert MIXED_BITS in found or not (best.choice == 0).any()
+
+
+def test_no_plan_is_measured_twice(evidence: Evidence) -> None:
+    seen: set[bytes] = set()
+
+    def measure(choices: Mapping[str, IntArray]) -> dict[str, float]:
+        keys = {choice.astype(np.int16).tobytes() for choice in choices.values()}
+        assert len(keys) == len(choices) and not keys & seen
+        seen.update(keys)
+        return dict.fromkeys(choices, 1.0)
+
+    _, record = search(evidence, solve(evidence.problem), measure, seconds=300)
+    assert len(record.trials) == len(seen)
+    assert record.chosen == PLAN_NAME, "of equals the plain program stays"
+
+
+def test_a_search_out_of_time_keeps_what_it_has(evidence: Evidence) -> None:
+    first = solve(evidence.problem)
+    best, record = search(evidence, first, Truth(evidence, limit=1), seconds=300)
+    assert not record.is_complete
+    assert [trial.name for trial in record.trials] == [PLAN_NAME]
+    np.testing.assert_array_equal(best.choice, first.choice)
+    best, record = search(evidence, first, Truth(evidence, limit=0), seconds=300)
+    assert record.trials == [] and record.chosen == PLAN_NAME
+    np.testing.assert_array_equal(best.choice, first.choice)
+
+
+def test_time_is_looked_at_between_passes(evidence: Evidence) -> None:
+    def measure(choices: Mapping[str, IntArray]) -> dict[str, float]:
+        return dict.fromkeys(choices, 1.0)
+
+    _, record = search(evidence, solve(evidence.problem), measure, seconds=-1.0)
+    assert not record.is_complete
+    assert len(record.trials) == 1

@@ -1,0 +1,207 @@
+"""Traces: written, checked, and replayed to exactly what the runtime counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import FAMILY_NAMES, TinyCheckpoint
+from hand_plan import hand_plan
+from safetensors.numpy import save_file
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.cli import run
+from edge_moe.converters.build import build
+from edge_moe.errors import InputError
+from edge_moe.formats import DROP
+from edge_moe.runtime.allotment import allot, open_source, open_store, source_fingerprint
+from edge_moe.runtime.policy import LeastFrequentlyUsed, LeastRecentlyUsed
+from edge_moe.runtime.session import Session
+from edge_moe.runtime.simulate import Simulation, simulate, traced_sizes
+from edge_moe.runtime.skipping import RatioRule, SkipRule, TopP
+from edge_moe.runtime.trace import Trace, TraceInfo, TraceRecorder
+
+PROMPT = list(range(5, 45))
+INFO = TraceInfo(model_fingerprint="m", moe_layer_ids=(0, 3), top_k=2, kept=((0, 4, 5), (1, 2)))
+
+
+def small_trace(rows: list[list[list[int]]], steps: list[int], info: TraceInfo = INFO) -> Trace:
+    """[N][L][k] rows with weights 0.75, 0.25."""
+    table = np.array(rows, np.uint16)
+    weights = np.broadcast_to(np.array([0.75, 0.25], np.float16), table.shape)
+    norms = np.ones(table.shape[:2], np.float32)
+    return Trace(info, table, weights, norms, np.array(steps, np.uint32))
+
+
+def test_round_trip_and_gate_means(tmp_path: Path) -> None:
+    trace = small_trace([[[0, 2], [1, 0]], [[2, 1], [0, 1]]], [1, 1])
+    trace.save(tmp_path / "t.safetensors")
+    read = Trace.load(tmp_path / "t.safetensors")
+    assert read.info == INFO
+    for name in ("rows", "weights", "token_norms", "step_tokens"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(trace, name))
+    means = read.gate_means(6)  # by expert id: rows 0, 1, 2 of layer 0 are experts 0, 4, 5
+    assert means[0].tolist() == [0.375, 0, 0, 0, 0.125, 0.5]
+    assert means[1].tolist() == [0, 0.5, 0.5, 0, 0, 0]
+
+
+def test_interrupted_step_is_left_out() -> None:
+    recorder = TraceRecorder()
+    one = (np.array([[0, 1]]), np.array([[0.5, 0.5]]), np.array([1.0]))
+    for layer in (0, 1, 0):
+        recorder.add(layer, *one)
+    trace = recorder.finish(INFO)
+    assert trace.num_tokens == 1 and trace.step_tokens.tolist() == [1]
+    assert TraceRecorder().finish(INFO).num_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": np.zeros((2, 2, 2), np.int64)}, "arrays are"),
+        ({"rows": np.array([[[0, 9], [0, 1]]] * 2, np.uint16)}, "row 9 of 3 in layer 0"),
+        ({"rows": np.array([[[1, 1], [0, 1]]] * 2, np.uint16)}, "chose a row twice"),
+        ({"rows": np.zeros((2, 1, 2), np.uint16)}, r"rows are not \[2, 2, 2\]"),
+        ({"weights": np.full((2, 2, 2), np.nan, np.float16)}, "a weight is no number"),
+        ({"step_tokens": np.array([1], np.uint32)}, "steps do not add up"),
+        ({"step_tokens": np.array([2, 0], np.uint32)}, "a step has no token"),
+    ],
+)
+def test_damaged_traces(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    trace = small_trace([[[0, 2], [1, 0]], [[2, 1], [0, 1]]], [1, 1])
+    arrays = {name: np.array(getattr(trace, name)) for name in ("rows", "weights", "token_norms")}
+    arrays["step_tokens"] = trace.step_tokens
+    metadata = {"edge_moe_trace": INFO.model_dump_json()}
+    save_file(arrays | change, path, metadata=metadata)
+    with pytest.raises(InputError, match=message):
+        Trace.load(path)
+    save_file(arrays, path)
+    with pytest.raises(InputError, match="is no trace"):
+        Trace.load(path)
+    save_file(arrays, path, metadata={"edge_moe_trace": '{"version": 7}'})
+    with pytest.raises(InputError, match="has version 7"):
+        Trace.load(path)
+    path.write_bytes(b"no")
+    with pytest.raises(InputError, match="is not readable"):
+        Trace.load(path)
+
+
+def test_replay_by_hand() -> None:
+    """Slots hold (0, 0) and (0, 1) at first; steps ask rows 0 2 | 1 0, then 1 2 | 0 1."""
+    info = INFO.model_copy(update={"kept": ((0, 4, 5), (1, 2, 3))})
+    trace = small_trace([[[0, 2], [1, 0]], [[2, 1], [0, 1]]], [1, 1], info)
+    found = simulate(trace, [[10] * 3] * 2, {10: 2}, LeastRecentlyUsed)
+    # (0,0) hit; (0,2), (1,0), (1,1), (0,1), (0,2), (1,0), (1,1) all miss: a cycle of 4 in 2 slots
+    assert (found.hits, found.misses, found.evictions, found.page_in_bytes) == (1, 7, 7, 70)
+    every = simulate(trace, [[10] * 3] * 2, {10: 6}, LeastFrequentlyUsed)
+    assert (every.hits, every.misses, every.hit_rate) == (8, 0, 1.0)
+    light = simulate(trace, [[10] * 3] * 2, {10: 2}, LeastRecentlyUsed, RatioRule([0.5, 0.5]))
+    # what stays: (0,0), (1,1) | (0,2), (1,0)
+    assert (light.skipped_experts, light.hits, light.misses) == (4, 1, 3)
+    assert light.experts_per_token == 2 and found.experts_per_token == 4
+    assert light.page_in_bytes_per_token == 15
+
+
+def test_a_step_asks_for_every_expert_once() -> None:
+    info = INFO.model_copy(update={"kept": ((0, 4, 5), (1, 2, 3))})
+    trace = small_trace([[[0, 2], [1, 0]], [[2, 0], [0, 1]]], [2], info)
+    found = simulate(trace, [[10] * 3] * 2, {10: 6}, LeastRecentlyUsed)
+    assert found.hits == 4 and found.num_steps == 1
+
+
+def replay(folder: Path, trace: Trace, num_slots: int, skip: SkipRule | None) -> Simulation:
+    source = open_source(folder)
+    sizes = traced_sizes(trace, open_store(source), source_fingerprint(source))
+    slots = allot(source.spec, sizes, [], None, num_slots)
+    return simulate(trace, sizes, slots.counts, slots.policy, skip)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("rule", [None, TopP(0.6)], ids=["none", "top-p"])
+def test_replay_counts_what_the_runtime_counted(
+    family: str, rule: SkipRule | None, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Below one token cycle (frequency order), above it (LRU), and with everything resident."""
+    folder = tiny_checkpoint(family)
+    every = Checkpoint(folder).spec.num_experts * Checkpoint(folder).spec.num_moe_layers
+    for num_slots in (3, 5, 9, every):
+        with Session.open(folder, num_slots=num_slots, prefetch=False, skip=rule) as session:
+            with session.tracing() as recorder:
+                session.generate_ids(PROMPT, 24, stop_at_eos=False)
+                session.logits(list(range(300)))  # two pieces of a prompt, in a fresh context
+            real = session.statistics()
+            recorder.finish(session.trace_info()).save(tmp_path / "t.safetensors")
+        found = replay(folder, Trace.load(tmp_path / "t.safetensors"), num_slots, rule)
+        assert found.num_tokens == len(PROMPT) + 23 + 300 and found.num_steps == 26
+        assert (found.hits, found.misses) == (real.hits, real.misses)
+        assert (found.evictions, found.page_in_bytes) == (real.evictions, real.page_in_bytes)
+        assert found.routed_experts == real.routed_experts
+        assert found.skipped_experts == real.skipped_experts
+
+
+def test_replay_of_a_package_with_several_sizes(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("qwen3_moe", wide=True)
+    forms = [
+        ["bf16", DROP, "q8_0", "q4_k", DROP, "q8_0", "q4_k", "bf16"],
+        [DROP, DROP, "q8_0", "q4_k", "q4_k", DROP, "bf16", "q8_0"],
+    ]
+    package = build(hand_plan(Checkpoint(folder), forms), tmp_path / "out")
+    with Session.open(package, num_slots=6, prefetch=False) as session:
+        with session.tracing() as recorder:
+            session.generate_ids(PROMPT, 24, stop_at_eos=False)
+        trace, real = recorder.finish(session.trace_info()), session.statistics()
+    found = replay(package, trace, 6, None)
+    assert (found.hits, found.misses) == (real.hits, real.misses)
+    assert found.page_in_bytes == real.page_in_bytes
+    other = trace.info.model_copy(update={"kept": ((0, 1), (2, 3))})
+    with pytest.raises(InputError, match="expert 1 of MoE layer 0, which this package dropped"):
+        replay(package, dataclasses.replace(trace, info=other), 6, None)
+    with pytest.raises(InputError, match="recorded with another model"):
+        replay(tiny_checkpoint("olmoe"), trace, 6, None)
+
+
+def test_command_line(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """run --trace, then simulate in a process that must not import torch."""
+    folder, trace = tiny_checkpoint("olmoe"), tmp_path / "t.safetensors"
+    run_options = ["--prompt", "hello there", "--max-new-tokens", "8", "--slots", "5"]
+    assert (
+        run(["run", str(folder), *run_options, "--no-prefetch", "--trace", str(trace), "--json"])
+        == 0
+    )
+    real = json.loads(capsys.readouterr().out)["paging"]
+    code = (
+        "import sys; from edge_moe.cli import run; code = run(sys.argv[1:]);"
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    arguments = [
+        "simulate",
+        str(trace),
+        str(folder),
+        "--slots",
+        "5",
+        "--skip",
+        "top-p=0.5",
+        "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    plain, skipped = json.loads(done.stdout)
+    assert (plain["hits"], plain["misses"]) == (real["hits"], real["misses"])
+    assert plain["page_in_bytes_per_token"] == real["page_in_bytes"] / plain["num_tokens"]
+    assert skipped["rule"] == "top-p=0.5" and skipped["misses"] < plain["misses"]
+    assert run(["simulate", str(trace), str(folder), "--slots", "5"]) == 0
+    assert "tokens in" in capsys.readouterr().out
+    assert run(["simulate", str(trace), str(folder)]) == 2
+    assert "either --slots N or --budget SIZE" in capsys.readouterr().err
