@@ -114,7 +114,7 @@ def model_card(
     return _CARD.substitute(
         base_yaml=json.dumps(base),
         base=base,
-        carried=_carried_front_matter(checkpoint.folder / "README.md"),
+        carried=carried_front_matter(checkpoint.folder / "README.md"),
         library=_LIBRARIES[target],
         tags="\n".join(f"- {json.dumps(tag)}" for tag in _tags(plan)),
         name=name,
@@ -122,7 +122,7 @@ def model_card(
         version=__version__,
         kept=_kept_sentence(plan),
         forms="\n".join(f"| {form} | {count} |" for form, count in _form_counts(plan).items()),
-        sizes="\n".join(row.text() for row in _with_total(sizes)),
+        sizes="\n".join(row.text() for row in with_total(sizes)),
         device=plan.device,
         context=plan.context_tokens,
         terms="\n".join(
@@ -146,7 +146,7 @@ def base_model(model: str, folder: Path) -> str:
     return named if "/" in named else model_name(str(folder.resolve()))
 
 
-def _carried_front_matter(card: Path) -> str:
+def carried_front_matter(card: Path) -> str:
     """The licence, language and pipeline lines of the source's card, byte for byte."""
     if not card.is_file():
         return ""
@@ -179,7 +179,7 @@ def _kept_sentence(plan: Plan) -> str:
     return f"Every layer keeps {span} of its {num_experts} experts ({share:.0%} of all)."
 
 
-def _with_total(sizes: Sequence[SizeRow]) -> list[SizeRow]:
+def with_total(sizes: Sequence[SizeRow]) -> list[SizeRow]:
     if len(sizes) == 1:
         return list(sizes)
     source_bytes = sum(row.source_bytes for row in sizes)
@@ -203,6 +203,6 @@ def _notes(plan: Plan, checkpoint: Checkpoint) -> list[str]:
             f"{len(checkpoint.unused_tensors)} tensors of multi-token prediction layers were left "
             "out: they hold experts of their own, and plain decoding does not use them."
         )
-    if not _carried_front_matter(checkpoint.folder / "README.md"):
+    if not carried_front_matter(checkpoint.folder / "README.md"):
         notes.append("The source folder had no model card: its licence is not repeated here.")
     return notes or ["None."]

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from edge_moe.errors import CheckpointError
+from edge_moe.errors import CheckpointError, TargetError
 from edge_moe.files import atomic_path
 from edge_moe.spec import ModelSpec
 
@@ -72,6 +72,37 @@ def patch_expert_count(text: str, spec: ModelSpec, num_experts: int) -> str:
     if original in present:
         return text
     return _insert_before(text, present[0], f'"{original}": {num_experts}')
+
+
+def patch_expert_width(text: str, spec: ModelSpec, width: int) -> str:
+    """config.json with another inner width of the routed experts; every other byte stays.
+
+    DeepSeek-V3 states its shared expert's width as n_shared_experts of them, so that count changes
+    too and the shared expert stays as wide as it is.
+
+    Raises:
+        CheckpointError: no width key is found.
+        TargetError: the shared expert's width is no multiple of `width`.
+    """
+    spans = _top_level_values(text)
+    present = [key for key in spec.family.config_expert_width_keys if key in spans]
+    if not present:
+        raise CheckpointError(
+            f"config.json holds none of the keys {', '.join(spec.family.config_expert_width_keys)}"
+        )
+    values = {present[0]: width}
+    if spec.family.shared_count_key in spans and spec.num_shared_experts:
+        shared_width = spec.num_shared_experts * spec.expert_width
+        if shared_width % width:
+            raise TargetError(
+                f"cannot narrow experts to {width}: config.json states the shared expert's width, "
+                f"{shared_width}, as a multiple of theirs: use a divisor of {shared_width}"
+            )
+        values[spec.family.shared_count_key] = shared_width // width
+    for key in sorted(values, key=lambda name: spans[name], reverse=True):  # last one first
+        start, end = spans[key]
+        text = f"{text[:start]}{values[key]}{text[end:]}"
+    return text
 
 
 def _insert_before(text: str, key: str, member: str) -> str:

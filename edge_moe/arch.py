@@ -40,6 +40,8 @@ class Family:
     gguf_renormalises: bool | None = None
     """llama.cpp hard-codes renormalisation per architecture; an export must agree."""
     config_expert_width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    shared_count_key: str = ""
+    """config.json key that states a shared expert's width as so many routed experts' widths."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -99,5 +101,6 @@ FAMILIES: dict[str, Family] = {
             "v_head_dim": 128,
         },
         config_expert_width_keys=("moe_intermediate_size",),
+        shared_count_key="n_shared_experts",
     ),
 }

@@ -30,6 +30,7 @@ from edge_moe.commands.report import report_command
 from edge_moe.commands.run import run_command
 from edge_moe.commands.simulate import simulate_command
 from edge_moe.commands.stats import stats_app
+from edge_moe.commands.transform import transform_command
 from edge_moe.errors import EdgeMoeError, install_command
 from edge_moe.files import os_problem
 
@@ -84,6 +85,7 @@ app.command("calibrate")(calibrate_command)
 app.add_typer(stats_app, name="stats")
 app.command("calibrate-skipping")(calibrate_skipping_command)
 app.command("patterns")(patterns_command)
+app.command("transform")(transform_command)
 app.command("plan")(plan_command)
 app.command("build")(build_command)
 app.command("recover")(recover_command)

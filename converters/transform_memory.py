@@ -1,0 +1,64 @@
+"""What a transform needs in memory, before it starts. No torch.
+
+It holds one decoder layer, the layer's new experts and what the layer was given, never the model.
+"""
+
+from __future__ import annotations
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters import calibration_memory
+from edge_moe.converters.calibration_memory import calibration_terms
+from edge_moe.errors import BudgetError
+from edge_moe.plan import MemoryTerm
+from edge_moe.units import format_bytes
+
+
+def transform_terms(
+    checkpoint: Checkpoint,
+    sample_tokens: int,
+    window_tokens: int,
+    new_weights: int,
+    scratch_bytes: int,
+) -> list[MemoryTerm]:
+    """Upper bounds of what the pass over the layers adds to a process that has imported torch.
+
+    layer        the layer in float32, as for calibration
+    new layer    4 bytes x the layer's new expert weights, at most doubled by an indexed copy
+    samples      T x (8H inputs, twice while joined, + 8E logits + 36k routing)
+    method       what the method itself needs
+    window, scratch, allowance: as for calibration
+    """
+    spec = checkpoint.spec
+    calibration = {
+        term.name: term.num_bytes
+        for term in calibration_terms(checkpoint, sample_tokens, window_tokens)
+    }
+    per_token = 8 * spec.hidden_size + 8 * spec.num_experts + 36 * spec.top_k
+    terms = {
+        "layer": calibration["layer"],
+        "new layer": 8 * new_weights,
+        "samples": sample_tokens * per_token,
+        "method": scratch_bytes,
+        "window": calibration["window"],
+        "scratch": calibration["scratch"],
+        "allowance": calibration["allowance"],
+    }
+    return [
+        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
+    ]
+
+
+def require_transform_memory(needed_bytes: int) -> None:
+    """Refuse a transform that cannot fit, where the system tells how much is available.
+
+    Raises:
+        BudgetError: with the bytes needed and the bytes available.
+    """
+    available_bytes = calibration_memory.available_memory_bytes()
+    if available_bytes is not None and needed_bytes > available_bytes:
+        raise BudgetError(
+            f"the transform needs {format_bytes(needed_bytes)} of memory, but only "
+            f"{format_bytes(available_bytes)} is available: lower --sample-tokens, or use a "
+            "machine with more memory",
+            minimum_bytes=needed_bytes,
+        )
