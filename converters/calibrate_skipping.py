@@ -22,7 +22,7 @@ from edge_moe.converters.calibration_memory import (
     hidden_file_bytes,
     require_free_memory,
 )
-from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter
+from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter, calibration_work
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, BlockObserver
 from edge_moe.errors import InputError, StatsError
@@ -57,12 +57,12 @@ def calibrate_skipping(
     info = _run_info(checkpoint, tasks, window_tokens, windows)
     work_folder = output.with_name(f"{output.name}.work")
     _require_room(checkpoint, info, work_folder)
-    work = CalibrationWork(work_folder, info, [len(window) for window in windows])
-    ratios = _Pass(checkpoint, work, windows).ratios()
-    shared = set(SkipCalibration.model_fields) & set(StatsInfo.model_fields) - {"version"}
-    calibration = SkipCalibration(**info.model_dump(include=shared), median_ratios=ratios)
-    calibration.save(output)
-    work.remove()
+    with calibration_work(work_folder, info, [len(window) for window in windows]) as work:
+        ratios = _Pass(checkpoint, work, windows).ratios()
+        shared = set(SkipCalibration.model_fields) & set(StatsInfo.model_fields) - {"version"}
+        calibration = SkipCalibration(**info.model_dump(include=shared), median_ratios=ratios)
+        calibration.save(output)
+        work.remove()
     work_folder.rmdir()
     return calibration
 

@@ -68,7 +68,8 @@ def measure_gradients(
     checkpoint = Checkpoint(model)
     spec = checkpoint.spec
     base, texts = calibration_text(
-        checkpoint, tasks, window_tokens, max_windows, shard, checked_forms(spec, forms)
+        *(checkpoint, tasks, window_tokens, max_windows, shard, checked_forms(spec, forms)),
+        quantiser="nearest",  # what `FormLosses` packs with here, and what adds up over shards
     )
     info = GradientInfo(
         **base.model_dump(exclude={"version"}),

@@ -20,6 +20,7 @@ def spec(
         "num_experts": 8,
         "num_local_experts": 8,
         "n_routed_experts": 8,
+        "first_k_dense_replace": 0,
         "num_experts_per_tok": 2,
         "hidden_size": hidden,
         "moe_intermediate_size": width,

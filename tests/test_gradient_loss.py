@@ -322,7 +322,7 @@ def test_too_little_disk_and_another_run_are_refused(
 ) -> None:
     folder, output = tiny_checkpoint("qwen3_moe"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=9))
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=9, used=0, free=9))
         with pytest.raises(DiskSpaceError, match="measuring loss gradients needs"):
             run(folder, task, output)
     assert not output.exists()

@@ -34,7 +34,7 @@ from edge_moe.package import Package
 from edge_moe.runtime.evaluate import evaluate
 from edge_moe.runtime.session import Session, load_tokenizer
 
-TEXT = "def f(x):\n    return x + 1\n\nIt was the best of times, it was the worst of times.\n" * 12
+TEXT = "def f(x):\n    return x + 1\n\nIt was the best of times, it was the worst of times.\n" * 15
 FEW_STEPS = TrainSettings(rank=8, steps=12, learning_rate=0.01, warmup_steps=2, num_judgements=3)
 
 
@@ -145,8 +145,9 @@ def test_documents_that_judge_are_not_learned_from(pair: Any, tmp_path: Path) ->
     for window, flag in zip(text.windows, text.is_training, strict=True):
         seen[flag] |= set(tokenizer.decode(window).replace("<|endoftext|>", " ").split())
     whole = {flag: {word for word in words if len(word) == 3} for flag, words in seen.items()}
-    assert whole[False] == {"104", "112"}
-    assert whole[True] == {str(index) for index in range(100, 117)} - {"104", "112"}
+    assert whole[False] == {"105", "115"}
+    heldout = {"104", "109", "114"}  # every fifth document: for evaluation, never read here
+    assert whole[True] == {str(index) for index in range(100, 117)} - {"105", "115"} - heldout
 
 
 # ---------------------------------------------------------------------------- kills

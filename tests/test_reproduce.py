@@ -52,7 +52,7 @@ def test_every_option_is_named_and_quoted(plan: Plan) -> None:
     assert calibrate == [
         *("edge-moe", "calibrate", "/my models/it's", "--task", "code"),
         *("--task", "/my data/mine.jsonl", "--window-tokens", "128", "--max-windows", "7"),
-        *("--forms", "drop,q8_0", "-o", "stats"),
+        *("--forms", "drop,q8_0", "--quantiser", "nearest", "-o", "stats"),
     ]
     assert make[:5] == ["edge-moe", "plan", "/my models/it's", "--stats", "stats"]
     assert "--no-search" in make and make[-2:] == ["-o", "plan.json"]

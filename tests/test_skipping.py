@@ -28,6 +28,7 @@ from edge_moe.runtime.skipping import (
     rescaled_weights,
 )
 from edge_moe.skip_calibration import SkipCalibration
+from edge_moe.tasks import task_windows
 
 PROMPT = list(range(5, 45))
 TOP_4 = np.array([[0.5, 0.25, 0.125, 0.125], [0.0625, 0.125, 0.3125, 0.5], [0.25] * 4])
@@ -187,8 +188,7 @@ def test_calibrated_medians_are_those_of_a_trace(
     assert found == SkipCalibration.load(tmp_path / "skip.json")
     assert [path.name for path in tmp_path.iterdir() if "work" in path.name] == []
     with Session.open(folder) as session:
-        ids = session.tokenizer.encode(task.read_text(), add_special_tokens=False)
-        windows = [ids[start : start + 64] for start in range(0, len(ids), 64)]
+        windows = task_windows([str(task)], "calibration", session.tokenizer, 64)
         with session.tracing() as recorder:
             for window in windows:
                 session.logits(window)
