@@ -407,8 +407,10 @@ def test_record_and_card(
         "sub-moe",
         settings={"truncate": "0.1", "seed": 3},
         stats=stats_of(folder),
+        limits=TextLimits(WINDOW_TOKENS, None, 100),
         name="Qwen/Tiny-MoE",
     )
+    assert record.num_tokens > 100 >= record.sample_tokens > 100 - WINDOW_TOKENS
     saved = TransformRecord.model_validate_json((tmp_path / "out/transform.json").read_bytes())
     assert saved == record
     assert saved.settings == {
@@ -423,6 +425,7 @@ def test_record_and_card(
     assert 'base_model: "Qwen/Tiny-MoE"\n' in card
     assert "Every layer has 4 experts instead of 8." in card
     assert "--method sub-moe --experts 4" in card and "--set truncate=0.1" in card
+    assert "--window-tokens 32 --sample-tokens 100 -o out" in card
     again = run(tmp_path / "out", task, tmp_path / "twice", "prune", num_experts=2)
     assert again.source_transform == json.loads((tmp_path / "out/transform.json").read_text())
 
@@ -557,7 +560,8 @@ def test_memory_stays_below_what_is_stated(
         text=True,
     )
     checkpoint = Checkpoint(folder)
-    num_tokens = len(TEXT) if METHODS[method].needs_samples else 0
+    record = TransformRecord.model_validate_json((tmp_path / "out/transform.json").read_bytes())
+    num_tokens = record.sample_tokens
     terms = transform_terms(
         checkpoint,
         num_tokens,
