@@ -19,6 +19,7 @@ from edge_moe.converters.model_card import (
 )
 from edge_moe.converters.transform_request import Request
 from edge_moe.converters.transform_scores import Scores
+from edge_moe.converters.transforms import get_method
 from edge_moe.converters.transforms.heapr import fitting_forms
 from edge_moe.files import write_text
 from edge_moe.reproduce import command_line, model_name
@@ -98,6 +99,8 @@ class TransformRecord(BaseModel):
     data_fingerprint: str
     window_tokens: int
     max_windows: int | None
+    max_sample_tokens: int | None
+    """What the user allowed; None: as the method says."""
     num_tokens: int
     """Tokens of the calibration text that scores come from."""
     sample_tokens: int
@@ -147,6 +150,7 @@ def make_record(request: Request, scores: Scores, layers: Sequence[LayerRecord])
         data_fingerprint=request.info.data_fingerprint,
         window_tokens=request.limits.window_tokens,
         max_windows=request.limits.max_windows,
+        max_sample_tokens=request.limits.sample_tokens,
         num_tokens=request.info.num_tokens,
         sample_tokens=request.sample_tokens,
         num_experts=request.num_experts,
@@ -203,7 +207,7 @@ def _shrunk(record: TransformRecord) -> str:
 
 def _command(record: TransformRecord, name: str) -> str:
     parts = [record.model, "--method", record.method]
-    if record.num_experts != record.source_num_experts:
+    if get_method(record.method).shrinks == "experts":
         parts += ["--experts", str(record.num_experts)]
     else:
         parts += ["--width", str(record.expert_width)]
@@ -214,6 +218,8 @@ def _command(record: TransformRecord, name: str) -> str:
     parts += ["--window-tokens", str(record.window_tokens)]
     if record.max_windows is not None:
         parts += ["--max-windows", str(record.max_windows)]
+    if record.max_sample_tokens is not None:
+        parts += ["--sample-tokens", str(record.max_sample_tokens)]
     return command_line("transform", *parts, "-o", name)
 
 

@@ -52,8 +52,9 @@ from edge_moe.tasks import task_windows
 WINDOW_TOKENS = 32
 LIMITS = TextLimits(window_tokens=WINDOW_TOKENS)
 FEWER = tuple(name for name, method in METHODS.items() if method.shrinks == "experts")
-PAIRS: dict[str, dict[str, Any]] = {"ream": {"group_size": 2}}
-"""Settings under which every expert may find its copy: REAM's first centroid takes all else."""
+PAIRS: dict[str, dict[str, Any]] = {"ream": {"group_size": 2}, "sub-moe": {"align": "yes"}}
+"""Settings under which every expert finds its copy, whatever the order of its hidden units: else
+REAM's first centroid takes all others, and Sub-MoE averages units as they are stored."""
 Stats = Callable[[Path], Path]
 
 
@@ -226,8 +227,7 @@ def test_merging_copies_that_are_never_chosen_changes_nothing(
     """Top-2 of sigmoid scores in groups; a selection bias keeps the copies from being chosen."""
     folder = make_tiny_checkpoint(tmp_path / "source", "deepseek_v3", dtype="float32")
     rearranged(folder, [0, 1, 0, 1, 4, 5, 4, 5])
-    if method != "sub-moe":  # the one method that averages without matching hidden units
-        reorder_hidden_units(folder, [2, 3, 6, 7])
+    reorder_hidden_units(folder, [2, 3, 6, 7])
     set_biases(folder, [0.0, 0.1, -9.0, -9.0] * 2)
     run(folder, task, tmp_path / "out", method, stats=stats_of(folder), settings=PAIRS.get(method))
     torch.testing.assert_close(logits(tmp_path / "out"), logits(folder), atol=1e-4, rtol=1e-4)
@@ -407,17 +407,25 @@ def test_record_and_card(
         "sub-moe",
         settings={"truncate": "0.1", "seed": 3},
         stats=stats_of(folder),
+        limits=TextLimits(WINDOW_TOKENS, None, 100),
         name="Qwen/Tiny-MoE",
     )
+    assert record.num_tokens > 100 >= record.sample_tokens > 100 - WINDOW_TOKENS
     saved = TransformRecord.model_validate_json((tmp_path / "out/transform.json").read_bytes())
     assert saved == record
-    assert saved.settings == {"router": "dominant", "truncate": 0.1, "seed": 3}
+    assert saved.settings == {
+        "router": "dominant",
+        "align": "no",
+        "truncate": 0.1,
+        "seed": 3,
+    }
     assert saved.model_fingerprint == Checkpoint(folder).fingerprint
     assert sorted(sum(saved.layers[1].members, [])) == list(range(8))
     card = (tmp_path / "out/README.md").read_text()
     assert 'base_model: "Qwen/Tiny-MoE"\n' in card
     assert "Every layer has 4 experts instead of 8." in card
     assert "--method sub-moe --experts 4" in card and "--set truncate=0.1" in card
+    assert "--window-tokens 32 --sample-tokens 100 -o out" in card
     again = run(tmp_path / "out", task, tmp_path / "twice", "prune", num_experts=2)
     assert again.source_transform == json.loads((tmp_path / "out/transform.json").read_text())
 
@@ -552,7 +560,8 @@ def test_memory_stays_below_what_is_stated(
         text=True,
     )
     checkpoint = Checkpoint(folder)
-    num_tokens = len(TEXT) if METHODS[method].needs_samples else 0
+    record = TransformRecord.model_validate_json((tmp_path / "out/transform.json").read_bytes())
+    num_tokens = record.sample_tokens
     terms = transform_terms(
         checkpoint,
         num_tokens,

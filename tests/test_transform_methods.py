@@ -274,13 +274,14 @@ def test_sub_moe_truncated_is_a_projection() -> None:
     torch.testing.assert_close(leading_projection(moment, 0.8) @ mean, expected)
 
 
-def test_sub_moe_truncation_shrinks_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("align", ["no", "yes"])
+def test_sub_moe_truncation_shrinks_rank(align: str, tmp_path: Path) -> None:
     from fake_stats import fake_stats
 
     from edge_moe.checkpoint import Checkpoint
 
     folder = make_tiny_checkpoint(tmp_path / "model", "olmoe")
-    settings_ = {"router": "dominant", "truncate": 0.25, "seed": 0}
+    settings_ = {"router": "dominant", "align": align, "truncate": 0.25, "seed": 0}
     stats = fake_stats(Checkpoint(folder), forms=("drop",))
     task = layer_task(folder, 1, 4, settings=settings_, stats=stats)
     result = sub_moe(task)

@@ -86,6 +86,16 @@ def merge_groups(
     return LayerResult(result, [list(group) for group in members])
 
 
+def align_groups(weights: LayerWeights, members: Sequence[Sequence[int]]) -> LayerWeights:
+    """A copy whose experts compute the same, with hidden units in their dominant member's order."""
+    result = weights.select(range(weights.num_experts))
+    cost = weight_cost(weights)
+    for group in members:
+        for expert_id in group[1:]:
+            set_hidden_units(result, expert_id, aligned_units(weights, group[0], expert_id, cost))
+    return result
+
+
 def group_shares(importance: FloatArray, group: Sequence[int]) -> list[float]:
     """Shares of the members, summing to 1; equal where none has any importance."""
     values = importance[list(group)]

@@ -14,7 +14,8 @@ sum_i W_i C_i C_i^T W_i^T: the second moment of the projection's outputs. Both i
 
 Differences to the paper: cluster counts are the same for every layer, as loadable formats need,
 instead of shared by two adjacent layers; a cluster has one router row (see `m_smoe`) instead of
-rows that share an expert.
+rows that share an expert. The paper averages hidden units as they are stored, which suits experts
+that grew out of one dense FFN; `align=yes` matches them first, as M-SMoE does.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ from edge_moe.converters.transforms.base import (
     all_outputs_bytes,
     register,
 )
-from edge_moe.converters.transforms.merging import ROUTER_SETTING, merge_bytes, merge_groups
+from edge_moe.converters.transforms.merging import (
+    ROUTER_SETTING,
+    align_groups,
+    merge_bytes,
+    merge_groups,
+)
 from edge_moe.converters.transforms.selection import groups
 from edge_moe.errors import InputError
 
@@ -53,6 +59,7 @@ _MAX_ROUNDS = 100
     "arXiv 2506.23266",
     settings={
         "router": ROUTER_SETTING,
+        "align": Setting("no", "match hidden units before averaging", words=("no", "yes")),
         "truncate": Setting(0.0, "share of singular values dropped from merged matrices", 0, 0.99),
         "seed": Setting(0, "seed of k-means++", 0, 2**31),
     },
@@ -60,6 +67,7 @@ _MAX_ROUNDS = 100
     scratch_bytes=lambda spec, num_tokens: (
         all_outputs_bytes(spec)
         + merge_bytes(spec)
+        + 4 * spec.num_experts * spec.expert_weights
         + 8 * num_tokens * (3 * spec.expert_width + spec.hidden_size)
         + 32 * max(spec.expert_width, spec.hidden_size) ** 2
     ),
@@ -69,11 +77,14 @@ def sub_moe(task: LayerTask) -> LayerResult:
     frequency = task.score("frequency")
     members = _clusters(task, frequency)
     router = str(task.settings["router"])
-    result = merge_groups(task.weights, members, frequency, None, router)
+    weights = task.weights
+    if task.settings["align"] == "yes":
+        weights = align_groups(weights, members)
+    result = merge_groups(weights, members, frequency, None, router)
     if task.number("truncate") > 0:
         for new_id, group in enumerate(members):
             if len(group) > 1:
-                _truncate(task, result.weights, new_id, group)
+                _truncate(task, weights, result.weights, new_id, group)
     return result
 
 
@@ -171,11 +182,16 @@ def _distances(gram: FloatArray, labels: IntArray, num_clusters: int) -> FloatAr
     return distances
 
 
-def _truncate(task: LayerTask, result: LayerWeights, new_id: int, group: Sequence[int]) -> None:
-    """Project the merged matrices on the directions in which the members' outputs vary most."""
+def _truncate(
+    task: LayerTask,
+    weights: LayerWeights,
+    result: LayerWeights,
+    new_id: int,
+    group: Sequence[int],
+) -> None:
+    """Project merged matrices on the directions in which the outputs of `weights` vary most."""
     samples, keep_share = task.sampled(), 1 - task.number("truncate")
-    width = task.weights.expert_width
-    gate_up, down = task.weights.gate_up, task.weights.down
+    width, gate_up = weights.expert_width, weights.gate_up
 
     def project(merged: Tensor, outputs: Callable[[int, Tensor], Tensor]) -> Tensor:
         moment = torch.zeros(len(merged), len(merged), dtype=torch.float64)
@@ -192,7 +208,7 @@ def _truncate(task: LayerTask, result: LayerWeights, new_id: int, group: Sequenc
         return samples.inputs[tokens] @ gate_up[expert_id, width:].T
 
     def final(expert_id: int, tokens: Tensor) -> Tensor:
-        return samples.inner(expert_id, tokens) @ down[expert_id].T
+        return samples.output(expert_id, tokens)
 
     result.gate_up[new_id, :width] = project(result.gate_up[new_id, :width], gate).float()
     result.gate_up[new_id, width:] = project(result.gate_up[new_id, width:], up).float()
