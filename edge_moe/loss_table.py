@@ -47,7 +47,7 @@ class LossKind:
 
     drop: DropLoss = DropLoss.REROUTE
     layers: LayerScale = LayerScale.RELATIVE
-    drop_factor: float = 2.0
+    drop_factor: float = 4.0
     """Dropping costs this many times what was measured: each expert was measured with all others
     present, but a plan drops several, and the next-best expert may be gone as well."""
     prior_tokens: float = 16.0

