@@ -32,6 +32,8 @@ def split_text(
 ) -> TrainText:
     """Windows of every task's calibration text; an eighth of each judges.
 
+    `max_windows` is shared out among the tasks; each gets two at least.
+
     Raises:
         InputError: no task, text that is too short, or windows that the model cannot read.
     """
@@ -48,8 +50,11 @@ def split_text(
     is_training: list[bool] = []
     for task in tasks:
         learned, judged = _split_task(task, tokenizer, window_tokens)
-        found = [(window, True) for window in learned[:share]]
-        found += [(window, False) for window in judged[:share]]
+        if share is not None:
+            num_judged = max(1, share // _HELDOUT_EVERY)
+            learned, judged = learned[: max(1, share - num_judged)], judged[:num_judged]
+        found = [(window, True) for window in learned]
+        found += [(window, False) for window in judged]
         windows += [window for window, _ in found]
         is_training += [flag for _, flag in found]
     if all(is_training) or not any(is_training):

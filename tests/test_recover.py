@@ -150,6 +150,20 @@ def test_documents_that_judge_are_not_learned_from(pair: Any, tmp_path: Path) ->
     assert whole[True] == {str(index) for index in range(100, 117)} - {"105", "115"} - heldout
 
 
+def test_a_limit_on_windows_is_shared_out(pair: Any, task: str) -> None:
+    _, package = pair
+    tokenizer = load_tokenizer(package)
+
+    def counts(tasks: list[str], max_windows: int) -> tuple[int, int]:
+        text = split_text(tasks, tokenizer, Package(package), 16, max_windows)
+        return len(text.indices(True)), len(text.indices(False))
+
+    assert counts([task], 16) == (14, 2)
+    assert counts([task, task], 16) == (14, 2)
+    assert counts([task], 2) == (1, 1)
+    assert counts([task, task], 1) == (2, 2)
+
+
 # ---------------------------------------------------------------------------- kills
 
 
