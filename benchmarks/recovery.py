@@ -150,7 +150,7 @@ def plain(model: Path, work: Path, max_windows: int) -> RecoveryResult:
         "Lloyd": build(one_form_plan(checkpoint), work / "lloyd"),
     }
     return RecoveryResult(
-        provenance=Provenance.here(),
+        provenance=Provenance.published(),
         model=model.name,
         trained_on="",
         max_windows=max_windows,
@@ -173,7 +173,7 @@ def recovered(
     seconds = time.perf_counter() - start
     packages = {"routers": routed, "routers and branches": whole}
     return RecoveryResult(
-        provenance=Provenance.here(),
+        provenance=Provenance.published(),
         model=model.name,
         trained_on=task,
         max_windows=max_windows,

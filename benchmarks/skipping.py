@@ -90,7 +90,7 @@ def main() -> None:
                 rules.append(measure(base, model, rule, windows, arguments.steps))
                 advance()
     found = SkippingCosts(
-        provenance=Provenance.here(),
+        provenance=Provenance.published(),
         task=arguments.task,
         num_windows=len(windows),
         decoded_tokens=arguments.steps,

@@ -94,7 +94,7 @@ def run(given: argparse.Namespace) -> None:
     console.print(f"measure: {seconds:.0f} s")
     console.print(table(rows))
     result = {
-        "provenance": Provenance.here().model_dump(mode="json"),
+        "provenance": Provenance.published().model_dump(mode="json"),
         "seconds": seconds,
         "window_tokens": WINDOW_TOKENS,
         "sizes_bytes": sizes,

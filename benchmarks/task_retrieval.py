@@ -88,7 +88,9 @@ def main() -> None:
     for length in lengths:
         queries = [(task, first_tokens(each, length, num_experts)) for task, each in traces]
         results.append(measure(queries, patterns, length))
-    found = TaskRetrieval(provenance=Provenance.here(), margin=MARGIN, floor=FLOOR, results=results)
+    found = TaskRetrieval(
+        provenance=Provenance.published(), margin=MARGIN, floor=FLOOR, results=results
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(arguments.output, found.model_dump_json(indent=1) + "\n")
     show(found, Console(width=120))

@@ -29,7 +29,7 @@ from edge_moe.converters.calibrated_packing import CalibratedPacker
 from edge_moe.converters.calibration_memory import (
     calibration_terms,
     hidden_file_bytes,
-    require_free_memory,
+    state_and_require_memory,
 )
 from edge_moe.converters.calibration_work import (
     CalibrationWork,
@@ -56,7 +56,6 @@ from edge_moe.tasks import (
     tokenizer_fingerprint,
     windows_fingerprint,
 )
-from edge_moe.units import format_bytes
 
 
 def calibrate(
@@ -331,14 +330,8 @@ def _require_room(checkpoint: Checkpoint, info: StatsInfo, output: Path) -> None
     """State the memory needed on stderr, and refuse when it or the disk is not there."""
     longest = min(info.window_tokens, info.num_tokens)
     terms = calibration_terms(checkpoint, info.num_tokens, longest)
-    peak_bytes = sum(term.num_bytes for term in terms)
-    parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
-    Console(stderr=True, highlight=False).print(
-        f"calibrating on {info.num_tokens} tokens in {len(info.windows)} windows; "
-        f"memory at most {format_bytes(peak_bytes)} beside the libraries ({parts})",
-        soft_wrap=True,
-    )
-    require_free_memory(peak_bytes)
+    subject = f"calibrating on {info.num_tokens} tokens in {len(info.windows)} windows"
+    state_and_require_memory(subject, terms)
     hidden_bytes = hidden_file_bytes(checkpoint.spec.hidden_size, info.num_tokens)
     require_free_disk(output, 2 * hidden_bytes, "calibration")
 

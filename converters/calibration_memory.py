@@ -6,7 +6,10 @@ k top_k, T tokens in all windows, W tokens in one window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from rich.console import Console
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.errors import BudgetError
@@ -64,6 +67,21 @@ def calibration_peak_bytes(checkpoint: Checkpoint, num_tokens: int, window_token
 def hidden_file_bytes(hidden_size: int, num_tokens: int) -> int:
     """Disk bytes of the hidden states of all windows, float32."""
     return 4 * hidden_size * num_tokens
+
+
+def state_and_require_memory(subject: str, terms: Sequence[MemoryTerm]) -> None:
+    """Say on stderr what `subject` takes at most, and refuse when that is not available.
+
+    Raises:
+        BudgetError: with the bytes needed and the bytes available.
+    """
+    peak_bytes = sum(term.num_bytes for term in terms)
+    parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
+    Console(stderr=True, highlight=False).print(
+        f"{subject}; memory at most {format_bytes(peak_bytes)} beside the libraries ({parts})",
+        soft_wrap=True,
+    )
+    require_free_memory(peak_bytes)
 
 
 def require_free_memory(needed_bytes: int) -> None:

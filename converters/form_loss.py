@@ -139,7 +139,7 @@ class FormLosses:
         self, form: str, gate_up: Tensor, down: Tensor, moments: ExpertMoments | None
     ) -> None:
         """Put what `form` holds of one expert into the buffers."""
-        if moments is None and self._quantiser == "nearest":
+        if self._quantiser == "nearest":
             round_trip(form, gate_up, self._gate_up)
             round_trip(form, down, self._down)
             return

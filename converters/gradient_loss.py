@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate import calibration_text, checked_forms, progress_bar
-from edge_moe.converters.calibration_memory import hidden_file_bytes, require_free_memory
+from edge_moe.converters.calibration_memory import hidden_file_bytes, state_and_require_memory
 from edge_moe.converters.form_loss import FormLosses
 from edge_moe.converters.gradient_memory import gradient_terms
 from edge_moe.converters.gradient_stream import BlockGradient, GradientStream, LayerGradients
@@ -40,7 +39,6 @@ from edge_moe.gradient_stats import (
     GradientStats,
     Labels,
 )
-from edge_moe.units import format_bytes
 
 
 def measure_gradients(
@@ -233,14 +231,8 @@ def _require_room(
 ) -> None:
     """State the memory needed on stderr, and refuse when it or the disk is not there."""
     terms = gradient_terms(checkpoint, info.num_tokens, window_tokens)
-    peak_bytes = sum(term.num_bytes for term in terms)
-    parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
-    Console(stderr=True, highlight=False).print(
-        f"loss gradients of {info.num_tokens} tokens in {len(info.windows)} windows; "
-        f"memory at most {format_bytes(peak_bytes)} beside the libraries ({parts})",
-        soft_wrap=True,
-    )
-    require_free_memory(peak_bytes)
+    subject = f"loss gradients of {info.num_tokens} tokens in {len(info.windows)} windows"
+    state_and_require_memory(subject, terms)
     state_bytes = hidden_file_bytes(checkpoint.spec.hidden_size, info.num_tokens)
     num_states = checkpoint.spec.num_layers + 2
     require_free_disk(output, num_states * state_bytes, "measuring loss gradients")

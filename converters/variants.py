@@ -24,8 +24,8 @@ from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.form_loss import is_lossless
 from edge_moe.converters.layer_stream import LayerStream
+from edge_moe.converters.loss_head import head_tensor_name
 from edge_moe.converters.packer import Packer, PlainPacker
-from edge_moe.errors import CheckpointError
 from edge_moe.formats import DROP, unpack_expert
 from edge_moe.metrics import TokenScores
 from edge_moe.runtime.model import shrink_router
@@ -39,7 +39,6 @@ Forms = Sequence[Sequence[str]]
 Windows = Sequence[Sequence[int]]
 _Row = tuple[str, ...]
 _Path = tuple[_Row, ...]
-_LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class PackedExperts:
@@ -171,7 +170,7 @@ class VariantScorer:
     def _compare(
         self, states: dict[_Path, list[Tensor]], paths: Mapping[str, _Path], whole: _Path
     ) -> dict[str, TokenScores]:
-        norm, head = self._stream.final_norm(), self._lm_head()
+        norm, head = self._stream.final_norm(), self._head()
         wanted = set(paths.values())
         parts: dict[_Path, list[TokenScores]] = {path: [] for path in wanted}
         places = {
@@ -188,12 +187,9 @@ class VariantScorer:
         joined = {path: TokenScores.join(found) for path, found in parts.items()}
         return {name: joined[path] for name, path in paths.items()}
 
-    def _lm_head(self) -> Tensor:
+    def _head(self) -> Tensor:
         """[V, H] float32"""
-        has_own = not self._spec.tie_word_embeddings and _LM_HEAD in self._checkpoint.tensors
-        if not has_own and not self._spec.tie_word_embeddings:
-            raise CheckpointError(f"{self._checkpoint.folder}: {_LM_HEAD!r} is missing")
-        return torch.from_numpy(self._checkpoint.read(_LM_HEAD if has_own else _EMBEDDING))
+        return torch.from_numpy(self._checkpoint.read(head_tensor_name(self._checkpoint)))
 
 
 _EXPERT_NAMES = ("gate_up_proj", "down_proj")

@@ -79,6 +79,11 @@ class Provenance(_Model):
             seed=seed,
         )
 
+    @classmethod
+    def published(cls) -> Provenance:
+        """This process, now, for a file that leaves this machine, where the folder says nothing."""
+        return cls.here().model_copy(update={"folder": ""})
+
 
 class _Record(_Model):
     """A measurement file."""

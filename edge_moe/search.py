@@ -34,6 +34,12 @@ PLAN_NAME = "default loss"
 MIXED_BITS = "mixed bits, none dropped"
 DROP_FACTORS = (1.0, 2.0, 4.0, 8.0)
 PRIOR_TOKENS = (0.0, 16.0, 64.0)
+_KINDS = {
+    kind.name: kind
+    for prior in PRIOR_TOKENS
+    for factor in DROP_FACTORS
+    for kind in (LossKind(drop_factor=factor, prior_tokens=prior),)
+}
 LAYER_FACTORS = (0.5, 2.0)
 MAX_LAYER_GROUPS = 8
 MAX_PASS_PROPOSALS = 12
@@ -134,12 +140,7 @@ def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
     mixed = _solved(problem.only_forms(kept_forms, problem.budget_bytes))
     if mixed is not None:
         yield MIXED_BITS, mixed
-    kinds = [
-        LossKind(drop_factor=factor, prior_tokens=prior)
-        for prior in PRIOR_TOKENS
-        for factor in DROP_FACTORS
-    ]
-    for kind in [*kinds, LossKind(DropLoss.MEAN), LossKind(DropLoss.ZERO)]:
+    for kind in [*_KINDS.values(), LossKind(DropLoss.MEAN), LossKind(DropLoss.ZERO)]:
         choice = _solved(replace(problem, loss=evidence.tables(kind)))
         if choice is not None:
             yield kind.name, choice
@@ -169,7 +170,7 @@ def _tune_layers(evidence: Evidence, trials: _Trials) -> None:
     problem = evidence.problem
     num_layers = problem.num_layers
     groups = np.array_split(np.arange(num_layers), min(num_layers, MAX_LAYER_GROUPS))
-    base = _kind_of(trials.best.name)
+    base = _KINDS.get(trials.best.name, LossKind())
     table, weights = evidence.tables(base), np.ones(num_layers)
     while True:
         proposals, changed = {}, {}
@@ -184,16 +185,6 @@ def _tune_layers(evidence: Evidence, trials: _Trials) -> None:
         if not trials.add(proposals) or trials.best.name not in changed:
             return
         weights = changed[trials.best.name]
-
-
-def _kind_of(name: str) -> LossKind:
-    """The kind of loss that made proposal `name`; the default where none did."""
-    for prior in PRIOR_TOKENS:
-        for factor in DROP_FACTORS:
-            kind = LossKind(drop_factor=factor, prior_tokens=prior)
-            if kind.name == name:
-                return kind
-    return LossKind()
 
 
 def _with_kept(problem: Problem, kept: BoolArray) -> Problem:

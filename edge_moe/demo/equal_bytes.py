@@ -121,7 +121,7 @@ def equal_bytes(
         own = _score(f"{task}, {share:.0%}", packages, base, windows.pop(task))
         others = _score("other tasks", packages, base, sum(windows.values(), []))
     return EqualBytes(
-        provenance=Provenance.here(),
+        provenance=Provenance.published(),
         model=model.name,
         task=task,
         share=share,
