@@ -238,7 +238,7 @@ class _Run:
             moments = add_moments(block.experts, seen, self.checkpoint.spec)
             self.work.save_moments(layer_id, moments)
             form_losses = self.form_losses.measure(
-                layer_id, block.experts, seen, lambda: self.progress.advance(self.bar, step)
+                layer_id, block, seen, lambda: self.progress.advance(self.bar, step)
             )
             stats = self.work.layer_zeros(layer_id)
             for observation, losses in zip(seen, form_losses, strict=True):
