@@ -329,7 +329,7 @@ def checked_forms(spec: ModelSpec, forms: Sequence[str] | None) -> tuple[str, ..
 def _require_room(checkpoint: Checkpoint, info: StatsInfo, output: Path) -> None:
     """State the memory needed on stderr, and refuse when it or the disk is not there."""
     longest = min(info.window_tokens, info.num_tokens)
-    terms = calibration_terms(checkpoint, info.num_tokens, longest)
+    terms = calibration_terms(checkpoint, info.num_tokens, longest, info.quantiser)
     subject = f"calibrating on {info.num_tokens} tokens in {len(info.windows)} windows"
     state_and_require_memory(subject, terms)
     hidden_bytes = hidden_file_bytes(checkpoint.spec.hidden_size, info.num_tokens)

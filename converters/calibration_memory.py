@@ -13,6 +13,7 @@ from rich.console import Console
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.errors import BudgetError
+from edge_moe.formats.quantise import get_quantiser
 from edge_moe.plan import MemoryTerm
 from edge_moe.units import format_bytes
 
@@ -24,7 +25,7 @@ _ALLOWANCE_BYTES = 96_000_000  # libraries paged in by the first forward pass, a
 
 
 def calibration_terms(
-    checkpoint: Checkpoint, num_tokens: int, window_tokens: int
+    checkpoint: Checkpoint, num_tokens: int, window_tokens: int, quantiser: str = "nearest"
 ) -> list[MemoryTerm]:
     """Upper bounds of what calibration adds to a process that has imported torch, by term.
 
@@ -34,6 +35,8 @@ def calibration_terms(
     window       W x (4 ((k + 11) H + 6I + 6 x widest dense row) + 32 k (k + 1))
                  + 8 x heads x W**2 attention scores
     scratch      the largest tensor while it is read, one expert unpacked, one chunk being packed
+    hessians     where `quantiser` needs them: 4 (H^2 + I^2) of one expert, and 24 max(H, I)^2 while
+                 one is factored and the scales are solved
     allowance    libraries and allocator slack
     """
     spec = checkpoint.spec
@@ -54,14 +57,19 @@ def calibration_terms(
         + _PACK_BYTES_PER_WEIGHT * PACK_CHUNK_WEIGHTS,
         "allowance": _ALLOWANCE_BYTES,
     }
+    if get_quantiser(quantiser).needs:
+        terms["hessians"] = 4 * (hidden**2 + width**2) + 24 * max(hidden, width) ** 2
     return [
         MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
     ]
 
 
-def calibration_peak_bytes(checkpoint: Checkpoint, num_tokens: int, window_tokens: int) -> int:
+def calibration_peak_bytes(
+    checkpoint: Checkpoint, num_tokens: int, window_tokens: int, quantiser: str = "nearest"
+) -> int:
     """Sum of `calibration_terms`: the most that calibration adds to its process."""
-    return sum(term.num_bytes for term in calibration_terms(checkpoint, num_tokens, window_tokens))
+    terms = calibration_terms(checkpoint, num_tokens, window_tokens, quantiser)
+    return sum(term.num_bytes for term in terms)
 
 
 def hidden_file_bytes(hidden_size: int, num_tokens: int) -> int:

@@ -395,8 +395,9 @@ def kilobytes(key):
         return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 before = kilobytes("VmRSS:")
-model, task, output = sys.argv[1:]
-calibrate(Path(model), [task], Path(output), window_tokens=128, forms=["q8_0"])
+model, task, output, quantiser = sys.argv[1:]
+options = {"window_tokens": 128, "forms": ["q8_0"], "quantiser": quantiser}
+calibrate(Path(model), [task], Path(output), **options)
 print((kilobytes("VmHWM:") - before) * 1024)
 """
 
@@ -416,7 +417,7 @@ def test_memory_holds_one_layer(task: str, tmp_path: Path) -> None:
     whole_bytes = 2 * sum(info.num_bytes for info in checkpoint.tensors.values())  # as float32
     output = tmp_path / "stats"
     process = subprocess.run(
-        [sys.executable, "-c", MEASURED, folder, task, output],
+        [sys.executable, "-c", MEASURED, folder, task, output, "nearest"],
         check=True,
         capture_output=True,
         text=True,
@@ -425,6 +426,31 @@ def test_memory_holds_one_layer(task: str, tmp_path: Path) -> None:
     num_tokens = ExpertStats.load(output).info.num_tokens
     bound_bytes = calibration_peak_bytes(checkpoint, num_tokens, 128)
     assert grown_bytes <= bound_bytes < 0.5 * whole_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("quantiser", ["gptq_refit", "gptq_refit_all"])
+def test_memory_of_wide_hessians_is_stated(quantiser: str, task: str, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(
+        tmp_path / "model",
+        "olmoe",
+        hidden_size=3072,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_experts=2,
+    )
+    output = tmp_path / "stats"
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURED, folder, task, output, quantiser],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    num_tokens = ExpertStats.load(output).info.num_tokens
+    sizes = Checkpoint(folder), num_tokens, 128
+    without = calibration_peak_bytes(*sizes, "nearest")
+    assert without < int(process.stdout) <= calibration_peak_bytes(*sizes, quantiser)
 
 
 def test_finished_foreign_and_other_outputs_are_refused(
