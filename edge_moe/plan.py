@@ -117,6 +117,8 @@ class Plan(_Model):
     """[L][E] where a kept expert lives; `none` for dropped ones."""
     terms: list[MemoryTerm]
     """The bill: dense weights, experts, KV cache, workspace, runtime; adds up to `total_bytes`."""
+    billed_target: Target | None = None
+    """What the bill is for, where that is not `target`: a plan may be built as something else."""
     loss: float
     loss_unit: str
     frontier: list[FrontierPoint]
