@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate import text_packer
-from edge_moe.converters.variants import VariantScorer
+from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
 from edge_moe.runtime.evaluate import heldout_windows
 from edge_moe.runtime.session import load_tokenizer
@@ -50,8 +50,11 @@ class PlanMeasure:
         tasks: Sequence[str],
         seconds: float,
         on_share: Callable[[float], None] = lambda _: None,
+        packed: PackedExperts | None = None,
     ) -> None:
         """`on_share` is told the share of `seconds` that has passed, after every layer.
+
+        `packed` are experts packed as `stats` says, where somebody has them already.
 
         Raises:
             InputError: a task without held-out text, or no time.
@@ -63,8 +66,10 @@ class PlanMeasure:
         self.text = (
             f"{sum(map(len, windows))} tokens of held-out {', '.join(tasks)}, odd windows only"
         )
-        packer = text_packer(checkpoint, stats.options, stats.data_fingerprint)
-        self._scorer = VariantScorer(checkpoint, windows, packer)
+        if packed is None:
+            packer = text_packer(checkpoint, stats.options, stats.data_fingerprint)
+            packed = PackedExperts(checkpoint, packer)
+        self._scorer = VariantScorer(checkpoint, windows, packed)
         self._seconds = seconds
         self._start = time.monotonic()
         self._on_share = on_share

@@ -70,6 +70,12 @@ class TokenScores:
     delta_p: FloatArray
     is_same_top: npt.NDArray[np.bool_]
 
+    def split(self, num_tokens: int) -> tuple[TokenScores, TokenScores]:
+        """The first `num_tokens` scored tokens, and the others."""
+        cut = {name: np.split(values, [num_tokens]) for name, values in vars(self).items()}
+        first, rest = ({name: parts[i] for name, parts in cut.items()} for i in (0, 1))
+        return TokenScores(**first), TokenScores(**rest)
+
     @classmethod
     def join(cls, parts: Sequence[TokenScores]) -> TokenScores:
         """The scores of several windows, one after the other."""
