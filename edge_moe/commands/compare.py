@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edge_moe.commands.options import Json, Model, Revision, TargetName, Tasks, stderr, stdout
+from edge_moe.commands.options import Json, Model, Revision, TargetName, Tasks, stderr, wide_stdout
 from edge_moe.errors import InputError
 
 DEFAULT_SHARES = ("75%", "50%", "35%", "25%")
@@ -83,4 +83,4 @@ def compare_command(
     if json:
         print(f"[{', '.join(cell.model_dump_json() for cell in cells)}]")
         return
-    print_comparison(cells, stdout())
+    print_comparison(cells, wide_stdout())
