@@ -32,7 +32,7 @@ from edge_moe.converters.compare_transforms import (
     transformed,
     wanted_transforms,
 )
-from edge_moe.converters.plan_measure import REPORT_PART, PlanMeasure, part_of_heldout
+from edge_moe.converters.plan_measure import PlanMeasure
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.demo import task_names
 from edge_moe.errors import InputError
@@ -45,6 +45,7 @@ from edge_moe.plan import SearchRecord, Target
 from edge_moe.planner import build_problem
 from edge_moe.problem import FloatArray, IntArray, Problem, smallest_bytes
 from edge_moe.rivals import name_forms
+from edge_moe.runtime.heldout import REPORT_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.search import MAX_PASS_PROPOSALS, PLAN_NAME, Evidence, search
 from edge_moe.spec import ModelSpec

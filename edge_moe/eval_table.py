@@ -34,7 +34,18 @@ def print_eval(results: Sequence[EvalResult], console: Console) -> None:
     """Names are those of llama-perplexity; many tasks are shown as rows, with fewer figures."""
     if len(results) > _MAX_COLUMNS:
         _print_compact(results, console)
-        return
+    else:
+        _print_columns(results, console)
+    for result in results:
+        if result.num_search_windows:
+            console.print(
+                f"{result.task}: {result.num_search_windows} held-out windows left out, "
+                "the plan was chosen by them",
+                markup=False,
+            )
+
+
+def _print_columns(results: Sequence[EvalResult], console: Console) -> None:
     table = Table(title=_title(results[0]) if results else None, title_justify="left")
     table.add_column("")
     for result in results:

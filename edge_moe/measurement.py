@@ -195,6 +195,8 @@ class EvalResult(_Record):
     budget_bytes: int | None = None
     window_tokens: int
     num_windows: int
+    num_search_windows: int = 0
+    """Held-out windows left out, for the plan was chosen by them."""
     num_tokens: int
     """Scored tokens: all but the first of every window."""
     perplexity: Estimate

@@ -23,6 +23,7 @@ from edge_moe.eval_table import print_eval
 from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
 from edge_moe.runtime import evaluate as module
+from edge_moe.runtime import heldout
 from edge_moe.runtime.evaluate import evaluate, score_windows, solve_problems
 
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 20
@@ -154,12 +155,13 @@ def test_in_task_comes_from_the_plan(
 
     class FakePlan:
         tasks = ("other",)
+        search = None
 
         @classmethod
         def load(cls, _path: Path) -> FakePlan:
             return cls()
 
-    monkeypatch.setattr(module, "Plan", FakePlan)
+    monkeypatch.setattr(heldout, "Plan", FakePlan)
     assert evaluate(small, None, [task])[0].in_task is False
     monkeypatch.setattr(FakePlan, "tasks", (Path(task).name,))
     assert evaluate(small, None, [task])[0].in_task is True

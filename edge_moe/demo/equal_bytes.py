@@ -32,11 +32,11 @@ from edge_moe.planner import make_plan
 from edge_moe.rivals import RANDOM_NAME
 from edge_moe.runtime.evaluate import (
     LanguageModel,
-    heldout_windows,
     open_model,
     progress,
     score_windows,
 )
+from edge_moe.runtime.heldout import heldout_windows
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.units import format_bytes
