@@ -86,4 +86,5 @@ def _neuron_scores(request: Request, folder: Path) -> FloatArray:
         window_tokens=request.limits.window_tokens,
         max_windows=request.limits.max_windows,
         forms=(),
+        quantiser=PLAIN_QUANTISER,
     ).neuron_scores()
