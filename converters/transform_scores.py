@@ -89,4 +89,5 @@ def _neuron_scores(request: Request, folder: Path, stats: Path | None) -> FloatA
         window_tokens=request.limits.window_tokens,
         max_windows=request.limits.max_windows,
         forms=(),
+        quantiser=PLAIN_QUANTISER,
     ).neuron_scores()

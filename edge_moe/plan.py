@@ -104,6 +104,8 @@ class Plan(_Model):
     model_type: str
     model_fingerprint: str
     stats_fingerprint: str
+    gradient_fingerprint: str = ""
+    """Of the gradient statistics; empty where none were used."""
     tasks: list[str]
     target: Target
     device: Device

@@ -90,11 +90,11 @@ def _calibrate_commands(plan: Plan) -> list[str]:
     if asked is None:
         return [command_line("calibrate", plan.model, *tasks, "-o", STATS)]
     if len(asked.shards) == 1:
-        return [_calibrate_command(plan.model, asked, asked.shards[0], STATS)]
+        return [_calibrate_command(plan, asked, asked.shards[0], STATS)]
     parts = [f"{STATS}-{index}" for index in range(len(asked.shards))]
     return [
         *(
-            _calibrate_command(plan.model, asked, shard, part)
+            _calibrate_command(plan, asked, shard, part)
             for shard, part in zip(asked.shards, parts, strict=True)
         ),
         command_line("stats", "merge", STATS, *parts),
@@ -102,13 +102,13 @@ def _calibrate_commands(plan: Plan) -> list[str]:
 
 
 def _calibrate_command(
-    model: str, asked: CalibrationOptions, shard: tuple[int, int], output: str
+    plan: Plan, asked: CalibrationOptions, shard: tuple[int, int], output: str
 ) -> str:
     limit = () if asked.max_windows is None else ("--max-windows", asked.max_windows)
     part = () if shard == (0, 1) else ("--shard", f"{shard[0]}/{shard[1]}")
     return command_line(
         "calibrate",
-        model,
+        plan.model,
         *_options("--task", asked.tasks),
         "--window-tokens",
         asked.window_tokens,
@@ -118,6 +118,7 @@ def _calibrate_command(
         ",".join(asked.forms),
         "--quantiser",
         asked.quantiser,
+        *(("--gradients",) if plan.gradient_fingerprint else ()),
         "-o",
         output,
     )
