@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +26,21 @@ from edge_moe.candidates import SOURCE_FORMS, candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.compare.contenders import SOLVE_SECONDS, Contender, Field, Kind, contenders
 from edge_moe.compare.record import Cell, Score, TextScore, cell_name, load_cell
-from edge_moe.converters.calibrate import calibrate, progress_bar, text_packer
+from edge_moe.converters.calibrate import text_packer
+from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 from edge_moe.converters.compare_transforms import (
     WantedTransform,
     transformed,
     wanted_transforms,
 )
 from edge_moe.converters.plan_measure import PlanMeasure
+from edge_moe.converters.progress import progress_bar
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.demo import task_names
 from edge_moe.errors import InputError
-from edge_moe.formats import DROP, FORM_NAMES
-from edge_moe.loss_table import LossKind, loss_table
+from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
+from edge_moe.gradient_stats import FormCost, GradientStats, load_gradients
+from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import TokenScores
 from edge_moe.optimise import solve
@@ -54,9 +57,6 @@ from edge_moe.super_experts import find_super_experts
 from edge_moe.tasks import windows_fingerprint
 from edge_moe.units import format_bytes
 
-OFF_TASK_WINDOWS = 2
-"""Held-out windows of every other shipped task."""
-
 
 @dataclass(frozen=True)
 class CompareOptions:
@@ -65,7 +65,9 @@ class CompareOptions:
     target: Target = "native"
     search_seconds: float = 60.0
     max_windows: int = 12
-    """Held-out windows of the task that are reported on; as many others choose between plans."""
+    """Held-out windows of the task that are reported on; others choose between plans."""
+    off_task_windows: int = 2
+    """Held-out windows of every other shipped task."""
     transforms: tuple[str, ...] = ()
     """Methods that write other weights; they need the full statistics of the expert's inputs."""
     calibration_windows: int | None = None
@@ -124,13 +126,7 @@ class _Bench:
             "task": self.task,
             "share": share,
             "text": windows_fingerprint([*own, *others]),
-            "options": [
-                self.options.target,
-                self.options.search_seconds,
-                self.options.max_windows,
-                list(self.options.transforms),
-                self.options.calibration_windows,
-            ],
+            "options": asdict(self.options),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -143,6 +139,7 @@ class _Measured:
     task: str
     options: CompareOptions
     stats: ExpertStats
+    gradients: GradientStats | None
     stats_folder: Path
     packed: PackedExperts
     windows: list[list[int]]
@@ -167,6 +164,7 @@ class _Measured:
             task=task,
             options=options,
             stats=stats,
+            gradients=load_gradients(folder, stats.info),
             stats_folder=folder,
             packed=packed,
             windows=windows,
@@ -192,7 +190,7 @@ def _stats(checkpoint: Checkpoint, task: str, folder: Path, options: CompareOpti
             return stats
         raise InputError(f"{folder} holds the statistics of another model: delete it")
     windows = options.calibration_windows
-    return calibrate(checkpoint.folder, [task], folder, max_windows=windows)
+    return calibrate_with_gradients(checkpoint.folder, [task], folder, max_windows=windows)
 
 
 def _windows(
@@ -202,28 +200,29 @@ def _windows(
     own = part_of_heldout([task], tokenizer, REPORT_PART, options.max_windows)
     others: list[list[int]] = []
     for name in task_names():
-        if name != task:
-            others += part_of_heldout([name], tokenizer, REPORT_PART, OFF_TASK_WINDOWS)
+        if name != task and options.off_task_windows > 0:
+            others += part_of_heldout([name], tokenizer, REPORT_PART, options.off_task_windows)
     return own, others
 
 
 def _measure(ready: _Measured, share: float, settings: str, work: Path) -> Cell:
     """All methods at one share."""
-    spec, options = ready.spec, ready.options
+    spec, options, gradients = ready.spec, ready.options, ready.gradients
     forms = candidate_forms(spec, options.target)
     supers = find_super_experts(ready.stats.max_output)
 
     def table(kind: LossKind) -> FloatArray:
-        return loss_table(ready.stats, forms, SOURCE_FORMS[spec.dtype], kind)
+        return loss_table(ready.stats, forms, SOURCE_FORMS[spec.dtype], kind, gradients)
 
-    problem = build_problem(spec, forms, table(LossKind()), supers, options.target, 0)
-    full_bytes = int(problem.form_bytes[-1]) * problem.loss[..., 0].size
+    kind = DEFAULT_LOSS if gradients is None else GRADIENT_LOSS
+    full_bytes = spec.num_moe_layers * spec.num_experts * _whole_bytes(spec, forms)
     problem = build_problem(
-        spec, forms, table(LossKind()), supers, options.target, int(share * full_bytes)
+        spec, forms, table(kind), supers, options.target, int(share * full_bytes)
     )
     _require_possible(problem, share, full_bytes)
-    rivals = list(contenders(Field(problem, forms, ready.stats, supers)))
-    plans, record = _own_plans(ready, Evidence(problem, ready.stats, supers, table), forms)
+    rivals = list(contenders(Field(problem, forms, ready.stats, supers, _gemq_cost(ready, forms))))
+    evidence = Evidence(problem, ready.stats, supers, table, kind, gradients is not None)
+    plans, record = _own_plans(ready, evidence, forms)
     found = _score_choices(ready, [*plans, *rivals], forms)
     wanted = wanted_transforms(problem, spec, forms, options.transforms)
     results = [_result(ready, problem, forms, each, found[each.name]) for each in [*plans, *rivals]]
@@ -248,6 +247,17 @@ def _measure(ready: _Measured, share: float, settings: str, work: Path) -> Cell:
         scores=[*results, *made],
         missing=refused,
     )
+
+
+def _whole_bytes(spec: ModelSpec, forms: Sequence[str]) -> int:
+    return expert_bytes(forms[-1], spec.hidden_size, spec.expert_width)
+
+
+def _gemq_cost(ready: _Measured, forms: Sequence[str]) -> FloatArray | None:
+    """[L, E, F] as GEMQ weighs a change: every element by its own mean squared gradient."""
+    if ready.gradients is None:
+        return None
+    return ready.gradients.cost_table(forms, SOURCE_FORMS[ready.spec.dtype], FormCost.DIAGONAL)
 
 
 def _require_possible(problem: Problem, share: float, full_bytes: int) -> None:

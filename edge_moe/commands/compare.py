@@ -42,6 +42,9 @@ def compare_command(
     windows: Annotated[
         int, typer.Option(min=1, help="Held-out windows of 256 tokens to report on.")
     ] = 12,
+    off_task_windows: Annotated[
+        int, typer.Option(min=0, help="The same of every other shipped task.")
+    ] = 2,
     max_windows: Annotated[
         int | None, typer.Option(help="Calibrate on at most this many windows.", show_default=False)
     ] = None,
@@ -69,6 +72,7 @@ def compare_command(
         target=target.value,
         search_seconds=search_seconds,
         max_windows=windows,
+        off_task_windows=off_task_windows,
         transforms=COMPARED if transforms else (),
         calibration_windows=max_windows,
     )
