@@ -112,8 +112,12 @@ DEFAULT_LOSS = LossKind()
 code, prose, facts, arithmetic. About equal to RAW at 20-30 % of the experts' bytes, 6-64 % below it
 at 7-14 % in 11 of 12 cases. ZERO prunes more: it sees the harm of dropping, but not its repair."""
 
-GRADIENT_LOSS = LossKind(layers=LayerScale.FIRST_ORDER)
-"""Where there are gradient statistics."""
+GRADIENT_LOSS = LossKind(layers=LayerScale.FIRST_ORDER, drop_factor=1.0)
+"""Where there are gradient statistics. On the demo model (code, prose, arithmetic, facts; 25, 12.5
+and 10 % of the experts' bytes) its plans diverge 0.87 times as much on held-out text as those of
+`DEFAULT_LOSS` (geometric mean of KL, less in 11 of 12 cells); DIAGONAL 0.90, both with a drop
+factor of 1. The price of dropping already counts the larger of two costs: at 2 it is 0.95, at 4
+1.03."""
 
 
 def loss_table(

@@ -59,6 +59,12 @@ def test_every_option_is_named_and_quoted(plan: Plan) -> None:
     assert build == ["edge-moe", "build", "plan.json", "-o", "my out", "--target", "hf"]
 
 
+def test_gradients_are_measured_again(plan: Plan) -> None:
+    assert "--gradients" not in build_commands(plan, "out", "native")[0]
+    found = plan.model_copy(update={"gradient_fingerprint": "0" * 64})
+    assert "--quantiser nearest --gradients -o stats" in build_commands(found, "out", "native")[0]
+
+
 def test_search_options(plan: Plan) -> None:
     assert plan.calibration is not None
     same = _Searched(list(plan.calibration.tasks), 30.0).record()
