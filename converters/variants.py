@@ -198,10 +198,13 @@ class VariantScorer:
         }
         for index, window in enumerate(self._windows):
             position, place = places[index]
-            base = F.linear(norm(whole[position][place]), head).numpy()
-            for path in wanted:
-                logits = F.linear(norm(states[path][position][place]), head).numpy()
-                parts[path].append(metrics.compare_tokens(logits, base, window))
+            targets = np.asarray(window[1:], dtype=np.int64)
+            for rows in metrics.row_chunks(len(targets), head.shape[0]):
+                base = F.linear(norm(whole[position][place, rows]), head).numpy()
+                reference = metrics.Reference.of(base)
+                for path in wanted:
+                    logits = F.linear(norm(states[path][position][place, rows]), head).numpy()
+                    parts[path].append(reference.scores(logits, targets[rows]))
         joined = {path: TokenScores.join(found) for path, found in parts.items()}
         return {name: joined[path] for name, path in paths.items()}
 
