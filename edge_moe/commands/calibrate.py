@@ -46,7 +46,9 @@ def calibrate_command(
     ] = None,
     gradients: Annotated[
         bool,
-        typer.Option("--gradients", help="Run backwards too: better plans, twice the time."),
+        typer.Option(
+            "--gradients", help="Run backwards too: better plans, at about twice the time."
+        ),
     ] = False,
     revision: Revision = None,
 ) -> None:
