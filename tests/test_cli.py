@@ -25,6 +25,7 @@ from edge_moe.errors import BudgetError, InputError
 from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.inspect import inspect_model
 from edge_moe.moments import LayerMoments, moments_path
+from edge_moe.reproduce import RAW_HINT
 from edge_moe.stats import EXPERT_SUMS, STATS_VERSION, ExpertStats, StatsInfo
 
 Failure = Callable[..., str]
@@ -125,6 +126,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["plan", "x", "--stats", "s", "--budget", "1GB", "--ctx", "long"], "'long'"),
         (["plan", "x", "--stats", "s", "--budget", "1GB", "--target", "tape"], "'tape'"),
         (["run", "x", "--budget", "some"], "'some' is not understood"),
+        (["run", "x", "--prompt", ""], "--prompt is empty: give it some text"),
+        (["run", "x", "--prompt", "\n "], "--prompt is empty: give it some text"),
         (["calibrate", "x", "--task", "code", "--shard", "4/4"], "shard '4/4'"),
         (["calibrate", "x", "--task", "code", "--forms", ","], "','"),
         (["build", "nowhere.json", "-o", "out"], "nowhere.json does not exist"),
@@ -339,3 +342,16 @@ def test_a_package_lists_no_export_targets(checkpoint: Path, tmp_path: Path) -> 
     opened = Checkpoint(checkpoint)
     package = build(hand_plan(opened, uniform_forms(opened, 4)), tmp_path / "out")
     assert inspect_model(str(package)).targets == []
+
+
+def test_a_finished_build_says_how_to_run_it(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = Checkpoint(checkpoint)
+    plan = hand_plan(opened, uniform_forms(opened, 4), "native")
+    for task, options in (("code", "--prompt ... --raw"), ("gone.jsonl", "--prompt ...")):
+        plan.model_copy(update={"tasks": [task]}).save(tmp_path / "plan.json")
+        output, model = tmp_path / task, ("--model", str(checkpoint))
+        assert run(["build", str(tmp_path / "plan.json"), "-o", str(output), *model]) == 0
+        words = f"next: edge-moe run {output} {options} ({RAW_HINT})".split()
+        assert "".join(capsys.readouterr().err.split()).endswith("".join(words))  # wrapped anywhere

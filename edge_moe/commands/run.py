@@ -45,7 +45,11 @@ def run_command(
     model: Model,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Text to answer; without it a chat starts.", show_default=False),
+        typer.Option(
+            help="Message for the chat template, or with --raw text to continue; without it a "
+            "chat starts.",
+            show_default=False,
+        ),
     ] = None,
     budget: Budget = None,
     ctx: ContextTokens = None,
@@ -58,7 +62,7 @@ def run_command(
         typer.Option(help="Stop at this text. Repeat for several.", show_default=False),
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
     device: Annotated[
         DeviceName | None,
@@ -110,6 +114,8 @@ def run_command(
     """Generate text, paging experts in under a hard budget. Statistics go to stderr."""
     from edge_moe.hub import resolve_model
 
+    if prompt is not None and not prompt.strip():
+        raise InputError("--prompt is empty: give it some text, or leave it out for a chat")
     if prompt is None and (json or record):
         raise InputError("--json and --record measure one answer: give a --prompt too")
     if prompt is None and task == AUTO:

@@ -8,7 +8,7 @@ from edge_moe.formats import DROP
 from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
 from edge_moe.report.data import ReportData
-from edge_moe.reproduce import command_line, model_name
+from edge_moe.reproduce import command_line, model_name, prompt_options
 from edge_moe.units import format_bytes
 
 NOT_MEASURED = "-"
@@ -155,8 +155,8 @@ def context_table(data: ReportData) -> list[dict[str, str]]:
 
 def record_command(data: ReportData) -> str:
     """The command that measures memory and speed."""
-    budget = f"{data.plan.budget_bytes}B"
-    return command_line("run", data.artefact, "--budget", budget, "--prompt", "...", "--record")
+    budget, prompt = f"{data.plan.budget_bytes}B", prompt_options(data.plan)
+    return command_line("run", data.artefact, "--budget", budget, *prompt, "--record")
 
 
 def eval_command(data: ReportData) -> str:
