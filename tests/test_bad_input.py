@@ -207,7 +207,7 @@ def test_plan_whose_bill_is_not_that_of_its_forms(source: Path, tmp_path: Path) 
         plan.model_copy(update={"forms": forms}), tmp_path / "out", model=source,
     )  # fmt: skip
     check_refused(
-        PlanError, "takes 197 kB, more than its own budget of 1.00 kB: plan again",
+        PlanError, "takes 1.20 MB, more than its own budget of 1.00 kB: plan again",
         plan.model_copy(update={"budget_bytes": 1000}), tmp_path / "out", model=source,
     )  # fmt: skip
 
