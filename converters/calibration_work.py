@@ -29,7 +29,7 @@ from torch import Tensor
 from edge_moe.checkpoint import TensorInfo, read_header
 from edge_moe.converters.safetensors_writer import TensorEntry, header
 from edge_moe.converters.staging import locked
-from edge_moe.errors import EdgeMoeError, InputError, StatsError
+from edge_moe.errors import CheckpointError, EdgeMoeError, InputError, StatsError
 from edge_moe.files import atomic_path, require_new_output, write_text
 from edge_moe.moments import LayerMoments, moments_path
 from edge_moe.stats import ExpertStats, StatsInfo
@@ -171,7 +171,8 @@ def calibration_work(
 ) -> Iterator[CalibrationWork]:
     """Yield the work of a run in `output`, which no other process may write meanwhile.
 
-    A run that fails leaves nothing behind, unless a layer is done that a resumed run need not do.
+    A run that fails leaves nothing behind, unless a layer is done that a resumed run need not do:
+    bad weights have to change, and then nothing of the run can be used again.
 
     Raises:
         InputError: as for `require_unfinished`; another run; another process writes there.
@@ -187,8 +188,8 @@ def calibration_work(
         work = CalibrationWork(output, info, window_lengths)
         try:
             yield work
-        except (EdgeMoeError, OSError):
-            if not work.next_layer:
+        except (EdgeMoeError, OSError) as error:
+            if isinstance(error, CheckpointError) or not work.next_layer:
                 work.remove()
                 if not any(output.iterdir()):
                     output.rmdir()
