@@ -246,7 +246,8 @@ class _Run:
                 _add_window(stats, observation, losses)
         except OverflowError as error:
             raise CheckpointError(
-                f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged"
+                f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged: "
+                "download it again"
             ) from None
         return stats
 
