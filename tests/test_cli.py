@@ -36,6 +36,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Failure:
     """`fails("inspect", "x")`: the single line on stderr, without `error: `; exit code 2."""
 
     def call(*arguments: str | Path, code: int = 2) -> str:
+        capsys.readouterr()  # progress bars of the fixtures
         assert run([str(argument) for argument in arguments]) == code
         output = capsys.readouterr()
         lines = output.err.splitlines()
@@ -355,3 +356,14 @@ def test_a_finished_build_says_how_to_run_it(
         assert run(["build", str(tmp_path / "plan.json"), "-o", str(output), *model]) == 0
         words = f"next: edge-moe run {output} {options} ({RAW_HINT})".split()
         assert "".join(capsys.readouterr().err.split()).endswith("".join(words))  # wrapped anywhere
+
+
+def test_the_folder_of_a_gguf_build_points_to_its_file(fails: Failure, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    (tmp_path / "plan.json").touch()
+    for command in (("inspect",), ("eval", "--task", "code"), ("calibrate", "--task", "code")):
+        assert f"inspect and eval read {file} itself" in fails(*command, tmp_path)
+    for model in (tmp_path, file):
+        message = fails("run", model, "--prompt", "x")
+        assert f"`llama-cli -m {file}`, or build with --target native" in message

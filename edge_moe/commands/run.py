@@ -112,7 +112,7 @@ def run_command(
     revision: Revision = None,
 ) -> None:
     """Generate text, paging experts in under a hard budget. Statistics go to stderr."""
-    from edge_moe.hub import resolve_model
+    from edge_moe.hub import gguf_inside, resolve_model
 
     if prompt is not None and not prompt.strip():
         raise InputError("--prompt is empty: give it some text, or leave it out for a chat")
@@ -122,11 +122,11 @@ def run_command(
         raise InputError("--task auto matches a prompt: give a --prompt too, or name the task")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     sampling.check()
-    path = resolve_model(model, revision)
+    path = gguf_inside(Path(model).expanduser()) or resolve_model(model, revision)
     if path.suffix == ".gguf":
         raise TargetError(
             f"run cannot load {path}: it runs native packages and Hugging Face folders; for GGUF "
-            f"use llama.cpp, as in `llama-cli -m {path}`"
+            f"use llama.cpp, as in `llama-cli -m {path}`, or build with --target native"
         )
     rule = skip_rule(skip, skip_calibration, path)
     known = known_patterns(path, task, patterns)
