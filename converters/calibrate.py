@@ -35,7 +35,6 @@ from edge_moe.converters.calibration_work import (
     CalibrationWork,
     HiddenWriter,
     calibration_work,
-    require_unfinished,
 )
 from edge_moe.converters.form_loss import FormLosses, add_moments
 from edge_moe.converters.layer_stream import LayerStream
@@ -48,7 +47,7 @@ from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
 from edge_moe.plan import CalibrationOptions
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
-from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
+from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo, require_unfinished
 from edge_moe.tasks import (
     task_argument,
     task_label,

@@ -30,9 +30,9 @@ from edge_moe.checkpoint import TensorInfo, read_header
 from edge_moe.converters.safetensors_writer import TensorEntry, header
 from edge_moe.converters.staging import locked
 from edge_moe.errors import CheckpointError, EdgeMoeError, InputError, StatsError
-from edge_moe.files import atomic_path, require_new_output, write_text
+from edge_moe.files import atomic_path, write_text
 from edge_moe.moments import LayerMoments, moments_path
-from edge_moe.stats import ExpertStats, StatsInfo
+from edge_moe.stats import ExpertStats, StatsInfo, require_unfinished
 
 _HIDDEN = re.compile(r"hidden_(\d+)\.safetensors")
 
@@ -194,23 +194,6 @@ def calibration_work(
                 if not any(output.iterdir()):
                     output.rmdir()
             raise
-
-
-def require_unfinished(output: Path) -> None:
-    """Refuse an output that a calibration can neither start in nor resume.
-
-    Raises:
-        InputError: `output` holds finished statistics, or something else.
-    """
-    folder = output / "work"
-    if (output / "stats.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        raise InputError(
-            f"output {output} already holds finished statistics: "
-            "choose another path or remove it first"
-        )
-    if not folder.exists():
-        require_new_output(output)
 
 
 def require_same_run(settings: Path, info: StatsInfo) -> None:

@@ -6,6 +6,7 @@ L is the number of MoE layers, E experts, F forms.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -16,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edge_moe.errors import StatsError
+from edge_moe.errors import InputError, StatsError
 from edge_moe.exact_sum import ExactSum
-from edge_moe.files import atomic_path, read_json, write_text
+from edge_moe.files import atomic_path, read_json, require_new_output, write_text
 from edge_moe.plan import CalibrationOptions
 
 STATS_VERSION = 2
@@ -263,6 +264,23 @@ def load_sums(
         return info_type.model_validate(raw), load_file(folder / f"{stem}.safetensors")
     except (OSError, ValueError, ValidationError, SafetensorError) as error:
         raise StatsError(f"{folder} is damaged ({_first_line(error)}): calibrate again") from None
+
+
+def require_unfinished(output: Path) -> None:
+    """Refuse an output that a calibration can neither start in nor resume.
+
+    Raises:
+        InputError: `output` holds finished statistics, or something else.
+    """
+    folder = output / "work"
+    if (output / "stats.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"output {output} already holds finished statistics: "
+            "choose another path or remove it first"
+        )
+    if not folder.exists():
+        require_new_output(output)
 
 
 def _brief(value: object) -> str:

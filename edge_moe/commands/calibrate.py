@@ -49,7 +49,9 @@ def calibrate_command(
     """Measure every expert on task text, layer by layer. A killed run resumes by running again."""
     from edge_moe.hub import resolve_model
     from edge_moe.reproduce import command_line
+    from edge_moe.stats import require_unfinished
 
+    require_unfinished(output)
     part = parse_shard(shard)
     names = parse_names(forms) if forms is not None else None
     folder = resolve_model(model, revision)
