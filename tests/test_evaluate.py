@@ -174,7 +174,7 @@ def test_problems_are_solved_by_exact_match() -> None:
     ]
     found = solve_problems(BigramModel(random_table(0), answers), problems)
     assert found.value == pytest.approx(1 / 3)
-    assert found.error == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 2))
+    assert found.error == pytest.approx(3 / 4 * math.sqrt(2 / 27 + 1 / 36))  # Wilson's
 
 
 def test_recovery_is_by_exact_match_where_there_are_problems(
