@@ -179,6 +179,8 @@ def _measured_row(run: RunMeasurement, term: MemoryTerm) -> TermRow:
     if term.name == "KV cache" and run.cached_tokens:
         share = run.cached_tokens / run.context_tokens
         how = f"tensors held by {run.cached_tokens:,} of {run.context_tokens:,} tokens"
+        if share < 1:
+            how += ", compared with their share"
     others = [each.name for each in run.terms if each.name != "workspace"]
     if term.name == "workspace" and all(name in run.measured_terms for name in others):
         rest = run.peak_memory_bytes - sum(run.measured_terms[name] for name in others)
