@@ -188,7 +188,8 @@ def test_recovery_is_by_exact_match_where_there_are_problems(
     assert result.exact_match is not None and result.exact_match.value == 0.5
     assert result.recovery_percent == pytest.approx(50)
     assert result.recovery_of == "exact match"
-    assert result.recovery_error_percent == pytest.approx(50)  # 0.5 +- 0.5 of 1 +- 0
+    wilson = 100 * math.hypot(math.sqrt(1 / 12), 1 / 12)  # 0.5 +- sqrt(1/12) of 1 +- 1/6
+    assert result.recovery_error_percent == pytest.approx(wilson)
     assert result.num_problems == 2
 
 
