@@ -33,7 +33,6 @@ from edge_moe.converters.calibration_work import (
     CalibrationWork,
     HiddenWriter,
     calibration_work,
-    require_unfinished,
 )
 from edge_moe.converters.form_loss import FormLosses, add_moments
 from edge_moe.converters.layer_stream import LayerStream
@@ -49,7 +48,7 @@ from edge_moe.gradient_stats import load_gradients
 from edge_moe.plan import CalibrationOptions
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
-from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
+from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo, require_unfinished
 from edge_moe.tasks import (
     task_argument,
     task_label,
@@ -252,7 +251,8 @@ class _Run:
                 _add_window(stats, observation, losses)
         except OverflowError as error:
             raise CheckpointError(
-                f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged"
+                f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged: "
+                "download it again"
             ) from None
         return stats
 

@@ -29,10 +29,10 @@ from torch import Tensor
 from edge_moe.checkpoint import TensorInfo, read_header
 from edge_moe.converters.safetensors_writer import TensorEntry, header
 from edge_moe.converters.staging import locked
-from edge_moe.errors import EdgeMoeError, InputError, StatsError
-from edge_moe.files import atomic_path, require_new_output, write_text
+from edge_moe.errors import CheckpointError, EdgeMoeError, InputError, StatsError
+from edge_moe.files import atomic_path, write_text
 from edge_moe.moments import LayerMoments, moments_path
-from edge_moe.stats import ExpertStats, StatsInfo, first_difference
+from edge_moe.stats import ExpertStats, StatsInfo, first_difference, require_unfinished
 
 _HIDDEN = re.compile(r"hidden_(\d+)\.safetensors")
 
@@ -202,7 +202,8 @@ def calibration_work(
 def held(output: Path, name: str, begin: Callable[[], WorkT]) -> Iterator[WorkT]:
     """Yield what `begin` makes of the folder `output/name`, locked against other processes.
 
-    A run that fails leaves nothing behind, unless a layer is done that a resumed run need not do.
+    A run that fails leaves nothing behind, unless a layer is done that a resumed run need not do:
+    bad weights have to change, and then nothing of the run can be used again.
 
     Raises:
         InputError: another process writes there.
@@ -217,29 +218,12 @@ def held(output: Path, name: str, begin: Callable[[], WorkT]) -> Iterator[WorkT]
         work = begin()
         try:
             yield work
-        except (EdgeMoeError, OSError):
-            if not work.is_worth_keeping:
+        except (EdgeMoeError, OSError) as error:
+            if isinstance(error, CheckpointError) or not work.is_worth_keeping:
                 work.remove()
                 if not any(output.iterdir()):
                     output.rmdir()
             raise
-
-
-def require_unfinished(output: Path) -> None:
-    """Refuse an output that a calibration can neither start in nor resume.
-
-    Raises:
-        InputError: `output` holds finished statistics, or something else.
-    """
-    folder = output / "work"
-    if (output / "stats.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        raise InputError(
-            f"output {output} already holds finished statistics: "
-            "choose another path or remove it first"
-        )
-    if not folder.exists() and not (output / "gradient.json").exists():
-        require_new_output(output)
 
 
 def require_same_run(settings: Path, info: StatsInfo) -> None:

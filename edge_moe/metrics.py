@@ -5,7 +5,7 @@ model under test and base the reference. One difference: llama-perplexity scores
 every window, here every token but a window's first is scored (nothing precedes that one).
 
 Everything is in nats and float64. Error bars are one standard error over tokens, which are taken as
-independent. T tokens in a window, V vocabulary, N = T - 1 scored tokens.
+independent; `exact_match` has its own. T tokens in a window, V vocabulary, N = T - 1 scored tokens.
 """
 
 from __future__ import annotations
@@ -176,8 +176,21 @@ def perplexity(nll: FloatArray) -> Estimate:
 
 
 def exact_match(is_correct: Sequence[bool]) -> Estimate:
-    """Share of problems solved, with its standard error."""
-    return mean_and_error(np.asarray(is_correct, dtype=np.float64))
+    """Share of problems solved; its error is half the width of Wilson's interval at z = 1.
+
+    n / (n + 1) * sqrt(p (1 - p) / n + 1 / (4 n^2)), from E. B. Wilson, "Probable Inference, the Law
+    of Succession, and Statistical Inference", JASA 22 (1927). The standard error would be 0 where
+    all problems are solved, or none, however few they are.
+
+    Raises:
+        ValueError: no problem at all.
+    """
+    count = len(is_correct)
+    if count == 0:
+        raise ValueError("a share of no problems")
+    share = sum(map(bool, is_correct)) / count
+    width = math.sqrt(share * (1 - share) / count + 1 / (4 * count**2))
+    return Estimate(share, count / (count + 1) * width)
 
 
 def ratio(score: Estimate, base: Estimate) -> Estimate:

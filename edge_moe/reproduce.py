@@ -14,16 +14,25 @@ from pathlib import Path
 from edge_moe.demo import task_names
 from edge_moe.measurement import Provenance
 from edge_moe.plan import CalibrationOptions, Plan, Target
-from edge_moe.tasks import task_label
+from edge_moe.tasks import is_plain_text, task_label
 
 STATS = "stats"
 PLAN = "plan.json"
 DEMO_MODEL_NAME = "edge-moe-demo-model"
+RAW_HINT = (
+    "--raw continues the text as it is; without it the model's chat template, if any, is filled in"
+)
 
 
 def command_line(verb: str, *arguments: object) -> str:
     """`edge-moe verb arguments`, quoted for a shell."""
     return shlex.join(["edge-moe", verb, *map(str, arguments)])
+
+
+def prompt_options(plan: Plan) -> list[str]:
+    """A prompt for `edge-moe run`; with --raw where the model was shrunken for plain text."""
+    tasks = plan.calibration.tasks if plan.calibration else plan.tasks
+    return ["--prompt", "...", *(["--raw"] if all(map(is_plain_text, tasks)) else [])]
 
 
 def build_commands(plan: Plan, output: str | Path, target: Target) -> list[str]:

@@ -6,8 +6,10 @@ L is the number of MoE layers, E experts, F forms.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -15,8 +17,9 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from edge_moe.additive import AdditiveStats, Arrays
-from edge_moe.errors import StatsError
+from edge_moe.errors import InputError, StatsError
 from edge_moe.exact_sum import ExactSum
+from edge_moe.files import require_new_output
 from edge_moe.plan import CalibrationOptions
 
 STATS_VERSION = 2
@@ -190,6 +193,23 @@ class ExpertStats(AdditiveStats[StatsInfo]):
     def _add(self, arrays: Arrays) -> None:
         super()._add(arrays)
         np.maximum(self.max_output, arrays["max_output"].astype(np.float64), out=self.max_output)
+
+
+def require_unfinished(output: Path) -> None:
+    """Refuse an output that a calibration can neither start in nor resume.
+
+    Raises:
+        InputError: `output` holds finished statistics, or something else.
+    """
+    folder = output / "work"
+    if (output / "stats.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"output {output} already holds finished statistics: "
+            "choose another path or remove it first"
+        )
+    if not folder.exists() and not (output / "gradient.json").exists():
+        require_new_output(output)
 
 
 def brief(value: object) -> str:

@@ -176,7 +176,7 @@ def test_problems_are_solved_by_exact_match() -> None:
     ]
     found = solve_problems(BigramModel(random_table(0), answers), problems)
     assert found.value == pytest.approx(1 / 3)
-    assert found.error == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 2))
+    assert found.error == pytest.approx(3 / 4 * math.sqrt(2 / 27 + 1 / 36))  # Wilson's
 
 
 def test_recovery_is_by_exact_match_where_there_are_problems(
@@ -190,7 +190,8 @@ def test_recovery_is_by_exact_match_where_there_are_problems(
     assert result.exact_match is not None and result.exact_match.value == 0.5
     assert result.recovery_percent == pytest.approx(50)
     assert result.recovery_of == "exact match"
-    assert result.recovery_error_percent == pytest.approx(50)  # 0.5 +- 0.5 of 1 +- 0
+    wilson = 100 * math.hypot(math.sqrt(1 / 12), 1 / 12)  # 0.5 +- sqrt(1/12) of 1 +- 1/6
+    assert result.recovery_error_percent == pytest.approx(wilson)
     assert result.num_problems == 2
 
 

@@ -15,7 +15,13 @@ from edge_moe.converters.model_card import base_model, model_card
 from edge_moe.demo import build_assets
 from edge_moe.measurement import Provenance
 from edge_moe.plan import CalibrationOptions, Plan, SearchRecord
-from edge_moe.reproduce import build_commands, model_name, replay, without_folders
+from edge_moe.reproduce import (
+    build_commands,
+    model_name,
+    prompt_options,
+    replay,
+    without_folders,
+)
 
 
 @pytest.fixture
@@ -123,3 +129,15 @@ def test_the_card_of_a_shrunken_demo_model(demo_model: Path) -> None:
     card = model_card(plan, checkpoint, "small", "native", [])
     assert "\nlicense: apache-2.0\n" in card and "licence is not repeated" not in card
     assert str(demo_model) not in card
+
+
+def test_a_model_for_plain_text_is_asked_without_its_chat_template(
+    plan: Plan, tmp_path: Path
+) -> None:
+    assert plan.calibration is not None
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"messages": []}')
+    for tasks, options in ((("code",), ["--raw"]), (("code", str(chat)), [])):
+        asked = plan.calibration.model_copy(update={"tasks": tasks})
+        found = prompt_options(plan.model_copy(update={"calibration": asked}))
+        assert found == ["--prompt", "...", *options]

@@ -56,9 +56,13 @@ def calibrate_command(
 
     With --gradients a second pass measures what the language-model loss says about every expert.
     """
+    from edge_moe.gradient_stats import GradientStats
     from edge_moe.hub import resolve_model
     from edge_moe.reproduce import command_line
+    from edge_moe.stats import require_unfinished
 
+    if not gradients or GradientStats.settings_path(output).exists():
+        require_unfinished(output)
     part = parse_shard(shard)
     names = parse_names(forms) if forms is not None else None
     folder = resolve_model(model, revision)

@@ -30,6 +30,8 @@ def print_facts(data: ReportData, console: Console) -> None:
         _print_search(data, console)
     if data.evals:
         console.print(_quality(data))
+        if facts.problem_table(data):
+            console.print(_problems(data))
     else:
         console.print(f"quality not measured yet: {facts.eval_command(data)}", style="dim")
     if data.run is None:
@@ -100,4 +102,14 @@ def _quality(data: ReportData) -> Table:
         table.add_row(
             row["task"], row["before"], row["after"], row["kl_mean"], row["kl_99"], row["same_top"]
         )
+    return table
+
+
+def _problems(data: ReportData) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("problems solved")
+    for heading in ("problems", "exact match before", "after", "share kept"):
+        table.add_column(heading, justify="right")
+    for row in facts.problem_table(data):
+        table.add_row(row["task"], row["problems"], row["before"], row["after"], row["recovery"])
     return table
