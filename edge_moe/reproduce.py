@@ -18,6 +18,8 @@ from edge_moe.tasks import is_plain_text, task_label
 
 STATS = "stats"
 PLAN = "plan.json"
+MODEL = "MODEL"
+"""Stands for a checkpoint that has no hub id, where a command is for others."""
 DEMO_MODEL_NAME = "edge-moe-demo-model"
 RAW_HINT = (
     "--raw continues the text as it is; without it the model's chat template, if any, is filled in"
@@ -46,7 +48,7 @@ def build_commands(plan: Plan, output: str | Path, target: Target) -> list[str]:
 
 def without_folders(plan: Plan) -> Plan:
     """The same plan for others to read: no path of this machine, only the names of files."""
-    changes: dict[str, object] = {"model": model_name(plan.model)}
+    changes: dict[str, object] = {"model": public_model(model_name(plan.model))}
     if plan.calibration is not None:
         tasks = tuple(task_label(task) for task in plan.calibration.tasks)
         changes["calibration"] = plan.calibration.model_copy(update={"tasks": tasks})
@@ -86,6 +88,16 @@ def model_name(model: str) -> str:
     if _is_demo_model(path):
         return DEMO_MODEL_NAME
     return path.name or model
+
+
+def public_model(name: str) -> str:
+    """What a command for others says for the model called `name`: its hub id, or `MODEL`."""
+    return name if "/" in name else MODEL
+
+
+def model_remark(name: str) -> str:
+    """The line of a card that says what `MODEL` is; empty where commands name a hub id."""
+    return f"\n{MODEL} is the checkpoint, {name}.\n" if public_model(name) == MODEL else ""
 
 
 def _is_demo_model(path: Path) -> bool:

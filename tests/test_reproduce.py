@@ -129,6 +129,12 @@ def test_the_card_of_a_shrunken_demo_model(demo_model: Path) -> None:
     card = model_card(plan, checkpoint, "small", "native", [])
     assert "\nlicense: apache-2.0\n" in card and "licence is not repeated" not in card
     assert str(demo_model) not in card
+    assert "\nedge-moe calibrate MODEL --task" in card and "\nedge-moe plan MODEL --stats" in card
+    assert "\n```\n\nMODEL is the checkpoint, edge-moe-demo-model.\n\n| fingerprint" in card
+    hub = plan.model_copy(update={"model": "some/model"})
+    card = model_card(hub, checkpoint, "small", "native", [])
+    assert "edge-moe plan some/model --stats" in card and "MODEL" not in card
+    assert "\n```\n\n| fingerprint" in card
 
 
 def test_a_model_for_plain_text_is_asked_without_its_chat_template(
