@@ -191,6 +191,20 @@ def test_page_is_offline_and_escapes(artefact: Path, tmp_path: Path) -> None:
     assert "&lt;slow&gt; trial" in body and "3 plans measured in 7 s on some text" in body
 
 
+def test_a_gguf_file_is_not_to_be_measured_by_run(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    _plan().save(tmp_path / "plan.json")
+    for target, says_how in (("native", True), ("gguf", False)):
+        if target == "gguf":
+            (tmp_path / "model.gguf").touch()
+        console = Console(width=100, record=True, file=open("/dev/null", "w"))
+        print_report(tmp_path, console)
+        write_report(tmp_path, tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert ("memory not measured yet: edge-moe run" in console.export_text()) == says_how
+        assert ("Nothing is measured yet: <code>edge-moe run" in page) == says_how
+
+
 def test_one_measured_plan_is_no_chart(artefact: Path, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     plan = Plan.load(artefact / "plan.json")

@@ -172,7 +172,9 @@ def context_table(data: ReportData) -> list[dict[str, str]]:
 
 
 def record_command(data: ReportData) -> str:
-    """The command that measures memory and speed."""
+    """The command that measures memory and speed; empty for GGUF, which `run` does not load."""
+    if data.target == "gguf":
+        return ""
     budget, prompt = f"{data.plan.budget_bytes}B", prompt_options(data.plan)
     return command_line("run", data.artefact, "--budget", budget, *prompt, "--record")
 

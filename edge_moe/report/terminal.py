@@ -34,10 +34,10 @@ def print_facts(data: ReportData, console: Console) -> None:
             console.print(_problems(data))
     else:
         console.print(f"quality not measured yet: {facts.eval_command(data)}", style="dim")
-    if data.run is None:
-        console.print(f"memory not measured yet: {facts.record_command(data)}", style="dim")
-    else:
+    if data.run is not None:
         console.print(f"decoding {data.run.tokens_per_second:.1f} tokens per second")
+    elif command := facts.record_command(data):
+        console.print(f"memory not measured yet: {command}", style="dim")
     for remark in (*data.plan.limits, *data.plan.warnings):
         console.print(f"note: {remark}", style="yellow", highlight=False)
 
