@@ -105,7 +105,6 @@ def test_summary_leaves_out_tables_of_experts() -> None:
 def test_an_onnx_plan_does_not_lead_to_a_build() -> None:
     text = printed(small_plan(target="onnx"))
     assert "next:" not in text and "edge-moe build" not in text
-    assert "not built yet: the ONNX target only shows what it would take" in text
 
 
 def test_measured_plans_are_counted_in_words_that_agree() -> None:
