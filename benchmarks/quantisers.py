@@ -5,8 +5,9 @@
 Moments come from the task's calibration text, errors from its held-out text: the sum over routed
 tokens of (g |f - f_form|)^2 as a share of that of (g |f|)^2, over every `--every`-th expert of all
 MoE layers. Hidden states are those of the original model in both. `gptq` runs with hessians
-weighted by 1, by g (MoEQuant), by g^2, and with every token through every expert. Weights per
-second of processor time are of packing on one core, moments given; set OMP_NUM_THREADS=1.
+weighted by 1, by g (MoEQuant), by g^2, and with every token through every expert, alike or by the
+router's score p. Weights per second of processor time are of packing on one core, moments given;
+set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -28,8 +29,14 @@ from transformers import AutoTokenizer
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.layer_stream import LayerStream
-from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservation, expert_output
-from edge_moe.converters.second_moments import ExpertMoments, expert_moments
+from edge_moe.converters.observe import (
+    OBSERVE,
+    BlockObserver,
+    WindowObservation,
+    expert_output,
+    router_scores_of,
+)
+from edge_moe.converters.second_moments import ExpertMoments, Weighting, expert_moments
 from edge_moe.demo import demo_model_dir
 from edge_moe.formats import unpack_expert
 from edge_moe.formats.quantise import get_quantiser, pack_expert_with
@@ -49,13 +56,24 @@ METHODS = {
     "gptq, g": ("gptq", "gate"),
     "gptq, g^2": ("gptq", "gate_square"),
     "gptq, all tokens": ("gptq", "all"),
+    "gptq, all tokens, p": ("gptq", "all_scores"),
     "gptq_refit": ("gptq_refit", "none"),
     "gptq_refit, g": ("gptq_refit", "gate"),
     "gptq_refit, g^2": ("gptq_refit", "gate_square"),
+    "gptq_refit, all tokens": ("gptq_refit", "all"),
+    "gptq_refit_all": ("gptq_refit_all", "all_scores"),
     "absmean": ("absmean", "none"),
     "lloyd": ("lloyd", "none"),
 }
 """Row -> (quantiser, which moments)."""
+MOMENTS: dict[str, tuple[Weighting, bool]] = {
+    "none": ("none", False),
+    "gate": ("gate", False),
+    "gate_square": ("gate_square", False),
+    "all": ("none", True),
+    "all_scores": ("gate", True),
+}
+"""Name -> (weighting, whether every token counts)."""
 
 
 @dataclass
@@ -94,6 +112,8 @@ class Layer:
     experts: Any
     calibration: list[WindowObservation]
     heldout: list[WindowObservation]
+    scores: list[torch.Tensor]
+    """[T, E] of each calibration window."""
     name: str
 
 
@@ -123,7 +143,8 @@ def _layers(arguments: argparse.Namespace) -> Iterator[Layer]:
                             outputs.append(stream.run(layer_id, x))
                             seen[-1].append(observer.take(outputs[-1]))
                         hidden[index] = outputs
-                yield Layer(block.experts, seen[0], seen[1], f"layer {layer_id}")
+                scores = [router_scores_of(block, each.inputs, checkpoint.spec) for each in seen[0]]
+                yield Layer(block.experts, seen[0], seen[1], scores, f"layer {layer_id}")
 
 
 def _measure_layer(layer: Layer, every: int, totals: dict[tuple[str, str], Total]) -> None:
@@ -131,14 +152,12 @@ def _measure_layer(layer: Layer, every: int, totals: dict[tuple[str, str], Total
     console = Console(stderr=True)
     for expert_id in track(range(0, num_experts, every), layer.name, console=console):
         moments = {
-            weighting: expert_moments(
-                layer.experts,
-                expert_id,
-                layer.calibration,
-                weighting="none" if weighting == "all" else weighting,
-                all_tokens=weighting == "all",
+            name: expert_moments(
+                *(layer.experts, expert_id, layer.calibration),
+                weighting=weighting,
+                token_scores=layer.scores if is_every else None,
             )
-            for weighting in ("none", "gate", "gate_square", "all")
+            for name, (weighting, is_every) in MOMENTS.items()
         }
         moments["squares"] = moments["none"]
         heldout = _Heldout(layer.experts, expert_id, layer.heldout)

@@ -242,7 +242,7 @@ class _Run:
             moments = add_moments(block.experts, seen, self.checkpoint.spec)
             self.work.save_moments(layer_id, moments)
             stats = self.work.layer_zeros(layer_id)
-            form_losses = self._packed_losses(layer_id, block.experts, seen)
+            form_losses = self._packed_losses(layer_id, block, seen)
             if self.known is not None:
                 row = [self.info.moe_layer_ids.index(layer_id)]
                 stats.form_loss.merge(ExactSum(self.known.high[row], self.known.low[row]))
@@ -257,7 +257,7 @@ class _Run:
         return stats
 
     def _packed_losses(
-        self, layer_id: int, experts: Any, seen: Sequence[WindowObservation]
+        self, layer_id: int, block: Any, seen: Sequence[WindowObservation]
     ) -> npt.NDArray[np.float64]:
         """[windows, E, F] losses of the packed forms; zeros where their sum is known."""
         num_experts, num_forms = self.info.num_experts, len(self.info.forms)
@@ -266,7 +266,7 @@ class _Run:
             return np.zeros((len(seen), num_experts, num_forms))
         step = len(seen) * num_forms / num_experts
         return self.form_losses.measure(
-            layer_id, experts, seen, lambda: self.progress.advance(self.bar, step)
+            layer_id, block, seen, lambda: self.progress.advance(self.bar, step)
         )
 
     def _outputs(self, layer_id: int, writer: HiddenWriter) -> Iterator[Tensor]:

@@ -2,7 +2,8 @@
 
 The moments of an expert's inputs are too large to keep for every expert, so the calibration text is
 run again, layer by layer, and each layer's moments are made where they are needed. Memory: one
-layer in float32, the hidden states of the text, one layer's MoE inputs and two experts' hessians.
+layer in float32, the hidden states of the text, one layer's MoE inputs (and router scores, where
+every token counts) and two experts' hessians.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.layer_stream import LayerStream
-from edge_moe.converters.observe import OBSERVE, expert_output
+from edge_moe.converters.observe import OBSERVE, expert_output, router_scores_of
 from edge_moe.converters.second_moments import (
     WEIGHTING,
     ExpertMoments,
@@ -25,7 +26,7 @@ from edge_moe.converters.second_moments import (
     moment_arguments,
 )
 from edge_moe.formats.base import ByteArray
-from edge_moe.formats.quantise import pack_expert_with
+from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class CalibratedPacker:
         self._hidden: list[Tensor] = []
         self._layer_id = -1
         self._routed: list[RoutedTokens] = []
+        self._scores: list[Tensor] | None = None
         self._lock = threading.Lock()
 
     def pack(self, layer_id: int, expert_id: int, form: str) -> ByteArray:
@@ -71,7 +73,9 @@ class CalibratedPacker:
         gate, up, down = (torch.from_numpy(matrix) for matrix in weights)
         block = self._stream.moe_block(layer_id)
         one = _OneExpert(block.experts, expert_id, torch.cat([gate, up]), down)
-        return expert_moments(one, expert_id, self._routed, weighting=WEIGHTING)
+        return expert_moments(
+            *(one, expert_id, self._routed), weighting=WEIGHTING, token_scores=self._scores
+        )
 
     def _go_to(self, layer_id: int) -> None:
         """Run the text up to and through the MoE layer `layer_id`, recording what it was given."""
@@ -95,6 +99,9 @@ class CalibratedPacker:
                 )
             for index, hidden in enumerate(self._hidden):
                 self._hidden[index] = self._stream.run(layer_id, hidden)
+            if self._routed and get_quantiser(self._quantiser).uses_every_token:
+                block, spec = self._stream.moe_block(layer_id), self._checkpoint.spec
+                self._scores = [router_scores_of(block, each.inputs, spec) for each in self._routed]
 
 
 class _Recorder:

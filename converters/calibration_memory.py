@@ -30,7 +30,7 @@ def calibration_terms(
 
     layer        4 bytes x (E 3HI + the largest layer's dense weights) + 32 E (H + I) of moments
     activations  T x (4H MoE inputs + 4H outputs of an expert that gets every token
-                 + 16 (k + 1) routing)
+                 + 16 (k + 1) routing + 4E router scores)
     window       W x (4 ((k + 11) H + 6I + 6 x widest dense row) + 32 k (k + 1))
                  + 8 x heads x W**2 attention scores
     scratch      the largest tensor while it is read, one expert unpacked, one chunk being packed
@@ -47,7 +47,7 @@ def calibration_terms(
     terms = {
         "layer": 4 * (spec.num_experts * spec.expert_weights + dense_weights)
         + 32 * spec.num_experts * (hidden + width),
-        "activations": num_tokens * (8 * hidden + 16 * (top_k + 1)),
+        "activations": num_tokens * (8 * hidden + 16 * (top_k + 1) + 4 * spec.num_experts),
         "window": window_tokens * row_bytes + 8 * spec.num_attention_heads * window_tokens**2,
         "scratch": READ_BYTES_PER_WEIGHT * largest_weights
         + 4 * spec.expert_weights

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
-from edge_moe.converters.observe import RoutedWindow, expert_inner, expert_output
+from edge_moe.converters.observe import (
+    RoutedWindow,
+    expert_inner,
+    expert_output,
+    router_scores_of,
+)
 from edge_moe.converters.second_moments import (
     WEIGHTING,
     ExpertMoments,
@@ -57,7 +62,8 @@ class FormChange:
 class FormLosses:
     """Losses of one MoE layer; expert by expert, over all of its windows.
 
-    Cost per routed token: (1 + number of lossy forms) x 6HI floating point operations.
+    Cost per routed token: (1 + number of lossy forms) x 6HI floating point operations; besides, the
+    moments that the quantiser needs (see `layer_moments`).
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class FormLosses:
         spec = checkpoint.spec
         self._checkpoint = checkpoint
         self._quantiser = quantiser
+        self._scores: list[Tensor] | None = None
         self._forms = tuple(forms)
         self._gate_up = torch.empty(2 * spec.expert_width, spec.hidden_size)
         self._down = torch.empty(spec.hidden_size, spec.expert_width)
@@ -74,29 +81,32 @@ class FormLosses:
     def measure(
         self,
         layer_id: int,
-        experts: Any,
+        block: Any,
         windows: Sequence[RoutedWindow],
         on_expert: Callable[[], None],
     ) -> npt.NDArray[np.float64]:
         """[windows, E, F] sum over routed tokens of (g |f - f_form|)**2; `drop` stays 0."""
         num_experts = self._checkpoint.spec.num_experts
         losses = np.zeros((len(windows), num_experts, len(self._forms)))
-        for each in self.changes(layer_id, experts, windows, on_expert):
+        for each in self.changes(layer_id, block, windows, on_expert):
             losses[each.window, each.expert_id, each.form] = each.loss
         return losses
 
     def changes(
         self,
         layer_id: int,
-        experts: Any,
+        block: Any,
         windows: Sequence[RoutedWindow],
         on_expert: Callable[[], None],
     ) -> Iterator[FormChange]:
-        """What every lossy packed form does to every expert on every window."""
+        """What every lossy packed form does to every expert of a MoE block on every window."""
+        if get_quantiser(self._quantiser).uses_every_token:
+            spec = self._checkpoint.spec
+            self._scores = [router_scores_of(block, window.inputs, spec) for window in windows]
         for expert_id in range(self._checkpoint.spec.num_experts):
             routed = [(window.expert_ids == expert_id).nonzero(as_tuple=True) for window in windows]
             if any(len(token) for token, _ in routed):
-                yield from self._expert_changes(layer_id, experts, expert_id, windows, routed)
+                yield from self._expert_changes(layer_id, block.experts, expert_id, windows, routed)
             on_expert()
 
     def _lossy_forms(self, layer_id: int, expert_id: int) -> list[int]:
@@ -124,7 +134,9 @@ class FormLosses:
         ]
         moments = None
         if get_quantiser(self._quantiser).needs:
-            moments = expert_moments(experts, expert_id, windows, weighting=WEIGHTING)
+            moments = expert_moments(
+                *(experts, expert_id, windows), weighting=WEIGHTING, token_scores=self._scores
+            )
         for position in self._lossy_forms(layer_id, expert_id):
             self._store(self._forms[position], gate_up, down, moments)
             for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):

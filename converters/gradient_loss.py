@@ -158,7 +158,7 @@ class _Run:
         step = self._num_windows * len(self._info.forms) / self._info.num_experts
         changes = self._form_losses.changes(
             layer.layer_id,
-            layer.block.experts,
+            layer.block,
             kept,
             lambda: self._progress.advance(self._bar, step),
         )

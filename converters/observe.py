@@ -233,6 +233,12 @@ def router_scores(logits: Tensor, score_function: str) -> Tensor:
     return logits.sigmoid() if score_function == "sigmoid" else logits.softmax(dim=-1)
 
 
+def router_scores_of(block: Any, inputs: Tensor, spec: ModelSpec) -> Tensor:
+    """[T, H] what a MoE block was given -> [T, E] its own router's scores, float32."""
+    logits: Tensor = block.gate(inputs)[0]
+    return router_scores(logits.double(), spec.router.score_function).float()
+
+
 def residual_shift(layer_output: Tensor, moe_output: Tensor) -> Tensor:
     """[T] 1 - cos(h, h + m), where h + m [T, H] leaves the layer and m is what the MoE block adds.
 

@@ -6,15 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TinyCheckpoint
+import torch
+from conftest import FAMILY_NAMES, TinyCheckpoint
 from hand_plan import hand_plan, random_forms
 
 from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate, text_packer
+from edge_moe.converters.layer_stream import LayerStream
+from edge_moe.converters.observe import OBSERVE, BlockObserver, router_scores_of
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
+from edge_moe.moments import load_moments
 from edge_moe.plan import Plan
 from edge_moe.runtime.session import Session
 from edge_moe.stats import ExpertStats
@@ -54,12 +58,13 @@ def test_gptq_loses_less_than_nearest_and_is_the_default(
     )
 
 
+@pytest.mark.parametrize("quantiser", ["gptq_refit", "gptq_refit_all"])
 def test_builds_and_the_search_pack_what_was_measured(
-    tiny_checkpoint: TinyCheckpoint, task: Path, tmp_path: Path
+    quantiser: str, tiny_checkpoint: TinyCheckpoint, task: Path, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint("olmoe")
     checkpoint = Checkpoint(folder)
-    info = measured(folder, task, tmp_path / "stats", None).info
+    info = measured(folder, task, tmp_path / "stats", quantiser).info
     forms = random_forms(checkpoint, ("q4_0", "drop"))
     plan = hand_plan(checkpoint, forms).model_copy(
         update={"calibration": info.options, "data_fingerprint": info.data_fingerprint}
@@ -83,6 +88,50 @@ def test_builds_and_the_search_pack_what_was_measured(
     ):
         found = metrics.compare_tokens(built.logits(window), base.logits(window), window)
     np.testing.assert_allclose(scores.kld, found.kld, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_token_through_every_expert(
+    family: str, tiny_checkpoint: TinyCheckpoint, task: Path, tmp_path: Path
+) -> None:
+    """Packing changes; what routed tokens say of experts does not, nor what flows on."""
+    folder = tiny_checkpoint(family)
+    every = measured(folder, task, tmp_path / "every", "gptq_refit_all")
+    routed = measured(folder, task, tmp_path / "routed", "gptq_refit")
+    found, expected = every.to_arrays(), routed.to_arrays()
+    losses = found.pop("form_loss"), expected.pop("form_loss")
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    assert (losses[0] != losses[1]).any()
+    for layer_id in every.info.moe_layer_ids:
+        one, two = (
+            load_moments(tmp_path / name, layer_id, Checkpoint(folder).spec)
+            for name in ("every", "routed")
+        )
+        np.testing.assert_array_equal(one.input_squares.values(), two.input_squares.values())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_router_scores_are_those_that_gates_are_made_of(
+    family: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    """In every token, the chosen experts' gates are one multiple of their scores."""
+    checkpoint = Checkpoint(tiny_checkpoint(family))
+    stream = LayerStream(checkpoint, OBSERVE)
+    layer_id = checkpoint.spec.moe_layer_ids[0]
+    with torch.inference_mode():
+        hidden = stream.embed(list(range(3, 60)))
+        for before in range(layer_id):
+            with stream.loaded(before):
+                hidden = stream.run(before, hidden)
+        with stream.loaded(layer_id):
+            block = stream.moe_block(layer_id)
+            with BlockObserver(block, checkpoint.spec) as observer:
+                seen = observer.take(stream.run(layer_id, hidden))
+            scores = router_scores_of(block, seen.inputs, checkpoint.spec)
+    assert scores.shape == (57, 8) and (scores > 0).all()
+    ratios = seen.gates / scores.gather(1, seen.expert_ids)
+    torch.testing.assert_close(ratios[:, 0], ratios[:, 1], rtol=1e-5, atol=0)
 
 
 def test_layers_may_come_in_any_order(

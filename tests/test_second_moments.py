@@ -8,8 +8,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from edge_moe.errors import InputError
-
 torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402
@@ -80,13 +78,21 @@ def test_sums_by_hand(weighting: Any, weights: tuple[float, float]) -> None:
 
 
 def test_every_token_through_every_expert() -> None:
+    """Expert 0 gets scores 0.5, 0.1 and 0.25: three tokens, worth 0.85^2 / 0.3225 of equal ones."""
     experts, windows = _small()
-    for found in layer_moments(experts, windows, weighting="none", all_tokens=True):
+    scores = [torch.tensor([[0.5, 0.5, 0], [0.1, 0.9, 0]]), torch.tensor([[0.25, 0, 0.75]])]
+    alike = list(layer_moments(experts, windows, weighting="none", token_scores=scores))
+    for found in alike:
         assert found.num_tokens == 3
         assert found.input_squares.tolist() == [14, 5]
         assert found.inner_squares.tolist() == [14]
-    with pytest.raises(InputError, match="'gate' needs a gate per token"):
-        next(layer_moments(experts, windows, all_tokens=True))
+    first, _, third = layer_moments(experts, windows, token_scores=scores)
+    assert first.input_squares == pytest.approx([0.5 * 1 + 0.1 * 9 + 0.25 * 4, 0.5 * 4 + 0.25])
+    assert first.inner_squares == pytest.approx([2.4])
+    assert first.num_tokens == round(0.85**2 / 0.3225) == 2
+    assert third.num_tokens == 1 and third.input_squares == pytest.approx([3, 0.75])
+    nothing = [torch.zeros(2, 3), torch.zeros(1, 3)]
+    assert [each.num_tokens for each in layer_moments(*_small(), token_scores=nothing)] == [0] * 3
 
 
 def test_squares_alone_take_no_matrices() -> None:

@@ -40,7 +40,7 @@ def calibrate_command(
         str | None,
         typer.Option(
             help="How experts are packed, here and by build: gptq_refit (default), nearest, "
-            "imatrix, weighted, refit, gptq.",
+            "imatrix, weighted, refit, gptq; gptq_refit_all for little text.",
             show_default=False,
         ),
     ] = None,

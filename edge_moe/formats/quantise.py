@@ -90,6 +90,8 @@ class Quantiser:
     """Fields of `InputMoments`, any one of which is enough."""
     forms: tuple[str, ...] | None = None
     """Block forms it can pack; None is all of them."""
+    uses_every_token: bool = False
+    """Whether moments are of every token, by the router's score, and not of routed ones alone."""
 
 
 QUANTISERS: dict[str, Quantiser] = {}
@@ -238,6 +240,13 @@ for _quantiser in (
     Quantiser("refit", "nearest's codes, scales for least output error", _refit, _SEEN),
     Quantiser("gptq", "later columns make up the rounding of earlier ones", _gptq, _HESSIAN),
     Quantiser("gptq_refit", "gptq's codes, scales for least output error", _gptq_refit, _HESSIAN),
+    Quantiser(
+        "gptq_refit_all",
+        "gptq_refit with every token sent through every expert",
+        _gptq_refit,
+        _HESSIAN,
+        uses_every_token=True,
+    ),
     Quantiser("absmean", "ternary with d = mean |w|", _absmean, forms=TERNARY_FORMS),
     Quantiser("lloyd", "ternary of least squared error", _nearest, forms=TERNARY_FORMS),
 ):
