@@ -84,7 +84,7 @@ def stats_of(task: str, tmp_path_factory: pytest.TempPathFactory) -> Stats:
 def made_up_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of hidden units without a backward pass."""
 
-    def scores(request: Any, folder: Path) -> Any:
+    def scores(request: Any, folder: Path, stats: Path | None) -> Any:
         spec = request.checkpoint.spec
         shape = spec.num_moe_layers, spec.num_experts, spec.expert_width
         return np.random.default_rng(0).random(shape)
