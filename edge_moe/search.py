@@ -32,6 +32,7 @@ Tables = Callable[[LossKind], FloatArray]
 
 PLAN_NAME = "default loss"
 MIXED_BITS = "mixed bits, none dropped"
+ONE_FORM = "one form for all"
 DROP_FACTORS = (1.0, 2.0, 4.0, 8.0)
 PRIOR_TOKENS = (0.0, 16.0, 64.0)
 LAYER_FACTORS = (0.5, 2.0)
@@ -144,8 +145,11 @@ class _Trials:
 
 
 def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
-    """One proposal per kind of loss, and mixed bits without dropping."""
+    """One proposal per kind of loss, mixed bits without dropping, and one form for all."""
     problem = evidence.problem
+    uniform = _one_form(problem)
+    if uniform is not None:
+        yield ONE_FORM, uniform
     kept_forms = list(range(1, len(problem.form_bytes)))
     mixed = _solved(problem.only_forms(kept_forms, problem.budget_bytes))
     if mixed is not None:
@@ -156,6 +160,16 @@ def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
         choice = _solved(replace(problem, loss=evidence.tables(kind)))
         if choice is not None:
             yield name, choice
+
+
+def _one_form(problem: Problem) -> IntArray | None:
+    """[L, E] every expert in the largest form that fits, where all may take it."""
+    shape = problem.loss.shape[:2]
+    fitting = np.flatnonzero(problem.form_bytes * (shape[0] * shape[1]) <= problem.budget_bytes)
+    largest = int(fitting[-1])
+    if largest == 0 or not problem.allowed[..., largest].all():
+        return None
+    return np.full(shape, largest)
 
 
 def _by_criterion(evidence: Evidence, best: IntArray) -> Iterator[tuple[str, IntArray]]:
