@@ -15,10 +15,11 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from edge_moe.converters.calibrate import calibrate
+from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 from edge_moe.demo import demo_model_dir, task_names
 from edge_moe.demo.equal_bytes import EqualBytes, equal_bytes, print_equal_bytes
 from edge_moe.files import write_text
+from edge_moe.gradient_stats import load_gradients
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARES = (0.5, 0.25, 0.125)
@@ -29,10 +30,14 @@ def measure(
 ) -> list[EqualBytes]:
     """Calibrate once, then compare at every share; one file per share."""
     with TemporaryDirectory(prefix="edge-moe-") as work:
-        stats = calibrate(model, [task], Path(work) / "stats")
+        folder = Path(work) / "stats"
+        stats = calibrate_with_gradients(model, [task], folder)
+        gradients = load_gradients(folder, stats.info)
     found = []
     for share in shares:
-        result = equal_bytes(model, stats, task, share, max_windows=max_windows)
+        result = equal_bytes(
+            model, stats, task, share, gradients=gradients, max_windows=max_windows
+        )
         output.mkdir(parents=True, exist_ok=True)
         path = output / f"equal_bytes-{Path(task).stem}-{share:g}.json"
         write_text(path, result.model_dump_json(indent=1) + "\n")

@@ -34,7 +34,8 @@ from edge_moe.files import write_text
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate
 from edge_moe.plan import MemoryTerm, Plan
-from edge_moe.runtime.evaluate import heldout_windows, open_model, score_windows
+from edge_moe.runtime.evaluate import open_model, score_windows
+from edge_moe.runtime.heldout import heldout_windows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FORM = "tq1_0"

@@ -25,8 +25,9 @@ from edge_moe.files import write_text
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, compare
 from edge_moe.runtime.allotment import Slots, allot, open_source, open_store, record_sizes
-from edge_moe.runtime.evaluate import heldout_windows, progress, score_windows
+from edge_moe.runtime.evaluate import progress, score_windows
 from edge_moe.runtime.generate import Decoder
+from edge_moe.runtime.heldout import heldout_windows
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.simulate import simulate
 from edge_moe.runtime.skipping import SkipRule, parse_skip

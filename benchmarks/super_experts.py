@@ -30,7 +30,7 @@ from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.form_loss import is_lossless
-from edge_moe.converters.variants import VariantScorer
+from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.demo import demo_model_dir, task_names
 from edge_moe.errors import InputError
 from edge_moe.files import write_text
@@ -38,7 +38,7 @@ from edge_moe.formats import expert_bytes
 from edge_moe.formats.base import ByteArray
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, TokenScores
-from edge_moe.runtime.evaluate import heldout_windows
+from edge_moe.runtime.heldout import heldout_windows
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
@@ -169,7 +169,9 @@ def measure(
         for task in tasks
         for window in heldout_windows(task, tokenizer, WINDOW_TOKENS, arguments.windows)
     ]
-    scorer = VariantScorer(checkpoint, windows, ZeroPacker(checkpoint.spec))
+    scorer = VariantScorer(
+        checkpoint, windows, PackedExperts(checkpoint, ZeroPacker(checkpoint.spec))
+    )
     scores = scorer.score({each: zeroed_forms(checkpoint, sets[each]) for each in sets})
     rows = [_zeroed(each, sets[each], stats, scores[each]) for each in sets]
     base_nll = scores[how].base_nll

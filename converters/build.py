@@ -20,6 +20,7 @@ from edge_moe.formats import expert_bytes
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, Target
+from edge_moe.rebill import rebill
 from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes
 
@@ -42,6 +43,7 @@ def build(
     Raises:
         PlanError: the plan was made from another checkpoint.
         TargetError: the target cannot express the plan.
+        BudgetError: the plan was made for another target, and does not fit its budget in this one.
         InputError: `output` exists already.
         DiskSpaceError: too little free space.
         CheckpointError: weights that are missing, damaged, NaN or infinite.
@@ -53,6 +55,7 @@ def build(
     _check_plan(plan, checkpoint)
     if target == "hf":
         check_hf(plan, checkpoint.spec)
+    plan = rebill(plan, checkpoint, target)
     with build_folder(output, _build_fingerprint(plan, target)) as work:
         if target == "native":
             export_native(plan, checkpoint, work, _packer(plan, checkpoint))

@@ -12,15 +12,13 @@ forms, and 2 per dense weight. Packing costs the same per weight and form for an
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 import edge_moe
@@ -35,20 +33,22 @@ from edge_moe.converters.calibration_work import (
     CalibrationWork,
     HiddenWriter,
     calibration_work,
-    require_unfinished,
 )
 from edge_moe.converters.form_loss import FormLosses, add_moments
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservation
 from edge_moe.converters.packer import Packer, PlainPacker
+from edge_moe.converters.progress import progress_bar
 from edge_moe.errors import CheckpointError, InputError
+from edge_moe.exact_sum import ExactSum
 from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP, get_form
 from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
+from edge_moe.gradient_stats import load_gradients
 from edge_moe.plan import CalibrationOptions
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
-from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
+from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo, require_unfinished
 from edge_moe.tasks import (
     task_argument,
     task_label,
@@ -76,6 +76,7 @@ def calibrate(
     modulo N is i; `ExpertStats.merge` joins shards. `forms` defaults to the planner's candidates.
     `quantiser` packs them (see `edge_moe.formats.quantise`): the best by default, which needs the
     whole text at once; shards default to `nearest`, whose losses add up.
+    Gradient statistics that `output` holds must be of the same run; they know the forms' losses.
     Memory: `calibration_terms`. Disk: twice the hidden states of all windows, while it runs.
 
     Raises:
@@ -87,9 +88,10 @@ def calibrate(
     info, texts = calibration_text(
         checkpoint, tasks, window_tokens, max_windows, shard, measured_forms, quantiser
     )
+    known = _known_losses(output, info)
     _require_room(checkpoint, info, output)
     with calibration_work(output, info, [len(text) for text in texts]) as work:
-        stats = _Run(checkpoint, info, work, texts).finish()
+        stats = _Run(checkpoint, info, work, texts, known).finish()
         work.publish_moments()
         stats.save(output)
         work.remove()
@@ -177,11 +179,14 @@ class _Run:
         info: StatsInfo,
         work: CalibrationWork,
         texts: Sequence[Sequence[int]],
+        known: ExactSum | None,
     ) -> None:
+        """`known` [L, E, F] are losses of packed forms that need not be measured again."""
         self.checkpoint = checkpoint
         self.info = info
         self.work = work
         self.texts = texts
+        self.known = known
         self.stream = LayerStream(checkpoint, OBSERVE)
         self.form_losses = FormLosses(checkpoint, info.forms, info.quantiser)
         self.progress = progress_bar()
@@ -233,22 +238,36 @@ class _Run:
         block = self.stream.moe_block(layer_id)
         with BlockObserver(block, self.checkpoint.spec) as observer:
             seen = [observer.take(output) for output in self._outputs(layer_id, writer)]
-        step = len(seen) * len(self.info.forms) / self.info.num_experts
         try:
             moments = add_moments(block.experts, seen, self.checkpoint.spec)
             self.work.save_moments(layer_id, moments)
-            form_losses = self.form_losses.measure(
-                layer_id, block, seen, lambda: self.progress.advance(self.bar, step)
-            )
             stats = self.work.layer_zeros(layer_id)
+            form_losses = self._packed_losses(layer_id, block, seen)
+            if self.known is not None:
+                row = [self.info.moe_layer_ids.index(layer_id)]
+                stats.form_loss.merge(ExactSum(self.known.high[row], self.known.low[row]))
             for observation, losses in zip(seen, form_losses, strict=True):
                 losses[:, stats.form_index(DROP)] = observation.drop_loss
                 _add_window(stats, observation, losses)
         except OverflowError as error:
             raise CheckpointError(
-                f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged"
+                f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged: "
+                "download it again"
             ) from None
         return stats
+
+    def _packed_losses(
+        self, layer_id: int, block: Any, seen: Sequence[WindowObservation]
+    ) -> npt.NDArray[np.float64]:
+        """[windows, E, F] losses of the packed forms; zeros where their sum is known."""
+        num_experts, num_forms = self.info.num_experts, len(self.info.forms)
+        if self.known is not None:
+            self.progress.advance(self.bar, len(seen) * num_forms)
+            return np.zeros((len(seen), num_experts, num_forms))
+        step = len(seen) * num_forms / num_experts
+        return self.form_losses.measure(
+            layer_id, block, seen, lambda: self.progress.advance(self.bar, step)
+        )
 
     def _outputs(self, layer_id: int, writer: HiddenWriter) -> Iterator[Tensor]:
         """Hidden states after the loaded layer, [1, W, H] of each window, also written down."""
@@ -258,6 +277,16 @@ class _Run:
             writer.write(output)
             self.progress.advance(self.bar)
             yield output
+
+
+def _known_losses(output: Path, info: StatsInfo) -> ExactSum | None:
+    """[L, E, F] losses of packed forms that a gradient run has left in `output`.
+
+    Raises:
+        StatsError: it was a run of something else.
+    """
+    gradients = load_gradients(output, info)
+    return None if gradients is None else gradients.packed_loss()
 
 
 def _add_window(
@@ -334,16 +363,3 @@ def _require_room(checkpoint: Checkpoint, info: StatsInfo, output: Path) -> None
     state_and_require_memory(subject, terms)
     hidden_bytes = hidden_file_bytes(checkpoint.spec.hidden_size, info.num_tokens)
     require_free_disk(output, 2 * hidden_bytes, "calibration")
-
-
-def progress_bar() -> Progress:
-    """A bar on stderr, shown only at a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,10 +29,10 @@ from torch import Tensor
 from edge_moe.checkpoint import TensorInfo, read_header
 from edge_moe.converters.safetensors_writer import TensorEntry, header
 from edge_moe.converters.staging import locked
-from edge_moe.errors import EdgeMoeError, InputError, StatsError
-from edge_moe.files import atomic_path, require_new_output, write_text
+from edge_moe.errors import CheckpointError, EdgeMoeError, InputError, StatsError
+from edge_moe.files import atomic_path, write_text
 from edge_moe.moments import LayerMoments, moments_path
-from edge_moe.stats import ExpertStats, StatsInfo
+from edge_moe.stats import ExpertStats, StatsInfo, first_difference, require_unfinished
 
 _HIDDEN = re.compile(r"hidden_(\d+)\.safetensors")
 
@@ -88,6 +88,11 @@ class CalibrationWork:
         else:
             write_text(settings, info.model_dump_json(indent=1) + "\n")
         self._remove_leftovers()
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether a layer is done that a resumed run need not do."""
+        return bool(self.next_layer)
 
     @property
     def next_layer(self) -> int | None:
@@ -165,51 +170,60 @@ class CalibrationWork:
         return self.folder / f"layer_{layer_id:04}.safetensors"
 
 
+class Resumable(Protocol):
+    """Work that a killed or failed run may leave for the next one."""
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether a layer is done that a resumed run need not do."""
+
+    def remove(self) -> None:
+        """Delete the folder."""
+
+
+WorkT = TypeVar("WorkT", bound=Resumable)
+
+
 @contextmanager
 def calibration_work(
     output: Path, info: StatsInfo, window_lengths: Sequence[int]
 ) -> Iterator[CalibrationWork]:
     """Yield the work of a run in `output`, which no other process may write meanwhile.
 
-    A run that fails leaves nothing behind, unless a layer is done that a resumed run need not do.
-
     Raises:
         InputError: as for `require_unfinished`; another run; another process writes there.
     """
     require_unfinished(output)
-    folder = output / "work"
+    with held(output, "work", lambda: CalibrationWork(output, info, window_lengths)) as work:
+        yield work
+
+
+@contextmanager
+def held(output: Path, name: str, begin: Callable[[], WorkT]) -> Iterator[WorkT]:
+    """Yield what `begin` makes of the folder `output/name`, locked against other processes.
+
+    A run that fails leaves nothing behind, unless a layer is done that a resumed run need not do:
+    bad weights have to change, and then nothing of the run can be used again.
+
+    Raises:
+        InputError: another process writes there.
+    """
+    folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
     with locked(
         folder / "lock",
         f"output {output} is being calibrated by another process: wait for it to finish or choose "
         "another path",
     ):
-        work = CalibrationWork(output, info, window_lengths)
+        work = begin()
         try:
             yield work
-        except (EdgeMoeError, OSError):
-            if not work.next_layer:
+        except (EdgeMoeError, OSError) as error:
+            if isinstance(error, CheckpointError) or not work.is_worth_keeping:
                 work.remove()
                 if not any(output.iterdir()):
                     output.rmdir()
             raise
-
-
-def require_unfinished(output: Path) -> None:
-    """Refuse an output that a calibration can neither start in nor resume.
-
-    Raises:
-        InputError: `output` holds finished statistics, or something else.
-    """
-    folder = output / "work"
-    if (output / "stats.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        raise InputError(
-            f"output {output} already holds finished statistics: "
-            "choose another path or remove it first"
-        )
-    if not folder.exists():
-        require_new_output(output)
 
 
 def require_same_run(settings: Path, info: StatsInfo) -> None:
@@ -223,15 +237,13 @@ def require_same_run(settings: Path, info: StatsInfo) -> None:
         begun = type(info).model_validate_json(settings.read_bytes())
     except (OSError, ValidationError):
         raise InputError(f"{settings} is damaged: {remedy}") from None
-    measured = info.model_dump(exclude={"options"})
-    fields = sorted(measured.items(), key=lambda field: field[0].endswith("fingerprint"))
-    for name, value in fields:  # a changed option is named before the fingerprint it changes
-        found = getattr(begun, name)
-        if found != value:
-            raise InputError(
-                f"cannot resume: {name} is {_brief(found)} in {settings} and {_brief(value)} now; "
-                f"{remedy}"
-            )
+    found = first_difference(begun, info, {"options"})
+    if found is not None:
+        name, before, now = found
+        raise InputError(
+            f"cannot resume: {name} is {_brief(before)} in {settings} and {_brief(now)} now; "
+            f"{remedy}"
+        )
 
 
 def _brief(value: object) -> str:

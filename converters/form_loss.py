@@ -53,6 +53,11 @@ class FormChange:
     change: Tensor
     """[n, H] float64, un-gated: f_form - f."""
 
+    @property
+    def loss(self) -> float:
+        """Sum over tokens of (g |f - f_form|)**2."""
+        return float((self.gates.square() * self.change.square().sum(dim=1)).sum())
+
 
 class FormLosses:
     """Losses of one MoE layer; expert by expert, over all of its windows.
@@ -84,9 +89,7 @@ class FormLosses:
         num_experts = self._checkpoint.spec.num_experts
         losses = np.zeros((len(windows), num_experts, len(self._forms)))
         for each in self.changes(layer_id, block, windows, on_expert):
-            square = each.change.square().sum(dim=1)
-            loss = float((each.gates.square() * square).sum())
-            losses[each.window, each.expert_id, each.form] = loss
+            losses[each.window, each.expert_id, each.form] = each.loss
         return losses
 
     def changes(

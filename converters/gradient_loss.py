@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.calibrate import calibration_text, checked_forms, progress_bar
+from edge_moe.converters.calibrate import calibration_text, checked_forms
 from edge_moe.converters.calibration_memory import hidden_file_bytes, state_and_require_memory
 from edge_moe.converters.form_loss import FormLosses
 from edge_moe.converters.gradient_memory import gradient_terms
 from edge_moe.converters.gradient_stream import BlockGradient, GradientStream, LayerGradients
-from edge_moe.converters.gradient_work import GradientWork
+from edge_moe.converters.gradient_work import GradientWork, gradient_work, require_no_gradients
 from edge_moe.converters.observe import mix
+from edge_moe.converters.progress import progress_bar
 from edge_moe.converters.rerouting import weight_changes
 from edge_moe.errors import CheckpointError
 from edge_moe.files import require_free_disk
@@ -39,6 +40,7 @@ from edge_moe.gradient_stats import (
     GradientStats,
     Labels,
 )
+from edge_moe.stats import ExpertStats
 
 
 def measure_gradients(
@@ -50,6 +52,7 @@ def measure_gradients(
     max_windows: int | None = None,
     shard: tuple[int, int] = (0, 1),
     forms: Sequence[str] | None = None,
+    quantiser: str | None = None,
     labels: Labels = "text",
 ) -> GradientStats:
     """Measure the loss gradient at every expert of `model` on the calibration text of `tasks`.
@@ -63,11 +66,11 @@ def measure_gradients(
     Raises:
         EdgeMoeError: bad model, text, option or output, or not enough memory or disk.
     """
+    require_no_gradients(output)
     checkpoint = Checkpoint(model)
     spec = checkpoint.spec
     base, texts = calibration_text(
-        *(checkpoint, tasks, window_tokens, max_windows, shard, checked_forms(spec, forms)),
-        quantiser="nearest",  # what `FormLosses` packs with here, and what adds up over shards
+        checkpoint, tasks, window_tokens, max_windows, shard, checked_forms(spec, forms), quantiser
     )
     info = GradientInfo(
         **base.model_dump(exclude={"version"}),
@@ -76,11 +79,13 @@ def measure_gradients(
         hidden_size=spec.hidden_size,
         expert_width=spec.expert_width,
     )
+    if ExpertStats.settings_path(output).exists():
+        info.require_same_run(ExpertStats.load(output).info)
     _require_room(checkpoint, info, output, max(map(len, texts)))
-    work = GradientWork(output, info, [len(text) for text in texts])
-    stats = _Run(checkpoint, info, work, texts).finish()
-    stats.save(output)
-    work.remove()
+    with gradient_work(output, info, [len(text) for text in texts]) as work:
+        stats = _Run(checkpoint, info, work, texts).finish()
+        stats.save(output)
+        work.remove()
     return stats
 
 
@@ -99,18 +104,20 @@ class _Run:
         self._work = work
         self._num_windows = len(texts)
         self._progress = progress_bar()
-        self._bar = self._progress.add_task("forward", total=self._total_units())
+        self._bar = self._progress.add_task("gradients, forward", total=self._total_units())
         self._stream = GradientStream(
             checkpoint, info, work, texts, lambda: self._progress.advance(self._bar)
         )
-        self._form_losses = FormLosses(checkpoint, info.forms)
+        self._form_losses = FormLosses(checkpoint, info.forms, info.quantiser)
 
     def finish(self) -> GradientStats:
         """The statistics of all layers."""
         with self._progress:
             self._progress.advance(self._bar, self._done_units())
             for layer in self._stream.layers():
-                self._progress.update(self._bar, description=f"layer {layer.layer_id} backward")
+                self._progress.update(
+                    self._bar, description=f"gradients, layer {layer.layer_id + 1}"
+                )
                 try:
                     self._work.save_layer(self._measure(layer))
                 except OverflowError as error:
@@ -158,8 +165,9 @@ class _Run:
         for each in changes:
             change = each.gates[:, None] * each.change
             costs = token_costs(kept[each.window].gradient[each.token].double(), change)
-            for kind, cost in costs.items():
-                total = float(cost.sum())
+            totals = {kind: float(cost.sum()) for kind, cost in costs.items()}
+            totals[FormCost.OUTPUT_CHANGE] = each.loss  # to the last bit what calibration sums
+            for kind, total in totals.items():
                 stats.form_cost[kind].add(total, index=(0, each.expert_id, each.form))
         return stats
 
@@ -181,6 +189,7 @@ def token_costs(gradient: Tensor, change: Tensor) -> dict[FormCost, Tensor]:
     """
     product = gradient * change
     return {
+        FormCost.OUTPUT_CHANGE: change.square().sum(dim=1),
         FormCost.DIAGONAL: product.square().sum(dim=1),
         FormCost.FIRST_ORDER: product.sum(dim=1).square(),
     }

@@ -1,5 +1,6 @@
 """The work folder of a gradient run: what survives kill -9, and where a resumed run goes on.
 
+    lock                       held while a run writes here
     run.json                   GradientInfo of the run; a resume with other settings is refused
     hidden_0007.safetensors    hidden states that enter layer 7, one tensor per window
     gradient_0007.safetensors  gradient of the loss with respect to them
@@ -22,10 +23,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from edge_moe.converters.calibration_work import HiddenReader, HiddenWriter, require_same_run
+from edge_moe.converters.calibration_work import (
+    HiddenReader,
+    HiddenWriter,
+    held,
+    require_same_run,
+)
 from edge_moe.errors import InputError, StatsError
 from edge_moe.files import atomic_path, require_new_output, write_text
 from edge_moe.gradient_stats import GradientInfo, GradientStats
+from edge_moe.stats import ExpertStats
 
 _STATES = re.compile(r"(hidden|gradient)_(\d+)\.safetensors")
 _FOLDER = "gradient_work"
@@ -35,29 +42,26 @@ class GradientWork:
     """Progress of one run inside its output folder, which may hold finished `ExpertStats`."""
 
     def __init__(self, output: Path, info: GradientInfo, window_lengths: Sequence[int]) -> None:
-        """Start a run in `output`, or go on with the one that was begun there.
+        """Start a run in the folder `output/gradient_work`, or go on with the one begun there.
 
         Raises:
-            InputError: `output` holds finished gradient statistics, another run, or something else.
+            InputError: the folder holds another run.
         """
         self.folder = output / _FOLDER
         self._info = info
         self._window_lengths = tuple(window_lengths)
-        if (output / "gradient.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise InputError(
-                f"output {output} already holds finished gradient statistics: "
-                "choose another path or remove gradient.json first"
-            )
         settings = self.folder / "run.json"
         if settings.exists():
             require_same_run(settings, info)
         else:
-            if not self.folder.exists() and not (output / "stats.json").exists():
-                require_new_output(output)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(settings, info.model_dump_json(indent=1) + "\n")
         self._remove_leftovers()
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether a layer is done that a resumed run need not do."""
+        return bool(self.last_hidden) or self.last_gradient is not None
 
     @property
     def last_hidden(self) -> int | None:
@@ -155,3 +159,35 @@ class GradientWork:
 
     def _path(self, kind: str, layer_id: int) -> Path:
         return self.folder / f"{kind}_{layer_id:04}.safetensors"
+
+
+@contextmanager
+def gradient_work(
+    output: Path, info: GradientInfo, window_lengths: Sequence[int]
+) -> Iterator[GradientWork]:
+    """Yield the work of a run in `output`, which no other process may write meanwhile.
+
+    Raises:
+        InputError: as for `require_no_gradients`; another run; another process writes there.
+    """
+    require_no_gradients(output)
+    with held(output, _FOLDER, lambda: GradientWork(output, info, window_lengths)) as work:
+        yield work
+
+
+def require_no_gradients(output: Path) -> None:
+    """Refuse an output that a gradient run can neither start in nor resume.
+
+    Raises:
+        InputError: `output` holds finished gradient statistics, or something else.
+    """
+    folder = output / _FOLDER
+    if GradientStats.settings_path(output).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"output {output} already holds finished gradient statistics: "
+            "choose another path or remove gradient.json first"
+        )
+    beside = folder, output / "work", ExpertStats.settings_path(output)  # a calibration's
+    if not any(path.exists() for path in beside):
+        require_new_output(output)

@@ -105,7 +105,9 @@ class LayerStream:
             )
         rows = to_float32(raw, info.dtype).reshape(len(wanted), -1)
         if not np.isfinite(rows).all():
-            raise CheckpointError(f"{info.path}: {info.name!r} holds NaN or infinity")
+            raise CheckpointError(
+                f"{info.path}: {info.name!r} holds NaN or infinity: download the file again"
+            )
         return aligned(rows[positions])[None]
 
     @contextmanager
@@ -149,7 +151,7 @@ class LayerStream:
         if not torch.isfinite(output).all():
             raise CheckpointError(
                 f"{self._checkpoint.folder}: layer {layer_id} computes NaN or infinity from finite "
-                "input; its weights are damaged"
+                "input; its weights are damaged: download it again"
             )
         return output
 

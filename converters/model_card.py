@@ -16,7 +16,7 @@ from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.formats import DROP
 from edge_moe.plan import Plan, Target
-from edge_moe.reproduce import build_commands, model_name, without_folders
+from edge_moe.reproduce import build_commands, model_name, model_remark, without_folders
 from edge_moe.units import format_bytes
 
 _CARRIED_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -62,7 +62,7 @@ $use
 ```
 $commands
 ```
-
+$model_remark
 | fingerprint | sha256 |
 |---|---|
 | plan | `$plan_fingerprint` |
@@ -132,7 +132,10 @@ def model_card(
         loss=f"{plan.loss:.4g}",
         loss_unit=plan.loss_unit,
         use=_usage(name, target),
-        commands="\n".join(build_commands(without_folders(plan), name, target)),
+        commands="\n".join(
+            build_commands(without_folders(plan.model_copy(update={"model": base})), name, target)
+        ),
+        model_remark=model_remark(base),
         plan_fingerprint=plan_fingerprint(plan),
         model_fingerprint=plan.model_fingerprint,
         stats_fingerprint=plan.stats_fingerprint,

@@ -7,37 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate import text_packer
-from edge_moe.converters.variants import VariantScorer
+from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
-from edge_moe.runtime.evaluate import heldout_windows
+from edge_moe.runtime.heldout import SEARCH_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.search import TimeUp
 from edge_moe.stats import StatsInfo
-
-WINDOW_TOKENS = 256
-MAX_WINDOWS = 16
-SEARCH_PART, REPORT_PART = 1, 0
-"""Held-out windows with odd numbers choose between plans, even ones are left to report on."""
-
-
-def part_of_heldout(
-    tasks: Sequence[str], tokenizer: object, part: int, max_windows: int | None = MAX_WINDOWS
-) -> list[list[int]]:
-    """Every other held-out window of `tasks`: the half that searches, or the half that reports.
-
-    A task of a single window gives it to both.
-
-    Raises:
-        InputError: a task without held-out text.
-    """
-    found: list[list[int]] = []
-    for task in tasks:
-        windows = heldout_windows(task, tokenizer, WINDOW_TOKENS, None)
-        half = windows[part::2] or windows
-        limit = len(half) if max_windows is None else max(1, max_windows // len(tasks))
-        step = max(1, len(half) // limit)
-        found += half[::step][:limit]
-    return found
 
 
 class PlanMeasure:
@@ -50,8 +25,11 @@ class PlanMeasure:
         tasks: Sequence[str],
         seconds: float,
         on_share: Callable[[float], None] = lambda _: None,
+        packed: PackedExperts | None = None,
     ) -> None:
         """`on_share` is told the share of `seconds` that has passed, after every layer.
+
+        `packed` are experts packed as `stats` says, where somebody has them already.
 
         Raises:
             InputError: a task without held-out text, or no time.
@@ -63,8 +41,10 @@ class PlanMeasure:
         self.text = (
             f"{sum(map(len, windows))} tokens of held-out {', '.join(tasks)}, odd windows only"
         )
-        packer = text_packer(checkpoint, stats.options, stats.data_fingerprint)
-        self._scorer = VariantScorer(checkpoint, windows, packer)
+        if packed is None:
+            packer = text_packer(checkpoint, stats.options, stats.data_fingerprint)
+            packed = PackedExperts(checkpoint, packer)
+        self._scorer = VariantScorer(checkpoint, windows, packed)
         self._seconds = seconds
         self._start = time.monotonic()
         self._on_share = on_share

@@ -1,4 +1,4 @@
-"""A progress bar on stderr, shown only where a person looks at a terminal."""
+"""Progress bars on stderr, shown only where a person looks at a terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -33,3 +34,17 @@ def byte_progress(description: str, total_bytes: int) -> Iterator[Advance]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total_bytes)
         yield lambda num_bytes: progress.advance(task, num_bytes)
+
+
+def progress_bar() -> Progress:
+    """Shows the share that is done, the time that has passed, and what is left."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from edge_moe.converters.calibrate import progress_bar
 from edge_moe.converters.calibration_memory import hidden_file_bytes
 from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter, calibration_work
 from edge_moe.converters.layer_stream import LayerStream
+from edge_moe.converters.progress import progress_bar
 from edge_moe.converters.sampling import (
     SAMPLE,
     BlockSampler,

@@ -22,7 +22,7 @@ from edge_moe.converters.transform_scores import Scores
 from edge_moe.converters.transforms import get_method
 from edge_moe.converters.transforms.heapr import fitting_forms
 from edge_moe.files import write_text
-from edge_moe.reproduce import command_line, model_name
+from edge_moe.reproduce import command_line, model_name, model_remark, public_model
 
 RECORD_NAME = "transform.json"
 
@@ -56,7 +56,7 @@ transformers.AutoModelForCausalLM.from_pretrained($name_repr)
 ```
 $command
 ```
-
+$model_remark
 | | |
 |---|---|
 | settings | $settings |
@@ -184,7 +184,8 @@ def transform_card(
         source=record.source,
         shrunk=_shrunk(record),
         sizes="\n".join(row.text() for row in with_total(sizes)),
-        command=_command(record, name),
+        command=_command(record, public_model(base), name),
+        model_remark=model_remark(base),
         settings=", ".join(f"{key} {value}" for key, value in record.settings.items()) or "none",
         num_tokens=f"{record.num_tokens:,}",
         sampled=f", layers run on {record.sample_tokens:,}" if record.sample_tokens else "",
@@ -205,8 +206,8 @@ def _shrunk(record: TransformRecord) -> str:
     return f"Every expert is {record.expert_width} wide instead of {record.source_expert_width}."
 
 
-def _command(record: TransformRecord, name: str) -> str:
-    parts = [record.model, "--method", record.method]
+def _command(record: TransformRecord, model: str, name: str) -> str:
+    parts = [model, "--method", record.method]
     if get_method(record.method).shrinks == "experts":
         parts += ["--experts", str(record.num_experts)]
     else:

@@ -43,7 +43,7 @@ def measure_scores(request: Request, folder: Path, stats: Path | None) -> Scores
         StatsError: `stats` belong to another model.
     """
     if request.method.shrinks == "width":
-        return Scores(neurons=_neuron_scores(request, folder / "gradients"))
+        return Scores(neurons=_neuron_scores(request, folder / "gradients", stats))
     if stats is not None:
         return Scores(stats=_checked_stats(request, stats))
     measured = folder / "stats"
@@ -72,11 +72,14 @@ def _checked_stats(request: Request, folder: Path) -> ExpertStats:
     return stats
 
 
-def _neuron_scores(request: Request, folder: Path) -> FloatArray:
-    """[L, E, I] HEAPr scores of every hidden unit."""
+def _neuron_scores(request: Request, folder: Path, stats: Path | None) -> FloatArray:
+    """[L, E, I] HEAPr scores of every hidden unit, from gradients beside `stats` if there are."""
     from edge_moe.converters.gradient_loss import measure_gradients
     from edge_moe.gradient_stats import GradientStats
 
+    if stats is not None and (stats / "gradient.json").exists():
+        _checked_stats(request, stats)
+        return GradientStats.load(stats).neuron_scores()
     if (folder / "gradient.json").exists():
         return GradientStats.load(folder).neuron_scores()
     return measure_gradients(
@@ -86,4 +89,5 @@ def _neuron_scores(request: Request, folder: Path) -> FloatArray:
         window_tokens=request.limits.window_tokens,
         max_windows=request.limits.max_windows,
         forms=(),
+        quantiser=PLAIN_QUANTISER,
     ).neuron_scores()

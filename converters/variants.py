@@ -79,33 +79,51 @@ class VariantScorer:
     """Scores plans of one checkpoint on the same windows, packing every expert once."""
 
     def __init__(
-        self, checkpoint: Checkpoint, windows: Windows, packer: Packer | None = None
+        self, checkpoint: Checkpoint, windows: Windows, packed: PackedExperts | None = None
     ) -> None:
+        """`packed` may be shared by scorers of one checkpoint; by default packed as `nearest`."""
         self._checkpoint = checkpoint
         self._spec = checkpoint.spec
         self._windows = windows
         self._batches = _batches(windows)
         self._stream = LayerStream(checkpoint, "eager")
-        self._packed = PackedExperts(checkpoint, packer)
+        self._packed = packed or PackedExperts(checkpoint)
+        self._whole = _path([["whole"] * self._spec.num_experts] * self._spec.num_moe_layers)
 
     def score(
-        self, variants: Mapping[str, Forms], on_run: Callable[[float], None] = lambda _: None
+        self,
+        variants: Mapping[str, Forms],
+        on_run: Callable[[float], None] = lambda _: None,
+        whole: Sequence[Tensor] | None = None,
     ) -> dict[str, TokenScores]:
         """Every variant beside the whole checkpoint. `on_run` is told the share of work done.
+
+        `whole` is what `run_whole` of another scorer gave for the same windows: the reference then
+        is that checkpoint, which must share this one's last norm and lm_head.
 
         Raises:
             CheckpointError: a layer is missing or computes NaN or infinity.
         """
-        whole = [["whole"] * self._spec.num_experts] * self._spec.num_moe_layers
         paths = {name: _path(forms) for name, forms in variants.items()}
-        states: dict[_Path, list[Tensor]] = {}
+        wanted = [*paths.values(), *(() if whole is not None else (self._whole,))]
         with torch.inference_mode():
-            states[()] = [self._embed(batch) for batch in self._batches]
-            for layer_id in range(self._spec.num_layers):
-                wanted = [*paths.values(), _path(whole)]
-                states = self._layer(layer_id, states, wanted)
-                on_run((layer_id + 1) / self._spec.num_layers)
-            return self._compare(states, paths, _path(whole))
+            states = self._run_all(wanted, on_run)
+            return self._compare(states, paths, whole or states[self._whole])
+
+    def run_whole(self) -> list[Tensor]:
+        """[B, T, H] the whole checkpoint's last hidden states, one tensor per batch of windows."""
+        with torch.inference_mode():
+            return self._run_all([self._whole], lambda _: None)[self._whole]
+
+    def _run_all(
+        self, wanted: Sequence[_Path], on_run: Callable[[float], None]
+    ) -> dict[_Path, list[Tensor]]:
+        """The last hidden states of every path."""
+        states: dict[_Path, list[Tensor]] = {(): [self._embed(batch) for batch in self._batches]}
+        for layer_id in range(self._spec.num_layers):
+            states = self._layer(layer_id, states, wanted)
+            on_run((layer_id + 1) / self._spec.num_layers)
+        return states
 
     def _embed(self, batch: Sequence[int]) -> Tensor:
         return torch.cat([self._stream.embed(self._windows[index]) for index in batch])
@@ -168,7 +186,7 @@ class VariantScorer:
         return gate_up, down
 
     def _compare(
-        self, states: dict[_Path, list[Tensor]], paths: Mapping[str, _Path], whole: _Path
+        self, states: dict[_Path, list[Tensor]], paths: Mapping[str, _Path], whole: Sequence[Tensor]
     ) -> dict[str, TokenScores]:
         norm, head = self._stream.final_norm(), self._head()
         wanted = set(paths.values())
@@ -180,10 +198,13 @@ class VariantScorer:
         }
         for index, window in enumerate(self._windows):
             position, place = places[index]
-            base = F.linear(norm(states[whole][position][place]), head).numpy()
-            for path in wanted:
-                logits = F.linear(norm(states[path][position][place]), head).numpy()
-                parts[path].append(metrics.compare_tokens(logits, base, window))
+            targets = np.asarray(window[1:], dtype=np.int64)
+            for rows in metrics.row_chunks(len(targets), head.shape[0]):
+                base = F.linear(norm(whole[position][place, rows]), head).numpy()
+                reference = metrics.Reference.of(base)
+                for path in wanted:
+                    logits = F.linear(norm(states[path][position][place, rows]), head).numpy()
+                    parts[path].append(reference.scores(logits, targets[rows]))
         joined = {path: TokenScores.join(found) for path, found in parts.items()}
         return {name: joined[path] for name, path in paths.items()}
 

@@ -100,7 +100,9 @@ def _check_overlaps(tensors: Iterable[TensorInfo], path: Path) -> None:
 
 def _header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
     if len(prefix) < 8:
-        raise CheckpointError(f"{path} is truncated: {file_bytes} bytes hold no header")
+        raise CheckpointError(
+            f"{path} is truncated: {file_bytes} bytes hold no header; download the file again"
+        )
     length: int = struct.unpack("<Q", prefix)[0]
     if length > _MAX_HEADER_BYTES or 8 + length > file_bytes:
         raise CheckpointError(
@@ -383,7 +385,9 @@ def _read_range(path: Path, offset: int, num_bytes: int) -> bytes:
         while len(raw) < num_bytes:  # pread stops at 2 GiB
             more = os.pread(handle.fileno(), num_bytes - len(raw), offset + len(raw))
             if not more:
-                raise CheckpointError(f"{path} ended early: it was truncated while being read")
+                raise CheckpointError(
+                    f"{path} ended early: it was truncated while being read; download it again"
+                )
             raw += more
     return raw
 

@@ -20,6 +20,7 @@ import edge_moe
 from edge_moe.commands.build import build_command
 from edge_moe.commands.calibrate import calibrate_command
 from edge_moe.commands.calibrate_skipping import calibrate_skipping_command
+from edge_moe.commands.compare import compare_command
 from edge_moe.commands.demo import demo_command
 from edge_moe.commands.evaluate import eval_command
 from edge_moe.commands.inspect import inspect_command
@@ -92,6 +93,7 @@ app.command("recover")(recover_command)
 app.command("run")(run_command)
 app.command("simulate")(simulate_command)
 app.command("eval")(eval_command)
+app.command("compare")(compare_command)
 app.command("report")(report_command)
 app.command("demo")(demo_command)
 

@@ -34,7 +34,18 @@ def print_eval(results: Sequence[EvalResult], console: Console) -> None:
     """Names are those of llama-perplexity; many tasks are shown as rows, with fewer figures."""
     if len(results) > _MAX_COLUMNS:
         _print_compact(results, console)
-        return
+    else:
+        _print_columns(results, console)
+    for result in results:
+        if result.num_search_windows:
+            console.print(
+                f"{result.task}: {result.num_search_windows} held-out windows left out, "
+                "the plan was chosen by them",
+                markup=False,
+            )
+
+
+def _print_columns(results: Sequence[EvalResult], console: Console) -> None:
     table = Table(title=_title(results[0]) if results else None, title_justify="left")
     table.add_column("")
     for result in results:
@@ -87,9 +98,9 @@ def _rows(result: EvalResult) -> list[tuple[str, str]]:
         rows.append(("Mean PPL(base)", f"{result.base_perplexity}"))
     rows += _comparison_rows(result)
     if result.exact_match is not None:
-        rows.append(("exact match (Q)", _percent(result.exact_match)))
+        rows.append(("exact match (Q)", percent(result.exact_match)))
     if result.base_exact_match is not None:
-        rows.append(("exact match (base)", _percent(result.base_exact_match)))
+        rows.append(("exact match (base)", percent(result.base_exact_match)))
     if result.recovery is not None:
         rows.append((f"recovery ({result.recovery_of})", f"{result.recovery} %"))
     return rows + _skipping_rows(result)
@@ -108,8 +119,8 @@ def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:
         ("95.0% KLD", f"{found.kld_95:.3g}"),
         ("90.0% KLD", f"{found.kld_90:.3g}"),
         ("Median KLD", f"{found.median_kld:.3g}"),
-        ("RMS Δp", _percent(found.rms_delta_p)),
-        ("Same top p", _percent(found.same_top_p)),
+        ("RMS Δp", percent(found.rms_delta_p)),
+        ("Same top p", percent(found.same_top_p)),
     ]
 
 
@@ -130,5 +141,6 @@ def _skipping_rows(result: EvalResult) -> list[tuple[str, str]]:
     ]
 
 
-def _percent(estimate: Estimate) -> str:
+def percent(estimate: Estimate) -> str:
+    """A share with its error bar: 0.95 -> `95.0 ± 1.2 %`."""
     return f"{Estimate(100 * estimate.value, 100 * estimate.error)} %"

@@ -16,19 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from safetensors.numpy import save_file
 
+from edge_moe.additive import AdditiveStats
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
-from edge_moe.files import atomic_path, write_text
-from edge_moe.stats import StatsInfo, load_sums
+from edge_moe.formats import DROP
+from edge_moe.stats import INCIDENTAL, StatsInfo, brief, first_difference
 
-GRADIENT_VERSION = 1
+GRADIENT_VERSION = 2
 FloatArray = npt.NDArray[np.float64]
 Labels = Literal["text", "sampled"]
 
@@ -40,6 +40,8 @@ class FormCost(StrEnum):
     chosen again without the expert.
     """
 
+    OUTPUT_CHANGE = "output_change"
+    """|dz|**2, whatever the gradient: what `ExpertStats.form_loss` holds."""
     DIAGONAL = "diagonal"
     """sum_j (g_j dz_j)**2: GEMQ (arXiv 2605.23078), E[dz^T diag(g g^T) dz]."""
     FIRST_ORDER = "first_order"
@@ -64,16 +66,27 @@ class GradientInfo(StatsInfo):
         """Predicted tokens: all but the first of every window."""
         return self.num_tokens - len(self.windows)
 
+    def require_same_run(self, stats: StatsInfo) -> None:
+        """Refuse to be used with statistics of something else.
+
+        Raises:
+            StatsError: another model, text, window, form or way of packing.
+        """
+        found = first_difference(stats, self, {"version", *INCIDENTAL})
+        if found is not None:
+            name, wanted, other = found
+            raise StatsError(
+                f"the gradients do not belong to the statistics: {name} is {brief(other)} in one "
+                f"and {brief(wanted)} in the other: calibrate --gradients into a new folder"
+            )
+
 
 @dataclass(eq=False)
-class GradientStats:
+class GradientStats(AdditiveStats[GradientInfo]):
     """Sums over calibration tokens."""
 
-    info: GradientInfo
-    routed_tokens: npt.NDArray[np.int64]
-    """[L, E] tokens that chose the expert."""
     form_cost: dict[FormCost, ExactSum]
-    """[L, E, F] each, in nats squared."""
+    """[L, E, F] each, in nats squared where the gradient plays a part."""
     neuron: dict[str, ExactSum]
     """[L, E, I] each, keyed by `NEURON_SUMS`."""
     gradient_square: ExactSum
@@ -81,8 +94,13 @@ class GradientStats:
     loss_nats: ExactSum
     """[1] cross-entropy of all predicted tokens."""
 
+    STEM: ClassVar = "gradient"
+    INFO: ClassVar = GradientInfo
+    VERSION: ClassVar = GRADIENT_VERSION
+    REMEDY: ClassVar = "run `edge-moe calibrate --gradients`"
+
     @classmethod
-    def zeros(cls, info: GradientInfo) -> GradientStats:
+    def zeros(cls, info: GradientInfo) -> Self:
         experts = len(info.moe_layer_ids), info.num_experts
         return cls(
             info=info,
@@ -114,6 +132,13 @@ class GradientStats:
                 table[..., index] = measured[..., self.info.forms.index(form)]
         return table
 
+    def packed_loss(self) -> ExactSum:
+        """[L, E, F] `ExpertStats.form_loss` of all forms but `drop`, which is 0."""
+        changes, drop = self.form_cost[FormCost.OUTPUT_CHANGE], self.info.forms.index(DROP)
+        high, low = changes.high.copy(), changes.low.copy()
+        high[..., drop] = low[..., drop] = 0
+        return ExactSum(high, low)
+
     def layer_weight(self) -> FloatArray:
         """[L] mean squared gradient per element, sum |g|**2 / (T H): makes layers comparable.
 
@@ -135,21 +160,7 @@ class GradientStats:
         scores = hidden / count * (gradient / count) / 2
         return np.where(self.routed_tokens[..., None] > 0, scores, -1.0)
 
-    def merge(self, other: GradientStats) -> GradientStats:
-        """The statistics of both shards: bit for bit what one run over both gives.
-
-        Raises:
-            StatsError: another model, text or setting, or windows counted twice.
-        """
-        merged = GradientStats.zeros(self.info.merged(other.info))
-        sums = merged._sums()
-        for part in (self, other):
-            merged.routed_tokens += part.routed_tokens
-            for name, found in part._sums().items():
-                sums[name].merge(found)
-        return merged
-
-    def _sums(self) -> dict[str, ExactSum]:
+    def sums(self) -> dict[str, ExactSum]:
         """Every running sum, by the name it is stored under."""
         return {
             **{f"form.{kind}": total for kind, total in self.form_cost.items()},
@@ -158,46 +169,35 @@ class GradientStats:
             "loss_nats": self.loss_nats,
         }
 
-    def to_arrays(self) -> dict[str, npt.NDArray[np.generic]]:
-        """Flat named arrays, as stored."""
-        limbs = {name: total.limbs() for name, total in self._sums().items()}
-        return {"routed_tokens": self.routed_tokens, **limbs}
 
-    @classmethod
-    def from_arrays(
-        cls, info: GradientInfo, arrays: dict[str, npt.NDArray[np.generic]]
-    ) -> GradientStats:
-        """Inverse of `to_arrays`.
+def load_gradients(folder: Path, stats: StatsInfo) -> GradientStats | None:
+    """The gradient statistics in `folder`, which belong to `stats`; None where there are none.
 
-        Raises:
-            StatsError: an array is missing or has another shape or dtype.
-        """
-        found = cls.zeros(info)
-        for name, wanted in found.to_arrays().items():
-            array = arrays.get(name)
-            if array is None or array.shape != wanted.shape or array.dtype != wanted.dtype:
-                raise StatsError(
-                    f"gradient statistics are damaged: array {name!r} is missing or misshapen"
-                )
-        found.routed_tokens += arrays["routed_tokens"].astype(np.int64)
-        for name, total in found._sums().items():
-            total.merge(ExactSum.from_limbs(arrays[name].astype(np.int64)))
-        return found
+    Raises:
+        StatsError: damaged, or of something else.
+    """
+    if not GradientStats.settings_path(folder).exists():
+        return None
+    found = GradientStats.load(folder)
+    found.info.require_same_run(stats)
+    return found
 
-    def save(self, folder: Path) -> None:
-        """Write both files atomically; `gradient.json` comes last and marks them complete."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "gradient.safetensors") as temporary:
-            save_file(self.to_arrays(), temporary)
-        write_text(folder / "gradient.json", self.info.model_dump_json(indent=1) + "\n")
 
-    @classmethod
-    def load(cls, folder: Path) -> GradientStats:
-        """Read what `save` wrote.
+def merge_gradients(folders: Sequence[Path]) -> GradientStats | None:
+    """The gradient statistics of all `folders` together; None where no folder has any.
 
-        Raises:
-            StatsError: missing, incomplete, damaged, or written by another version.
-        """
-        remedy = "measure the gradients first"
-        info, arrays = load_sums(folder, "gradient", GradientInfo, GRADIENT_VERSION, remedy)
-        return cls.from_arrays(info, arrays)
+    Raises:
+        StatsError: only some folders have them, or they do not belong together.
+    """
+    with_gradients = [each for each in folders if GradientStats.settings_path(each).exists()]
+    without = [each for each in folders if each not in with_gradients]
+    if with_gradients and without:
+        raise StatsError(
+            f"cannot merge: {with_gradients[0]} holds loss gradients and {without[0]} none: "
+            f"calibrate {without[0]} with --gradients, or remove gradient.json from the others"
+        )
+    merged: GradientStats | None = None
+    for folder in with_gradients:
+        part = GradientStats.load(folder)
+        merged = part if merged is None else merged.merge(part)
+    return merged

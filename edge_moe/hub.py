@@ -30,7 +30,7 @@ def local_path(model: str) -> Path:
     """`model` as an existing local folder or file.
 
     Raises:
-        InputError: it does not exist.
+        InputError: it does not exist, or is the folder of a GGUF file.
     """
     path = Path(model).expanduser()
     if not path.exists():
@@ -38,12 +38,25 @@ def local_path(model: str) -> Path:
             f"model {model!r} does not exist: give a checkpoint folder, a package, a .gguf file "
             "or a hub id such as Qwen/Qwen3-30B-A3B"
         )
+    inside = gguf_inside(path)
+    if inside is not None:
+        raise InputError(
+            f"model {model!r} is a folder around a GGUF file: inspect and eval read {inside} "
+            "itself, other commands need the checkpoint or a build with --target native"
+        )
     if path.is_file() and path.suffix != ".gguf":
         raise InputError(
             f"model {model!r} is a file: MODEL must be a checkpoint folder, a package folder or a "
             ".gguf file"
         )
     return path
+
+
+def gguf_inside(folder: Path) -> Path | None:
+    """The GGUF file that `build --target gguf` wrote into `folder`, which holds no checkpoint."""
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    return min(folder.glob("*.gguf"), default=None)
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:

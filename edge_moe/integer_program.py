@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_moe.native_output import native_stdout_to_stderr
 from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem
 
 RELATIVE_GAP = 1e-6
@@ -66,13 +67,14 @@ def solve_integer_program(
         others = np.arange(len(least)) % problem.num_groups > 0
         first = np.arange(len(least)) // problem.num_groups * problem.num_groups
         constraints.append(LinearConstraint(groups[others] - groups[first[others]], 0, 0))
-    result = milp(
-        problem.loss[tuple(variables.T)] * scale,
-        constraints=constraints,
-        integrality=np.ones(len(variables)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": time_limit_seconds, "mip_rel_gap": RELATIVE_GAP},
-    )
+    with native_stdout_to_stderr():
+        result = milp(
+            problem.loss[tuple(variables.T)] * scale,
+            constraints=constraints,
+            integrality=np.ones(len(variables)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": time_limit_seconds, "mip_rel_gap": RELATIVE_GAP},
+        )
     bound = -np.inf if result.mip_dual_bound is None else result.mip_dual_bound / scale
     return None if result.x is None else _rounded(problem, variables, result.x), bound
 

@@ -195,6 +195,8 @@ class EvalResult(_Record):
     budget_bytes: int | None = None
     window_tokens: int
     num_windows: int
+    num_search_windows: int = 0
+    """Held-out windows left out, for the plan was chosen by them."""
     num_tokens: int
     """Scored tokens: all but the first of every window."""
     perplexity: Estimate
@@ -202,7 +204,7 @@ class EvalResult(_Record):
     comparison: Comparison | None = None
     num_problems: int = 0
     exact_match: Estimate | None = None
-    """Share of the task's problems solved, where the task has problems."""
+    """Share of the task's problems solved, where it has problems; see `metrics.exact_match`."""
     base_exact_match: Estimate | None = None
     recovery_of: RecoveryKind | None = None
     """The score that `recovery_percent` compares."""

@@ -5,7 +5,7 @@ model under test and base the reference. One difference: llama-perplexity scores
 every window, here every token but a window's first is scored (nothing precedes that one).
 
 Everything is in nats and float64. Error bars are one standard error over tokens, which are taken as
-independent. T tokens in a window, V vocabulary, N = T - 1 scored tokens.
+independent; `exact_match` has its own. T tokens in a window, V vocabulary, N = T - 1 scored tokens.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ class TokenScores:
     delta_p: FloatArray
     is_same_top: npt.NDArray[np.bool_]
 
+    def split(self, num_tokens: int) -> tuple[TokenScores, TokenScores]:
+        """The first `num_tokens` scored tokens, and the others."""
+        cut = {name: np.split(values, [num_tokens]) for name, values in vars(self).items()}
+        first, rest = ({name: parts[i] for name, parts in cut.items()} for i in (0, 1))
+        return TokenScores(**first), TokenScores(**rest)
+
     @classmethod
     def join(cls, parts: Sequence[TokenScores]) -> TokenScores:
         """The scores of several windows, one after the other."""
@@ -90,11 +96,52 @@ def log_softmax(logits: Logits) -> FloatArray:
     return shifted
 
 
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What the reference model says about N tokens, prepared for many models beside it."""
+
+    log_p: FloatArray
+    """[N, V]"""
+    p: FloatArray
+    top: npt.NDArray[np.int64]
+    """[N] most likely token."""
+
+    @classmethod
+    def of(cls, logits: Logits) -> Reference:
+        log_p = log_softmax(logits)
+        return cls(log_p, np.exp(log_p), log_p.argmax(axis=-1))
+
+    def scores(self, logits: Logits, targets: npt.NDArray[np.int64]) -> TokenScores:
+        """Scores of Q's `logits` [N, V] where `targets` [N] follow."""
+        log_p = log_softmax(logits)
+        nll, base_nll = -_pick(log_p, targets), -_pick(self.log_p, targets)
+        is_same_top = log_p.argmax(axis=-1) == self.top
+        with np.errstate(invalid="ignore"):  # 0 * (-inf - x) where base excludes a token
+            difference = np.subtract(self.log_p, log_p, out=log_p)
+            difference *= self.p
+        np.copyto(difference, 0.0, where=self.p == 0)
+        return TokenScores(
+            nll=nll,
+            base_nll=base_nll,
+            kld=difference.sum(axis=-1),
+            delta_p=np.exp(-nll) - np.exp(-base_nll),
+            is_same_top=is_same_top,
+        )
+
+
+def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """Rows of logits that are held in float64 at a time."""
+    step = max(1, _CHUNK_VALUES // vocab_size)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
 def token_nll(logits: Logits, token_ids: Sequence[int]) -> FloatArray:
     """-ln p of every token but the first; `logits` [T, V] follow the `token_ids` [T]. -> [N]"""
     targets = _targets(logits, token_ids)
     parts = [
-        -_pick(log_softmax(logits[rows]), targets[rows]) for rows in _chunks(len(targets), logits)
+        -_pick(log_softmax(logits[rows]), targets[rows])
+        for rows in row_chunks(len(targets), logits.shape[-1])
     ]
     return np.concatenate(parts)
 
@@ -105,8 +152,8 @@ def compare_tokens(logits: Logits, base_logits: Logits, token_ids: Sequence[int]
         raise ValueError(f"logits {logits.shape} and reference {base_logits.shape} differ in shape")
     targets = _targets(logits, token_ids)
     parts = [
-        _compare_rows(log_softmax(logits[rows]), log_softmax(base_logits[rows]), targets[rows])
-        for rows in _chunks(len(targets), logits)
+        Reference.of(base_logits[rows]).scores(logits[rows], targets[rows])
+        for rows in row_chunks(len(targets), logits.shape[-1])
     ]
     return TokenScores.join(parts)
 
@@ -129,8 +176,21 @@ def perplexity(nll: FloatArray) -> Estimate:
 
 
 def exact_match(is_correct: Sequence[bool]) -> Estimate:
-    """Share of problems solved, with its standard error."""
-    return mean_and_error(np.asarray(is_correct, dtype=np.float64))
+    """Share of problems solved; its error is half the width of Wilson's interval at z = 1.
+
+    n / (n + 1) * sqrt(p (1 - p) / n + 1 / (4 n^2)), from E. B. Wilson, "Probable Inference, the Law
+    of Succession, and Statistical Inference", JASA 22 (1927). The standard error would be 0 where
+    all problems are solved, or none, however few they are.
+
+    Raises:
+        ValueError: no problem at all.
+    """
+    count = len(is_correct)
+    if count == 0:
+        raise ValueError("a share of no problems")
+    share = sum(map(bool, is_correct)) / count
+    width = math.sqrt(share * (1 - share) / count + 1 / (4 * count**2))
+    return Estimate(share, count / (count + 1) * width)
 
 
 def ratio(score: Estimate, base: Estimate) -> Estimate:
@@ -164,33 +224,11 @@ def compare(scores: TokenScores) -> Comparison:
     )
 
 
-def _compare_rows(
-    log_p: FloatArray, base_log_p: FloatArray, targets: npt.NDArray[np.int64]
-) -> TokenScores:
-    base_p = np.exp(base_log_p)
-    with np.errstate(invalid="ignore"):  # 0 * (-inf - x) where base excludes a token
-        terms = np.where(base_p > 0, base_p * (base_log_p - log_p), 0.0)
-    nll, base_nll = -_pick(log_p, targets), -_pick(base_log_p, targets)
-    return TokenScores(
-        nll=nll,
-        base_nll=base_nll,
-        kld=terms.sum(axis=-1),
-        delta_p=np.exp(-nll) - np.exp(-base_nll),
-        is_same_top=log_p.argmax(axis=-1) == base_log_p.argmax(axis=-1),
-    )
-
-
 def _targets(logits: Logits, token_ids: Sequence[int]) -> npt.NDArray[np.int64]:
     """The token that follows each position but the last. [N]"""
     if logits.ndim != 2 or len(logits) != len(token_ids):
         raise ValueError(f"logits of shape {logits.shape} do not follow {len(token_ids)} tokens")
     return np.asarray(token_ids[1:], dtype=np.int64)
-
-
-def _chunks(num_rows: int, logits: Logits) -> Iterator[slice]:
-    step = max(1, _CHUNK_VALUES // logits.shape[-1])
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
 
 
 def _pick(log_p: FloatArray, targets: npt.NDArray[np.int64]) -> FloatArray:

@@ -104,6 +104,8 @@ class Plan(_Model):
     model_type: str
     model_fingerprint: str
     stats_fingerprint: str
+    gradient_fingerprint: str = ""
+    """Of the gradient statistics; empty where none were used."""
     tasks: list[str]
     target: Target
     device: Device
@@ -117,6 +119,8 @@ class Plan(_Model):
     """[L][E] where a kept expert lives; `none` for dropped ones."""
     terms: list[MemoryTerm]
     """The bill: dense weights, experts, KV cache, workspace, runtime; adds up to `total_bytes`."""
+    billed_target: Target | None = None
+    """What the bill is for, where that is not `target`: a plan may be built as something else."""
     loss: float
     loss_unit: str
     frontier: list[FrontierPoint]

@@ -116,7 +116,8 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
     for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
         for sentence in sentences:
             console.print(f"{heading}: {sentence}", style="yellow", markup=False)
-    console.print(f"next: {command_line('build', path, '-o', 'OUT')}", markup=False)
+    if plan.target != "onnx":  # its limits say that it cannot be built
+        console.print(f"next: {command_line('build', path, '-o', 'OUT')}", markup=False)
 
 
 def _terms_table(plan: Plan) -> Table:
@@ -216,8 +217,9 @@ def _search_table(search: SearchRecord) -> Table:
 
 def _search_line(search: SearchRecord) -> str:
     ending = "" if search.is_complete else "; the time ran out: --search-seconds gives more"
+    count = len(search.trials)
     return (
-        f"search: {len(search.trials)} plans measured in {search.seconds:.0f} s on "
+        f"search: {count} plan{'s' * (count != 1)} measured in {search.seconds:.0f} s on "
         f"{search.text or 'held-out text'}{ending}"
     )
 

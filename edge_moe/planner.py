@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from edge_moe import __version__
+from edge_moe.additive import AdditiveStats
 from edge_moe.budget import (
     dense_bytes,
     describe_terms,
@@ -21,7 +22,8 @@ from edge_moe.candidates import SOURCE_FORMS, TARGET_RULES, find_candidates
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, StatsError
 from edge_moe.formats import DROP, expert_bytes, get_form
-from edge_moe.loss_table import DEFAULT_LOSS, LossKind, loss_table
+from edge_moe.gradient_stats import GradientStats
+from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
 from edge_moe.optimise import solve
 from edge_moe.overhead import tokenizer_bytes
 from edge_moe.plan import Device, MemoryTerm, Plan, Source, Target
@@ -84,24 +86,30 @@ def make_plan(
     target: Target = "native",
     device: Device = "cpu",
     runtime: tuple[int, Source],
-    loss_kind: LossKind = DEFAULT_LOSS,
+    gradients: GradientStats | None = None,
+    loss_kind: LossKind | None = None,
     measure: MeasureForms | None = None,
     search_seconds: float = 0.0,
 ) -> Plan:
     """The form of every expert that loses least within `budget_bytes` of device memory.
 
     `runtime` is the process's own overhead in bytes and where that number comes from. The context
-    is capped to what the model was made for; it defaults to `DEFAULT_CONTEXT_TOKENS`. With
+    is capped to what the model was made for; it defaults to `DEFAULT_CONTEXT_TOKENS`. `loss_kind`
+    defaults to `GRADIENT_LOSS` where there are `gradients`, and to `DEFAULT_LOSS` otherwise. With
     `measure`, plans proposed in many ways are measured for up to `search_seconds`, and the best of
     them is taken.
 
     Raises:
-        StatsError: the statistics belong to another model or lack a needed loss.
+        StatsError: the statistics belong to another model or lack a needed loss, or the gradients
+            were measured in another run.
         TargetError: the target cannot hold this architecture.
         BudgetError: nothing fits; carries the smallest budget that works.
     """
     spec = checkpoint.spec
     _check_stats(checkpoint, stats)
+    if gradients is not None:
+        gradients.info.require_same_run(stats.info)
+    kind = loss_kind or (DEFAULT_LOSS if gradients is None else GRADIENT_LOSS)
     offer = _find_offer(spec, stats, target, device)
     context = min(context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_position_embeddings)
     setting = _Setting(checkpoint, target, device, context, runtime)
@@ -110,14 +118,14 @@ def make_plan(
     supers = find_super_experts(stats.max_output)
 
     def table(kind: LossKind) -> FloatArray:
-        return loss_table(stats, offer.forms, SOURCE_FORMS[spec.dtype], kind)
+        return loss_table(stats, offer.forms, SOURCE_FORMS[spec.dtype], kind, gradients)
 
-    losses = table(loss_kind)
+    losses = table(kind)
     problem = build_problem(spec, offer.forms, losses, supers, target, budget_bytes - fixed_bytes)
     _check_budget(problem, fixed_terms, budget_bytes, target)
     solution, record = solve(problem), None
     if measure is not None:
-        evidence = Evidence(problem, stats, supers, table)
+        evidence = Evidence(problem, stats, supers, table, kind, gradients is not None)
         named = _by_name(measure, offer.forms)
         solution, record = search(evidence, solution, named, search_seconds)
     rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
@@ -128,6 +136,7 @@ def make_plan(
         model_type=spec.model_type,
         model_fingerprint=checkpoint.fingerprint,
         stats_fingerprint=stats_fingerprint(stats),
+        gradient_fingerprint="" if gradients is None else stats_fingerprint(gradients),
         tasks=list(stats.info.tasks),
         target=target,
         device=device,
@@ -139,7 +148,7 @@ def make_plan(
         tiers=[[_tier(form) for form in row] for row in forms],
         terms=setting.bill(forms),
         loss=solution.loss,
-        loss_unit=loss_kind.unit,
+        loss_unit=kind.unit,
         frontier=find_frontier(problem, fixed_bytes, solution),
         rivals=rivals,
         saliency=_share_of_layer(losses[..., 0]),
@@ -187,7 +196,7 @@ def build_problem(
     )
 
 
-def stats_fingerprint(stats: ExpertStats) -> str:
+def stats_fingerprint(stats: AdditiveStats[Any]) -> str:
     """sha256 over everything that the statistics hold."""
     digest = hashlib.sha256(stats.info.model_dump_json(exclude={"options"}).encode())
     for name, array in sorted(stats.to_arrays().items()):

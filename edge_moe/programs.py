@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from edge_moe.errors import BudgetError, StatsError
+from edge_moe.native_output import native_stdout_to_stderr
 from edge_moe.optimise import TIME_LIMIT_SECONDS, solve
 from edge_moe.problem import FloatArray, IntArray, Problem, Solution
 from edge_moe.units import format_bytes
@@ -203,13 +204,14 @@ def _least_cost(cost: FloatArray, rows: Sequence[Any]) -> IntArray | None:
     once = csr_matrix((np.ones(cost.size), (expert, np.arange(cost.size))))
     found, known = None, float(cost.max())
     for _ in range(2):  # the second time on the scale of the optimum
-        result = milp(
-            cost.flatten() * (_SCALED_COST / known if known > 0 else 1.0),
-            constraints=[LinearConstraint(once, 1, 1), *rows],
-            integrality=np.ones(cost.size),
-            bounds=Bounds(0, 1),
-            options={"time_limit": TIME_LIMIT_SECONDS, "mip_rel_gap": 1e-9},
-        )
+        with native_stdout_to_stderr():
+            result = milp(
+                cost.flatten() * (_SCALED_COST / known if known > 0 else 1.0),
+                constraints=[LinearConstraint(once, 1, 1), *rows],
+                integrality=np.ones(cost.size),
+                bounds=Bounds(0, 1),
+                options={"time_limit": TIME_LIMIT_SECONDS, "mip_rel_gap": 1e-9},
+            )
         if result.x is None:
             return found
         found = np.asarray(result.x.reshape(cost.shape).argmax(axis=1), np.int64)

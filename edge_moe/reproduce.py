@@ -14,16 +14,27 @@ from pathlib import Path
 from edge_moe.demo import task_names
 from edge_moe.measurement import Provenance
 from edge_moe.plan import CalibrationOptions, Plan, Target
-from edge_moe.tasks import task_label
+from edge_moe.tasks import is_plain_text, task_label
 
 STATS = "stats"
 PLAN = "plan.json"
+MODEL = "MODEL"
+"""Stands for a checkpoint that has no hub id, where a command is for others."""
 DEMO_MODEL_NAME = "edge-moe-demo-model"
+RAW_HINT = (
+    "--raw continues the text as it is; without it the model's chat template, if any, is filled in"
+)
 
 
 def command_line(verb: str, *arguments: object) -> str:
     """`edge-moe verb arguments`, quoted for a shell."""
     return shlex.join(["edge-moe", verb, *map(str, arguments)])
+
+
+def prompt_options(plan: Plan) -> list[str]:
+    """A prompt for `edge-moe run`; with --raw where the model was shrunken for plain text."""
+    tasks = plan.calibration.tasks if plan.calibration else plan.tasks
+    return ["--prompt", "...", *(["--raw"] if all(map(is_plain_text, tasks)) else [])]
 
 
 def build_commands(plan: Plan, output: str | Path, target: Target) -> list[str]:
@@ -37,7 +48,7 @@ def build_commands(plan: Plan, output: str | Path, target: Target) -> list[str]:
 
 def without_folders(plan: Plan) -> Plan:
     """The same plan for others to read: no path of this machine, only the names of files."""
-    changes: dict[str, object] = {"model": model_name(plan.model)}
+    changes: dict[str, object] = {"model": public_model(model_name(plan.model))}
     if plan.calibration is not None:
         tasks = tuple(task_label(task) for task in plan.calibration.tasks)
         changes["calibration"] = plan.calibration.model_copy(update={"tasks": tasks})
@@ -79,6 +90,16 @@ def model_name(model: str) -> str:
     return path.name or model
 
 
+def public_model(name: str) -> str:
+    """What a command for others says for the model called `name`: its hub id, or `MODEL`."""
+    return name if "/" in name else MODEL
+
+
+def model_remark(name: str) -> str:
+    """The line of a card that says what `MODEL` is; empty where commands name a hub id."""
+    return f"\n{MODEL} is the checkpoint, {name}.\n" if public_model(name) == MODEL else ""
+
+
 def _is_demo_model(path: Path) -> bool:
     """The shipped model, of this installation or of another."""
     return path.parts[-4:] == ("edge_moe", "demo", "assets", "model")
@@ -90,11 +111,11 @@ def _calibrate_commands(plan: Plan) -> list[str]:
     if asked is None:
         return [command_line("calibrate", plan.model, *tasks, "-o", STATS)]
     if len(asked.shards) == 1:
-        return [_calibrate_command(plan.model, asked, asked.shards[0], STATS)]
+        return [_calibrate_command(plan, asked, asked.shards[0], STATS)]
     parts = [f"{STATS}-{index}" for index in range(len(asked.shards))]
     return [
         *(
-            _calibrate_command(plan.model, asked, shard, part)
+            _calibrate_command(plan, asked, shard, part)
             for shard, part in zip(asked.shards, parts, strict=True)
         ),
         command_line("stats", "merge", STATS, *parts),
@@ -102,13 +123,13 @@ def _calibrate_commands(plan: Plan) -> list[str]:
 
 
 def _calibrate_command(
-    model: str, asked: CalibrationOptions, shard: tuple[int, int], output: str
+    plan: Plan, asked: CalibrationOptions, shard: tuple[int, int], output: str
 ) -> str:
     limit = () if asked.max_windows is None else ("--max-windows", asked.max_windows)
     part = () if shard == (0, 1) else ("--shard", f"{shard[0]}/{shard[1]}")
     return command_line(
         "calibrate",
-        model,
+        plan.model,
         *_options("--task", asked.tasks),
         "--window-tokens",
         asked.window_tokens,
@@ -118,6 +139,7 @@ def _calibrate_command(
         ",".join(asked.forms),
         "--quantiser",
         asked.quantiser,
+        *(("--gradients",) if plan.gradient_fingerprint else ()),
         "-o",
         output,
     )

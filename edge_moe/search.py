@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge_moe.errors import BudgetError
-from edge_moe.loss_table import DropLoss, LossKind
+from edge_moe.loss_table import DEFAULT_LOSS, DropLoss, LayerScale, LossKind
 from edge_moe.optimise import solve
 from edge_moe.plan import SearchRecord, SearchTrial
 from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
@@ -32,14 +32,9 @@ Tables = Callable[[LossKind], FloatArray]
 
 PLAN_NAME = "default loss"
 MIXED_BITS = "mixed bits, none dropped"
+ONE_FORM = "one form for all"
 DROP_FACTORS = (1.0, 2.0, 4.0, 8.0)
 PRIOR_TOKENS = (0.0, 16.0, 64.0)
-_KINDS = {
-    kind.name: kind
-    for prior in PRIOR_TOKENS
-    for factor in DROP_FACTORS
-    for kind in (LossKind(drop_factor=factor, prior_tokens=prior),)
-}
 LAYER_FACTORS = (0.5, 2.0)
 MAX_LAYER_GROUPS = 8
 MAX_PASS_PROPOSALS = 12
@@ -57,11 +52,27 @@ class Evidence:
     """What proposals are made from."""
 
     problem: Problem
-    """With the default loss and the plan's budget."""
+    """With the loss `kind` and the plan's budget."""
     stats: ExpertStats
     supers: BoolArray
     """[L, E] protected experts."""
     tables: Tables
+    kind: LossKind = DEFAULT_LOSS
+    has_gradients: bool = False
+    """Whether `tables` knows the kinds that need them."""
+
+    @property
+    def kinds(self) -> dict[str, LossKind]:
+        """The kinds of loss that propose plans, likeliest first: the time may run out."""
+        scales = [scale for scale in LayerScale if scale.needs_gradients and self.has_gradients]
+        kinds = [LossKind(layers=scale, drop_factor=x) for scale in scales for x in DROP_FACTORS]
+        kinds += [
+            LossKind(drop_factor=factor, prior_tokens=prior)
+            for prior in PRIOR_TOKENS
+            for factor in DROP_FACTORS
+        ]
+        kinds += [LossKind(DropLoss.MEAN), LossKind(DropLoss.ZERO)]
+        return {PLAN_NAME: self.kind} | {kind.name: kind for kind in kinds}
 
 
 def search(
@@ -134,16 +145,31 @@ class _Trials:
 
 
 def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
-    """One proposal per kind of loss, and mixed bits without dropping."""
+    """One proposal per kind of loss, mixed bits without dropping, and one form for all."""
     problem = evidence.problem
+    uniform = _one_form(problem)
+    if uniform is not None:
+        yield ONE_FORM, uniform
     kept_forms = list(range(1, len(problem.form_bytes)))
     mixed = _solved(problem.only_forms(kept_forms, problem.budget_bytes))
     if mixed is not None:
         yield MIXED_BITS, mixed
-    for kind in [*_KINDS.values(), LossKind(DropLoss.MEAN), LossKind(DropLoss.ZERO)]:
+    for name, kind in evidence.kinds.items():
+        if name == PLAN_NAME:
+            continue  # measured already
         choice = _solved(replace(problem, loss=evidence.tables(kind)))
         if choice is not None:
-            yield kind.name, choice
+            yield name, choice
+
+
+def _one_form(problem: Problem) -> IntArray | None:
+    """[L, E] every expert in the largest form that fits, where all may take it."""
+    shape = problem.loss.shape[:2]
+    fitting = np.flatnonzero(problem.form_bytes * (shape[0] * shape[1]) <= problem.budget_bytes)
+    largest = int(fitting[-1])
+    if largest == 0 or not problem.allowed[..., largest].all():
+        return None
+    return np.full(shape, largest)
 
 
 def _by_criterion(evidence: Evidence, best: IntArray) -> Iterator[tuple[str, IntArray]]:
@@ -170,7 +196,7 @@ def _tune_layers(evidence: Evidence, trials: _Trials) -> None:
     problem = evidence.problem
     num_layers = problem.num_layers
     groups = np.array_split(np.arange(num_layers), min(num_layers, MAX_LAYER_GROUPS))
-    base = _KINDS.get(trials.best.name, LossKind())
+    base = _best_kind(evidence.kinds, trials)
     table, weights = evidence.tables(base), np.ones(num_layers)
     while True:
         proposals, changed = {}, {}
@@ -185,6 +211,12 @@ def _tune_layers(evidence: Evidence, trials: _Trials) -> None:
         if not trials.add(proposals) or trials.best.name not in changed:
             return
         weights = changed[trials.best.name]
+
+
+def _best_kind(kinds: Mapping[str, LossKind], trials: _Trials) -> LossKind:
+    """The kind of loss whose plan measured best; the first of all is always among them."""
+    measured = [trial for trial in trials.results if trial.name in kinds]
+    return kinds[min(measured, key=lambda trial: trial.kld).name]
 
 
 def _with_kept(problem: Problem, kept: BoolArray) -> Problem:

@@ -6,19 +6,20 @@ L is the number of MoE layers, E experts, F forms.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from pydantic import BaseModel, ConfigDict
 
-from edge_moe.errors import StatsError
+from edge_moe.additive import AdditiveStats, Arrays
+from edge_moe.errors import InputError, StatsError
 from edge_moe.exact_sum import ExactSum
-from edge_moe.files import atomic_path, read_json, write_text
+from edge_moe.files import require_new_output
 from edge_moe.plan import CalibrationOptions
 
 STATS_VERSION = 2
@@ -75,15 +76,6 @@ class StatsInfo(BaseModel):
     options: CalibrationOptions | None = None
     """How it was asked for; says nothing about what was measured."""
 
-    def merge_key(self) -> dict[str, object]:
-        """The fields that must be equal for two shards to merge; what a person chose comes first.
-
-        A fingerprint says nothing to a person, and another task or window changes it too.
-        """
-        unlike = {"windows", "num_tokens", "edge_moe_version", "options"}
-        fields = self.model_dump(exclude=unlike)
-        return dict(sorted(fields.items(), key=lambda field: field[0].endswith("fingerprint")))
-
     def _merged_options(self, other: StatsInfo) -> CalibrationOptions | None:
         if self.options is None or other.options is None:
             return None
@@ -97,13 +89,13 @@ class StatsInfo(BaseModel):
         Raises:
             StatsError: another model, text or setting, or windows counted twice.
         """
-        for key, value in self.merge_key().items():
-            found = other.merge_key()[key]
-            if found != value:
-                raise StatsError(
-                    f"cannot merge: {key} is {_brief(value)} in one and {_brief(found)} in the "
-                    "other: merge only shards of one run, which differ in --shard alone"
-                )
+        found = first_difference(self, other, {"windows", "num_tokens", *INCIDENTAL})
+        if found is not None:
+            key, one, two = found
+            raise StatsError(
+                f"cannot merge: {key} is {brief(one)} in one and {brief(two)} in the "
+                "other: merge only shards of one run, which differ in --shard alone"
+            )
         twice = sorted(set(self.windows) & set(other.windows))
         if twice:
             raise StatsError(
@@ -118,13 +110,30 @@ class StatsInfo(BaseModel):
         )
 
 
+INCIDENTAL = frozenset({"edge_moe_version", "options"})
+"""Fields that say nothing about what was measured."""
+
+
+def first_difference(
+    left: StatsInfo, right: StatsInfo, ignored: Set[str] = frozenset()
+) -> tuple[str, object, object] | None:
+    """(field, its value in `left`, in `right`) of one that differs; None where none does.
+
+    Fields that a person chose come first: a fingerprint says nothing to a person, and another task
+    or window changes it too.
+    """
+    names = [name for name in type(left).model_fields if name not in ignored]
+    for name in sorted(names, key=lambda name: name.endswith("fingerprint")):
+        values = getattr(left, name), getattr(right, name)
+        if values[0] != values[1]:
+            return name, *values
+    return None
+
+
 @dataclass(eq=False)
-class ExpertStats:
+class ExpertStats(AdditiveStats[StatsInfo]):
     """Sums over calibration tokens."""
 
-    info: StatsInfo
-    routed_tokens: npt.NDArray[np.int64]
-    """[L, E] tokens that chose the expert."""
     max_output: npt.NDArray[np.float64]
     """[L, E] largest |element| of an expert's un-gated output: super experts stand out."""
     expert_sums: dict[str, ExactSum]
@@ -138,8 +147,13 @@ class ExpertStats:
     chosen again without the expert.
     """
 
+    STEM: ClassVar = "stats"
+    INFO: ClassVar = StatsInfo
+    VERSION: ClassVar = STATS_VERSION
+    REMEDY: ClassVar = "run or resume `edge-moe calibrate`"
+
     @classmethod
-    def zeros(cls, info: StatsInfo) -> ExpertStats:
+    def zeros(cls, info: StatsInfo) -> Self:
         num_layers, num_experts = len(info.moe_layer_ids), info.num_experts
         shape = (num_layers, num_experts)
         return cls(
@@ -164,111 +178,41 @@ class ExpertStats:
             )
         return self.info.forms.index(form)
 
-    def merge(self, other: ExpertStats) -> ExpertStats:
-        """The statistics of both shards: bit for bit what one run over both gives.
-
-        Raises:
-            StatsError: another model, text or setting, or windows counted twice.
-        """
-        merged = ExpertStats.zeros(self.info.merged(other.info))
-        for part in (self, other):
-            merged._accumulate(part)
-        return merged
-
-    def _accumulate(self, part: ExpertStats) -> None:
-        self.routed_tokens += part.routed_tokens
-        np.maximum(self.max_output, part.max_output, out=self.max_output)
-        for name in EXPERT_SUMS:
-            self.expert_sums[name].merge(part.expert_sums[name])
-        for name in LAYER_SUMS:
-            self.layer_sums[name].merge(part.layer_sums[name])
-        self.form_loss.merge(part.form_loss)
-
-    def to_arrays(self) -> dict[str, npt.NDArray[np.generic]]:
-        """Flat named arrays, as stored."""
-        arrays: dict[str, npt.NDArray[np.generic]] = {
-            "routed_tokens": self.routed_tokens,
-            "max_output": self.max_output,
-            "form_loss": self.form_loss.limbs(),
+    def sums(self) -> dict[str, ExactSum]:
+        """Every running sum, by the name it is stored under."""
+        return {
+            "form_loss": self.form_loss,
+            **{f"expert.{name}": total for name, total in self.expert_sums.items()},
+            **{f"layer.{name}": total for name, total in self.layer_sums.items()},
         }
-        arrays |= {f"expert.{name}": total.limbs() for name, total in self.expert_sums.items()}
-        arrays |= {f"layer.{name}": total.limbs() for name, total in self.layer_sums.items()}
-        return arrays
 
-    @classmethod
-    def from_arrays(
-        cls, info: StatsInfo, arrays: dict[str, npt.NDArray[np.generic]]
-    ) -> ExpertStats:
-        """Inverse of `to_arrays`.
+    def to_arrays(self) -> Arrays:
+        """Flat named arrays, as stored."""
+        return super().to_arrays() | {"max_output": self.max_output}
 
-        Raises:
-            StatsError: an array is missing or has another shape or dtype.
-        """
-        for name, wanted in cls.zeros(info).to_arrays().items():
-            found = arrays.get(name)
-            if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
-                raise StatsError(f"statistics are damaged: array {name!r} is missing or misshapen")
-
-        def limbs(name: str) -> ExactSum:
-            return ExactSum.from_limbs(arrays[name].astype(np.int64))
-
-        return cls(
-            info=info,
-            routed_tokens=arrays["routed_tokens"].astype(np.int64),
-            max_output=arrays["max_output"].astype(np.float64),
-            expert_sums={name: limbs(f"expert.{name}") for name in EXPERT_SUMS},
-            layer_sums={name: limbs(f"layer.{name}") for name in LAYER_SUMS},
-            form_loss=limbs("form_loss"),
-        )
-
-    def save(self, folder: Path) -> None:
-        """Write both files atomically; `stats.json` comes last and marks the folder complete."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "stats.safetensors") as temporary:
-            save_file(self.to_arrays(), temporary)
-        write_text(folder / "stats.json", self.info.model_dump_json(indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> ExpertStats:
-        """Read what `save` wrote.
-
-        Raises:
-            StatsError: missing, incomplete, damaged, or written by another version.
-        """
-        remedy = "run or resume `edge-moe calibrate`"
-        info, arrays = load_sums(folder, "stats", StatsInfo, STATS_VERSION, remedy)
-        return cls.from_arrays(info, arrays)
+    def _add(self, arrays: Arrays) -> None:
+        super()._add(arrays)
+        np.maximum(self.max_output, arrays["max_output"].astype(np.float64), out=self.max_output)
 
 
-InfoT = TypeVar("InfoT", bound=StatsInfo)
-
-
-def load_sums(
-    folder: Path, stem: str, info_type: type[InfoT], version: int, remedy: str
-) -> tuple[InfoT, dict[str, npt.NDArray[np.generic]]]:
-    """(settings, arrays) of `stem`.json and `stem`.safetensors in `folder`.
+def require_unfinished(output: Path) -> None:
+    """Refuse an output that a calibration can neither start in nor resume.
 
     Raises:
-        StatsError: missing (`remedy` says how to make them), damaged, or of another version.
+        InputError: `output` holds finished statistics, or something else.
     """
-    path = folder / f"{stem}.json"
-    missing = f"{folder} holds no finished statistics (no {path.name}): {remedy}"
-    raw = read_json(path, StatsError, missing=missing, damaged="calibrate again")
-    if isinstance(raw, dict) and raw.get("version") != version:
-        raise StatsError(
-            f"{path} has version {raw.get('version')}, this edge-moe reads "
-            f"{version}: calibrate again"
+    folder = output / "work"
+    if (output / "stats.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"output {output} already holds finished statistics: "
+            "choose another path or remove it first"
         )
-    try:
-        return info_type.model_validate(raw), load_file(folder / f"{stem}.safetensors")
-    except (OSError, ValueError, ValidationError, SafetensorError) as error:
-        raise StatsError(f"{folder} is damaged ({_first_line(error)}): calibrate again") from None
+    if not folder.exists() and not (output / "gradient.json").exists():
+        require_new_output(output)
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
+    """`value` in one line of a message."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

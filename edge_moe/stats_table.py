@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from edge_moe.gradient_stats import GradientStats
 from edge_moe.stats import ExpertStats, StatsInfo
 
 
@@ -33,9 +34,11 @@ class StatsSummary(_Model):
 
     info: StatsInfo
     layers: list[LayerSpread]
+    nats_per_token: float | None = None
+    """Mean cross-entropy of the text; None without gradient statistics."""
 
 
-def summarise_stats(stats: ExpertStats) -> StatsSummary:
+def summarise_stats(stats: ExpertStats, gradients: GradientStats | None = None) -> StatsSummary:
     """The spread of routed tokens and the loss of every form, layer by layer."""
     losses = stats.form_loss.values().sum(axis=1)  # [L, F]
     squares = np.maximum(stats.layer_sums["moe_square"].values(), np.finfo(np.float64).tiny)
@@ -56,7 +59,10 @@ def summarise_stats(stats: ExpertStats) -> StatsSummary:
                 },
             )
         )
-    return StatsSummary(info=stats.info, layers=layers)
+    nats_per_token = None
+    if gradients is not None:
+        nats_per_token = float(gradients.loss_nats.values()[0]) / gradients.info.num_predictions
+    return StatsSummary(info=stats.info, layers=layers, nats_per_token=nats_per_token)
 
 
 def print_stats(summary: StatsSummary, console: Console) -> None:
@@ -83,3 +89,5 @@ def print_stats(summary: StatsSummary, console: Console) -> None:
         )
     console.print(table)
     console.print("under a form: loss with the whole layer in it, as a share of the MoE output")
+    if summary.nats_per_token is not None:
+        console.print(f"with loss gradients, at {summary.nats_per_token:.3f} nats per token")

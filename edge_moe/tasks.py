@@ -148,6 +148,19 @@ def task_file(task: str, split: Split) -> Path:
     return path
 
 
+def is_plain_text(task: str) -> bool:
+    """Whether the first document of `task` is text, not chat messages. False without a file."""
+    try:
+        path = task_file(task, "calibration")
+        if path.suffix == ".txt":
+            return True
+        with path.open(encoding="utf-8") as lines:
+            row = json.loads(next((line for line in lines if line.strip()), "null"))
+    except (InputError, OSError, ValueError):
+        return False
+    return isinstance(row, dict) and "messages" not in row
+
+
 def task_label(task: str) -> str:
     """How statistics name a task: a shipped name, or a file's name without its folder."""
     return task if task in task_names() else Path(task).name

@@ -170,7 +170,10 @@ def allot(
     every = {item.record_bytes: item.num_experts for item in classes}
     if num_slots is not None:
         if num_slots < spec.top_k:
-            raise InputError(f"{num_slots} slots are fewer than top_k={spec.top_k}: give more")
+            fewest = max(spec.top_k, len(classes))
+            raise InputError(
+                f"{num_slots} slots are fewer than top_k={spec.top_k}: give at least {fewest}"
+            )
         counts = allot_by_count(classes, num_slots)
     elif budget_bytes is None:
         counts = every

@@ -27,11 +27,10 @@ from edge_moe.demo.arithmetic import extract_answer
 from edge_moe.errors import InputError, TargetError
 from edge_moe.measurement import EvalResult, ModelKind, Provenance, RecoveryKind, SkippingCost
 from edge_moe.metrics import Estimate, TokenScores
-from edge_moe.package import PLAN_NAME, is_package
-from edge_moe.plan import Plan
+from edge_moe.package import is_package
+from edge_moe.runtime.heldout import is_in_task, text_to_score
 from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.skipping import SkipRule
-from edge_moe.tasks import load_task_texts, task_label, token_windows
 
 if TYPE_CHECKING:
     from edge_moe.runtime.session import Session
@@ -166,22 +165,6 @@ def model_kind(path: Path) -> ModelKind:
     return "package" if is_package(path) else "checkpoint"
 
 
-def heldout_windows(
-    task: str, tokenizer: Any, window_tokens: int, max_windows: int | None
-) -> list[list[int]]:
-    """The task's held-out text as token windows; with `max_windows`, evenly spread ones.
-
-    Raises:
-        InputError: the task has fewer than three tokens of held-out text.
-    """
-    windows = token_windows(load_task_texts(task, "heldout", tokenizer), tokenizer, window_tokens)
-    if max_windows is not None and len(windows) > max_windows:
-        windows = [windows[index * len(windows) // max_windows] for index in range(max_windows)]
-    if sum(len(window) - 1 for window in windows) < 2:
-        raise InputError(f"task {task!r} has too little held-out text: give at least 3 tokens")
-    return windows
-
-
 def score_windows(
     models: Mapping[str, LanguageModel],
     base: LanguageModel,
@@ -249,14 +232,6 @@ def check_same_tokenizer(models: Mapping[str, LanguageModel]) -> None:
             )
 
 
-def is_in_task(model: Path, task: str) -> bool | None:
-    """Whether `model` was shrunken for `task`, from the plan beside it; None without a plan."""
-    plan_path = (model.parent if model.suffix == ".gguf" else model) / PLAN_NAME
-    if not plan_path.exists():
-        return None
-    return task_label(task) in Plan.load(plan_path).tasks
-
-
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Advance]:
     """A bar on stderr, only when somebody is looking."""
@@ -277,7 +252,8 @@ def progress(description: str, total: int) -> Iterator[Advance]:
 def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
     start = time.perf_counter()
     tokenizer = (pair.base or pair.model).tokenizer
-    windows = heldout_windows(task, tokenizer, settings.window_tokens, settings.max_windows)
+    text = text_to_score(pair.path, task, tokenizer, settings.window_tokens, settings.max_windows)
+    windows = text.windows
     before = _statistics(pair)
     with progress(f"{task}: held-out text", len(windows)) as advance:
         quality = _text_quality(pair, windows, advance)
@@ -293,8 +269,9 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
         task=task,
         in_task=is_in_task(pair.path, task),
         budget_bytes=pair.budget_bytes,
-        window_tokens=settings.window_tokens,
+        window_tokens=text.window_tokens,
         num_windows=len(windows),
+        num_search_windows=text.num_search_windows,
         num_problems=len(problems),
         **_recovery(quality),
         skipping=skipping,

@@ -216,7 +216,7 @@ class CheckpointStore(ExpertStore):
         if not _is_finite(buffer, self._records[key].form):
             raise CheckpointError(
                 f"{self._ranges[key][0].path}: layer {self._layer_ids[key[0]]} expert {key[1]} "
-                "holds NaN or infinity; the checkpoint is damaged"
+                "holds NaN or infinity; the checkpoint is damaged: download it again"
             )
         self._verified.add(key)
 

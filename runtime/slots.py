@@ -74,7 +74,8 @@ def allot_by_count(classes: Sequence[SizeClass], num_slots: int) -> dict[int, in
     """
     if num_slots < len(classes):
         raise InputError(
-            f"{num_slots} slots are fewer than the {len(classes)} sizes of experts: give more"
+            f"{num_slots} slots are fewer than the {len(classes)} sizes of experts: give at least "
+            f"{len(classes)}"
         )
     slots = {item.record_bytes: 1 for item in classes}
     missing = num_slots - len(classes)

@@ -8,6 +8,7 @@ import numpy as np
 
 from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.gradient_stats import GRADIENT_VERSION, FormCost, GradientInfo, GradientStats
 from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
 
 LOSS_SHARES = {
@@ -65,3 +66,27 @@ def fake_stats(
     stats.max_output += generator.uniform(1, 2, shape)
     stats.max_output[0, 0] = 100.0
     return stats
+
+
+def fake_gradients(stats: ExpertStats, seed: int = 1, **info: object) -> GradientStats:
+    """Of the same run as `stats`: every expert's losses weighed anew, layer l by 2**l."""
+    num_layers, num_experts = stats.routed_tokens.shape
+    fields: dict[str, object] = {
+        **stats.info.model_dump(exclude={"version"}),
+        "version": GRADIENT_VERSION,
+        "labels": "text",
+        "hidden_size": 64,
+        "expert_width": 64,
+    }
+    gradients = GradientStats.zeros(GradientInfo.model_validate(fields | info))
+    generator = np.random.default_rng(seed)
+    weight = 2.0 ** np.arange(num_layers)
+    gradients.gradient_square.add(64 * stats.info.num_tokens * weight)
+    losses = stats.form_loss.values()
+    gradients.form_cost[FormCost.OUTPUT_CHANGE].add(losses)
+    for kind in (FormCost.DIAGONAL, FormCost.FIRST_ORDER):
+        share = generator.uniform(0.1, 3, (num_layers, num_experts, 1))
+        gradients.form_cost[kind].add(losses * weight[:, None, None] * share)
+    gradients.routed_tokens += stats.routed_tokens
+    gradients.loss_nats.add([2.5 * gradients.info.num_predictions])
+    return gradients

@@ -40,7 +40,10 @@ def hand_plan(
         top_k=spec.top_k,
         forms=rows,
         tiers=[["none" if form == DROP else "device" for form in row] for row in rows],
-        terms=[MemoryTerm(name="experts", num_bytes=experts, source="plan")],
+        terms=[
+            MemoryTerm(name="experts", num_bytes=experts, source="plan"),
+            MemoryTerm(name="runtime", num_bytes=10**6, source="assumed"),
+        ],
         loss=0.5,
         loss_unit="made up",
         frontier=[],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import itertools
 import os
 import shutil
@@ -27,6 +28,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters import calibration_memory
 from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.calibration_memory import calibration_peak_bytes
+from edge_moe.converters.calibration_work import CalibrationWork
 from edge_moe.converters.form_loss import round_trip
 from edge_moe.converters.staging import locked
 from edge_moe.errors import (
@@ -500,18 +502,46 @@ def test_a_failed_run_leaves_nothing_behind(
     assert not (tmp_path / "stats").exists()
 
 
-def test_a_failed_run_keeps_the_layers_that_are_done(
-    tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path
+@pytest.mark.parametrize("layer_id", [0, 1])
+def test_bad_weights_leave_nothing_behind_whatever_was_done(
+    layer_id: int, tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path
 ) -> None:
-    name = "model.layers.{}.self_attn.q_proj.weight"
-    first = damaged_copy(tiny_checkpoint("olmoe"), tmp_path / "first", name.format(0), np.nan)
-    second = damaged_copy(tiny_checkpoint("olmoe"), tmp_path / "second", name.format(1), np.nan)
-    with pytest.raises(CheckpointError, match="layers.0"):
-        run(first, task, tmp_path / "one")
-    assert not (tmp_path / "one").exists()
-    with pytest.raises(CheckpointError, match="layers.1"):
-        run(second, task, tmp_path / "two")
-    assert (tmp_path / "two" / "work" / "hidden_0001.safetensors").exists()
+    """The weights have to change, and a run with others would be refused as a resume."""
+    name = f"model.layers.{layer_id}.self_attn.q_proj.weight"
+    folder = damaged_copy(tiny_checkpoint("olmoe"), tmp_path / "damaged", name, np.nan)
+    output = tmp_path / "stats"
+    with pytest.raises(CheckpointError, match=f"layers.{layer_id}.*download"):
+        run(folder, task, output)
+    assert not output.exists()
+    output.mkdir()
+    (output / "work").mkdir()  # as a run leaves it that was killed at once
+    with pytest.raises(CheckpointError, match=f"layers.{layer_id}"):
+        run(folder, task, output)
+    assert not output.exists()
+    run(tiny_checkpoint("olmoe"), task, output)
+
+
+@pytest.mark.parametrize("layer_id", [0, 1])
+def test_a_failing_disk_keeps_the_layers_that_are_done(
+    layer_id: int,
+    tiny_checkpoint: TinyCheckpoint,
+    task: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_layer = CalibrationWork.save_layer
+
+    def fail(work: CalibrationWork, stats: ExpertStats) -> None:
+        if stats.info.moe_layer_ids == (layer_id,):
+            raise OSError(errno.ENOSPC, "full")
+        save_layer(work, stats)
+
+    output = tmp_path / "stats"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(CalibrationWork, "save_layer", fail)
+        run(tiny_checkpoint("olmoe"), task, output)
+    assert (output / "work" / "hidden_0001.safetensors").exists() == (layer_id == 1)
+    assert output.exists() == (layer_id == 1)
 
 
 def test_a_resume_with_other_settings_is_refused(

@@ -16,7 +16,7 @@ from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate, text_packer
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, BlockObserver, router_scores_of
-from edge_moe.converters.variants import VariantScorer
+from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
 from edge_moe.moments import load_moments
 from edge_moe.plan import Plan
@@ -79,7 +79,9 @@ def test_builds_and_the_search_pack_what_was_measured(
     ).read_bytes()
     window = list(range(3, 60))
     packer = text_packer(checkpoint, info.options, info.data_fingerprint)
-    scores = VariantScorer(checkpoint, [window], packer).score({"plan": forms})["plan"]
+    scores = VariantScorer(checkpoint, [window], PackedExperts(checkpoint, packer)).score(
+        {"plan": forms}
+    )["plan"]
     with (
         Session.open(folder, context_tokens=64) as base,
         Session.open(output, context_tokens=64) as built,

@@ -25,6 +25,7 @@ from edge_moe.errors import BudgetError, InputError
 from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.inspect import inspect_model
 from edge_moe.moments import LayerMoments, moments_path
+from edge_moe.reproduce import RAW_HINT
 from edge_moe.stats import EXPERT_SUMS, STATS_VERSION, ExpertStats, StatsInfo
 
 Failure = Callable[..., str]
@@ -35,6 +36,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Failure:
     """`fails("inspect", "x")`: the single line on stderr, without `error: `; exit code 2."""
 
     def call(*arguments: str | Path, code: int = 2) -> str:
+        capsys.readouterr()  # progress bars of the fixtures
         assert run([str(argument) for argument in arguments]) == code
         output = capsys.readouterr()
         lines = output.err.splitlines()
@@ -125,6 +127,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["plan", "x", "--stats", "s", "--budget", "1GB", "--ctx", "long"], "'long'"),
         (["plan", "x", "--stats", "s", "--budget", "1GB", "--target", "tape"], "'tape'"),
         (["run", "x", "--budget", "some"], "'some' is not understood"),
+        (["run", "x", "--prompt", ""], "--prompt is empty: give it some text"),
+        (["run", "x", "--prompt", "\n "], "--prompt is empty: give it some text"),
         (["calibrate", "x", "--task", "code", "--shard", "4/4"], "shard '4/4'"),
         (["calibrate", "x", "--task", "code", "--forms", ","], "','"),
         (["build", "nowhere.json", "-o", "out"], "nowhere.json does not exist"),
@@ -339,3 +343,27 @@ def test_a_package_lists_no_export_targets(checkpoint: Path, tmp_path: Path) -> 
     opened = Checkpoint(checkpoint)
     package = build(hand_plan(opened, uniform_forms(opened, 4)), tmp_path / "out")
     assert inspect_model(str(package)).targets == []
+
+
+def test_a_finished_build_says_how_to_run_it(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = Checkpoint(checkpoint)
+    plan = hand_plan(opened, uniform_forms(opened, 4), "native")
+    for task, options in (("code", "--prompt ... --raw"), ("gone.jsonl", "--prompt ...")):
+        plan.model_copy(update={"tasks": [task]}).save(tmp_path / "plan.json")
+        output, model = tmp_path / task, ("--model", str(checkpoint))
+        assert run(["build", str(tmp_path / "plan.json"), "-o", str(output), *model]) == 0
+        words = f"next: edge-moe run {output} {options} ({RAW_HINT})".split()
+        assert "".join(capsys.readouterr().err.split()).endswith("".join(words))  # wrapped anywhere
+
+
+def test_the_folder_of_a_gguf_build_points_to_its_file(fails: Failure, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    (tmp_path / "plan.json").touch()
+    for command in (("inspect",), ("eval", "--task", "code"), ("calibrate", "--task", "code")):
+        assert f"inspect and eval read {file} itself" in fails(*command, tmp_path)
+    for model in (tmp_path, file):
+        message = fails("run", model, "--prompt", "x")
+        assert f"`llama-cli -m {file}`, or build with --target native" in message

@@ -129,6 +129,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert {result.task for result in evals} == set(task_names())
     assert [result.in_task for result in evals].count(True) == 1
     assert "peak memory, measured" in output.getvalue()
+    assert f"next: edge-moe run {folder / 'small'} --prompt ... --raw\n" in output.getvalue()
     assert report.stat().st_size > 10_000
 
     before = {path: path.stat().st_mtime_ns for path in (folder / "small").rglob("*")}

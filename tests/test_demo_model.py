@@ -18,7 +18,7 @@ import pytest
 from edge_moe.converters.calibrate import calibrate
 from edge_moe.demo import task_dir, task_names
 from edge_moe.demo.arithmetic import extract_answer
-from edge_moe.runtime.evaluate import heldout_windows
+from edge_moe.runtime.heldout import heldout_windows
 from edge_moe.stats import ExpertStats
 
 pytestmark = pytest.mark.slow

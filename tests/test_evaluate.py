@@ -23,6 +23,7 @@ from edge_moe.eval_table import print_eval
 from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
 from edge_moe.runtime import evaluate as module
+from edge_moe.runtime import heldout
 from edge_moe.runtime.evaluate import evaluate, score_windows, solve_problems
 
 TEXT = "the cat sat on the mat and the dog sat on the log\n" * 20
@@ -154,12 +155,13 @@ def test_in_task_comes_from_the_plan(
 
     class FakePlan:
         tasks = ("other",)
+        search = None
 
         @classmethod
         def load(cls, _path: Path) -> FakePlan:
             return cls()
 
-    monkeypatch.setattr(module, "Plan", FakePlan)
+    monkeypatch.setattr(heldout, "Plan", FakePlan)
     assert evaluate(small, None, [task])[0].in_task is False
     monkeypatch.setattr(FakePlan, "tasks", (Path(task).name,))
     assert evaluate(small, None, [task])[0].in_task is True
@@ -174,7 +176,7 @@ def test_problems_are_solved_by_exact_match() -> None:
     ]
     found = solve_problems(BigramModel(random_table(0), answers), problems)
     assert found.value == pytest.approx(1 / 3)
-    assert found.error == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 2))
+    assert found.error == pytest.approx(3 / 4 * math.sqrt(2 / 27 + 1 / 36))  # Wilson's
 
 
 def test_recovery_is_by_exact_match_where_there_are_problems(
@@ -188,7 +190,8 @@ def test_recovery_is_by_exact_match_where_there_are_problems(
     assert result.exact_match is not None and result.exact_match.value == 0.5
     assert result.recovery_percent == pytest.approx(50)
     assert result.recovery_of == "exact match"
-    assert result.recovery_error_percent == pytest.approx(50)  # 0.5 +- 0.5 of 1 +- 0
+    wilson = 100 * math.hypot(math.sqrt(1 / 12), 1 / 12)  # 0.5 +- sqrt(1/12) of 1 +- 1/6
+    assert result.recovery_error_percent == pytest.approx(wilson)
     assert result.num_problems == 2
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
+from conftest import TinyCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
+from edge_moe.runtime.allotment import allot
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
 from edge_moe.runtime.policy import Key, LeastRecentlyUsed
@@ -171,8 +174,16 @@ def test_slots_by_count() -> None:
     assert allot_by_count(classes, 2) == {8: 1, 20: 1}
     assert sum(allot_by_count(classes, 5).values()) == 5
     assert allot_by_count(classes, 100) == {8: 4, 20: 2}
-    with pytest.raises(InputError, match="1 slots are fewer than the 2 sizes"):
+    with pytest.raises(InputError, match="1 slots are fewer than the 2 sizes.*at least 2$"):
         allot_by_count(classes, 1)
+
+
+def test_too_few_slots_are_told_how_many_are_enough(tiny_checkpoint: TinyCheckpoint) -> None:
+    spec = Checkpoint(tiny_checkpoint("qwen3_moe")).spec  # top-2
+    for sizes, fewest in (([[8, 8, 8, 8]] * 2, 2), ([[4, 8, 16, 32]] * 2, 4)):
+        with pytest.raises(InputError, match=f"1 slots are fewer than .*at least {fewest}$"):
+            allot(spec, sizes, [], None, 1)
+        assert sum(allot(spec, sizes, [], None, fewest).counts.values()) == fewest
 
 
 def test_an_interrupted_acquire_leaves_no_pin() -> None:

@@ -35,6 +35,7 @@ TEXT = "def f(x):\n    return x + 1\n\nIt was the best of times, it was the wors
 WINDOW_TOKENS = 48
 FORMS = ("drop", "q8_0", "q4_0")
 DIRECT: dict[FormCost, Callable[[Tensor, Tensor], Tensor]] = {
+    FormCost.OUTPUT_CHANGE: lambda _, dz: dz.square().sum(),
     FormCost.DIAGONAL: lambda g, dz: ((g * dz) ** 2).sum(),
     FormCost.FIRST_ORDER: lambda g, dz: torch.einsum("th,th->t", g, dz).square().sum(),
 }
@@ -73,7 +74,11 @@ def measured(
 
 
 def run(model: Path, task: str, output: Path, **options: Any) -> GradientStats:
-    arguments: dict[str, Any] = {"window_tokens": WINDOW_TOKENS, "forms": FORMS} | options
+    arguments: dict[str, Any] = {
+        "window_tokens": WINDOW_TOKENS,
+        "forms": FORMS,
+        "quantiser": "nearest",
+    } | options
     return measure_gradients(model, [task], output, **arguments)
 
 
@@ -198,7 +203,11 @@ def test_neuron_score_is_the_second_order_of_a_quadratic_loss() -> None:
 def test_costs_of_one_token_by_hand() -> None:
     gradient, change = torch.tensor([[1.0, 2.0]]).double(), torch.tensor([[3.0, -1.0]]).double()
     costs = {kind: float(cost[0]) for kind, cost in token_costs(gradient, change).items()}
-    assert costs == {FormCost.DIAGONAL: 9 + 4, FormCost.FIRST_ORDER: 1}
+    assert costs == {
+        FormCost.OUTPUT_CHANGE: 9 + 1,
+        FormCost.DIAGONAL: 9 + 4,
+        FormCost.FIRST_ORDER: 1,
+    }
 
 
 def test_layer_weight_and_loss(
@@ -279,7 +288,7 @@ def test_the_folder_of_a_calibration_holds_both(
     tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path
 ) -> None:
     folder, output = tiny_checkpoint("olmoe"), tmp_path / "stats"
-    calibrate(folder, [task], output, window_tokens=WINDOW_TOKENS, forms=FORMS)
+    calibrate(folder, [task], output, window_tokens=WINDOW_TOKENS, forms=FORMS, quantiser="nearest")
     stats = run(folder, task, output)
     assert ExpertStats.load(output).info.data_fingerprint == stats.info.data_fingerprint
     np.testing.assert_array_equal(ExpertStats.load(output).routed_tokens, stats.routed_tokens)

@@ -84,6 +84,18 @@ def test_imports_point_one_way(path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["inspect", "DEMO"]])
 def test_light_commands_import_nothing_heavy(arguments: list[str], demo_model: Path) -> None:
     arguments = [str(demo_model) if argument == "DEMO" else argument for argument in arguments]
+    assert run_light(*arguments) == 0
+
+
+def test_finished_statistics_are_refused_before_anything_heavy(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "stats.json").touch()
+    assert run_light("calibrate", str(demo_model), "--task", "code", "-o", str(tmp_path)) == 2
+
+
+def run_light(*arguments: str) -> int:
+    """The exit code of a command line that must import nothing heavy."""
     code = (
         "import sys; from edge_moe.cli import run; code = run(sys.argv[1:]);"
         f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules]); sys.exit(code)"
@@ -93,6 +105,7 @@ def test_light_commands_import_nothing_heavy(arguments: list[str], demo_model: P
         cwd=ROOT,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+    return done.returncode

@@ -97,8 +97,29 @@ def test_perplexity_error_covers_the_truth() -> None:
 
 def test_exact_match() -> None:
     found = metrics.exact_match([True, True, True, False])
-    assert_estimate(found, 0.75, math.sqrt(0.75 * 0.25 / 3))
-    assert f"{found:.2f}" == "0.75 ± 0.25"
+    assert_estimate(found, 0.75, 0.2)  # 4/5 sqrt(3/64 + 1/64)
+    assert f"{found:.2f}" == "0.75 ± 0.20"
+
+
+@pytest.mark.parametrize("solved", [0, 20])
+def test_twenty_equal_answers_are_not_certain(solved: int) -> None:
+    found = metrics.exact_match([True] * solved + [False] * (20 - solved))
+    assert_estimate(found, solved / 20, 1 / 42)  # 20/21 sqrt(1/1600)
+
+
+@given(solved=st.integers(0, 500), missed=st.integers(1, 500))
+def test_exact_match_spans_wilsons_interval(solved: int, missed: int) -> None:
+    """Its ends are the shares p that lie one of their own standard errors from the one found."""
+    count = solved + missed
+    found = metrics.exact_match([True] * solved + [False] * missed)
+    middle = (found.value + 1 / (2 * count)) / (1 + 1 / count)
+    for share in (middle - found.error, middle + found.error):
+        assert (found.value - share) ** 2 == pytest.approx(share * (1 - share) / count, abs=1e-12)
+
+
+def test_no_problems_have_no_share() -> None:
+    with pytest.raises(ValueError, match="no problems"):
+        metrics.exact_match([])
 
 
 def test_digits_follow_the_error() -> None:

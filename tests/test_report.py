@@ -7,16 +7,22 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import TinyCheckpoint
+from hand_plan import hand_plan, uniform_forms
 from rich.console import Console
 
-from edge_moe.errors import InputError
-from edge_moe.measurement import Provenance, RunMeasurement
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import build
+from edge_moe.errors import InputError, PackageError
+from edge_moe.measurement import EvalResult, Provenance, RunMeasurement
+from edge_moe.metrics import Estimate
 from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, Rival, SearchRecord, SearchTrial
 from edge_moe.report import charts, print_report, write_report
 from edge_moe.report.data import load_report
-from edge_moe.report.facts import speed_table, term_table
+from edge_moe.report.facts import problem_table, speed_table, term_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -127,6 +133,7 @@ def test_terms_carry_their_error(artefact: Path) -> None:
     # 500 of 1000 tokens were cached: 10 % more than half of the 1 MB that was planned
     assert rows["KV cache"].measured_bytes == 550_000
     assert rows["KV cache"].error == pytest.approx(0.1)
+    assert rows["KV cache"].how.endswith("500 of 1,000 tokens, compared with their share")
     assert rows["runtime"].error == pytest.approx(-0.01)
     rest = 20_400_000 - 10_500_000 - 2_500_000 - 550_000 - 5_940_000
     assert rows["workspace"].measured_bytes == rest
@@ -182,6 +189,90 @@ def test_page_is_offline_and_escapes(artefact: Path, tmp_path: Path) -> None:
     for name in ("bill", "waterfall", "frontier", "search", "forms", "saliency"):
         assert f'id="chart-{name}"' in body
     assert "&lt;slow&gt; trial" in body and "3 plans measured in 7 s on some text" in body
+
+
+def test_a_gguf_file_is_not_to_be_measured_by_run(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    _plan().save(tmp_path / "plan.json")
+    for target, says_how in (("native", True), ("gguf", False)):
+        if target == "gguf":
+            (tmp_path / "model.gguf").touch()
+        console = Console(width=100, record=True, file=open("/dev/null", "w"))
+        print_report(tmp_path, console)
+        write_report(tmp_path, tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert ("memory not measured yet: edge-moe run" in console.export_text()) == says_how
+        assert ("Nothing is measured yet: <code>edge-moe run" in page) == says_how
+
+
+def test_one_measured_plan_is_no_chart(artefact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    plan = Plan.load(artefact / "plan.json")
+    assert plan.search is not None
+    plan.search.trials = plan.search.trials[1:2]
+    plan.save(artefact / "plan.json")
+    write_report(artefact, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "chart-search" not in page and "red mark" not in page
+    assert "1 plan measured in 7 s" in page
+
+
+def test_problems_solved_are_shown(artefact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    _evaluated(artefact, "prose")
+    assert problem_table(load_report(artefact)) == []
+    solved = {"num_problems": 20, "exact_match": Estimate(0.9, 0.068)}
+    _evaluated(artefact, "arithmetic", **solved)
+    (row,) = problem_table(load_report(artefact))
+    assert row == {
+        "task": "arithmetic (off task)",
+        "problems": "20",
+        "before": "-",
+        "after": "90.0 ± 6.8 %",
+        "recovery": "-",
+    }
+    base = {"base_exact_match": Estimate(1.0, 0.024), "recovery_of": "exact match"}
+    kept = {"recovery_percent": 90.0, "recovery_error_percent": 7.1}
+    _evaluated(artefact, "arithmetic", **solved, **base, **kept)
+    write_report(artefact, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    print_report(artefact, console)
+    for text in ("100.0 ± 2.4 %", "90.0 ± 6.8 %", "90.0 ± 7.1 %"):
+        assert f"<td>{text}</td>" in page
+        assert text in console.export_text(clear=False)
+
+
+def _evaluated(folder: Path, task: str, **quality: Any) -> None:
+    EvalResult(
+        provenance=Provenance.here(),
+        model=str(folder),
+        model_kind="package",
+        against=None,
+        task=task,
+        in_task=False,
+        window_tokens=256,
+        num_windows=1,
+        num_tokens=255,
+        perplexity=Estimate(3.0, 0.1),
+        seconds=1.0,
+        **quality,
+    ).save(folder)
+
+
+@pytest.mark.parametrize("loss", ["experts-00001.safetensors", "edge_moe.json", "gutted"])
+def test_a_package_that_lost_something_is_refused(
+    loss: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe"))
+    folder = build(hand_plan(checkpoint, uniform_forms(checkpoint, 4), "native"), tmp_path / "out")
+    load_report(folder)
+    if loss == "gutted":
+        (folder / "edge_moe.json").write_text('{"version": 1}')
+    else:
+        (folder / loss).unlink()
+    with pytest.raises(PackageError, match="build"):
+        load_report(folder)
 
 
 def test_paging_is_shown_only_where_something_was_paged(artefact: Path) -> None:

@@ -15,7 +15,13 @@ from edge_moe.converters.model_card import base_model, model_card
 from edge_moe.demo import build_assets
 from edge_moe.measurement import Provenance
 from edge_moe.plan import CalibrationOptions, Plan, SearchRecord
-from edge_moe.reproduce import build_commands, model_name, replay, without_folders
+from edge_moe.reproduce import (
+    build_commands,
+    model_name,
+    prompt_options,
+    replay,
+    without_folders,
+)
 
 
 @pytest.fixture
@@ -57,6 +63,12 @@ def test_every_option_is_named_and_quoted(plan: Plan) -> None:
     assert make[:5] == ["edge-moe", "plan", "/my models/it's", "--stats", "stats"]
     assert "--no-search" in make and make[-2:] == ["-o", "plan.json"]
     assert build == ["edge-moe", "build", "plan.json", "-o", "my out", "--target", "hf"]
+
+
+def test_gradients_are_measured_again(plan: Plan) -> None:
+    assert "--gradients" not in build_commands(plan, "out", "native")[0]
+    found = plan.model_copy(update={"gradient_fingerprint": "0" * 64})
+    assert "--quantiser nearest --gradients -o stats" in build_commands(found, "out", "native")[0]
 
 
 def test_search_options(plan: Plan) -> None:
@@ -117,3 +129,21 @@ def test_the_card_of_a_shrunken_demo_model(demo_model: Path) -> None:
     card = model_card(plan, checkpoint, "small", "native", [])
     assert "\nlicense: apache-2.0\n" in card and "licence is not repeated" not in card
     assert str(demo_model) not in card
+    assert "\nedge-moe calibrate MODEL --task" in card and "\nedge-moe plan MODEL --stats" in card
+    assert "\n```\n\nMODEL is the checkpoint, edge-moe-demo-model.\n\n| fingerprint" in card
+    hub = plan.model_copy(update={"model": "some/model"})
+    card = model_card(hub, checkpoint, "small", "native", [])
+    assert "edge-moe plan some/model --stats" in card and "MODEL" not in card
+    assert "\n```\n\n| fingerprint" in card
+
+
+def test_a_model_for_plain_text_is_asked_without_its_chat_template(
+    plan: Plan, tmp_path: Path
+) -> None:
+    assert plan.calibration is not None
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"messages": []}')
+    for tasks, options in ((("code",), ["--raw"]), (("code", str(chat)), [])):
+        asked = plan.calibration.model_copy(update={"tasks": tasks})
+        found = prompt_options(plan.model_copy(update={"calibration": asked}))
+        assert found == ["--prompt", "...", *options]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from edge_moe.optimise import solve
 from edge_moe.planner import build_problem
 from edge_moe.problem import IntArray
 from edge_moe.saliency import CRITERIA
-from edge_moe.search import MIXED_BITS, PLAN_NAME, Evidence, TimeUp, search
+from edge_moe.search import MIXED_BITS, ONE_FORM, PLAN_NAME, Evidence, TimeUp, search
 from edge_moe.super_experts import find_super_experts
 
 
@@ -105,3 +106,20 @@ def test_time_is_looked_at_between_passes(evidence: Evidence) -> None:
     _, record = search(evidence, solve(evidence.problem), measure, seconds=-1.0)
     assert not record.is_complete
     assert len(record.trials) == 1
+
+
+def test_one_form_for_all_is_proposed_where_everybody_may_take_it(evidence: Evidence) -> None:
+    def measure(choices: Mapping[str, IntArray]) -> dict[str, float]:
+        return {name: 0.0 if name == ONE_FORM else 1.0 for name in choices}
+
+    free = replace(
+        evidence, problem=replace(evidence.problem, allowed=np.ones_like(evidence.problem.allowed))
+    )
+    best, record = search(free, solve(free.problem), measure, seconds=300)
+    assert record.chosen == ONE_FORM
+    assert len(np.unique(best.choice)) == 1
+    one_larger = int(best.choice[0, 0]) + 1
+    larger = np.full_like(best.choice, one_larger)
+    assert free.problem.bytes_of(larger) > free.problem.budget_bytes >= best.expert_bytes
+    _, record = search(evidence, solve(evidence.problem), measure, seconds=300)
+    assert record.chosen != ONE_FORM, "super experts may not be that small"

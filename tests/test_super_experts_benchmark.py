@@ -13,7 +13,7 @@ from super_experts import FOUND, LOUDEST, ZeroPacker, choose, draw_others, zeroe
 from test_self_checks import PROMPT, runtime_logits, scale_down_proj
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.variants import VariantScorer
+from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
 from edge_moe.metrics import compare_tokens
 
@@ -44,7 +44,9 @@ def test_a_zeroed_expert_adds_nothing_and_is_still_chosen(dtype: str, tmp_path: 
     folder = make_tiny_checkpoint(tmp_path / "source", "qwen2_moe", dtype=dtype)
     checkpoint = Checkpoint(folder)
     forms = zeroed_forms(checkpoint, ((0, 3),))
-    scorer = VariantScorer(checkpoint, [PROMPT], ZeroPacker(checkpoint.spec))
+    scorer = VariantScorer(
+        checkpoint, [PROMPT], PackedExperts(checkpoint, ZeroPacker(checkpoint.spec))
+    )
     found = scorer.score({"zeroed": forms})["zeroed"].kld
     zeroed = shutil.copytree(folder, tmp_path / "zeroed")
     scale_down_proj(zeroed, 3, 0.0)

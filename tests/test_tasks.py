@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_moe.demo import task_names
 from edge_moe.errors import InputError
 from edge_moe.tasks import (
+    is_plain_text,
     load_task_texts,
     split_documents,
     task_label,
@@ -178,3 +180,20 @@ def test_fingerprints_see_window_borders_and_file_contents(tmp_path: Path) -> No
     empty = tokenizer_fingerprint(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert tokenizer_fingerprint(tmp_path) != empty
+
+
+def test_plain_text_is_told_from_chats(tmp_path: Path) -> None:
+    assert all(map(is_plain_text, task_names()))
+    lines = {
+        "chat.jsonl": '\n{"messages": [{"role": "user", "content": "hi"}]}\n',
+        "text.jsonl": '\n{"text": "say messages"}\n',
+        "pairs.jsonl": '{"prompt": "2 + 2 =", "completion": " 4"}\n',
+        "broken.jsonl": "{",
+        "empty.jsonl": "",
+        "notes.txt": '{"messages": []}',
+    }
+    for name, text in lines.items():
+        (tmp_path / name).write_text(text)
+    plain = {name for name in lines if is_plain_text(str(tmp_path / name))}
+    assert plain == {"text.jsonl", "pairs.jsonl", "notes.txt"}
+    assert not is_plain_text(str(tmp_path / "gone.txt"))

@@ -84,7 +84,7 @@ def stats_of(task: str, tmp_path_factory: pytest.TempPathFactory) -> Stats:
 def made_up_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of hidden units without a backward pass."""
 
-    def scores(request: Any, folder: Path) -> Any:
+    def scores(request: Any, folder: Path, stats: Path | None) -> Any:
         spec = request.checkpoint.spec
         shape = spec.num_moe_layers, spec.num_experts, spec.expert_width
         return np.random.default_rng(0).random(shape)
@@ -424,10 +424,13 @@ def test_record_and_card(
     card = (tmp_path / "out/README.md").read_text()
     assert 'base_model: "Qwen/Tiny-MoE"\n' in card
     assert "Every layer has 4 experts instead of 8." in card
+    assert "edge-moe transform Qwen/Tiny-MoE --method" in card and "MODEL" not in card
     assert "--method sub-moe --experts 4" in card and "--set truncate=0.1" in card
     assert "--window-tokens 32 --sample-tokens 100 -o out" in card
     again = run(tmp_path / "out", task, tmp_path / "twice", "prune", num_experts=2)
     assert again.source_transform == json.loads((tmp_path / "out/transform.json").read_text())
+    card = (tmp_path / "twice/README.md").read_text()
+    assert "edge-moe transform MODEL --method" in card and "MODEL is the checkpoint, out." in card
 
 
 def test_width_says_which_forms_are_lost(

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from edge_moe import metrics
 from edge_moe.metrics import Estimate, TokenScores
-from edge_moe.runtime.evaluate import heldout_windows, progress
+from edge_moe.runtime.evaluate import progress
+from edge_moe.runtime.heldout import heldout_windows
 from smollm2.convert import NEURONS_NAME
 from smollm2.source import DenseModel
 from smollm2.split import NeuronSplit

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edge_moe.commands.options import TargetName, stderr
+
+if TYPE_CHECKING:
+    from edge_moe.plan import Plan
 
 
 def build_command(
@@ -42,13 +45,13 @@ def build_command(
     num_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
     console = stderr()
     console.print(f"{path}: {format_bytes(num_bytes)}")
-    console.print(f"next: {_next_command(path, target.value if target else loaded.target)}")
+    console.print(f"next: {_next_command(path, target.value if target else loaded.target, loaded)}")
 
 
-def _next_command(path: Path, target: str) -> str:
-    from edge_moe.reproduce import command_line
+def _next_command(path: Path, target: str, plan: Plan) -> str:
+    from edge_moe.reproduce import RAW_HINT, command_line, prompt_options
 
     if target == "native":
-        return command_line("run", path, "--prompt", "...")
+        return f"{command_line('run', path, *prompt_options(plan))}\n  ({RAW_HINT})"
     artefact = path / "model.gguf" if target == "gguf" else path
     return command_line("eval", artefact, "--against", "MODEL", "--task", "TASK")

@@ -44,19 +44,34 @@ def calibrate_command(
             show_default=False,
         ),
     ] = None,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients", help="Run backwards too: better plans, at about twice the time."
+        ),
+    ] = False,
     revision: Revision = None,
 ) -> None:
-    """Measure every expert on task text, layer by layer. A killed run resumes by running again."""
+    """Measure every expert on task text, layer by layer. A killed run resumes by running again.
+
+    With --gradients a second pass measures what the language-model loss says about every expert.
+    """
+    from edge_moe.gradient_stats import GradientStats
     from edge_moe.hub import resolve_model
     from edge_moe.reproduce import command_line
+    from edge_moe.stats import require_unfinished
 
+    if not gradients or GradientStats.settings_path(output).exists():
+        require_unfinished(output)
     part = parse_shard(shard)
     names = parse_names(forms) if forms is not None else None
     folder = resolve_model(model, revision)
     from edge_moe.converters.calibrate import calibrate
+    from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 
+    measure = calibrate_with_gradients if gradients else calibrate
     try:
-        stats = calibrate(
+        stats = measure(
             folder,
             task,
             output,
@@ -75,6 +90,7 @@ def calibrate_command(
         f"{output}: {info.num_tokens:,} tokens in {len(info.windows)} of {info.num_windows} "
         f"windows, {len(info.moe_layer_ids)} layers x {info.num_experts} experts, "
         f"forms {', '.join(info.forms)}, packed by {info.quantiser}"
+        f"{', with loss gradients' if gradients else ''}"
     )
     if part[1] > 1:
         console.print(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edge_moe.runtime.skipping import SkipRule
 
 _PLAIN_WIDTH = 110  # columns when nobody's terminal sets them, as in a pipe or a file
+_TABLE_WIDTH = 190  # a Markdown table in a pipe keeps its rows whole
 
 
 class TargetName(StrEnum):
@@ -101,6 +102,11 @@ def stdout() -> Console:
     """Results go here."""
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     return Console(width=width, highlight=False, markup=False)
+
+
+def wide_stdout() -> Console:
+    """For tables that are Markdown where nobody watches."""
+    return stdout() if sys.stdout.isatty() else Console(width=_TABLE_WIDTH, highlight=False)
 
 
 def stderr() -> Console:

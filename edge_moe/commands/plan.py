@@ -79,10 +79,11 @@ def plan_command(
     """Choose the form of every expert under a budget; exit 3 with the smallest one that can be met.
 
     Prints the bytes by term, the frontier (quality against size), other ways to spend the same
-    bytes, and what the target cannot express.
+    bytes, and what the target cannot express. Loss gradients beside the statistics are used.
     """
     from edge_moe.checkpoint import Checkpoint
     from edge_moe.files import require_file_output
+    from edge_moe.gradient_stats import load_gradients
     from edge_moe.hub import is_hub_id, resolve_model
     from edge_moe.overhead import runtime_overhead
     from edge_moe.plan_table import print_plan, summarise_plan
@@ -92,6 +93,7 @@ def plan_command(
 
     require_file_output(output, ".json")
     found_stats = ExpertStats.load(stats)
+    gradients = load_gradients(stats, found_stats.info)
     folder = resolve_model(model, revision)
     checkpoint = Checkpoint(folder)
     is_measured = target in (TargetName.NATIVE, TargetName.HF)  # llama.cpp's is a constant
@@ -112,6 +114,7 @@ def plan_command(
             target=target.value,
             device=device.value,
             runtime=runtime or (0, "assumed"),
+            gradients=gradients,
             measure=measure,
             search_seconds=search_seconds,
         )

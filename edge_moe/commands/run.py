@@ -45,7 +45,11 @@ def run_command(
     model: Model,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Text to answer; without it a chat starts.", show_default=False),
+        typer.Option(
+            help="Message for the chat template, or with --raw text to continue; without it a "
+            "chat starts.",
+            show_default=False,
+        ),
     ] = None,
     budget: Budget = None,
     ctx: ContextTokens = None,
@@ -58,7 +62,7 @@ def run_command(
         typer.Option(help="Stop at this text. Repeat for several.", show_default=False),
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
     device: Annotated[
         DeviceName | None,
@@ -108,19 +112,21 @@ def run_command(
     revision: Revision = None,
 ) -> None:
     """Generate text, paging experts in under a hard budget. Statistics go to stderr."""
-    from edge_moe.hub import resolve_model
+    from edge_moe.hub import gguf_inside, resolve_model
 
+    if prompt is not None and not prompt.strip():
+        raise InputError("--prompt is empty: give it some text, or leave it out for a chat")
     if prompt is None and (json or record):
         raise InputError("--json and --record measure one answer: give a --prompt too")
     if prompt is None and task == AUTO:
         raise InputError("--task auto matches a prompt: give a --prompt too, or name the task")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     sampling.check()
-    path = resolve_model(model, revision)
+    path = gguf_inside(Path(model).expanduser()) or resolve_model(model, revision)
     if path.suffix == ".gguf":
         raise TargetError(
             f"run cannot load {path}: it runs native packages and Hugging Face folders; for GGUF "
-            f"use llama.cpp, as in `llama-cli -m {path}`"
+            f"use llama.cpp, as in `llama-cli -m {path}`, or build with --target native"
         )
     rule = skip_rule(skip, skip_calibration, path)
     known = known_patterns(path, task, patterns)

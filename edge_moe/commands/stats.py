@@ -20,6 +20,7 @@ def merge_command(
     """Join shards: bit for bit what one run over all their windows gives."""
     from edge_moe.errors import InputError
     from edge_moe.files import require_new_output
+    from edge_moe.gradient_stats import merge_gradients
     from edge_moe.moments import merge_moments
     from edge_moe.stats import ExpertStats
 
@@ -29,7 +30,12 @@ def merge_command(
     merged = ExpertStats.load(inputs[0])
     for folder in inputs[1:]:
         merged = merged.merge(ExpertStats.load(folder))
+    gradients = merge_gradients(inputs)
+    if gradients is not None:
+        gradients.info.require_same_run(merged.info)
     merge_moments(inputs, output, merged.info.moe_layer_ids)
+    if gradients is not None:
+        gradients.save(output)
     merged.save(output)
     info = merged.info
     stderr().print(
@@ -43,10 +49,12 @@ def show_command(
     json: Json = False,
 ) -> None:
     """Show what was measured, and how the tokens spread over each layer's experts."""
+    from edge_moe.gradient_stats import load_gradients
     from edge_moe.stats import ExpertStats
     from edge_moe.stats_table import print_stats, summarise_stats
 
-    summary = summarise_stats(ExpertStats.load(folder))
+    stats = ExpertStats.load(folder)
+    summary = summarise_stats(stats, load_gradients(folder, stats.info))
     if json:
         print(summary.model_dump_json(indent=1))
         return

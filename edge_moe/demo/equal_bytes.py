@@ -24,6 +24,7 @@ from edge_moe.converters.build import build
 from edge_moe.demo import task_names
 from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share, full_forms
 from edge_moe.formats import FORM_NAMES, expert_bytes
+from edge_moe.gradient_stats import GradientStats
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.overhead import runtime_overhead
@@ -32,11 +33,11 @@ from edge_moe.planner import make_plan
 from edge_moe.rivals import RANDOM_NAME
 from edge_moe.runtime.evaluate import (
     LanguageModel,
-    heldout_windows,
     open_model,
     progress,
     score_windows,
 )
+from edge_moe.runtime.heldout import heldout_windows
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.units import format_bytes
@@ -95,9 +96,17 @@ class _Candidate:
 
 
 def equal_bytes(
-    model: Path, stats: ExpertStats, task: str, share: float, *, max_windows: int | None = 24
+    model: Path,
+    stats: ExpertStats,
+    task: str,
+    share: float,
+    *,
+    gradients: GradientStats | None = None,
+    max_windows: int | None = 24,
 ) -> EqualBytes:
     """Build and measure the plan and its rivals at `share` of the experts' 16-bit bytes.
+
+    The plan is the plain program's: what a search would add is not in it.
 
     Disk and memory: the full model and every package at once, so that the reference's logits are
     computed only once per window. Meant for models of the demo's size.
@@ -111,6 +120,7 @@ def equal_bytes(
         model=str(model),
         context_tokens=CONTEXT_TOKENS,
         runtime=runtime_overhead(spec.model_type, "cpu"),
+        gradients=gradients,
     )
     candidates = _candidates(plan)
     with _opened(model, plan, candidates) as (base, packages):

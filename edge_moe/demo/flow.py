@@ -31,6 +31,8 @@ from edge_moe.errors import EdgeMoeError, InputError, install_command
 from edge_moe.files import write_text
 from edge_moe.measurement import RunMeasurement, load_evals
 from edge_moe.package import is_package
+from edge_moe.plan import Plan
+from edge_moe.reproduce import RAW_HINT, command_line, prompt_options
 
 DEFAULT_OUTPUT = Path("edge-moe-demo")
 DEFAULT_TASK = "code"
@@ -129,6 +131,8 @@ def run_demo(
         step(demo)
     print_summary(summarise(demo), console)
     console.print(f"{time.perf_counter() - start:.0f} s in all; everything is in {work}")
+    run_it = command_line("run", demo.package, *prompt_options(Plan.load(demo.plan)))
+    console.print(f"next: {run_it}\n  ({RAW_HINT})", markup=False, soft_wrap=True)
     return demo.report
 
 

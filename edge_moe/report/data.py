@@ -10,7 +10,7 @@ from typing import Literal
 from edge_moe.errors import InputError
 from edge_moe.formats import DROP, FORM_NAMES
 from edge_moe.measurement import EvalResult, RunMeasurement, load_evals, load_runs
-from edge_moe.package import PLAN_NAME, is_package
+from edge_moe.package import PLAN_NAME, Package, is_package
 from edge_moe.plan import MemoryTerm, Plan, Target
 from edge_moe.reproduce import build_commands, command_line, replay
 from edge_moe.spec import ModelSpec
@@ -179,6 +179,8 @@ def _measured_row(run: RunMeasurement, term: MemoryTerm) -> TermRow:
     if term.name == "KV cache" and run.cached_tokens:
         share = run.cached_tokens / run.context_tokens
         how = f"tensors held by {run.cached_tokens:,} of {run.context_tokens:,} tokens"
+        if share < 1:
+            how += ", compared with their share"
     others = [each.name for each in run.terms if each.name != "workspace"]
     if term.name == "workspace" and all(name in run.measured_terms for name in others):
         rest = run.peak_memory_bytes - sum(run.measured_terms[name] for name in others)
@@ -194,6 +196,7 @@ def load_report(folder: Path) -> ReportData:
 
     Raises:
         InputError: the folder does not exist or holds no plan.json.
+        PackageError: a native package that is damaged or incomplete, by its manifest and sizes.
         PlanError: the plan is damaged.
     """
     if not folder.is_dir():
@@ -202,6 +205,8 @@ def load_report(folder: Path) -> ReportData:
         raise InputError(
             f"{folder} holds no {PLAN_NAME}: give the folder that `edge-moe build` wrote"
         )
+    if is_package(folder) or any(folder.glob("experts-*.safetensors")):
+        Package(folder)  # one that lost something no longer is what the plan says
     runs = load_runs(folder)
     config = folder / "config.json"
     return ReportData(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from edge_moe.eval_table import percent
 from edge_moe.formats import DROP
 from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
 from edge_moe.report.data import ReportData
-from edge_moe.reproduce import command_line, model_name
+from edge_moe.reproduce import command_line, model_name, prompt_options
 from edge_moe.units import format_bytes
 
 NOT_MEASURED = "-"
@@ -87,6 +88,23 @@ def quality_table(data: ReportData) -> list[dict[str, str]]:
     return [_quality_row(result) for result in data.evals]
 
 
+def problem_table(data: ReportData) -> list[dict[str, str]]:
+    """Problems solved exactly, for the tasks that have problems."""
+    return [
+        {
+            "task": _task(result),
+            "problems": f"{result.num_problems}",
+            "before": _share(result.base_exact_match),
+            "after": _share(result.exact_match),
+            "recovery": f"{result.recovery} %"
+            if result.recovery is not None and result.recovery_of == "exact match"
+            else NOT_MEASURED,
+        }
+        for result in data.evals
+        if result.exact_match is not None
+    ]
+
+
 def search_table(data: ReportData) -> list[dict[str, str]]:
     """Every plan that was measured, the best first."""
     search = data.plan.search
@@ -154,9 +172,11 @@ def context_table(data: ReportData) -> list[dict[str, str]]:
 
 
 def record_command(data: ReportData) -> str:
-    """The command that measures memory and speed."""
-    budget = f"{data.plan.budget_bytes}B"
-    return command_line("run", data.artefact, "--budget", budget, "--prompt", "...", "--record")
+    """The command that measures memory and speed; empty for GGUF, which `run` does not load."""
+    if data.target == "gguf":
+        return ""
+    budget, prompt = f"{data.plan.budget_bytes}B", prompt_options(data.plan)
+    return command_line("run", data.artefact, "--budget", budget, *prompt, "--record")
 
 
 def eval_command(data: ReportData) -> str:
@@ -194,11 +214,18 @@ def _with_error(estimate: Estimate | None, spec: str, scale: float = 1.0) -> str
     return f"{estimate.value * scale:{spec}} ± {estimate.error * scale:.1g}"
 
 
+def _share(estimate: Estimate | None) -> str:
+    return NOT_MEASURED if estimate is None else percent(estimate)
+
+
+def _task(result: EvalResult) -> str:
+    return result.task + {True: " (in task)", False: " (off task)", None: ""}[result.in_task]
+
+
 def _quality_row(result: EvalResult) -> dict[str, str]:
     comparison = result.comparison
-    where = {True: " (in task)", False: " (off task)", None: ""}[result.in_task]
     return {
-        "task": result.task + where,
+        "task": _task(result),
         "before": _with_error(result.base_perplexity, ".4g"),
         "after": _with_error(result.perplexity, ".4g"),
         "kl_mean": _with_error(comparison.mean_kld, ".3g") if comparison else NOT_MEASURED,

@@ -30,7 +30,7 @@ def render_page(data: ReportData) -> str:
         "forms": charts.expert_forms(data),
         "saliency": charts.expert_saliency(data),
     }
-    if data.plan.search is not None:
+    if len(facts.search_table(data)) >= 2:  # one plan is no comparison
         figures["search"] = charts.search_trials(data)
     rendered = {name: safe(_fragment(figure, name)) for name, figure in figures.items()}
     page: str = template.render(
@@ -64,6 +64,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         ],
         "tasks": ", ".join(plan.tasks),
         "quality": facts.quality_table(data),
+        "problems": facts.problem_table(data),
         "trials": facts.search_table(data),
         "search_line": facts.search_line(data),
         "speed": facts.speed_table(data),

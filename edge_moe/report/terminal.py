@@ -30,12 +30,14 @@ def print_facts(data: ReportData, console: Console) -> None:
         _print_search(data, console)
     if data.evals:
         console.print(_quality(data))
+        if facts.problem_table(data):
+            console.print(_problems(data))
     else:
         console.print(f"quality not measured yet: {facts.eval_command(data)}", style="dim")
-    if data.run is None:
-        console.print(f"memory not measured yet: {facts.record_command(data)}", style="dim")
-    else:
+    if data.run is not None:
         console.print(f"decoding {data.run.tokens_per_second:.1f} tokens per second")
+    elif command := facts.record_command(data):
+        console.print(f"memory not measured yet: {command}", style="dim")
     for remark in (*data.plan.limits, *data.plan.warnings):
         console.print(f"note: {remark}", style="yellow", highlight=False)
 
@@ -100,4 +102,14 @@ def _quality(data: ReportData) -> Table:
         table.add_row(
             row["task"], row["before"], row["after"], row["kl_mean"], row["kl_99"], row["same_top"]
         )
+    return table
+
+
+def _problems(data: ReportData) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("problems solved")
+    for heading in ("problems", "exact match before", "after", "share kept"):
+        table.add_column(heading, justify="right")
+    for row in facts.problem_table(data):
+        table.add_row(row["task"], row["problems"], row["before"], row["after"], row["recovery"])
     return table

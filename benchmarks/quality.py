@@ -1,0 +1,147 @@
+"""What `edge-moe compare` measured: how far ahead the plan is in every cell, and a plot.
+
+    edge-moe compare MODEL --task code ... -o benchmarks/results/quality-demo
+    python benchmarks/quality.py benchmarks/results/quality-demo
+
+Prints one Markdown row per cell and writes FOLDER.svg: KL divergence against the experts' bytes, a
+thin line per method in the colour of its kind, a thick one for edge-moe. Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from edge_moe.compare.contenders import Kind
+from edge_moe.compare.record import Cell, Score, load_cells
+from edge_moe.compare.table import times_plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SINGLE = (Kind.PRUNE, Kind.MERGE, Kind.QUANTISE, Kind.RANDOM)
+"""Methods that do one thing: drop, merge, or one type for all."""
+PUBLISHED_MIXED = ("MC-MoE (PMQ), 1-3 bits", "GEMQ, 1-3 bits")
+COLOURS = {
+    Kind.PLAN: "#000000",
+    Kind.PRUNE: "#d1495b",
+    Kind.MERGE: "#edae49",
+    Kind.QUANTISE: "#00798c",
+    Kind.MIXED: "#7b5ea7",
+    Kind.RANDOM: "#aaaaaa",
+}
+
+
+def print_summary(cells: Sequence[Cell], console: Console) -> None:
+    """How many times the plan's KL divergence the best of each kind has."""
+    table = Table(box=box.MARKDOWN)
+    for heading in ("task", "experts' bytes", "plan's KL", "same top"):
+        table.add_column(heading)
+    for heading in ("best single method", "MC-MoE", "GEMQ", "mixed bits, none dropped"):
+        table.add_column(heading, justify="right")
+    for cell in cells:
+        plan = cell.plan
+        table.add_row(
+            cell.task,
+            f"{cell.share:.1%}, {cell.target}",
+            f"{plan.in_task.kld}",
+            f"{plan.in_task.same_top.value:.1%}",
+            _times(cell, cell.best(*SINGLE), show_name=True),
+            *(_times(cell, _named(cell, name)) for name in PUBLISHED_MIXED),
+            _times(cell, cell.best(Kind.MIXED)),
+        )
+    console.print(table)
+    behind = [cell for cell in cells if min(map(_kld, cell.scores)) < _kld(cell.plan)]
+    console.print(
+        f"lowest KL in {len(cells) - len(behind)} of {len(cells)} cells"
+        + "".join(f"; behind in {cell.task} {cell.share:.1%} {cell.target}" for cell in behind)
+    )
+
+
+def plot(cells: Sequence[Cell], path: Path) -> None:
+    """One panel per task, written as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "edge-moe"  # the same picture is the same file
+    from matplotlib import pyplot
+
+    tasks = sorted({cell.task for cell in cells})
+    rows = -(-len(tasks) // 3)
+    size = 4 * min(3, len(tasks)) + 0.5, 3.2 * rows + 0.6
+    figure, axes = pyplot.subplots(
+        rows, min(3, len(tasks)), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        _panel(axis, [cell for cell in cells if cell.task == task])
+        axis.set_title(Path(task).stem)
+    handles = [
+        pyplot.Line2D([], [], color=colour, linewidth=3 if kind is Kind.PLAN else 1.5, label=kind)
+        for kind, colour in COLOURS.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
+    figure.supylabel("KL divergence from the whole model, nats per token", fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _panel(axis: Axes, cells: Sequence[Cell]) -> None:
+    lines: dict[tuple[Kind, str], list[tuple[float, float]]] = defaultdict(list)
+    for cell in cells:
+        for score in cell.scores:
+            point = 100 * score.expert_bytes / cell.full_expert_bytes, _kld(score)
+            lines[score.kind, score.name].append(point)
+    for (kind, name), points in lines.items():
+        if name == "edge-moe plan, no search":
+            continue
+        is_plan = kind is Kind.PLAN
+        axis.plot(
+            *zip(*sorted(points), strict=True),
+            color=COLOURS[kind],
+            linewidth=3 if is_plan else 0.8,
+            alpha=1 if is_plan else 0.6,
+            marker="o",
+            markersize=5 if is_plan else 2.5,
+            zorder=3 if is_plan else 2,
+        )
+    axis.set_yscale("log")
+    axis.set_xlabel("% of the experts' 16-bit bytes", fontsize=9)
+    axis.grid(visible=True, which="major", linewidth=0.3)
+
+
+def _kld(score: Score) -> float:
+    return score.in_task.kld.value
+
+
+def _named(cell: Cell, name: str) -> Score | None:
+    return next((score for score in cell.scores if score.name == name), None)
+
+
+def _times(cell: Cell, score: Score | None, *, show_name: bool = False) -> str:
+    if score is None:
+        return "-"
+    return f"{times_plan(cell, score):.1f} x" + (f" ({score.name})" if show_name else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sum up and plot a comparison.")
+    parser.add_argument("folder", type=Path, help="what `edge-moe compare -o` wrote")
+    parser.add_argument("--no-plot", action="store_true")
+    args = parser.parse_args()
+    cells = load_cells(args.folder)
+    print_summary(cells, Console(width=200))
+    native = [cell for cell in cells if cell.target == "native"]
+    if native and not args.no_plot:
+        plot(native, args.folder.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

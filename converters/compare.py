@@ -1,0 +1,417 @@
+"""`compare`: every method on one model, at the same expert bytes, on the same held-out text.
+
+Nothing is built that can be scored in memory: methods that need a form per expert run through
+`VariantScorer`, a dozen plans per pass over the layers, all packed by one quantiser. Methods that
+write other weights (`edge_moe.converters.transforms`) run once per task and number of experts, and
+their checkpoints are scored against the same reference. Each finished cell is a file: a killed run
+goes on with the next one. Work files, in OUTPUT/work, are kept until all cells are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from torch import Tensor
+
+import edge_moe
+from edge_moe import metrics
+from edge_moe.candidates import SOURCE_FORMS, candidate_forms
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.compare.contenders import SOLVE_SECONDS, Contender, Field, Kind, contenders
+from edge_moe.compare.record import Cell, Score, TextScore, cell_name, load_cell
+from edge_moe.converters.calibrate import text_packer
+from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+from edge_moe.converters.compare_transforms import (
+    WantedTransform,
+    transformed,
+    wanted_transforms,
+)
+from edge_moe.converters.plan_measure import PlanMeasure
+from edge_moe.converters.progress import progress_bar
+from edge_moe.converters.variants import PackedExperts, VariantScorer
+from edge_moe.demo import task_names
+from edge_moe.errors import InputError
+from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
+from edge_moe.gradient_stats import FormCost, GradientStats, load_gradients
+from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
+from edge_moe.measurement import Provenance
+from edge_moe.metrics import TokenScores
+from edge_moe.optimise import solve
+from edge_moe.plan import SearchRecord, Target
+from edge_moe.planner import build_problem
+from edge_moe.problem import FloatArray, IntArray, Problem, smallest_bytes
+from edge_moe.rivals import name_forms
+from edge_moe.runtime.heldout import REPORT_PART, part_of_heldout
+from edge_moe.runtime.session import load_tokenizer
+from edge_moe.search import MAX_PASS_PROPOSALS, PLAN_NAME, Evidence, search
+from edge_moe.spec import ModelSpec
+from edge_moe.stats import ExpertStats
+from edge_moe.super_experts import find_super_experts
+from edge_moe.tasks import windows_fingerprint
+from edge_moe.units import format_bytes
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What decides the numbers, beside the model and the task."""
+
+    target: Target = "native"
+    search_seconds: float = 60.0
+    max_windows: int = 12
+    """Held-out windows of the task that are reported on; others choose between plans."""
+    off_task_windows: int = 2
+    """Held-out windows of every other shipped task."""
+    transforms: tuple[str, ...] = ()
+    """Methods that write other weights; they need the full statistics of the expert's inputs."""
+    calibration_windows: int | None = None
+
+
+def compare(
+    model: Path, task: str, shares: Sequence[float], output: Path, options: CompareOptions
+) -> list[Cell]:
+    """Measure every method on `task` at every share of the experts' 16-bit bytes.
+
+    Cells that lie in `output` already, measured with the same settings, are not measured again.
+    Memory: as `VariantScorer`. Disk: one transformed checkpoint at a time.
+
+    Raises:
+        EdgeMoeError: bad model, text or share, or not enough memory or disk.
+    """
+    checkpoint = Checkpoint(model)
+    bench = _Bench(checkpoint, task, output, options)
+    return [bench.cell(share) for share in sorted(set(shares), reverse=True)]
+
+
+@dataclass(eq=False)
+class _Bench:
+    """One task on one model: statistics, packed experts and scorers that all cells share."""
+
+    checkpoint: Checkpoint
+    task: str
+    output: Path
+    options: CompareOptions
+    _ready: _Measured | None = field(default=None, init=False)
+
+    def cell(self, share: float) -> Cell:
+        """Read the cell from disk or measure it."""
+        settings = self._settings(share)
+        path = self.output / cell_name(self.task, self.options.target, share)
+        if path.exists():
+            found = load_cell(path)
+            if found.settings == settings:
+                return found
+        if self._ready is None:
+            self._ready = _Measured.of(self.checkpoint, self.task, self._work, self.options)
+        cell = _measure(self._ready, share, settings, self._work)
+        cell.save(self.output)
+        return cell
+
+    @property
+    def _work(self) -> Path:
+        return self.output / "work"
+
+    def _settings(self, share: float) -> str:
+        tokenizer = load_tokenizer(self.checkpoint.folder)
+        own, others = _windows(self.task, tokenizer, self.options)
+        described = {
+            "edge_moe": edge_moe.__version__,
+            "model": self.checkpoint.fingerprint,
+            "task": self.task,
+            "share": share,
+            "text": windows_fingerprint([*own, *others]),
+            "options": asdict(self.options),
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """What is measured once per task."""
+
+    checkpoint: Checkpoint
+    task: str
+    options: CompareOptions
+    stats: ExpertStats
+    gradients: GradientStats | None
+    stats_folder: Path
+    packed: PackedExperts
+    windows: list[list[int]]
+    num_own: int
+    """Windows of the task itself; they come first."""
+    scorer: VariantScorer
+    whole: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, task: str, work: Path, options: CompareOptions
+    ) -> _Measured:
+        folder = work / f"stats-{Path(task).stem}"
+        stats = _stats(checkpoint, task, folder, options)
+        packer = text_packer(checkpoint, stats.info.options, stats.info.data_fingerprint)
+        packed = PackedExperts(checkpoint, packer)
+        own, others = _windows(task, load_tokenizer(checkpoint.folder), options)
+        windows = [*own, *others]
+        scorer = VariantScorer(checkpoint, windows, packed)
+        return cls(
+            checkpoint=checkpoint,
+            task=task,
+            options=options,
+            stats=stats,
+            gradients=load_gradients(folder, stats.info),
+            stats_folder=folder,
+            packed=packed,
+            windows=windows,
+            num_own=len(own),
+            scorer=scorer,
+            whole=scorer.run_whole(),
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.spec
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Predicted tokens of the task's windows."""
+        return sum(len(window) - 1 for window in self.windows[: self.num_own])
+
+
+def _stats(checkpoint: Checkpoint, task: str, folder: Path, options: CompareOptions) -> ExpertStats:
+    if (folder / "stats.json").exists():
+        stats = ExpertStats.load(folder)
+        if stats.info.model_fingerprint == checkpoint.fingerprint:
+            return stats
+        raise InputError(f"{folder} holds the statistics of another model: delete it")
+    windows = options.calibration_windows
+    return calibrate_with_gradients(checkpoint.folder, [task], folder, max_windows=windows)
+
+
+def _windows(
+    task: str, tokenizer: object, options: CompareOptions
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(held-out windows of the task, and of every other shipped task)."""
+    own = part_of_heldout([task], tokenizer, REPORT_PART, options.max_windows)
+    others: list[list[int]] = []
+    for name in task_names():
+        if name != task and options.off_task_windows > 0:
+            others += part_of_heldout([name], tokenizer, REPORT_PART, options.off_task_windows)
+    return own, others
+
+
+def _measure(ready: _Measured, share: float, settings: str, work: Path) -> Cell:
+    """All methods at one share."""
+    spec, options, gradients = ready.spec, ready.options, ready.gradients
+    forms = candidate_forms(spec, options.target)
+    supers = find_super_experts(ready.stats.max_output)
+
+    def table(kind: LossKind) -> FloatArray:
+        return loss_table(ready.stats, forms, SOURCE_FORMS[spec.dtype], kind, gradients)
+
+    kind = DEFAULT_LOSS if gradients is None else GRADIENT_LOSS
+    full_bytes = spec.num_moe_layers * spec.num_experts * _whole_bytes(spec, forms)
+    problem = build_problem(
+        spec, forms, table(kind), supers, options.target, int(share * full_bytes)
+    )
+    _require_possible(problem, share, full_bytes)
+    rivals = list(contenders(Field(problem, forms, ready.stats, supers, _gemq_cost(ready, forms))))
+    evidence = Evidence(problem, ready.stats, supers, table, kind, gradients is not None)
+    plans, record = _own_plans(ready, evidence, forms)
+    found = _score_choices(ready, [*plans, *rivals], forms)
+    wanted = wanted_transforms(problem, spec, forms, options.transforms)
+    results = [_result(ready, problem, forms, each, found[each.name]) for each in [*plans, *rivals]]
+    made, refused = _score_transforms(ready, work, wanted)
+    any_score = next(iter(found.values()))
+    own, others = _split(ready, any_score)
+    return Cell(
+        settings=settings,
+        provenance=Provenance.published(),
+        model=ready.checkpoint.folder.name,
+        task=ready.task,
+        target=options.target,
+        share=share,
+        full_expert_bytes=full_bytes,
+        budget_bytes=problem.budget_bytes,
+        quantiser=ready.stats.info.quantiser,
+        num_in_task_tokens=ready.num_own_tokens,
+        num_off_task_tokens=any_score.kld.size - ready.num_own_tokens,
+        in_task_base_ppl=metrics.perplexity(own.base_nll),
+        off_task_base_ppl=None if others is None else metrics.perplexity(others.base_nll),
+        search=record,
+        scores=[*results, *made],
+        missing=refused,
+    )
+
+
+def _whole_bytes(spec: ModelSpec, forms: Sequence[str]) -> int:
+    return expert_bytes(forms[-1], spec.hidden_size, spec.expert_width)
+
+
+def _gemq_cost(ready: _Measured, forms: Sequence[str]) -> FloatArray | None:
+    """[L, E, F] as GEMQ weighs a change: every element by its own mean squared gradient."""
+    if ready.gradients is None:
+        return None
+    return ready.gradients.cost_table(forms, SOURCE_FORMS[ready.spec.dtype], FormCost.DIAGONAL)
+
+
+def _require_possible(problem: Problem, share: float, full_bytes: int) -> None:
+    least_bytes = smallest_bytes(problem)
+    if least_bytes is None or least_bytes > problem.budget_bytes:
+        needed = 1.0 if least_bytes is None else least_bytes / full_bytes
+        raise InputError(
+            f"{share:.1%} of the experts' bytes ({format_bytes(problem.budget_bytes)}) hold no "
+            f"plan: the smallest share is {needed:.2%}"
+        )
+
+
+def _own_plans(
+    ready: _Measured, evidence: Evidence, forms: Sequence[str]
+) -> tuple[list[Contender], SearchRecord]:
+    """edge-moe's plan, with and without the search."""
+    plain = solve(evidence.problem, SOLVE_SECONDS)
+    seconds, label = ready.options.search_seconds, f"{ready.task}: searching"
+    with progress_bar() as progress:
+        bar = progress.add_task(label, total=1.0)
+        measure = PlanMeasure(
+            ready.checkpoint,
+            ready.stats.info,
+            [ready.task],
+            seconds,
+            lambda share: progress.update(bar, completed=share),
+            ready.packed,
+        )
+
+        def by_name(choices: Mapping[str, IntArray]) -> Mapping[str, float]:
+            return measure({name: name_forms(each, forms) for name, each in choices.items()})
+
+        best, record = search(evidence, plain, by_name, seconds)
+    record = record.model_copy(
+        update={"text": measure.text, "tasks": [ready.task], "limit_seconds": seconds}
+    )
+    found = [Contender("edge-moe plan", Kind.PLAN, best.choice)]
+    if record.chosen != PLAN_NAME:
+        found.append(Contender("edge-moe plan, no search", Kind.PLAN, plain.choice))
+    return found, record
+
+
+def _score_choices(
+    ready: _Measured, chosen: Sequence[Contender], forms: Sequence[str]
+) -> dict[str, TokenScores]:
+    """Scores by name; equal choices are run once."""
+    found: dict[str, TokenScores] = {}
+    with progress_bar() as progress:
+        bar = progress.add_task(f"{ready.task}: scoring", total=len(chosen))
+        for part in _parts(chosen):
+            variants = {each.name: name_forms(each.choice, forms) for each in part}
+            found |= ready.scorer.score(variants, whole=ready.whole)
+            progress.advance(bar, len(part))
+    return found
+
+
+def _parts(chosen: Sequence[Contender]) -> Iterator[Sequence[Contender]]:
+    for start in range(0, len(chosen), MAX_PASS_PROPOSALS):
+        yield chosen[start : start + MAX_PASS_PROPOSALS]
+
+
+def _score_transforms(
+    ready: _Measured, work: Path, wanted: Sequence[WantedTransform]
+) -> tuple[list[Score], list[str]]:
+    """(scores, why others do not exist); one transformed checkpoint on disk at a time."""
+    found, refused = [], []
+    model = ready.checkpoint.folder
+    for each in transformed(model, ready.task, ready.stats_folder, work, wanted):
+        if each.folder is None:
+            refused.append(each.refusal)
+            continue
+        found.append(_score_transformed(ready, each.wanted, each.folder))
+        shutil.rmtree(each.folder)
+    return found, refused
+
+
+def _score_transformed(ready: _Measured, wanted: WantedTransform, folder: Path) -> Score:
+    """A transformed checkpoint, its experts in one form, beside the original."""
+    checkpoint = Checkpoint(folder)
+    spec, info = checkpoint.spec, ready.stats.info
+    packer = text_packer(checkpoint, info.options, info.data_fingerprint)
+    scorer = VariantScorer(checkpoint, ready.windows, PackedExperts(checkpoint, packer))
+    forms = [[wanted.form] * spec.num_experts] * spec.num_moe_layers
+    scores = scorer.score({wanted.name: forms}, whole=ready.whole)[wanted.name]
+    return _score(
+        ready,
+        scores,
+        name=wanted.name,
+        kind=Kind.MERGE,
+        expert_bytes=wanted.expert_bytes,
+        num_kept=spec.num_experts * spec.num_moe_layers,
+        forms={wanted.form: spec.num_experts * spec.num_moe_layers},
+    )
+
+
+def _result(
+    ready: _Measured,
+    problem: Problem,
+    forms: Sequence[str],
+    contender: Contender,
+    scores: TokenScores,
+) -> Score:
+    names = [name for row in name_forms(contender.choice, forms) for name in row]
+    return _score(
+        ready,
+        scores,
+        name=contender.name,
+        kind=contender.kind,
+        expert_bytes=problem.bytes_of(contender.choice),
+        num_kept=int(np.count_nonzero(contender.choice)),
+        forms={form: names.count(form) for form in FORM_NAMES if form in names and form != DROP},
+    )
+
+
+def _score(
+    ready: _Measured,
+    scores: TokenScores,
+    *,
+    name: str,
+    kind: Kind,
+    expert_bytes: int,
+    num_kept: int,
+    forms: dict[str, int],
+) -> Score:
+    own, others = _split(ready, scores)
+    return Score(
+        name=name,
+        kind=kind,
+        expert_bytes=expert_bytes,
+        num_kept=num_kept,
+        forms=forms,
+        in_task=_text_score(own),
+        off_task=None if others is None else _text_score(others),
+    )
+
+
+def _text_score(scores: TokenScores) -> TextScore:
+    return TextScore(
+        kld=metrics.mean_and_error(scores.kld),
+        ppl=metrics.perplexity(scores.nll),
+        same_top=metrics.mean_and_error(scores.is_same_top),
+    )
+
+
+def _split(ready: _Measured, scores: TokenScores) -> tuple[TokenScores, TokenScores | None]:
+    """(on the task's windows, on the others)."""
+    own, others = scores.split(ready.num_own_tokens)
+    return own, others if others.kld.size else None
+
+
+def announce(cell: Cell, console: Console) -> None:
+    """One line about a finished cell."""
+    best = min(cell.scores, key=lambda score: score.in_task.kld.value)
+    console.print(
+        f"{cell.task}, {cell.share:.1%}: best of {len(cell.scores)} is {best.name}, "
+        f"KL {best.in_task.kld}"
+    )

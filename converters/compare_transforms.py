@@ -1,0 +1,119 @@
+"""Methods of the comparison that write other weights: merged, recombined or narrowed experts.
+
+Each runs at the size that the bytes hold when its experts are then stored in 16, 8 or 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_moe.compare.contenders import BIT_CLASSES, counts_for, form_label
+from edge_moe.converters.transform import transform
+from edge_moe.converters.transforms import get_method
+from edge_moe.converters.transforms.heapr import WIDTH_STEP
+from edge_moe.errors import InputError, TargetError
+from edge_moe.formats import expert_bytes, form_fits
+from edge_moe.problem import Problem
+from edge_moe.spec import ModelSpec
+
+COMPARED = ("naee", "dern", "m-smoe", "sub-moe", "ream", "heapr")
+"""Everything but `prune`, whose criteria are compared as plans."""
+
+
+@dataclass(frozen=True)
+class WantedTransform:
+    """One method at one size, and the form its experts are stored in."""
+
+    method: str
+    form: str
+    num_experts: int
+    expert_width: int
+    expert_bytes: int
+    """Of all layers, in `form`."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {form_label(self.form)}"
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A transformed checkpoint to be scored, or the reason why there is none."""
+
+    wanted: WantedTransform
+    folder: Path | None
+    refusal: str = ""
+
+
+def wanted_transforms(
+    problem: Problem, spec: ModelSpec, forms: Sequence[str], methods: Sequence[str]
+) -> list[WantedTransform]:
+    """What fits the budget of `problem` and is smaller than the model."""
+    found = []
+    for method in methods:
+        narrows = get_method(method).shrinks == "width"
+        sizes = _narrowed(problem, spec, forms) if narrows else _fewer(problem, spec, forms)
+        for form, num_experts, width in sizes:
+            one = expert_bytes(form, spec.hidden_size, width)
+            total = one * num_experts * spec.num_moe_layers
+            found.append(WantedTransform(method, form, num_experts, width, total))
+    return found
+
+
+def transformed(
+    model: Path, task: str, stats: Path, work: Path, wanted: Sequence[WantedTransform]
+) -> Iterator[Transformed]:
+    """Run every method in turn; a checkpoint may be deleted once it was scored."""
+    for each in wanted:
+        size = f"{each.num_experts}x{each.expert_width}"
+        folder = work / f"{each.method}-{Path(task).stem}-{size}"
+        narrows = get_method(each.method).shrinks == "width"
+        try:
+            if not folder.exists():
+                transform(
+                    model,
+                    [task],
+                    folder,
+                    each.method,
+                    num_experts=None if narrows else each.num_experts,
+                    expert_width=each.expert_width if narrows else None,
+                    stats=stats,
+                )
+        except (InputError, TargetError) as error:
+            yield Transformed(each, None, f"{each.name}: {error}")
+            continue
+        yield Transformed(each, folder)
+
+
+def _fewer(
+    problem: Problem, spec: ModelSpec, forms: Sequence[str]
+) -> Iterator[tuple[str, int, int]]:
+    """(form, experts per layer, width) with as many whole experts as fit."""
+    for form in _stored_in(forms, spec, spec.expert_width):
+        counts = counts_for(problem, list(forms).index(form))
+        if counts is not None and counts.min() < spec.num_experts:
+            yield form, int(counts.min()), spec.expert_width
+
+
+def _narrowed(
+    problem: Problem, spec: ModelSpec, forms: Sequence[str]
+) -> Iterator[tuple[str, int, int]]:
+    """(form, experts per layer, width) with all experts as wide as fits."""
+    num_experts = spec.num_experts * spec.num_moe_layers
+    for width in range(spec.expert_width - WIDTH_STEP, 0, -WIDTH_STEP):
+        for form in _stored_in(forms, spec, width):
+            taken = num_experts * expert_bytes(form, spec.hidden_size, width)
+            wider = num_experts * expert_bytes(form, spec.hidden_size, width + WIDTH_STEP)
+            if taken <= problem.budget_bytes < wider:
+                yield form, spec.num_experts, width
+
+
+def _stored_in(forms: Sequence[str], spec: ModelSpec, width: int) -> list[str]:
+    """A 4-bit and an 8-bit form that hold experts of `width`, and the 16-bit one."""
+    found = [
+        next((name for name in names if form_fits(name, spec.hidden_size, width)), None)
+        for names in BIT_CLASSES.values()
+    ]
+    return [*(name for name in found if name is not None), forms[-1]]

@@ -1,0 +1,122 @@
+"""What a comparison measured: one JSON file per task, size and target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from edge_moe.compare.contenders import Kind
+from edge_moe.errors import InputError
+from edge_moe.files import read_json, write_text
+from edge_moe.measurement import Provenance
+from edge_moe.metrics import Estimate
+from edge_moe.plan import SearchRecord, Target
+
+COMPARISON_VERSION = 1
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextScore(_Model):
+    """Quality on one text, beside the whole model on the same tokens."""
+
+    kld: Estimate
+    """Mean KL divergence from the whole model, nats per token."""
+    ppl: Estimate
+    same_top: Estimate
+    """Share of tokens whose most likely next token is the whole model's."""
+
+
+class Score(_Model):
+    """One method at one size."""
+
+    name: str
+    kind: Kind
+    expert_bytes: int
+    num_kept: int
+    """Experts of the whole model that are left."""
+    forms: dict[str, int]
+    in_task: TextScore
+    off_task: TextScore | None
+
+
+class Cell(_Model):
+    """All methods for one task at one size under one target's rules."""
+
+    version: int = COMPARISON_VERSION
+    settings: str
+    """sha256 of everything that decides the numbers."""
+    provenance: Provenance
+    model: str
+    task: str
+    target: Target
+    share: float
+    """Of the experts' 16-bit bytes."""
+    full_expert_bytes: int
+    budget_bytes: int
+    """For the experts."""
+    quantiser: str
+    num_in_task_tokens: int
+    num_off_task_tokens: int
+    in_task_base_ppl: Estimate
+    off_task_base_ppl: Estimate | None
+    search: SearchRecord
+    """How edge-moe's plan was found."""
+    scores: list[Score]
+    missing: list[str]
+    """Methods that do not exist at this size, and why, in sentences."""
+
+    @property
+    def file_name(self) -> str:
+        return cell_name(self.task, self.target, self.share)
+
+    @property
+    def plan(self) -> Score:
+        """edge-moe's own."""
+        return next(score for score in self.scores if score.kind is Kind.PLAN)
+
+    def best(self, *kinds: Kind) -> Score | None:
+        """The lowest in-task KL divergence among methods of these kinds."""
+        found = [score for score in self.scores if score.kind in kinds]
+        return min(found, key=lambda score: score.in_task.kld.value, default=None)
+
+    def save(self, folder: Path) -> Path:
+        """Write the cell, atomically."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.file_name
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+        return path
+
+
+def cell_name(task: str, target: Target, share: float) -> str:
+    """File name of a cell."""
+    return f"{Path(task).stem}-{target}-{share:g}.json"
+
+
+def load_cell(path: Path) -> Cell:
+    """Read what `Cell.save` wrote.
+
+    Raises:
+        InputError: missing, damaged, or of another version.
+    """
+    raw = read_json(path, InputError, missing=f"{path} does not exist", damaged="delete it")
+    try:
+        return Cell.model_validate(raw)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise InputError(f"comparison {path} is damaged at {where}: delete it") from None
+
+
+def load_cells(folder: Path) -> list[Cell]:
+    """Every cell in `folder`, by task, target and falling size.
+
+    Raises:
+        InputError: none there, or a damaged one.
+    """
+    found = [load_cell(path) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        raise InputError(f"{folder} holds no comparison: run `edge-moe compare` first")
+    return sorted(found, key=lambda cell: (cell.task, cell.target, -cell.share))

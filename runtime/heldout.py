@@ -1,0 +1,112 @@
+"""Held-out text as token windows: which of it chooses between plans, and which is reported on.
+
+A search measures plans on every other window; what it chose is then scored on the others, for the
+best of many looks better than it is on the text that picked it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_moe.errors import InputError
+from edge_moe.package import PLAN_NAME
+from edge_moe.plan import Plan
+from edge_moe.tasks import load_task_texts, task_argument, task_label, token_windows
+
+WINDOW_TOKENS = 256
+MAX_WINDOWS = 16
+SEARCH_PART, REPORT_PART = 1, 0
+"""Held-out windows with odd numbers choose between plans, even ones are left to report on."""
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """What `eval` scores of a task."""
+
+    windows: list[list[int]]
+    window_tokens: int
+    num_search_windows: int
+    """Held-out windows that are left out since a search chose the plan by them."""
+
+
+def heldout_windows(
+    task: str, tokenizer: Any, window_tokens: int, max_windows: int | None
+) -> list[list[int]]:
+    """The task's held-out text as token windows; with `max_windows`, evenly spread ones.
+
+    Raises:
+        InputError: the task has fewer than three tokens of held-out text.
+    """
+    windows = token_windows(load_task_texts(task, "heldout", tokenizer), tokenizer, window_tokens)
+    windows = _spread(windows, max_windows)
+    if sum(len(window) - 1 for window in windows) < 2:
+        raise InputError(f"task {task!r} has too little held-out text: give at least 3 tokens")
+    return windows
+
+
+def part_of_heldout(
+    tasks: Sequence[str], tokenizer: Any, part: int, max_windows: int | None = MAX_WINDOWS
+) -> list[list[int]]:
+    """Every other held-out window of `tasks`: the half that searches, or the half that reports.
+
+    A task of a single window gives it to both.
+
+    Raises:
+        InputError: a task without held-out text.
+    """
+    found: list[list[int]] = []
+    for task in tasks:
+        windows = heldout_windows(task, tokenizer, WINDOW_TOKENS, None)
+        half = windows[part::2] or windows
+        limit = len(half) if max_windows is None else max(1, max_windows // len(tasks))
+        step = max(1, len(half) // limit)
+        found += half[::step][:limit]
+    return found
+
+
+def text_to_score(
+    model: Path, task: str, tokenizer: Any, window_tokens: int, max_windows: int | None
+) -> ScoredText:
+    """The task's held-out text without what chose the plan that `model` was built from.
+
+    Where that plan was searched on this task, windows are at most `WINDOW_TOKENS` long.
+
+    Raises:
+        InputError: the task has too little held-out text.
+    """
+    plan = plan_beside(model)
+    searched = plan.search.tasks if plan is not None and plan.search is not None else []
+    if task_argument(task) not in searched:
+        return ScoredText(
+            heldout_windows(task, tokenizer, window_tokens, max_windows), window_tokens, 0
+        )
+    size = min(window_tokens, WINDOW_TOKENS)
+    kept = part_of_heldout([task], tokenizer, REPORT_PART, None)
+    pieces = [
+        window[start : start + size] for window in kept for start in range(0, len(window), size)
+    ]
+    windows = _spread([piece for piece in pieces if len(piece) > 1], max_windows)
+    num_all = len(heldout_windows(task, tokenizer, WINDOW_TOKENS, None))
+    return ScoredText(windows, size, num_all - len(kept))
+
+
+def plan_beside(model: Path) -> Plan | None:
+    """The plan that `model` was built from, where it lies beside it."""
+    path = (model.parent if model.suffix == ".gguf" else model) / PLAN_NAME
+    return Plan.load(path) if path.exists() else None
+
+
+def is_in_task(model: Path, task: str) -> bool | None:
+    """Whether `model` was shrunken for `task`, from the plan beside it; None without a plan."""
+    plan = plan_beside(model)
+    return None if plan is None else task_label(task) in plan.tasks
+
+
+def _spread(windows: list[list[int]], max_windows: int | None) -> list[list[int]]:
+    """At most `max_windows`, evenly spread."""
+    if max_windows is None or len(windows) <= max_windows:
+        return windows
+    return [windows[index * len(windows) // max_windows] for index in range(max_windows)]

@@ -1,0 +1,233 @@
+"""The comparison: contenders obey the budget, scores are those of real models, it resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TinyCheckpoint, make_tiny_checkpoint
+from fake_stats import fake_stats
+from rich.console import Console
+from typer.testing import CliRunner
+
+from edge_moe.candidates import candidate_forms
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.cli import app
+from edge_moe.compare.contenders import (
+    Contender,
+    Field,
+    Kind,
+    contenders,
+    counts_for,
+    kept_forms,
+    parse_share,
+)
+from edge_moe.compare.record import Cell, load_cells
+from edge_moe.compare.table import print_comparison, times_plan
+from edge_moe.converters import compare as engine
+from edge_moe.converters.compare import CompareOptions, compare
+from edge_moe.converters.compare_transforms import wanted_transforms
+from edge_moe.converters.transform import transform
+from edge_moe.converters.variants import VariantScorer
+from edge_moe.errors import InputError
+from edge_moe.loss_table import loss_table
+from edge_moe.planner import build_problem
+from edge_moe.saliency import saliency
+from edge_moe.super_experts import find_super_experts
+
+
+@pytest.fixture
+def field(tiny_checkpoint: TinyCheckpoint) -> Field:
+    return _field(tiny_checkpoint, 0.3)
+
+
+def _field(tiny_checkpoint: TinyCheckpoint, share: float) -> Field:
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe", wide=True))
+    spec, stats = checkpoint.spec, fake_stats(checkpoint)
+    generator = np.random.default_rng(1)
+    for total in stats.expert_sums.values():
+        total.add(generator.random(stats.routed_tokens.shape))
+    forms = candidate_forms(spec, "native")
+    supers = find_super_experts(stats.max_output)
+    losses = loss_table(stats, forms, "bf16")
+    whole = spec.num_experts * spec.num_moe_layers * spec.expert_weights * 2
+    problem = build_problem(spec, forms, losses, supers, "native", int(share * whole))
+    return Field(problem, forms, stats, supers)
+
+
+def test_every_contender_fits_and_keeps_top_k(field: Field) -> None:
+    found = list(contenders(field))
+    assert len({each.name for each in found}) == len(found)
+    for each in found:
+        assert field.problem.bytes_of(each.choice) <= field.problem.budget_bytes, each.name
+        assert ((each.choice > 0).sum(axis=1) >= field.problem.top_k).all(), each.name
+    kinds = {each.kind for each in found}
+    assert kinds == {Kind.PRUNE, Kind.QUANTISE, Kind.MIXED, Kind.RANDOM}
+    assert sum(each.kind is Kind.RANDOM for each in found) % 3 == 0
+
+
+def test_pruning_keeps_the_best_and_the_super_experts(field: Field) -> None:
+    reap = next(each for each in contenders(field) if each.name == "reap, 8 bits")
+    counts = counts_for(field.problem, list(field.forms).index("q8_0"))
+    assert counts is not None
+    assert (reap.choice > 0).sum(axis=1).tolist() == counts.tolist()
+    assert (reap.choice[field.supers] > 0).all()
+    scores = saliency(field.stats, "reap")
+    dropped = reap.choice == 0
+    for row, scored in enumerate(scores):
+        others = scored[~field.supers[row] & ~dropped[row]]
+        assert scored[dropped[row]].max() <= others.min()
+
+
+def test_counts_by_hand(field: Field) -> None:
+    whole = field.problem.form_bytes[-1]
+    layers, experts = field.problem.loss.shape[:2]
+    budget = replace(field.problem, budget_bytes=int(whole) * (layers * (experts - 2) + 1))
+    assert counts_for(budget, len(field.forms) - 1).tolist() == [  # type: ignore[union-attr]
+        experts - 1,
+        *[experts - 2] * (layers - 1),
+    ]
+    uniform = replace(budget, scope="model")
+    assert counts_for(uniform, len(field.forms) - 1).tolist() == [experts - 2] * layers  # type: ignore[union-attr]
+    none = replace(budget, budget_bytes=int(whole) * layers)
+    assert counts_for(none, len(field.forms) - 1) is None
+
+
+def test_forms_of_pruned_models() -> None:
+    assert kept_forms(["drop", "tq1_0", "q4_k", "q8_0", "bf16"]) == [2, 3, 4]
+    assert kept_forms(["drop", "q4_0", "bf16"]) == [1, 2]
+
+
+@pytest.mark.parametrize(("text", "share"), [("50%", 0.5), ("0.125", 0.125), ("100%", 1.0)])
+def test_shares(text: str, share: float) -> None:
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize("text", ["0", "-5%", "1.5", "half", "nan", "%"])
+def test_bad_shares(text: str) -> None:
+    with pytest.raises(InputError, match="share"):
+        parse_share(text)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("compared"), "qwen3_moe", width=64)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "mine.txt"
+    path.write_text(" ".join(f"word{index % 37} is {index}" for index in range(900)))
+    return path
+
+
+OPTIONS = CompareOptions(search_seconds=5.0, max_windows=2, transforms=("m-smoe", "heapr"))
+
+
+@pytest.fixture(scope="module")
+def cells(
+    trained: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[list[Cell], Path]]:
+    output = tmp_path_factory.mktemp("out")
+    yield compare(trained, str(text), [0.6, 0.3], output, OPTIONS), output
+
+
+@pytest.mark.slow
+def test_cells_hold_every_kind(cells: tuple[list[Cell], Path]) -> None:
+    found, output = cells
+    assert [cell.share for cell in found] == [0.6, 0.3]
+    assert {path.name for path in output.glob("*.json")} == {cell.file_name for cell in found}
+    assert load_cells(output) == found
+    for cell in found:
+        assert {score.kind for score in cell.scores} == set(Kind)
+        assert all(score.expert_bytes <= cell.budget_bytes for score in cell.scores)
+        assert cell.search.trials
+        assert not list(output.glob("work/*x*"))  # transformed checkpoints do not pile up
+
+
+@pytest.mark.slow
+def test_what_is_measured_is_not_measured_again(
+    cells: tuple[list[Cell], Path], trained: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, output = cells
+    monkeypatch.setattr(engine, "_measure", None)  # calling it would fail
+    assert compare(trained, str(text), [0.3, 0.6], output, OPTIONS) == found
+    with pytest.raises(TypeError):
+        compare(trained, str(text), [0.3], output, replace(OPTIONS, max_windows=1))
+
+
+@pytest.mark.slow
+def test_a_transform_scores_as_its_own_checkpoint(
+    cells: tuple[list[Cell], Path], trained: Path, text: Path, tmp_path: Path
+) -> None:
+    cell, output = cells[0][1], cells[1]
+    checkpoint = Checkpoint(trained)
+    ready = engine._Measured.of(checkpoint, str(text), output / "work", OPTIONS)
+    forms = candidate_forms(checkpoint.spec, "native")
+    problem = build_problem(
+        checkpoint.spec,
+        forms,
+        loss_table(ready.stats, forms, "bf16"),
+        find_super_experts(ready.stats.max_output),
+        "native",
+        cell.budget_bytes,
+    )
+    wanted = wanted_transforms(problem, checkpoint.spec, forms, ["m-smoe"])
+    last = wanted[-1]
+    assert last.form == "bf16"
+    folder = tmp_path / "merged"
+    transform(trained, [str(text)], folder, "m-smoe", num_experts=last.num_experts)
+    merged = Checkpoint(folder)
+    rows = [["bf16"] * merged.spec.num_experts] * merged.spec.num_moe_layers
+    scores = VariantScorer(merged, ready.windows).score({"merged": rows}, whole=ready.whole)
+    own, _ = scores["merged"].split(ready.num_own_tokens)
+    score = next(each for each in cell.scores if each.name == last.name)
+    assert score.in_task.kld.value == pytest.approx(own.kld.mean(), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_table_names_the_best_of_every_kind(cells: tuple[list[Cell], Path]) -> None:
+    console = Console(width=300)
+    with console.capture() as captured:
+        print_comparison(cells[0], console)
+    text = captured.get()
+    for kind in Kind:
+        assert f"| {kind} (" in text
+    for cell in cells[0]:
+        best = cell.best(Kind.PRUNE)
+        assert best is not None
+        assert best.name in text
+        assert times_plan(cell, cell.plan) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--share", "2%"], "the smallest share is"),
+        (["--share", "lots"], "share 'lots' is none"),
+        (["--task", "nothing"], "task 'nothing'"),
+    ],
+)
+def test_bad_requests(trained: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    options = ["-o", str(tmp_path / "out"), "--windows", "1", "--max-windows", "1"]
+    task = [] if "--task" in arguments else ["--task", "arithmetic"]
+    result = CliRunner().invoke(app, ["compare", str(trained), *task, *options, *arguments])
+    assert message in str(result.exception)
+    assert isinstance(result.exception, InputError)
+
+
+def test_a_damaged_cell_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "code-native-0.5.json").write_text(json.dumps({"version": 1}))
+    with pytest.raises(InputError, match="damaged at .* delete it"):
+        load_cells(tmp_path)
+    with pytest.raises(InputError, match="holds no comparison"):
+        load_cells(tmp_path / "empty")
+
+
+def test_contenders_are_named_after_their_bits(field: Field) -> None:
+    names: list[Contender] = [each for each in contenders(field) if each.kind is Kind.PRUNE]
+    assert {each.name.split(", ")[1] for each in names} <= {"4 bits", "8 bits", "16 bits"}
