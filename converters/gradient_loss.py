@@ -239,7 +239,7 @@ def _require_room(
     checkpoint: Checkpoint, info: GradientInfo, output: Path, window_tokens: int
 ) -> None:
     """State the memory needed on stderr, and refuse when it or the disk is not there."""
-    terms = gradient_terms(checkpoint, info.num_tokens, window_tokens)
+    terms = gradient_terms(checkpoint, info.num_tokens, window_tokens, info.quantiser)
     subject = f"loss gradients of {info.num_tokens} tokens in {len(info.windows)} windows"
     state_and_require_memory(subject, terms)
     state_bytes = hidden_file_bytes(checkpoint.spec.hidden_size, info.num_tokens)

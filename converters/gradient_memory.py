@@ -19,23 +19,25 @@ def logit_rows(vocab_size: int) -> int:
     return max(1, CHUNK_LOGITS // vocab_size)
 
 
-def gradient_terms(checkpoint: Checkpoint, num_tokens: int, window_tokens: int) -> list[MemoryTerm]:
+def gradient_terms(
+    checkpoint: Checkpoint, num_tokens: int, window_tokens: int, quantiser: str = "nearest"
+) -> list[MemoryTerm]:
     """Upper bounds of what a gradient run adds to a process that has imported torch, by term.
 
     weights      the larger of one layer (4 bytes per weight) and the output matrix (11 bytes per
                  weight while it is read, then 4 and 16 per logit of a chunk)
     activations  T x (4H inputs + 4H gradients + 4H outputs of an expert that gets every token
-                 + 16 (k + 1) routing)
+                 + 16 (k + 1) routing + 4E router scores)
     window       W x (4 (8 (k + 1) (H + 2I) + 24 H + 12 x widest dense row) + 64 k (k + 1))
                  + 24 x heads x W**2 attention scores: what autograd keeps for the way back
     sums         16 bytes x E x (2I neurons + 2 costs x 16 forms or fewer) and a copy
-    scratch, allowance  as in calibration
+    scratch, allowance, hessians  as in calibration
     """
     spec = checkpoint.spec
     hidden, width, slots = spec.hidden_size, spec.expert_width, spec.top_k + 1
     terms = {
         term.name: term.num_bytes
-        for term in calibration_terms(checkpoint, num_tokens, window_tokens)
+        for term in calibration_terms(checkpoint, num_tokens, window_tokens, quantiser)
     }
     logits = 16 * min(window_tokens, logit_rows(spec.vocab_size)) * spec.vocab_size
     head = spec.vocab_size * hidden
@@ -44,11 +46,12 @@ def gradient_terms(checkpoint: Checkpoint, num_tokens: int, window_tokens: int) 
     row_bytes += 64 * slots * spec.top_k
     found = {
         "weights": max(terms["layer"], READ_BYTES_PER_WEIGHT * head, 4 * head + logits),
-        "activations": num_tokens * (12 * hidden + 16 * slots),
+        "activations": num_tokens * (12 * hidden + 16 * slots + 4 * spec.num_experts),
         "window": window_tokens * row_bytes + 24 * spec.num_attention_heads * window_tokens**2,
         "sums": 32 * spec.num_experts * (2 * width + 2 * 16),
         "scratch": terms["scratch"],
         "allowance": terms["allowance"],
+        "hessians": terms.get("hessians", 0),
     }
     return [
         MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in found.items()

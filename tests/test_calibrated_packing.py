@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate, text_packer
+from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, BlockObserver, router_scores_of
 from edge_moe.converters.variants import PackedExperts, VariantScorer
@@ -103,6 +105,11 @@ def test_every_token_through_every_expert(
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
     assert (losses[0] != losses[1]).any()
+    options: dict[str, Any] = {"window_tokens": WINDOW_TOKENS, "forms": FORMS}
+    both = calibrate_with_gradients(
+        *(folder, [str(task)], tmp_path / "both"), quantiser="gptq_refit_all", **options
+    )
+    np.testing.assert_array_equal(both.to_arrays()["form_loss"], losses[0])
     for layer_id in every.info.moe_layer_ids:
         one, two = (
             load_moments(tmp_path / name, layer_id, Checkpoint(folder).spec)
