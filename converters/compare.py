@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from torch import Tensor
 
 import edge_moe
 from edge_moe import metrics
@@ -27,7 +26,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.compare.contenders import SOLVE_SECONDS, Contender, Field, Kind, contenders
 from edge_moe.compare.record import Cell, Score, TextScore, cell_name, load_cell
 from edge_moe.converters.calibrate import text_packer
-from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+from edge_moe.converters.compare_bench import Bench, CompareOptions, compared_windows
 from edge_moe.converters.compare_transforms import (
     WantedTransform,
     transformed,
@@ -36,41 +35,23 @@ from edge_moe.converters.compare_transforms import (
 from edge_moe.converters.plan_measure import PlanMeasure
 from edge_moe.converters.progress import progress_bar
 from edge_moe.converters.variants import PackedExperts, VariantScorer
-from edge_moe.demo import task_names
 from edge_moe.errors import InputError
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
-from edge_moe.gradient_stats import FormCost, GradientStats, load_gradients
+from edge_moe.gradient_stats import FormCost
 from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import TokenScores
 from edge_moe.optimise import solve
-from edge_moe.plan import SearchRecord, Target
+from edge_moe.plan import SearchRecord
 from edge_moe.planner import build_problem
 from edge_moe.problem import FloatArray, IntArray, Problem, smallest_bytes
 from edge_moe.rivals import name_forms
-from edge_moe.runtime.heldout import REPORT_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.search import MAX_PASS_PROPOSALS, PLAN_NAME, Evidence, search
 from edge_moe.spec import ModelSpec
-from edge_moe.stats import ExpertStats
 from edge_moe.super_experts import find_super_experts
 from edge_moe.tasks import windows_fingerprint
 from edge_moe.units import format_bytes
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """What decides the numbers, beside the model and the task."""
-
-    target: Target = "native"
-    search_seconds: float = 60.0
-    max_windows: int = 12
-    """Held-out windows of the task that are reported on; others choose between plans."""
-    off_task_windows: int = 2
-    """Held-out windows of every other shipped task."""
-    transforms: tuple[str, ...] = ()
-    """Methods that write other weights; they need the full statistics of the expert's inputs."""
-    calibration_windows: int | None = None
 
 
 def compare(
@@ -85,19 +66,19 @@ def compare(
         EdgeMoeError: bad model, text or share, or not enough memory or disk.
     """
     checkpoint = Checkpoint(model)
-    bench = _Bench(checkpoint, task, output, options)
-    return [bench.cell(share) for share in sorted(set(shares), reverse=True)]
+    cells = _Cells(checkpoint, task, output, options)
+    return [cells.cell(share) for share in sorted(set(shares), reverse=True)]
 
 
 @dataclass(eq=False)
-class _Bench:
+class _Cells:
     """One task on one model: statistics, packed experts and scorers that all cells share."""
 
     checkpoint: Checkpoint
     task: str
     output: Path
     options: CompareOptions
-    _ready: _Measured | None = field(default=None, init=False)
+    _ready: Bench | None = field(default=None, init=False)
 
     def cell(self, share: float) -> Cell:
         """Read the cell from disk or measure it."""
@@ -108,9 +89,10 @@ class _Bench:
             if found.settings == settings:
                 return found
         if self._ready is None:
-            self._ready = _Measured.of(self.checkpoint, self.task, self._work, self.options)
+            self._ready = Bench.of(self.checkpoint, self.task, self._work, self.options)
         cell = _measure(self._ready, share, settings, self._work)
         cell.save(self.output)
+        _announce(cell)
         return cell
 
     @property
@@ -119,7 +101,7 @@ class _Bench:
 
     def _settings(self, share: float) -> str:
         tokenizer = load_tokenizer(self.checkpoint.folder)
-        own, others = _windows(self.task, tokenizer, self.options)
+        own, others = compared_windows(self.task, tokenizer, self.options)
         described = {
             "edge_moe": edge_moe.__version__,
             "model": self.checkpoint.fingerprint,
@@ -131,81 +113,7 @@ class _Bench:
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """What is measured once per task."""
-
-    checkpoint: Checkpoint
-    task: str
-    options: CompareOptions
-    stats: ExpertStats
-    gradients: GradientStats | None
-    stats_folder: Path
-    packed: PackedExperts
-    windows: list[list[int]]
-    num_own: int
-    """Windows of the task itself; they come first."""
-    scorer: VariantScorer
-    whole: list[Tensor]
-
-    @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, task: str, work: Path, options: CompareOptions
-    ) -> _Measured:
-        folder = work / f"stats-{Path(task).stem}"
-        stats = _stats(checkpoint, task, folder, options)
-        packer = text_packer(checkpoint, stats.info.options, stats.info.data_fingerprint)
-        packed = PackedExperts(checkpoint, packer)
-        own, others = _windows(task, load_tokenizer(checkpoint.folder), options)
-        windows = [*own, *others]
-        scorer = VariantScorer(checkpoint, windows, packed)
-        return cls(
-            checkpoint=checkpoint,
-            task=task,
-            options=options,
-            stats=stats,
-            gradients=load_gradients(folder, stats.info),
-            stats_folder=folder,
-            packed=packed,
-            windows=windows,
-            num_own=len(own),
-            scorer=scorer,
-            whole=scorer.run_whole(),
-        )
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.checkpoint.spec
-
-    @property
-    def num_own_tokens(self) -> int:
-        """Predicted tokens of the task's windows."""
-        return sum(len(window) - 1 for window in self.windows[: self.num_own])
-
-
-def _stats(checkpoint: Checkpoint, task: str, folder: Path, options: CompareOptions) -> ExpertStats:
-    if (folder / "stats.json").exists():
-        stats = ExpertStats.load(folder)
-        if stats.info.model_fingerprint == checkpoint.fingerprint:
-            return stats
-        raise InputError(f"{folder} holds the statistics of another model: delete it")
-    windows = options.calibration_windows
-    return calibrate_with_gradients(checkpoint.folder, [task], folder, max_windows=windows)
-
-
-def _windows(
-    task: str, tokenizer: object, options: CompareOptions
-) -> tuple[list[list[int]], list[list[int]]]:
-    """(held-out windows of the task, and of every other shipped task)."""
-    own = part_of_heldout([task], tokenizer, REPORT_PART, options.max_windows)
-    others: list[list[int]] = []
-    for name in task_names():
-        if name != task and options.off_task_windows > 0:
-            others += part_of_heldout([name], tokenizer, REPORT_PART, options.off_task_windows)
-    return own, others
-
-
-def _measure(ready: _Measured, share: float, settings: str, work: Path) -> Cell:
+def _measure(ready: Bench, share: float, settings: str, work: Path) -> Cell:
     """All methods at one share."""
     spec, options, gradients = ready.spec, ready.options, ready.gradients
     forms = candidate_forms(spec, options.target)
@@ -253,7 +161,7 @@ def _whole_bytes(spec: ModelSpec, forms: Sequence[str]) -> int:
     return expert_bytes(forms[-1], spec.hidden_size, spec.expert_width)
 
 
-def _gemq_cost(ready: _Measured, forms: Sequence[str]) -> FloatArray | None:
+def _gemq_cost(ready: Bench, forms: Sequence[str]) -> FloatArray | None:
     """[L, E, F] as GEMQ weighs a change: every element by its own mean squared gradient."""
     if ready.gradients is None:
         return None
@@ -271,7 +179,7 @@ def _require_possible(problem: Problem, share: float, full_bytes: int) -> None:
 
 
 def _own_plans(
-    ready: _Measured, evidence: Evidence, forms: Sequence[str]
+    ready: Bench, evidence: Evidence, forms: Sequence[str]
 ) -> tuple[list[Contender], SearchRecord]:
     """edge-moe's plan, with and without the search."""
     plain = solve(evidence.problem, SOLVE_SECONDS)
@@ -301,7 +209,7 @@ def _own_plans(
 
 
 def _score_choices(
-    ready: _Measured, chosen: Sequence[Contender], forms: Sequence[str]
+    ready: Bench, chosen: Sequence[Contender], forms: Sequence[str]
 ) -> dict[str, TokenScores]:
     """Scores by name; equal choices are run once."""
     found: dict[str, TokenScores] = {}
@@ -320,7 +228,7 @@ def _parts(chosen: Sequence[Contender]) -> Iterator[Sequence[Contender]]:
 
 
 def _score_transforms(
-    ready: _Measured, work: Path, wanted: Sequence[WantedTransform]
+    ready: Bench, work: Path, wanted: Sequence[WantedTransform]
 ) -> tuple[list[Score], list[str]]:
     """(scores, why others do not exist); one transformed checkpoint on disk at a time."""
     found, refused = [], []
@@ -334,7 +242,7 @@ def _score_transforms(
     return found, refused
 
 
-def _score_transformed(ready: _Measured, wanted: WantedTransform, folder: Path) -> Score:
+def _score_transformed(ready: Bench, wanted: WantedTransform, folder: Path) -> Score:
     """A transformed checkpoint, its experts in one form, beside the original."""
     checkpoint = Checkpoint(folder)
     spec, info = checkpoint.spec, ready.stats.info
@@ -354,7 +262,7 @@ def _score_transformed(ready: _Measured, wanted: WantedTransform, folder: Path) 
 
 
 def _result(
-    ready: _Measured,
+    ready: Bench,
     problem: Problem,
     forms: Sequence[str],
     contender: Contender,
@@ -373,7 +281,7 @@ def _result(
 
 
 def _score(
-    ready: _Measured,
+    ready: Bench,
     scores: TokenScores,
     *,
     name: str,
@@ -402,16 +310,17 @@ def _text_score(scores: TokenScores) -> TextScore:
     )
 
 
-def _split(ready: _Measured, scores: TokenScores) -> tuple[TokenScores, TokenScores | None]:
+def _split(ready: Bench, scores: TokenScores) -> tuple[TokenScores, TokenScores | None]:
     """(on the task's windows, on the others)."""
     own, others = scores.split(ready.num_own_tokens)
     return own, others if others.kld.size else None
 
 
-def announce(cell: Cell, console: Console) -> None:
-    """One line about a finished cell."""
+def _announce(cell: Cell) -> None:
+    """One line on stderr about a finished cell."""
     best = min(cell.scores, key=lambda score: score.in_task.kld.value)
-    console.print(
+    Console(stderr=True, highlight=False, markup=False).print(
         f"{cell.task}, {cell.share:.1%}: best of {len(cell.scores)} is {best.name}, "
-        f"KL {best.in_task.kld}"
+        f"KL {best.in_task.kld}; edge-moe's plan {cell.plan.in_task.kld}",
+        soft_wrap=True,
     )

@@ -29,7 +29,8 @@ from edge_moe.compare.contenders import (
 from edge_moe.compare.record import Cell, load_cells
 from edge_moe.compare.table import print_comparison, times_plan
 from edge_moe.converters import compare as engine
-from edge_moe.converters.compare import CompareOptions, compare
+from edge_moe.converters.compare import compare
+from edge_moe.converters.compare_bench import Bench, CompareOptions
 from edge_moe.converters.compare_transforms import wanted_transforms
 from edge_moe.converters.transform import transform
 from edge_moe.converters.variants import VariantScorer
@@ -166,7 +167,7 @@ def test_a_transform_scores_as_its_own_checkpoint(
 ) -> None:
     cell, output = cells[0][1], cells[1]
     checkpoint = Checkpoint(trained)
-    ready = engine._Measured.of(checkpoint, str(text), output / "work", OPTIONS)
+    ready = Bench.of(checkpoint, str(text), output / "work", OPTIONS)
     forms = candidate_forms(checkpoint.spec, "native")
     problem = build_problem(
         checkpoint.spec,

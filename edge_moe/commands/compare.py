@@ -65,7 +65,8 @@ def compare_command(
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file: name a folder for the results")
     folder = resolve_model(model, revision)
-    from edge_moe.converters.compare import CompareOptions, compare
+    from edge_moe.converters.compare import compare
+    from edge_moe.converters.compare_bench import CompareOptions
     from edge_moe.converters.compare_transforms import COMPARED
 
     options = CompareOptions(

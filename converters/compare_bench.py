@@ -1,0 +1,110 @@
+"""What all cells of one comparison share: statistics, packed experts, text and its reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibrate import text_packer
+from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+from edge_moe.converters.variants import PackedExperts, VariantScorer
+from edge_moe.demo import task_names
+from edge_moe.errors import InputError
+from edge_moe.gradient_stats import GradientStats, load_gradients
+from edge_moe.plan import Target
+from edge_moe.runtime.heldout import REPORT_PART, part_of_heldout
+from edge_moe.runtime.session import load_tokenizer
+from edge_moe.spec import ModelSpec
+from edge_moe.stats import ExpertStats
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What decides the numbers, beside the model and the task."""
+
+    target: Target = "native"
+    search_seconds: float = 60.0
+    max_windows: int = 12
+    """Held-out windows of the task that are reported on; others choose between plans."""
+    off_task_windows: int = 2
+    """Held-out windows of every other shipped task."""
+    transforms: tuple[str, ...] = ()
+    """Methods that write other weights; they need the full statistics of the expert's inputs."""
+    calibration_windows: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What is measured once per task."""
+
+    checkpoint: Checkpoint
+    task: str
+    options: CompareOptions
+    stats: ExpertStats
+    gradients: GradientStats | None
+    stats_folder: Path
+    packed: PackedExperts
+    windows: list[list[int]]
+    num_own: int
+    """Windows of the task itself; they come first."""
+    scorer: VariantScorer
+    whole: list[Tensor]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, task: str, work: Path, options: CompareOptions) -> Bench:
+        folder = work / f"stats-{Path(task).stem}"
+        stats = load_or_calibrate(checkpoint, task, folder, options)
+        packer = text_packer(checkpoint, stats.info.options, stats.info.data_fingerprint)
+        packed = PackedExperts(checkpoint, packer)
+        own, others = compared_windows(task, load_tokenizer(checkpoint.folder), options)
+        windows = [*own, *others]
+        scorer = VariantScorer(checkpoint, windows, packed)
+        return cls(
+            checkpoint=checkpoint,
+            task=task,
+            options=options,
+            stats=stats,
+            gradients=load_gradients(folder, stats.info),
+            stats_folder=folder,
+            packed=packed,
+            windows=windows,
+            num_own=len(own),
+            scorer=scorer,
+            whole=scorer.run_whole(),
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.spec
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Predicted tokens of the task's windows."""
+        return sum(len(window) - 1 for window in self.windows[: self.num_own])
+
+
+def load_or_calibrate(
+    checkpoint: Checkpoint, task: str, folder: Path, options: CompareOptions
+) -> ExpertStats:
+    if (folder / "stats.json").exists():
+        stats = ExpertStats.load(folder)
+        if stats.info.model_fingerprint == checkpoint.fingerprint:
+            return stats
+        raise InputError(f"{folder} holds the statistics of another model: delete it")
+    windows = options.calibration_windows
+    return calibrate_with_gradients(checkpoint.folder, [task], folder, max_windows=windows)
+
+
+def compared_windows(
+    task: str, tokenizer: object, options: CompareOptions
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(held-out windows of the task, and of every other shipped task)."""
+    own = part_of_heldout([task], tokenizer, REPORT_PART, options.max_windows)
+    others: list[list[int]] = []
+    for name in task_names():
+        if name != task and options.off_task_windows > 0:
+            others += part_of_heldout([name], tokenizer, REPORT_PART, options.off_task_windows)
+    return own, others
