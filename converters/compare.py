@@ -42,7 +42,7 @@ from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_tabl
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import TokenScores
 from edge_moe.optimise import solve
-from edge_moe.plan import SearchRecord
+from edge_moe.plan import SearchRecord, Target
 from edge_moe.planner import build_problem
 from edge_moe.problem import FloatArray, IntArray, Problem, smallest_bytes
 from edge_moe.rivals import name_forms
@@ -66,6 +66,7 @@ def compare(
         EdgeMoeError: bad model, text or share, or not enough memory or disk.
     """
     checkpoint = Checkpoint(model)
+    _require_room(checkpoint.spec, min(shares), options.target)
     cells = _Cells(checkpoint, task, output, options)
     return [cells.cell(share) for share in sorted(set(shares), reverse=True)]
 
@@ -166,6 +167,18 @@ def _gemq_cost(ready: Bench, forms: Sequence[str]) -> FloatArray | None:
     if ready.gradients is None:
         return None
     return ready.gradients.cost_table(forms, SOURCE_FORMS[ready.spec.dtype], FormCost.DIAGONAL)
+
+
+def _require_room(spec: ModelSpec, share: float, target: Target) -> None:
+    """Refuse at once what no plan could fit: top_k experts per layer in the smallest form."""
+    forms = candidate_forms(spec, target)
+    smallest = expert_bytes(forms[1], spec.hidden_size, spec.expert_width) * spec.top_k
+    least_share = smallest / (_whole_bytes(spec, forms) * spec.num_experts)
+    if share < least_share:
+        raise InputError(
+            f"{share:.1%} of the experts' bytes hold no plan: {spec.top_k} experts per layer in "
+            f"{forms[1]} take {least_share:.2%}"
+        )
 
 
 def _require_possible(problem: Problem, share: float, full_bytes: int) -> None:
