@@ -153,7 +153,7 @@ def pack_expert_with(
     outer = InputMoments(input_squares, outer_hessian, routed_tokens)
     inner = InputMoments(inner_squares, inner_hessian, routed_tokens)
     found = get_quantiser(quantiser)
-    pairs = ((gate, outer), (up, outer), (down, inner))
+    pairs = ((np.concatenate([gate, up]), outer), (down, inner))  # rows do not know each other
     return np.concatenate(
         [_pack(form, matrix, found, known).reshape(-1) for matrix, known in pairs]
     )
