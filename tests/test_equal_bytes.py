@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from edge_moe.converters.calibrate import calibrate
+from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 from edge_moe.demo import demo_model_dir
 from edge_moe.demo.equal_bytes import PLAN_NAME, EqualBytes, equal_bytes
+from edge_moe.gradient_stats import GradientStats, load_gradients
 from edge_moe.stats import ExpertStats
 
 pytestmark = pytest.mark.slow
@@ -16,21 +17,28 @@ WINDOWS = 6
 MIXED_BITS = "quantise only"
 
 
+Stats = tuple[ExpertStats, GradientStats | None]
+
+
 @pytest.fixture(scope="module")
-def stats(tmp_path_factory: pytest.TempPathFactory) -> ExpertStats:
+def stats(tmp_path_factory: pytest.TempPathFactory) -> Stats:
     folder = tmp_path_factory.mktemp("equal") / "stats"
-    return calibrate(demo_model_dir(), [TASK], folder, max_windows=24)
+    found = calibrate_with_gradients(demo_model_dir(), [TASK], folder, max_windows=24)
+    return found, load_gradients(folder, found.info)
 
 
-def measured(stats: ExpertStats, share: float) -> dict[str, float]:
+def measured(stats: Stats, share: float) -> dict[str, float]:
     """Contender -> mean KL divergence on held-out text of the task."""
-    result: EqualBytes = equal_bytes(demo_model_dir(), stats, TASK, share, max_windows=WINDOWS)
+    found, gradients = stats
+    result: EqualBytes = equal_bytes(
+        demo_model_dir(), found, TASK, share, gradients=gradients, max_windows=WINDOWS
+    )
     budget_bytes = round(share * result.full_expert_bytes)
     assert all(each.expert_bytes <= budget_bytes for each in result.contenders)
     return {each.name: each.in_task_kld.value for each in result.contenders}
 
 
-def test_at_half_the_bytes_the_plan_beats_every_single_method(stats: ExpertStats) -> None:
+def test_at_half_the_bytes_the_plan_beats_every_single_method(stats: Stats) -> None:
     """Mixed bits without dropping are the plan's own optimum there: dropping pays further down."""
     kld = measured(stats, 0.5)
     plan, mixed = kld.pop(PLAN_NAME), kld.pop(MIXED_BITS)
@@ -39,10 +47,8 @@ def test_at_half_the_bytes_the_plan_beats_every_single_method(stats: ExpertStats
     assert all(10 * plan < rival for rival in kld.values()), kld
 
 
-def test_at_an_eighth_of_the_bytes_dropping_does_not_lose_to_mixed_bits(
-    stats: ExpertStats,
-) -> None:
+def test_at_an_eighth_of_the_bytes_dropping_beats_mixed_bits(stats: Stats) -> None:
     kld = measured(stats, 0.125)
     plan, mixed = kld.pop(PLAN_NAME), kld.pop(MIXED_BITS)
-    assert plan <= 1.1 * mixed
-    assert all(2 * plan < rival for rival in kld.values()), kld
+    assert 1.15 * plan < mixed
+    assert all(3 * plan < rival for rival in kld.values()), kld
