@@ -19,16 +19,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from edge_moe.compare.contenders import Kind
+from edge_moe.compare.contenders import GEMQ_NAME, PMQ_NAME, Kind
 from edge_moe.compare.record import Cell, Score, load_cells
-from edge_moe.compare.table import times_plan
+from edge_moe.compare.table import search_remark, times_plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SINGLE = (Kind.PRUNE, Kind.MERGE, Kind.QUANTISE, Kind.RANDOM)
 """Methods that do one thing: drop, merge, or one type for all."""
-PUBLISHED_MIXED = ("MC-MoE (PMQ), 1-3 bits", "GEMQ, 1-3 bits")
+PUBLISHED_MIXED = (PMQ_NAME, GEMQ_NAME)
+LEAST_SPENT = 0.9
+"""A method that cannot spend this share of the bytes is no rival at them."""
 COLOURS = {
     Kind.PLAN: "#000000",
     Kind.PRUNE: "#d1495b",
@@ -58,11 +60,21 @@ def print_summary(cells: Sequence[Cell], console: Console) -> None:
             _times(cell, cell.best(Kind.MIXED)),
         )
     console.print(table)
-    behind = [cell for cell in cells if min(map(_kld, cell.scores)) < _kld(cell.plan)]
+    behind = [cell for cell in cells if _best_rival(cell) < _kld(cell.plan)]
     console.print(
         f"lowest KL in {len(cells) - len(behind)} of {len(cells)} cells"
         + "".join(f"; behind in {cell.task} {cell.share:.1%} {cell.target}" for cell in behind)
     )
+
+    for cell in cells:
+        if remark := search_remark(cell):
+            console.print(remark)
+        if not cell.options.transforms:
+            console.print(f"{cell.task} {cell.share:.1%} {cell.target}: without merging methods")
+
+
+def _best_rival(cell: Cell) -> float:
+    return min(_kld(score) for score in cell.scores if score.kind is not Kind.PLAN)
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
@@ -127,6 +139,8 @@ def _named(cell: Cell, name: str) -> Score | None:
 
 def _times(cell: Cell, score: Score | None, *, show_name: bool = False) -> str:
     if score is None:
+        return "-"
+    if not show_name and score.expert_bytes < LEAST_SPENT * cell.budget_bytes:
         return "-"
     return f"{times_plan(cell, score):.1f} x" + (f" ({score.name})" if show_name else "")
 

@@ -4,16 +4,17 @@ Nothing is built that can be scored in memory: methods that need a form per expe
 `VariantScorer`, a dozen plans per pass over the layers, all packed by one quantiser. Methods that
 write other weights (`edge_moe.converters.transforms`) run once per task and number of experts, and
 their checkpoints are scored against the same reference. Each finished cell is a file: a killed run
-goes on with the next one. Work files, in OUTPUT/work, are kept until all cells are done.
+goes on with the next one. Work files are kept in OUTPUT/.compare until all cells are done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,16 @@ from edge_moe import metrics
 from edge_moe.candidates import SOURCE_FORMS, candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.compare.contenders import SOLVE_SECONDS, Contender, Field, Kind, contenders
-from edge_moe.compare.record import Cell, Score, TextScore, cell_name, load_cell
+from edge_moe.compare.record import (
+    Cell,
+    CompareOptions,
+    Score,
+    TextScore,
+    cell_name,
+    load_cell,
+)
 from edge_moe.converters.calibrate import text_packer
-from edge_moe.converters.compare_bench import Bench, CompareOptions, compared_windows
+from edge_moe.converters.compare_bench import Bench, calibration_settings, compared_windows
 from edge_moe.converters.compare_transforms import (
     WantedTransform,
     transformed,
@@ -34,6 +42,7 @@ from edge_moe.converters.compare_transforms import (
 )
 from edge_moe.converters.plan_measure import PlanMeasure
 from edge_moe.converters.progress import progress_bar
+from edge_moe.converters.staging import locked
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
@@ -46,6 +55,7 @@ from edge_moe.plan import SearchRecord, Target
 from edge_moe.planner import build_problem
 from edge_moe.problem import FloatArray, IntArray, Problem, smallest_bytes
 from edge_moe.rivals import name_forms
+from edge_moe.runtime.heldout import SEARCH_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.search import MAX_PASS_PROPOSALS, PLAN_NAME, Evidence, search
 from edge_moe.spec import ModelSpec
@@ -53,13 +63,21 @@ from edge_moe.super_experts import find_super_experts
 from edge_moe.tasks import windows_fingerprint
 from edge_moe.units import format_bytes
 
+WORK_NAME = ".compare"
+
 
 def compare(
-    model: Path, task: str, shares: Sequence[float], output: Path, options: CompareOptions
+    model: Path,
+    task: str,
+    shares: Sequence[float],
+    output: Path,
+    options: CompareOptions,
+    name: str | None = None,
 ) -> list[Cell]:
     """Measure every method on `task` at every share of the experts' 16-bit bytes.
 
-    Cells that lie in `output` already, measured with the same settings, are not measured again.
+    Cells that lie in `output` already, measured with the same settings by the same program, are not
+    measured again. `name` is how the cells call the model.
     Memory: as `VariantScorer`. Disk: one transformed checkpoint at a time.
 
     Raises:
@@ -67,8 +85,11 @@ def compare(
     """
     checkpoint = Checkpoint(model)
     _require_room(checkpoint.spec, min(shares), options.target)
-    cells = _Cells(checkpoint, task, output, options)
-    return [cells.cell(share) for share in sorted(set(shares), reverse=True)]
+    work = output / WORK_NAME
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work / "lock", f"another comparison writes to {output}: wait for it, or use two"):
+        cells = _Cells(checkpoint, task, work, options, name or checkpoint.folder.name)
+        return [cells.cell(share) for share in sorted(set(shares), reverse=True)]
 
 
 @dataclass(eq=False)
@@ -77,44 +98,59 @@ class _Cells:
 
     checkpoint: Checkpoint
     task: str
-    output: Path
+    work: Path
     options: CompareOptions
+    name: str
+    """What the cells call the model."""
     _ready: Bench | None = field(default=None, init=False)
 
     def cell(self, share: float) -> Cell:
         """Read the cell from disk or measure it."""
         settings = self._settings(share)
-        path = self.output / cell_name(self.task, self.options.target, share)
+        output = self.work.parent
+        path = output / cell_name(self.task, self.options.target, share)
         if path.exists():
             found = load_cell(path)
             if found.settings == settings:
                 return found
         if self._ready is None:
-            self._ready = Bench.of(self.checkpoint, self.task, self._work, self.options)
-        cell = _measure(self._ready, share, settings, self._work)
-        cell.save(self.output)
+            self._ready = Bench.of(self.checkpoint, self.task, self.work, self.options)
+        cell = _measure(self._ready, share, settings, self.work, self.name)
+        cell.save(output)
         _announce(cell)
         return cell
-
-    @property
-    def _work(self) -> Path:
-        return self.output / "work"
 
     def _settings(self, share: float) -> str:
         tokenizer = load_tokenizer(self.checkpoint.folder)
         own, others = compared_windows(self.task, tokenizer, self.options)
+        search_windows = part_of_heldout([self.task], tokenizer, SEARCH_PART)
+        info, _ = calibration_settings(self.checkpoint, self.task, self.options)
         described = {
-            "edge_moe": edge_moe.__version__,
-            "model": self.checkpoint.fingerprint,
-            "task": self.task,
+            "source": source_fingerprint(),
             "share": share,
-            "text": windows_fingerprint([*own, *others]),
-            "options": asdict(self.options),
+            "text": windows_fingerprint([*own, *others, *search_windows]),
+            "options": self.options.model_dump(mode="json"),
+            "calibration": info.model_dump(mode="json", exclude={"options"}),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _measure(ready: Bench, share: float, settings: str, work: Path) -> Cell:
+def source_fingerprint() -> str:
+    """sha256 of the program's own source files: other code may measure other numbers."""
+    root = Path(edge_moe.__file__).parent
+    found = [
+        Path(folder) / name
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.endswith(".py")
+    ]
+    digest = hashlib.sha256()
+    for path in sorted(found):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -> Cell:
     """All methods at one share."""
     spec, options, gradients = ready.spec, ready.options, ready.gradients
     forms = candidate_forms(spec, options.target)
@@ -129,10 +165,13 @@ def _measure(ready: Bench, share: float, settings: str, work: Path) -> Cell:
         spec, forms, table(kind), supers, options.target, int(share * full_bytes)
     )
     _require_possible(problem, share, full_bytes)
-    rivals = list(contenders(Field(problem, forms, ready.stats, supers, _gemq_cost(ready, forms))))
+    rivals, missing = contenders(
+        Field(problem, forms, ready.stats, supers, _gemq_cost(ready, forms))
+    )
+    found = _score_choices(ready, rivals, forms)  # first: packing is then no part of the search
     evidence = Evidence(problem, ready.stats, supers, table, kind, gradients is not None)
     plans, record = _own_plans(ready, evidence, forms)
-    found = _score_choices(ready, [*plans, *rivals], forms)
+    found |= _score_choices(ready, plans, forms)
     wanted = wanted_transforms(problem, spec, forms, options.transforms)
     results = [_result(ready, problem, forms, each, found[each.name]) for each in [*plans, *rivals]]
     made, refused = _score_transforms(ready, work, wanted)
@@ -141,9 +180,9 @@ def _measure(ready: Bench, share: float, settings: str, work: Path) -> Cell:
     return Cell(
         settings=settings,
         provenance=Provenance.published(),
-        model=ready.checkpoint.folder.name,
+        model=name,
         task=ready.task,
-        target=options.target,
+        options=options,
         share=share,
         full_expert_bytes=full_bytes,
         budget_bytes=problem.budget_bytes,
@@ -154,7 +193,7 @@ def _measure(ready: Bench, share: float, settings: str, work: Path) -> Cell:
         off_task_base_ppl=None if others is None else metrics.perplexity(others.base_nll),
         search=record,
         scores=[*results, *made],
-        missing=refused,
+        missing=[*missing, *refused],
     )
 
 

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.calibrate import text_packer
+from edge_moe.compare.record import CompareOptions, task_key
+from edge_moe.converters.calibrate import calibration_text, checked_forms, text_packer
 from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.demo import task_names
-from edge_moe.errors import InputError
 from edge_moe.gradient_stats import GradientStats, load_gradients
-from edge_moe.plan import Target
 from edge_moe.runtime.heldout import REPORT_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
-from edge_moe.stats import ExpertStats
+from edge_moe.stats import ExpertStats, StatsInfo, first_difference
 
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """What decides the numbers, beside the model and the task."""
-
-    target: Target = "native"
-    search_seconds: float = 60.0
-    max_windows: int = 12
-    """Held-out windows of the task that are reported on; others choose between plans."""
-    off_task_windows: int = 2
-    """Held-out windows of every other shipped task."""
-    transforms: tuple[str, ...] = ()
-    """Methods that write other weights; they need the full statistics of the expert's inputs."""
-    calibration_windows: int | None = None
+WINDOW_TOKENS = 512
+"""Of calibration text; the default of `edge-moe calibrate`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +43,7 @@ class Bench:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, task: str, work: Path, options: CompareOptions) -> Bench:
-        folder = work / f"stats-{Path(task).stem}"
+        folder = work / f"stats-{task_key(task)}"
         stats = load_or_calibrate(checkpoint, task, folder, options)
         packer = text_packer(checkpoint, stats.info.options, stats.info.data_fingerprint)
         packed = PackedExperts(checkpoint, packer)
@@ -89,13 +77,24 @@ class Bench:
 def load_or_calibrate(
     checkpoint: Checkpoint, task: str, folder: Path, options: CompareOptions
 ) -> ExpertStats:
-    if (folder / "stats.json").exists():
-        stats = ExpertStats.load(folder)
-        if stats.info.model_fingerprint == checkpoint.fingerprint:
-            return stats
-        raise InputError(f"{folder} holds the statistics of another model: delete it")
     windows = options.calibration_windows
+    if (folder / "stats.json").exists():
+        wanted, _ = calibration_settings(checkpoint, task, options)
+        stats = ExpertStats.load(folder)
+        if first_difference(stats.info, wanted, {"options"}) is None:
+            return stats
+        shutil.rmtree(folder)  # of other text or settings
     return calibrate_with_gradients(checkpoint.folder, [task], folder, max_windows=windows)
+
+
+def calibration_settings(
+    checkpoint: Checkpoint, task: str, options: CompareOptions
+) -> tuple[StatsInfo, list[list[int]]]:
+    """What the statistics of `task` are made of: settings and windows of calibration text."""
+    forms = checked_forms(checkpoint.spec, None)
+    return calibration_text(
+        checkpoint, [task], WINDOW_TOKENS, options.calibration_windows, (0, 1), forms
+    )
 
 
 def compared_windows(

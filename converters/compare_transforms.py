@@ -5,15 +5,16 @@ Each runs at the size that the bytes hold when its experts are then stored in 16
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_moe.compare.contenders import BIT_CLASSES, counts_for, form_label
+from edge_moe.compare.contenders import BIT_CLASSES, counts_for, form_label, kept_forms
 from edge_moe.converters.transform import transform
 from edge_moe.converters.transforms import get_method
 from edge_moe.converters.transforms.heapr import WIDTH_STEP
-from edge_moe.errors import InputError, TargetError
+from edge_moe.errors import EdgeMoeError
 from edge_moe.formats import expert_bytes, form_fits
 from edge_moe.problem import Problem
 from edge_moe.spec import ModelSpec
@@ -71,17 +72,18 @@ def transformed(
         folder = work / f"{each.method}-{Path(task).stem}-{size}"
         narrows = get_method(each.method).shrinks == "width"
         try:
-            if not folder.exists():
-                transform(
-                    model,
-                    [task],
-                    folder,
-                    each.method,
-                    num_experts=None if narrows else each.num_experts,
-                    expert_width=each.expert_width if narrows else None,
-                    stats=stats,
-                )
-        except (InputError, TargetError) as error:
+            if folder.exists():
+                shutil.rmtree(folder)  # of a killed run, perhaps from other text
+            transform(
+                model,
+                [task],
+                folder,
+                each.method,
+                num_experts=None if narrows else each.num_experts,
+                expert_width=each.expert_width if narrows else None,
+                stats=stats,
+            )
+        except EdgeMoeError as error:
             yield Transformed(each, None, f"{each.name}: {error}")
             continue
         yield Transformed(each, folder)
@@ -91,10 +93,10 @@ def _fewer(
     problem: Problem, spec: ModelSpec, forms: Sequence[str]
 ) -> Iterator[tuple[str, int, int]]:
     """(form, experts per layer, width) with as many whole experts as fit."""
-    for form in _stored_in(forms, spec, spec.expert_width):
-        counts = counts_for(problem, list(forms).index(form))
+    for index in kept_forms(forms):
+        counts = counts_for(problem, index)
         if counts is not None and counts.min() < spec.num_experts:
-            yield form, int(counts.min()), spec.expert_width
+            yield forms[index], int(counts.min()), spec.expert_width
 
 
 def _narrowed(
@@ -102,18 +104,15 @@ def _narrowed(
 ) -> Iterator[tuple[str, int, int]]:
     """(form, experts per layer, width) with all experts as wide as fits."""
     num_experts = spec.num_experts * spec.num_moe_layers
-    for width in range(spec.expert_width - WIDTH_STEP, 0, -WIDTH_STEP):
-        for form in _stored_in(forms, spec, width):
-            taken = num_experts * expert_bytes(form, spec.hidden_size, width)
-            wider = num_experts * expert_bytes(form, spec.hidden_size, width + WIDTH_STEP)
-            if taken <= problem.budget_bytes < wider:
+    offered = [forms[index] for index in kept_forms(forms)]
+    for names in (*BIT_CLASSES.values(), (forms[-1],)):
+        if not set(names) & set(offered):
+            continue  # the target does not store so few bits
+        for width in range(spec.expert_width - WIDTH_STEP, 0, -WIDTH_STEP):
+            form = next((name for name in names if form_fits(name, spec.hidden_size, width)), None)
+            if form is None:
+                continue
+            taken_bytes = num_experts * expert_bytes(form, spec.hidden_size, width)
+            if taken_bytes <= problem.budget_bytes:
                 yield form, spec.num_experts, width
-
-
-def _stored_in(forms: Sequence[str], spec: ModelSpec, width: int) -> list[str]:
-    """A 4-bit and an 8-bit form that hold experts of `width`, and the 16-bit one."""
-    found = [
-        next((name for name in names if form_fits(name, spec.hidden_size, width)), None)
-        for names in BIT_CLASSES.values()
-    ]
-    return [*(name for name in found if name is not None), forms[-1]]
+                break

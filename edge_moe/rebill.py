@@ -54,7 +54,7 @@ def _process(plan: Plan, checkpoint: Checkpoint, target: Target) -> tuple[int, S
     """(bytes, source) of the process that runs `target`, its tokenizer included."""
     if target not in PROCESS_TARGETS:
         return 0, "assumed"
-    if plan.target in PROCESS_TARGETS:
+    if (plan.billed_target or plan.target) in PROCESS_TARGETS:
         term = plan.term("runtime")
         return term.num_bytes, term.source
     num_bytes, source = runtime_overhead(checkpoint.spec.model_type, plan.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -87,8 +88,8 @@ def search(
     trials = _Trials(evidence.problem, measure, deadline)
     try:
         trials.add({PLAN_NAME: first.choice})
-        trials.add(dict(_by_loss(evidence)))
-        trials.add(dict(_by_criterion(evidence, trials.best.choice)))
+        trials.add_all(_by_loss(evidence))
+        trials.add_all(_by_criterion(evidence, trials.best.choice))
         _tune_layers(evidence, trials)
         is_complete = True
     except TimeUp:
@@ -142,6 +143,11 @@ class _Trials:
             for name, kld in self._measure(part).items():
                 self.results.append(_Trial(name, part[name], kld))
         return bool(self.results) and self.best.kld < before
+
+    def add_all(self, proposals: Iterator[tuple[str, IntArray]]) -> None:
+        """Measure a pass's worth at a time: solving, too, takes of the time."""
+        while part := dict(islice(proposals, MAX_PASS_PROPOSALS)):
+            self.add(part)
 
 
 def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:

@@ -62,8 +62,7 @@ def part_of_heldout(
         windows = heldout_windows(task, tokenizer, WINDOW_TOKENS, None)
         half = windows[part::2] or windows
         limit = len(half) if max_windows is None else max(1, max_windows // len(tasks))
-        step = max(1, len(half) // limit)
-        found += half[::step][:limit]
+        found += _spread(half, limit)
     return found
 
 

@@ -18,6 +18,8 @@ from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import app
 from edge_moe.compare.contenders import (
+    GEMQ_NAME,
+    PMQ_NAME,
     Contender,
     Field,
     Kind,
@@ -26,16 +28,19 @@ from edge_moe.compare.contenders import (
     kept_forms,
     parse_share,
 )
-from edge_moe.compare.record import Cell, load_cells
+from edge_moe.compare.record import Cell, CompareOptions, Score, TextScore, load_cells, task_key
 from edge_moe.compare.table import print_comparison, times_plan
 from edge_moe.converters import compare as engine
 from edge_moe.converters.compare import compare
-from edge_moe.converters.compare_bench import Bench, CompareOptions
+from edge_moe.converters.compare_bench import Bench
 from edge_moe.converters.compare_transforms import wanted_transforms
 from edge_moe.converters.transform import transform
 from edge_moe.converters.variants import VariantScorer
 from edge_moe.errors import InputError
+from edge_moe.formats import form_fits, get_form
 from edge_moe.loss_table import loss_table
+from edge_moe.metrics import Estimate
+from edge_moe.plan import Target
 from edge_moe.planner import build_problem
 from edge_moe.saliency import saliency
 from edge_moe.super_experts import find_super_experts
@@ -61,7 +66,7 @@ def _field(tiny_checkpoint: TinyCheckpoint, share: float) -> Field:
 
 
 def test_every_contender_fits_and_keeps_top_k(field: Field) -> None:
-    found = list(contenders(field))
+    found = contenders(field)[0]
     assert len({each.name for each in found}) == len(found)
     for each in found:
         assert field.problem.bytes_of(each.choice) <= field.problem.budget_bytes, each.name
@@ -72,7 +77,7 @@ def test_every_contender_fits_and_keeps_top_k(field: Field) -> None:
 
 
 def test_pruning_keeps_the_best_and_the_super_experts(field: Field) -> None:
-    reap = next(each for each in contenders(field) if each.name == "reap, 8 bits")
+    reap = next(each for each in contenders(field)[0] if each.name == "reap, 8 bits")
     counts = counts_for(field.problem, list(field.forms).index("q8_0"))
     assert counts is not None
     assert (reap.choice > 0).sum(axis=1).tolist() == counts.tolist()
@@ -147,7 +152,7 @@ def test_cells_hold_every_kind(cells: tuple[list[Cell], Path]) -> None:
         assert {score.kind for score in cell.scores} == set(Kind)
         assert all(score.expert_bytes <= cell.budget_bytes for score in cell.scores)
         assert cell.search.trials
-        assert not list(output.glob("work/*x*"))  # transformed checkpoints do not pile up
+        assert not list(output.glob(".compare/*x*"))  # transformed checkpoints do not pile up
 
 
 @pytest.mark.slow
@@ -158,7 +163,7 @@ def test_what_is_measured_is_not_measured_again(
     monkeypatch.setattr(engine, "_measure", None)  # calling it would fail
     assert compare(trained, str(text), [0.3, 0.6], output, OPTIONS) == found
     with pytest.raises(TypeError):
-        compare(trained, str(text), [0.3], output, replace(OPTIONS, max_windows=1))
+        compare(trained, str(text), [0.3], output, OPTIONS.model_copy(update={"max_windows": 1}))
 
 
 @pytest.mark.slow
@@ -167,7 +172,7 @@ def test_a_transform_scores_as_its_own_checkpoint(
 ) -> None:
     cell, output = cells[0][1], cells[1]
     checkpoint = Checkpoint(trained)
-    ready = Bench.of(checkpoint, str(text), output / "work", OPTIONS)
+    ready = Bench.of(checkpoint, str(text), output / ".compare", OPTIONS)
     forms = candidate_forms(checkpoint.spec, "native")
     problem = build_problem(
         checkpoint.spec,
@@ -230,5 +235,83 @@ def test_a_damaged_cell_is_refused(tmp_path: Path) -> None:
 
 
 def test_contenders_are_named_after_their_bits(field: Field) -> None:
-    names: list[Contender] = [each for each in contenders(field) if each.kind is Kind.PRUNE]
+    names: list[Contender] = [each for each in contenders(field)[0] if each.kind is Kind.PRUNE]
     assert {each.name.split(", ")[1] for each in names} <= {"4 bits", "8 bits", "16 bits"}
+
+
+def _score(name: str, kind: Kind, kld: float, num_bytes: int = 100) -> Score:
+    text = TextScore(
+        kld=Estimate(kld, 0.1), ppl=Estimate(2 + kld, 0.1), same_top=Estimate(1 - kld / 10, 0.1)
+    )
+    return Score(
+        name=name,
+        kind=kind,
+        expert_bytes=num_bytes,
+        num_kept=4,
+        forms={"q8_0": 4},
+        in_task=text,
+        off_task=text,
+    )
+
+
+def test_random_draws_are_averaged_in_every_figure(cells: tuple[list[Cell], Path]) -> None:
+    draws = [_score(f"random, draw {i}, 8 bits", Kind.RANDOM, i) for i in (1, 2, 3)]
+    worse = _score("random, draw 1, 4 bits", Kind.RANDOM, 9)
+    cell = cells[0][0].model_copy(update={"scores": [*draws, worse]})
+    mean = cell.random_mean()
+    assert mean is not None
+    assert mean.name == "mean and spread of 3 draws, 8 bits"
+    assert mean.in_task.kld == Estimate(2.0, 1.0)
+    assert mean.in_task.ppl == Estimate(4.0, 1.0)
+    assert mean.in_task.same_top.value == pytest.approx(0.8)
+    assert mean.off_task is not None
+    assert mean.off_task.kld == Estimate(2.0, 1.0)
+
+
+def test_what_does_not_exist_is_said(tiny_checkpoint: TinyCheckpoint) -> None:
+    tight = _field(tiny_checkpoint, 0.08)
+    found, missing = contenders(tight)
+    assert not [each for each in found if each.name == PMQ_NAME]
+    assert any(text.startswith(f"{PMQ_NAME}: ") for text in missing)
+    assert any(text.startswith("Pruning, 16 bits: fewer than top_k") for text in missing)
+    for problem in (tight.problem, replace(tight.problem, scope="model")):
+        _, missing = contenders(replace(tight, problem=problem))
+        assert any(PMQ_NAME in text for text in missing)
+
+
+def test_gemq_is_there_where_pmq_fails(tiny_checkpoint: TinyCheckpoint) -> None:
+    field = _field(tiny_checkpoint, 0.122)
+    found, missing = contenders(replace(field, gradient_cost=field.problem.loss))
+    names = {each.name for each in found}
+    assert GEMQ_NAME in names and PMQ_NAME not in names
+    assert any(text.startswith(PMQ_NAME) for text in missing)
+
+
+@pytest.mark.parametrize("target", ["native", "gguf", "hf", "onnx"])
+def test_narrowed_experts_fit_their_forms(
+    target: Target, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = make_tiny_checkpoint(
+        tmp_path_factory.mktemp("wide"), "qwen3_moe", width=256, moe_intermediate_size=768
+    )
+    checkpoint = Checkpoint(folder)
+    spec, stats = checkpoint.spec, fake_stats(checkpoint)
+    forms = candidate_forms(spec, target)
+    losses = loss_table(stats, forms, "bf16")
+    whole = spec.num_experts * spec.num_moe_layers * spec.expert_weights * 2
+    supers = find_super_experts(stats.max_output)
+    for share in (0.2, 0.5, 0.75):
+        problem = build_problem(spec, forms, losses, supers, target, int(share * whole))
+        wanted = wanted_transforms(problem, spec, forms, ["heapr", "dern"])
+        assert wanted
+        for each in wanted:
+            assert form_fits(each.form, spec.hidden_size, each.expert_width)
+            assert each.expert_bytes <= problem.budget_bytes
+            bits = int(get_form(each.form).bits_per_weight)
+            assert bits in {int(get_form(form).bits_per_weight) for form in forms[1:]}
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    assert task_key("code") == "code"
+    keys = {task_key(str(tmp_path / name / "code.txt")) for name in ("a", "b")}
+    assert len(keys) == 2 and all(key.startswith("code-") for key in keys)

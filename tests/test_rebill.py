@@ -11,6 +11,7 @@ from hand_plan import hand_plan, uniform_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.errors import BudgetError
+from edge_moe.overhead import tokenizer_bytes
 from edge_moe.package import Package
 from edge_moe.plan import Plan
 from edge_moe.rebill import rebill
@@ -46,6 +47,17 @@ def test_the_own_target_changes_nothing(checkpoint: Checkpoint) -> None:
     native = rebill(plan, checkpoint, "native")
     assert rebill(plan, checkpoint, "hf") == plan
     assert rebill(native, checkpoint, "native") == native
+
+
+def test_there_and_back_is_the_measured_process_again(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_moe.rebill.runtime_overhead", lambda *_: (123_456, "measured"))
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4))
+    back = rebill(rebill(plan, checkpoint, "gguf"), checkpoint, "native")
+    tokenizer = tokenizer_bytes(checkpoint.folder)
+    assert back.term("runtime").num_bytes == 123_456 + tokenizer
+    assert back.term("runtime").source == "measured"
 
 
 def test_what_does_not_fit_there_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -57,16 +57,15 @@ def compare_command(
     held-out text and on that of the other shipped tasks. A killed run resumes with the next cell.
     """
     from edge_moe.compare.contenders import parse_share
-    from edge_moe.compare.record import Cell
+    from edge_moe.compare.record import Cell, CompareOptions
     from edge_moe.compare.table import print_comparison
-    from edge_moe.hub import resolve_model
+    from edge_moe.hub import is_hub_id, resolve_model
 
     shares = [parse_share(text) for text in share or DEFAULT_SHARES]
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file: name a folder for the results")
     folder = resolve_model(model, revision)
-    from edge_moe.converters.compare import compare
-    from edge_moe.converters.compare_bench import CompareOptions
+    from edge_moe.converters.compare import WORK_NAME, compare
     from edge_moe.converters.compare_transforms import COMPARED
 
     options = CompareOptions(
@@ -77,14 +76,15 @@ def compare_command(
         transforms=COMPARED if transforms else (),
         calibration_windows=max_windows,
     )
+    label = model if is_hub_id(model) else folder.name
     cells: list[Cell] = []
     try:
         for name in task:
-            cells += compare(folder, name, shares, output, options)
+            cells += compare(folder, name, shares, output, options, label)
     except KeyboardInterrupt:
         stderr().print("stopped: run the same command again to resume")
         raise
-    shutil.rmtree(output / "work", ignore_errors=True)
+    shutil.rmtree(output / WORK_NAME, ignore_errors=True)
     if json:
         print(f"[{', '.join(cell.model_dump_json() for cell in cells)}]")
         return

@@ -7,21 +7,23 @@ goes to the first layers; under `layer` or `model` scope every layer keeps the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 
-from edge_moe.errors import BudgetError, InputError
+from edge_moe.errors import BudgetError, InputError, StatsError
 from edge_moe.formats import get_form
 from edge_moe.optimise import solve
-from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, smallest_bytes
-from edge_moe.programs import BIT_FORMS, BitForms, gemq, pmq, pmq_cost
+from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
+from edge_moe.programs import BitForms, gemq, pmq, pmq_cost
 from edge_moe.saliency import CRITERIA, random_scores, saliency
 from edge_moe.stats import ExpertStats
 
 RANDOM_SEEDS = (0, 1, 2)
+PMQ_NAME, GEMQ_NAME = "MC-MoE (PMQ), 1-3 bits", "GEMQ, 1-3 bits"
+"""Published with bits {1, 2, 3}: they cannot spend more than about 21 % of 16-bit bytes."""
 SOLVE_SECONDS = 20.0
 BIT_CLASSES = {4: ("q4_k", "q4_0"), 8: ("q8_0",)}
 """Bits -> forms that pruned models are stored in, preferred first."""
@@ -61,17 +63,23 @@ class Field:
     """[L, E, F] costs comparable across layers by the loss gradient, for GEMQ."""
 
 
-def contenders(field: Field) -> Iterator[Contender]:
-    """Every published method that fits the budget; what does not fit is left out."""
-    yield from _one_type(field)
-    yield from _mixed_bits(field)
+def contenders(field: Field) -> tuple[list[Contender], list[str]]:
+    """(every published method that fits the budget, a sentence for each that does not)."""
+    missing: list[str] = []
+    found = [*_one_type(field), *_mixed_bits(field, missing)]
     for form in kept_forms(field.forms):
+        reason = _cannot_prune(field, form)
+        if reason:
+            missing.append(f"Pruning, {form_label(field.forms[form])}: {reason}.")
+            continue
         for name in CRITERIA:
             if name != "random":
-                yield from _pruned(field, name, Kind.PRUNE, saliency(field.stats, name), form)
+                found.append(_pruned(field, name, Kind.PRUNE, saliency(field.stats, name), form))
         for seed in RANDOM_SEEDS:
             scores = random_scores(field.stats, seed)
-            yield from _pruned(field, f"random, draw {seed + 1}", Kind.RANDOM, scores, form)
+            name = f"random, draw {seed + 1}"
+            found.append(_pruned(field, name, Kind.RANDOM, scores, form))
+    return found, missing
 
 
 def kept_forms(forms: Sequence[str]) -> list[int]:
@@ -99,19 +107,29 @@ def counts_for(problem: Problem, form: int) -> IntArray | None:
     return None if counts.min() < problem.top_k else counts
 
 
-def _pruned(
-    field: Field, name: str, kind: Kind, scores: FloatArray, form: int
-) -> Iterator[Contender]:
+def _cannot_prune(field: Field, form: int) -> str:
+    """Why no criterion can keep experts in `form`; empty where it can."""
     problem = field.problem
     counts = counts_for(problem, form)
-    if counts is None or counts.min() == scores.shape[1] or problem.num_groups > 1:
-        return
+    if problem.num_groups > 1:
+        return "a criterion ranks whole layers, this router wants equal numbers per group"
+    if counts is None:
+        return f"fewer than top_k={problem.top_k} experts per layer fit"
+    if counts.min() == problem.loss.shape[1]:
+        return "all experts fit, none has to go"
     if (field.supers.sum(axis=1) > counts).any():
-        return
+        return "a layer has more super experts than may stay"
+    return ""
+
+
+def _pruned(field: Field, name: str, kind: Kind, scores: FloatArray, form: int) -> Contender:
+    counts = counts_for(field.problem, form)
+    if counts is None:
+        raise ValueError(f"no {name} in {field.forms[form]}")
     order = np.lexsort((-scores, ~field.supers), axis=1)
     rank = np.argsort(order, axis=1)
     choice = np.where(rank < counts[:, None], form, 0)
-    yield Contender(f"{name}, {form_label(field.forms[form])}", kind, choice)
+    return Contender(f"{name}, {form_label(field.forms[form])}", kind, choice)
 
 
 def _one_type(field: Field) -> Iterator[Contender]:
@@ -125,7 +143,7 @@ def _one_type(field: Field) -> Iterator[Contender]:
         yield Contender(f"all {field.forms[index]}", Kind.QUANTISE, np.full(shape, index))
 
 
-def _mixed_bits(field: Field) -> Iterator[Contender]:
+def _mixed_bits(field: Field, missing: list[str]) -> Iterator[Contender]:
     """No expert dropped: our program, MC-MoE's and GEMQ's."""
     problem = field.problem
     kept = problem.only_forms(list(range(1, len(problem.form_bytes))), problem.budget_bytes)
@@ -133,17 +151,25 @@ def _mixed_bits(field: Field) -> Iterator[Contender]:
     if least_bytes is not None and least_bytes <= problem.budget_bytes:
         choice = solve(kept, SOLVE_SECONDS).choice
         yield Contender("edge-moe's program without dropping", Kind.MIXED, choice)
-    if problem.scope != "expert" or not set(BIT_FORMS.values()) <= set(field.forms):
-        return
-    bit_forms = BitForms.named(field.forms)
-    try:
-        solution = pmq(problem, _pmq_cost(field), bit_forms)
-        yield Contender("MC-MoE (PMQ), 1-3 bits", Kind.MIXED, solution.choice)
-        if field.gradient_cost is not None:
-            solution = gemq(problem, field.gradient_cost, bit_forms)
-            yield Contender("GEMQ, 1-3 bits", Kind.MIXED, solution.choice)
-    except BudgetError:
-        return
+    else:
+        missing.append("Mixed bits without dropping: the smallest form of every expert is larger.")
+    for name, program in _published(field).items():
+        if problem.scope != "expert":
+            missing.append(f"{name}: needs a width per expert, which the target cannot hold.")
+            continue
+        try:
+            yield Contender(name, Kind.MIXED, program(BitForms.named(field.forms)).choice)
+        except (BudgetError, StatsError) as error:
+            missing.append(f"{name}: {error}.")
+
+
+def _published(field: Field) -> dict[str, Callable[[BitForms], Solution]]:
+    """Name -> the program with its own costs."""
+    problem, gradient_cost = field.problem, field.gradient_cost
+    found = {PMQ_NAME: lambda bit_forms: pmq(problem, _pmq_cost(field), bit_forms)}
+    if gradient_cost is not None:
+        found[GEMQ_NAME] = lambda bit_forms: gemq(problem, gradient_cost, bit_forms)
+    return found
 
 
 def _pmq_cost(field: Field) -> FloatArray:

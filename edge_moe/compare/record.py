@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge_moe.compare.contenders import Kind
+from edge_moe.demo import task_names
 from edge_moe.errors import InputError
 from edge_moe.files import read_json, write_text
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate
 from edge_moe.plan import SearchRecord, Target
+from edge_moe.tasks import task_argument
 
-COMPARISON_VERSION = 1
+COMPARISON_VERSION: Literal[1] = 1
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CompareOptions(_Model):
+    """What decides the numbers, beside the model, the task and the size."""
+
+    target: Target = "native"
+    search_seconds: float = 60.0
+    max_windows: int = 12
+    """Held-out windows of the task that are reported on; others choose between plans."""
+    off_task_windows: int = 2
+    """Held-out windows of every other shipped task."""
+    transforms: tuple[str, ...] = ()
+    """Methods that write other weights."""
+    calibration_windows: int | None = None
 
 
 class TextScore(_Model):
@@ -46,13 +67,13 @@ class Score(_Model):
 class Cell(_Model):
     """All methods for one task at one size under one target's rules."""
 
-    version: int = COMPARISON_VERSION
+    version: Literal[1] = COMPARISON_VERSION
     settings: str
-    """sha256 of everything that decides the numbers."""
+    """sha256 of everything that decides the numbers, the program's own source included."""
+    options: CompareOptions
     provenance: Provenance
     model: str
     task: str
-    target: Target
     share: float
     """Of the experts' 16-bit bytes."""
     full_expert_bytes: int
@@ -70,6 +91,10 @@ class Cell(_Model):
     """Methods that do not exist at this size, and why, in sentences."""
 
     @property
+    def target(self) -> Target:
+        return self.options.target
+
+    @property
     def file_name(self) -> str:
         return cell_name(self.task, self.target, self.share)
 
@@ -83,6 +108,29 @@ class Cell(_Model):
         found = [score for score in self.scores if score.kind in kinds]
         return min(found, key=lambda score: score.in_task.kld.value, default=None)
 
+    def random_mean(self) -> Score | None:
+        """The random draws in the number of bits that did best, as one score: their means.
+
+        Errors are the spread between the draws.
+        """
+        best = self.best(Kind.RANDOM)
+        if best is None:
+            return None
+        bits = best.name.rpartition(", ")[2]
+        draws = [
+            score
+            for score in self.scores
+            if score.kind is Kind.RANDOM and score.name.rpartition(", ")[2] == bits
+        ]
+        others = [draw.off_task for draw in draws if draw.off_task is not None]
+        return best.model_copy(
+            update={
+                "name": f"mean and spread of {len(draws)} draws, {bits}",
+                "in_task": _mean([draw.in_task for draw in draws]),
+                "off_task": _mean(others) if others else None,
+            }
+        )
+
     def save(self, folder: Path) -> Path:
         """Write the cell, atomically."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,9 +139,28 @@ class Cell(_Model):
         return path
 
 
+def _mean(scores: Sequence[TextScore]) -> TextScore:
+    """Mean of every figure, its error the standard deviation between the scores."""
+
+    def of(name: str) -> Estimate:
+        values = [getattr(score, name).value for score in scores]
+        spread = stdev(values) if len(values) > 1 else 0.0
+        return Estimate(fmean(values), spread)
+
+    return TextScore(kld=of("kld"), ppl=of("ppl"), same_top=of("same_top"))
+
+
 def cell_name(task: str, target: Target, share: float) -> str:
     """File name of a cell."""
-    return f"{Path(task).stem}-{target}-{share:g}.json"
+    return f"{task_key(task)}-{target}-{share:g}.json"
+
+
+def task_key(task: str) -> str:
+    """Short and safe for file names; files of one name are told apart by where they lie."""
+    if task in task_names():
+        return task
+    where = hashlib.sha256(task_argument(task).encode()).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(task).stem) or 'task'}-{where}"
 
 
 def load_cell(path: Path) -> Cell:
