@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibration_memory import state_and_require_memory
 from edge_moe.converters.export_hf import check_hf, export_hf
 from edge_moe.converters.export_native import export_native
 from edge_moe.converters.model_card import SizeRow, model_card, plan_fingerprint
@@ -125,8 +126,13 @@ def _packer(plan: Plan, checkpoint: Checkpoint) -> Packer:
     if not get_quantiser(plan.quantiser).needs:
         return PlainPacker(checkpoint, plan.quantiser)
     from edge_moe.converters.calibrate import text_packer
+    from edge_moe.converters.calibrated_packing import CalibratedPacker
 
-    return text_packer(checkpoint, plan.calibration, plan.data_fingerprint)
+    packer = text_packer(checkpoint, plan.calibration, plan.data_fingerprint)
+    if isinstance(packer, CalibratedPacker):
+        subject = f"packing by {plan.quantiser}, which runs the calibration text again"
+        state_and_require_memory(subject, packer.memory_terms())
+    return packer
 
 
 def _build_fingerprint(plan: Plan, target: Target) -> str:

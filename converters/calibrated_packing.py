@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibration_memory import packing_terms
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, expert_output, router_scores_of
 from edge_moe.converters.second_moments import (
@@ -27,6 +28,7 @@ from edge_moe.converters.second_moments import (
 )
 from edge_moe.formats.base import ByteArray
 from edge_moe.formats.quantise import get_quantiser, pack_expert_with
+from edge_moe.plan import MemoryTerm
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class CalibratedPacker:
         self._routed: list[RoutedTokens] = []
         self._scores: list[Tensor] | None = None
         self._lock = threading.Lock()
+
+    def memory_terms(self) -> list[MemoryTerm]:
+        """Upper bounds of what packing adds to a process that has imported torch, by term."""
+        lengths = [len(window) for window in self._windows]
+        return packing_terms(self._checkpoint, sum(lengths), max(lengths), self._quantiser)
 
     def pack(self, layer_id: int, expert_id: int, form: str) -> ByteArray:
         """The flat record of one expert. Safe to call from several threads, one layer at a time."""

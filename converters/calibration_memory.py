@@ -64,6 +64,19 @@ def calibration_terms(
     ]
 
 
+def packing_terms(
+    checkpoint: Checkpoint, num_tokens: int, window_tokens: int, quantiser: str
+) -> list[MemoryTerm]:
+    """What packing takes when the calibration text is run again, which stays in memory as a whole.
+
+    hidden states  4 T H of the text on its way through the layers, and 4 H W of one window more
+    """
+    hidden = checkpoint.spec.hidden_size
+    states = hidden_file_bytes(hidden, num_tokens + window_tokens)
+    text = MemoryTerm(name="hidden states", num_bytes=states, source="formula")
+    return [*calibration_terms(checkpoint, num_tokens, window_tokens, quantiser), text]
+
+
 def calibration_peak_bytes(
     checkpoint: Checkpoint, num_tokens: int, window_tokens: int, quantiser: str = "nearest"
 ) -> int:
@@ -101,9 +114,9 @@ def require_free_memory(needed_bytes: int) -> None:
     available_bytes = available_memory_bytes()
     if available_bytes is not None and needed_bytes > available_bytes:
         raise BudgetError(
-            f"calibration needs {format_bytes(needed_bytes)} of memory, but only "
-            f"{format_bytes(available_bytes)} is available: use fewer windows (--max-windows), "
-            "several shards (--shard), or a machine with more memory",
+            f"this needs {format_bytes(needed_bytes)} of memory, but only "
+            f"{format_bytes(available_bytes)} is available: calibrate on fewer windows "
+            "(--max-windows), in several shards (--shard), or on a machine with more memory",
             minimum_bytes=needed_bytes,
         )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILY_NAMES, TinyCheckpoint
+from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import hand_plan, random_forms
 
 from edge_moe import metrics
@@ -16,8 +18,10 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate, text_packer
 from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+from edge_moe.converters.calibration_memory import packing_terms
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.observe import OBSERVE, BlockObserver, router_scores_of
+from edge_moe.converters.packing import packing_peak_bytes
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
 from edge_moe.moments import load_moments
@@ -173,3 +177,48 @@ def test_what_cannot_be_packed_again_is_refused(
     with pytest.raises(InputError, match="has changed since it was calibrated on"):
         build(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+BUILT = """
+import sys
+from pathlib import Path
+from edge_moe.converters.build import build
+from edge_moe.converters.calibrate import text_packer
+from edge_moe.plan import Plan
+
+def kilobytes(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+before = kilobytes("VmRSS:")
+build(Plan.load(Path(sys.argv[1])), Path(sys.argv[2]))
+print((kilobytes("VmHWM:") - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_build_states_the_memory_of_its_text(task: Path, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(
+        tmp_path / "model", "olmoe", width=256, num_hidden_layers=3, num_experts=4
+    )
+    checkpoint = Checkpoint(folder)
+    stats = measured(folder, task, tmp_path / "stats", None)
+    plan = hand_plan(checkpoint, random_forms(checkpoint, ("drop", "q8_0", "q4_0")))
+    found = {
+        "calibration": stats.info.options,
+        "data_fingerprint": stats.info.data_fingerprint,
+    }
+    plan.model_copy(update=found).save(tmp_path / "plan.json")
+    process = subprocess.run(
+        [sys.executable, "-c", BUILT, tmp_path / "plan.json", tmp_path / "out"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    grown_bytes = int(process.stdout)
+    terms = packing_terms(checkpoint, stats.info.num_tokens, WINDOW_TOKENS, "gptq_refit")
+    stated_bytes = sum(term.num_bytes for term in terms)
+    assert grown_bytes <= stated_bytes + packing_peak_bytes(checkpoint.spec)
+    text = " ".join(process.stderr.split())
+    assert "packing by gptq_refit, which runs the calibration text again; memory at most" in text
