@@ -47,15 +47,21 @@ class PlanMeasure:
         self._scorer = VariantScorer(checkpoint, windows, packed)
         self._seconds = seconds
         self._start = time.monotonic()
+        self._is_first = True
         self._on_share = on_share
 
     def __call__(self, proposals: Mapping[str, list[list[str]]]) -> Mapping[str, float]:
         """Mean KL divergence of every proposal.
 
+        The clock starts anew after the first call, in which experts are packed that later ones
+        share: it may take `seconds`, too.
+
         Raises:
             TimeUp: the time ran out before the last layer.
         """
         scores = self._scorer.score(proposals, self._check_time)
+        if self._is_first:
+            self._is_first, self._start = False, time.monotonic()
         return {name: float(found.kld.mean()) for name, found in scores.items()}
 
     def _check_time(self, share_of_pass: float) -> None:

@@ -82,12 +82,14 @@ def search(
     """(the best measured solution, every trial). `first` is the plain program's.
 
     Rounds: the kinds of loss; the criteria, at about the number of experts that the best plan
-    keeps; then layers made dearer or cheaper as long as that helps. Stops after `seconds`.
+    keeps; then layers made dearer or cheaper as long as that helps. Stops `seconds` after the first
+    plan was measured.
     """
-    deadline = time.monotonic() + seconds
-    trials = _Trials(evidence.problem, measure, deadline)
+    start = time.monotonic()
+    trials = _Trials(evidence.problem, measure, start + seconds)
     try:
         trials.add({PLAN_NAME: first.choice})
+        trials.deadline = time.monotonic() + seconds
         trials.add_all(_by_loss(evidence))
         trials.add_all(_by_criterion(evidence, trials.best.choice))
         _tune_layers(evidence, trials)
@@ -98,7 +100,7 @@ def search(
     record = SearchRecord(
         chosen=best.name,
         is_complete=is_complete,
-        seconds=seconds - (deadline - time.monotonic()),
+        seconds=time.monotonic() - start,
         trials=[SearchTrial(name=each.name, kld=each.kld) for each in trials.results],
     )
     return Solution.of(evidence.problem, best.choice), record
@@ -117,7 +119,7 @@ class _Trials:
     def __init__(self, problem: Problem, measure: Measure, deadline: float) -> None:
         self._problem = problem
         self._measure = measure
-        self._deadline = deadline
+        self.deadline = deadline
         self._seen: set[bytes] = set()
         self.results: list[_Trial] = []
 
@@ -137,7 +139,7 @@ class _Trials:
                 waiting[name] = choice
         names = list(waiting)
         for start in range(0, len(names), MAX_PASS_PROPOSALS):
-            if self.results and time.monotonic() > self._deadline:
+            if self.results and time.monotonic() > self.deadline:
                 raise TimeUp
             part = {name: waiting[name] for name in names[start : start + MAX_PASS_PROPOSALS]}
             for name, kld in self._measure(part).items():

@@ -70,7 +70,7 @@ def plan_command(
         ),
     ] = True,
     search_seconds: Annotated[
-        float, typer.Option(min=1, help="Time for measuring plans.")
+        float, typer.Option(min=1, help="Time for measuring plans, once the first is.")
     ] = DEFAULT_SEARCH_SECONDS,
     output: Output = Path("plan.json"),
     revision: Revision = None,
