@@ -27,7 +27,7 @@ from rich.table import Table
 from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate import calibrate, text_packer
-from edge_moe.converters.variants import VariantScorer
+from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.demo import demo_model_dir
 from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share
 from edge_moe.files import write_text
@@ -36,7 +36,7 @@ from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.overhead import runtime_overhead
 from edge_moe.plan import Plan
 from edge_moe.planner import make_plan
-from edge_moe.runtime.evaluate import heldout_windows
+from edge_moe.runtime.heldout import heldout_windows
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.stats import ExpertStats
 
@@ -103,7 +103,8 @@ class Comparison:
         scores: dict[tuple[str, str, float], TokenScores] = {}
         for packed_by, found in stats.items():
             packer = text_packer(self.checkpoint, found.info.options, found.info.data_fingerprint)
-            scorer = VariantScorer(self.checkpoint, self.windows, packer)
+            packed = PackedExperts(self.checkpoint, packer)
+            scorer = VariantScorer(self.checkpoint, self.windows, packed)
             wanted = {key: plan for key, plan in plans.items() if key[0] in (packed_by, ROUTED)}
             names = {f"{name} {share}": (name, share) for name, share in wanted}
             forms = {label: plans[key].forms for label, key in names.items()}

@@ -84,6 +84,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "edge-moe"  # the same picture is the same file
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     tasks = sorted({cell.task for cell in cells})
     rows = -(-len(tasks) // 3)
@@ -97,7 +98,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
         _panel(axis, [cell for cell in cells if cell.task == task])
         axis.set_title(Path(task).stem)
     handles = [
-        pyplot.Line2D([], [], color=colour, linewidth=3 if kind is Kind.PLAN else 1.5, label=kind)
+        Line2D([], [], color=colour, linewidth=3 if kind is Kind.PLAN else 1.5, label=kind)
         for kind, colour in COLOURS.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)

@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,10 +209,13 @@ def _add(
     known: ExpertMoments,
     with_hessians: bool,
 ) -> None:
+    gate, up, down = heldout.matrices
     started = time.thread_time()
     record = pack_expert_with(
         form,
-        *heldout.matrices,
+        gate,
+        up,
+        down,
         quantiser,
         input_squares=known.input_squares,
         inner_squares=known.inner_squares,
@@ -247,13 +250,13 @@ def _record(totals: dict[tuple[str, str], Total], arguments: argparse.Namespace)
 
 def _print(totals: dict[tuple[str, str], Total]) -> None:
     console = Console(width=150)
-    for title, cell in (
-        ("held-out error of the gated output, share", lambda t: f"{t.error / t.energy:.3g}"),
-        (
-            "packed, million weights per second of one core",
-            lambda t: f"{t.num_weights / t.seconds / 1e6:.2g}",
+    cells: dict[str, Callable[[Total], str]] = {
+        "held-out error of the gated output, share": lambda each: f"{each.error / each.energy:.3g}",
+        "packed, million weights per second of one core": lambda each: (
+            f"{each.num_weights / each.seconds / 1e6:.2g}"
         ),
-    ):
+    }
+    for title, cell in cells.items():
         table = Table(title=title)
         table.add_column("quantiser")
         for form in FORMS:

@@ -76,7 +76,7 @@ def run(given: argparse.Namespace) -> None:
     dense = GgufLlama(fetch_gguf(given.cache))
     console.print(f"download: {time.perf_counter() - start:.0f} s")
     if not given.measure_only:
-        chosen = {
+        chosen: dict[str, Any] = {
             field.name: getattr(given, field.name, field.default) for field in fields(Settings)
         }
         start = time.perf_counter()
