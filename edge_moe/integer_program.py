@@ -8,6 +8,7 @@ one busy 2.x GHz core to a relative gap of 1e-6, for mean bits of 0.2 to 8 per w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def solve_integer_program(
     The choice is rounded from HiGHS's solution, which may be off by its tolerance of 1e-6: the
     caller checks it.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # 0.4 s to import: on demand
+    from scipy.optimize import LinearConstraint  # 0.4 s to import: on demand
 
     variables = np.argwhere(useful)  # [N, 3] layer, expert, form
     scale = _SCALED_LOSS / known_loss
@@ -67,16 +68,26 @@ def solve_integer_program(
         others = np.arange(len(least)) % problem.num_groups > 0
         first = np.arange(len(least)) // problem.num_groups * problem.num_groups
         constraints.append(LinearConstraint(groups[others] - groups[first[others]], 0, 0))
-    with native_stdout_to_stderr():
-        result = milp(
-            problem.loss[tuple(variables.T)] * scale,
-            constraints=constraints,
-            integrality=np.ones(len(variables)),
-            bounds=Bounds(0, 1),
-            options={"time_limit": time_limit_seconds, "mip_rel_gap": RELATIVE_GAP},
-        )
+    costs = problem.loss[tuple(variables.T)] * scale
+    result = binary_program(costs, constraints, time_limit_seconds, RELATIVE_GAP)
     bound = -np.inf if result.mip_dual_bound is None else result.mip_dual_bound / scale
     return None if result.x is None else _rounded(problem, variables, result.x), bound
+
+
+def binary_program(
+    costs: FloatArray, constraints: Sequence[Any], time_limit_seconds: float, relative_gap: float
+) -> Any:
+    """scipy's result of the least `costs` [N] . x over x in {0, 1}^N under linear `constraints`."""
+    from scipy.optimize import Bounds, milp
+
+    with native_stdout_to_stderr():
+        return milp(
+            costs,
+            constraints=constraints,
+            integrality=np.ones(len(costs)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": time_limit_seconds, "mip_rel_gap": relative_gap},
+        )
 
 
 def _row_blocks(problem: Problem, variables: IntArray) -> tuple[Any, Any, Any]:

@@ -92,6 +92,11 @@ class Problem:
         mask[form_indices] = True
         return replace(self, allowed=self.allowed & mask, budget_bytes=budget_bytes)
 
+    def largest_single_form(self, budget_bytes: int) -> int:
+        """The largest form in which all experts together fit; 0 (`drop`) where none does."""
+        fits = self.form_bytes * self.loss[..., 0].size <= budget_bytes
+        return int(np.flatnonzero(fits)[-1])
+
     def loss_of(self, choice: IntArray) -> float:
         """Total loss of `choice` [L, E]."""
         return float(np.take_along_axis(self.loss, choice[..., None], axis=-1).sum())

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from edge_moe.errors import BudgetError, StatsError
-from edge_moe.native_output import native_stdout_to_stderr
+from edge_moe.integer_program import binary_program
 from edge_moe.optimise import TIME_LIMIT_SECONDS, solve
 from edge_moe.problem import FloatArray, IntArray, Problem, Solution
 from edge_moe.units import format_bytes
 
 BIT_FORMS = {1: "tq1_0", 2: "q2_k", 3: "q3_k"}
 """Nominal bits -> form."""
+_RELATIVE_GAP = 1e-9
 _SCALED_COST = 1e4  # HiGHS stops at an absolute gap of 1e-6: this makes it 1e-10 of the cost
 
 
@@ -196,7 +197,7 @@ def _with_a_high_one(cost: FloatArray, sizes: IntArray, budget_bytes: int) -> In
 
 def _least_cost(cost: FloatArray, rows: Sequence[Any]) -> IntArray | None:
     """[N] position chosen for each of N experts with `cost` [N, B] under `rows`; None if none."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import LinearConstraint
     from scipy.sparse import csr_matrix
 
     num_experts, num_bits = cost.shape
@@ -204,14 +205,9 @@ def _least_cost(cost: FloatArray, rows: Sequence[Any]) -> IntArray | None:
     once = csr_matrix((np.ones(cost.size), (expert, np.arange(cost.size))))
     found, known = None, float(cost.max())
     for _ in range(2):  # the second time on the scale of the optimum
-        with native_stdout_to_stderr():
-            result = milp(
-                cost.flatten() * (_SCALED_COST / known if known > 0 else 1.0),
-                constraints=[LinearConstraint(once, 1, 1), *rows],
-                integrality=np.ones(cost.size),
-                bounds=Bounds(0, 1),
-                options={"time_limit": TIME_LIMIT_SECONDS, "mip_rel_gap": 1e-9},
-            )
+        scaled = cost.flatten() * (_SCALED_COST / known if known > 0 else 1.0)
+        constraints = [LinearConstraint(once, 1, 1), *rows]
+        result = binary_program(scaled, constraints, TIME_LIMIT_SECONDS, _RELATIVE_GAP)
         if result.x is None:
             return found
         found = np.asarray(result.x.reshape(cost.shape).argmax(axis=1), np.int64)

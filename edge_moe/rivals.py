@@ -135,11 +135,8 @@ def _best_with(problem: Problem, form_indices: list[int], expert_bytes: int) -> 
 
 def _one_form(problem: Problem, expert_bytes: int) -> Solution | None:
     """Every expert in the largest form in which all of them fit."""
-    num_experts = problem.loss[..., 0].size
-    fitting = np.flatnonzero(problem.form_bytes * num_experts <= expert_bytes)
-    if fitting[-1] == 0:
-        return None
-    return Solution.of(problem, np.full(problem.loss.shape[:2], fitting[-1]))
+    form = problem.largest_single_form(expert_bytes)
+    return Solution.of(problem, np.full(problem.loss.shape[:2], form)) if form else None
 
 
 def _spread(affordable: int, num_layers: int, num_groups: int) -> tuple[IntArray, int]:

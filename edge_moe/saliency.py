@@ -19,6 +19,7 @@ from edge_moe.super_experts import find_super_experts
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 Score = Callable[[ExpertStats], FloatArray]
 
 RANDOM_SEED = 0
@@ -64,26 +65,32 @@ def saliency(stats: ExpertStats, name: str) -> FloatArray:
 
 
 def keep_largest(
-    scores: FloatArray, num_kept: int, protected: BoolArray | None = None
+    scores: FloatArray, num_kept: int | IntArray, protected: BoolArray | None = None
 ) -> BoolArray:
     """[L, E] the `num_kept` experts of largest score in every layer; ties go to the lower id.
+
+    `num_kept` may differ from layer to layer, [L].
 
     `protected` experts [L, E] come first, whatever their score.
 
     Raises:
         InputError: a layer protects more experts than it may keep, or has fewer.
     """
-    if not 0 < num_kept <= scores.shape[1]:
+    counts = np.broadcast_to(num_kept, scores.shape[:1])
+    if (counts < 1).any() or (counts > scores.shape[1]).any():
         raise InputError(f"cannot keep {num_kept} of {scores.shape[1]} experts")
     if protected is None:
         protected = np.zeros(scores.shape, np.bool_)
-    if (most := int(protected.sum(axis=1).max())) > num_kept:
+    num_protected = protected.sum(axis=1)
+    worst = int((num_protected - counts).argmax())
+    if num_protected[worst] > counts[worst]:
         raise InputError(
-            f"a layer has {most} super experts, but only {num_kept} may stay: keep more"
+            f"a layer has {num_protected[worst]} super experts, but only {counts[worst]} may "
+            "stay: keep more"
         )
     order = np.lexsort((-scores, ~protected), axis=1)
     kept = np.zeros(scores.shape, np.bool_)
-    np.put_along_axis(kept, order[:, :num_kept], True, axis=1)
+    np.put_along_axis(kept, order, np.arange(scores.shape[1]) < counts[:, None], axis=1)
     return kept
 
 

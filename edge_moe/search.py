@@ -172,12 +172,10 @@ def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
 
 def _one_form(problem: Problem) -> IntArray | None:
     """[L, E] every expert in the largest form that fits, where all may take it."""
-    shape = problem.loss.shape[:2]
-    fitting = np.flatnonzero(problem.form_bytes * (shape[0] * shape[1]) <= problem.budget_bytes)
-    largest = int(fitting[-1])
-    if largest == 0 or not problem.allowed[..., largest].all():
+    form = problem.largest_single_form(problem.budget_bytes)
+    if form == 0 or not problem.allowed[..., form].all():
         return None
-    return np.full(shape, largest)
+    return np.full(problem.loss.shape[:2], form)
 
 
 def _by_criterion(evidence: Evidence, best: IntArray) -> Iterator[tuple[str, IntArray]]:

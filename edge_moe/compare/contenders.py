@@ -18,7 +18,7 @@ from edge_moe.formats import get_form
 from edge_moe.optimise import solve
 from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
 from edge_moe.programs import BitForms, gemq, pmq, pmq_cost
-from edge_moe.saliency import CRITERIA, random_scores, saliency
+from edge_moe.saliency import CRITERIA, keep_largest, random_scores, saliency
 from edge_moe.stats import ExpertStats
 
 RANDOM_SEEDS = (0, 1, 2)
@@ -68,18 +68,25 @@ def contenders(field: Field) -> tuple[list[Contender], list[str]]:
     missing: list[str] = []
     found = [*_one_type(field), *_mixed_bits(field, missing)]
     for form in kept_forms(field.forms):
-        reason = _cannot_prune(field, form)
-        if reason:
-            missing.append(f"Pruning, {form_label(field.forms[form])}: {reason}.")
+        label = form_label(field.forms[form])
+        counts = counts_for(field.problem, form)
+        reason = _cannot_prune(field, counts)
+        if counts is None or reason:
+            missing.append(f"Pruning, {label}: {reason}.")
             continue
-        for name in CRITERIA:
-            if name != "random":
-                found.append(_pruned(field, name, Kind.PRUNE, saliency(field.stats, name), form))
-        for seed in RANDOM_SEEDS:
-            scores = random_scores(field.stats, seed)
-            name = f"random, draw {seed + 1}"
-            found.append(_pruned(field, name, Kind.RANDOM, scores, form))
+        for name, kind, scores in _rankings(field.stats):
+            kept = keep_largest(scores, counts, field.supers)
+            found.append(Contender(f"{name}, {label}", kind, np.where(kept, form, 0)))
     return found, missing
+
+
+def _rankings(stats: ExpertStats) -> Iterator[tuple[str, Kind, FloatArray]]:
+    """(name, kind, [L, E] scores) of every criterion and every random draw."""
+    for name in CRITERIA:
+        if name != "random":
+            yield name, Kind.PRUNE, saliency(stats, name)
+    for seed in RANDOM_SEEDS:
+        yield f"random, draw {seed + 1}", Kind.RANDOM, random_scores(stats, seed)
 
 
 def kept_forms(forms: Sequence[str]) -> list[int]:
@@ -107,10 +114,9 @@ def counts_for(problem: Problem, form: int) -> IntArray | None:
     return None if counts.min() < problem.top_k else counts
 
 
-def _cannot_prune(field: Field, form: int) -> str:
-    """Why no criterion can keep experts in `form`; empty where it can."""
+def _cannot_prune(field: Field, counts: IntArray | None) -> str:
+    """Why no criterion can keep `counts` [L] experts; empty where it can."""
     problem = field.problem
-    counts = counts_for(problem, form)
     if problem.num_groups > 1:
         return "a criterion ranks whole layers, this router wants equal numbers per group"
     if counts is None:
@@ -122,25 +128,15 @@ def _cannot_prune(field: Field, form: int) -> str:
     return ""
 
 
-def _pruned(field: Field, name: str, kind: Kind, scores: FloatArray, form: int) -> Contender:
-    counts = counts_for(field.problem, form)
-    if counts is None:
-        raise ValueError(f"no {name} in {field.forms[form]}")
-    order = np.lexsort((-scores, ~field.supers), axis=1)
-    rank = np.argsort(order, axis=1)
-    choice = np.where(rank < counts[:, None], form, 0)
-    return Contender(f"{name}, {form_label(field.forms[form])}", kind, choice)
-
-
 def _one_type(field: Field) -> Iterator[Contender]:
     """Every expert in the largest form that fits all of them, and all ternary."""
     problem = field.problem
-    shape = problem.loss.shape[:2]
-    fits = problem.form_bytes * problem.loss[..., 0].size <= problem.budget_bytes
-    fitting = np.flatnonzero(fits)[1:].tolist()
+    largest = problem.largest_single_form(problem.budget_bytes)
+    fitting = range(1, largest + 1)
     ternary = [index for index in fitting if field.forms[index].startswith("tq")]
     for index in dict.fromkeys([*fitting[-1:], *ternary]):
-        yield Contender(f"all {field.forms[index]}", Kind.QUANTISE, np.full(shape, index))
+        choice = np.full(problem.loss.shape[:2], index)
+        yield Contender(f"all {field.forms[index]}", Kind.QUANTISE, choice)
 
 
 def _mixed_bits(field: Field, missing: list[str]) -> Iterator[Contender]:
