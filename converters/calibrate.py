@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,16 @@ from edge_moe.tasks import (
     tokenizer_fingerprint,
     windows_fingerprint,
 )
+
+
+class CalibrationArguments(TypedDict, total=False):
+    """The keyword arguments of `calibrate`, for functions that hand them on."""
+
+    window_tokens: int
+    max_windows: int | None
+    shard: tuple[int, int]
+    forms: Sequence[str] | None
+    quantiser: str | None
 
 
 def calibrate(

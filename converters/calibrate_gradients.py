@@ -9,23 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
-from edge_moe.converters.calibrate import calibrate
+from edge_moe.converters.calibrate import CalibrationArguments, calibrate
 from edge_moe.converters.gradient_loss import measure_gradients
 from edge_moe.gradient_stats import GradientStats
 from edge_moe.stats import ExpertStats
 
 
 def calibrate_with_gradients(
-    model: Path,
-    tasks: Sequence[str],
-    output: Path,
-    *,
-    window_tokens: int = 512,
-    max_windows: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    forms: Sequence[str] | None = None,
-    quantiser: str | None = None,
+    model: Path, tasks: Sequence[str], output: Path, **arguments: Unpack[CalibrationArguments]
 ) -> ExpertStats:
     """As `calibrate`, with the gradient statistics of the same windows beside them in `output`.
 
@@ -36,31 +29,8 @@ def calibrate_with_gradients(
     Raises:
         EdgeMoeError: as for `calibrate`; or `output` holds statistics of another run.
     """
-
-    def measure() -> None:
-        measure_gradients(
-            model,
-            tasks,
-            output,
-            window_tokens=window_tokens,
-            max_windows=max_windows,
-            shard=shard,
-            forms=forms,
-            quantiser=quantiser,
-        )
-
-    has_gradients = GradientStats.settings_path(output).exists()
-    if not has_gradients:
-        measure()
+    if not GradientStats.settings_path(output).exists():
+        measure_gradients(model, tasks, output, **arguments)
         if ExpertStats.settings_path(output).exists():
             return ExpertStats.load(output)
-    return calibrate(
-        model,
-        tasks,
-        output,
-        window_tokens=window_tokens,
-        max_windows=max_windows,
-        shard=shard,
-        forms=forms,
-        quantiser=quantiser,
-    )
+    return calibrate(model, tasks, output, **arguments)

@@ -2,8 +2,8 @@
 
 Nothing is built that can be scored in memory: methods that need a form per expert run through
 `VariantScorer`, a dozen plans per pass over the layers, all packed by one quantiser. Methods that
-write other weights (`edge_moe.converters.transforms`) run once per task and number of experts, and
-their checkpoints are scored against the same reference. Each finished cell is a file: a killed run
+write other weights (`edge_moe.converters.transforms`) run once per size and form, and their
+checkpoints are scored against the same reference. Each finished cell is a file: a killed run
 goes on with the next one. Work files are kept in OUTPUT/.compare until all cells are done.
 """
 
@@ -13,9 +13,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -47,19 +49,17 @@ from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
 from edge_moe.gradient_stats import FormCost
-from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import TokenScores
 from edge_moe.optimise import solve
 from edge_moe.plan import SearchRecord, Target
-from edge_moe.planner import build_problem
-from edge_moe.problem import FloatArray, IntArray, Problem, smallest_bytes
+from edge_moe.planner import by_name, gather_evidence
+from edge_moe.problem import FloatArray, Problem, smallest_bytes
 from edge_moe.rivals import name_forms
 from edge_moe.runtime.heldout import SEARCH_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.search import MAX_PASS_PROPOSALS, PLAN_NAME, Evidence, search
 from edge_moe.spec import ModelSpec
-from edge_moe.super_experts import find_super_experts
 from edge_moe.tasks import windows_fingerprint
 from edge_moe.units import format_bytes
 
@@ -94,7 +94,7 @@ def compare(
 
 @dataclass(eq=False)
 class _Cells:
-    """One task on one model: statistics, packed experts and scorers that all cells share."""
+    """One task on one model: what all cells share is made when the first one needs it."""
 
     checkpoint: Checkpoint
     task: str
@@ -102,37 +102,47 @@ class _Cells:
     options: CompareOptions
     name: str
     """What the cells call the model."""
-    _ready: Bench | None = field(default=None, init=False)
 
     def cell(self, share: float) -> Cell:
         """Read the cell from disk or measure it."""
-        settings = self._settings(share)
+        described = json.dumps(self._described | {"share": share}, sort_keys=True)
+        settings = hashlib.sha256(described.encode()).hexdigest()
         output = self.work.parent
         path = output / cell_name(self.task, self.options.target, share)
         if path.exists():
             found = load_cell(path)
             if found.settings == settings:
                 return found
-        if self._ready is None:
-            self._ready = Bench.of(self.checkpoint, self.task, self.work, self.options)
-        cell = _measure(self._ready, share, settings, self.work, self.name)
+        cell = _measure(self._bench, share, settings, self.work, self.name)
         cell.save(output)
         _announce(cell)
         return cell
 
-    def _settings(self, share: float) -> str:
-        tokenizer = load_tokenizer(self.checkpoint.folder)
-        own, others = compared_windows(self.task, tokenizer, self.options)
-        search_windows = part_of_heldout([self.task], tokenizer, SEARCH_PART)
-        info, _ = calibration_settings(self.checkpoint, self.task, self.options)
-        described = {
+    @cached_property
+    def _bench(self) -> Bench:
+        own, others = self._windows
+        return Bench.of(self.checkpoint, self.task, self.work, self.options, own, others)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.checkpoint.folder)
+
+    @cached_property
+    def _windows(self) -> tuple[list[list[int]], list[list[int]]]:
+        return compared_windows(self.task, self._tokenizer, self.options)
+
+    @cached_property
+    def _described(self) -> dict[str, object]:
+        """What decides the numbers of every cell."""
+        own, others = self._windows
+        search_windows = part_of_heldout([self.task], self._tokenizer, SEARCH_PART)
+        info = calibration_settings(self.checkpoint, self.task, self.options)
+        return {
             "source": source_fingerprint(),
-            "share": share,
             "text": windows_fingerprint([*own, *others, *search_windows]),
             "options": self.options.model_dump(mode="json"),
             "calibration": info.model_dump(mode="json", exclude={"options"}),
         }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def source_fingerprint() -> str:
@@ -152,24 +162,19 @@ def source_fingerprint() -> str:
 
 def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -> Cell:
     """All methods at one share."""
-    spec, options, gradients = ready.spec, ready.options, ready.gradients
+    spec, options = ready.spec, ready.options
     forms = candidate_forms(spec, options.target)
-    supers = find_super_experts(ready.stats.max_output)
-
-    def table(kind: LossKind) -> FloatArray:
-        return loss_table(ready.stats, forms, SOURCE_FORMS[spec.dtype], kind, gradients)
-
-    kind = DEFAULT_LOSS if gradients is None else GRADIENT_LOSS
     full_bytes = spec.num_moe_layers * spec.num_experts * _whole_bytes(spec, forms)
-    problem = build_problem(
-        spec, forms, table(kind), supers, options.target, int(share * full_bytes)
+    evidence = gather_evidence(
+        *(spec, ready.stats, forms, options.target, int(share * full_bytes)),
+        gradients=ready.gradients,
     )
+    problem = evidence.problem
     _require_possible(problem, share, full_bytes)
     rivals, missing = contenders(
-        Field(problem, forms, ready.stats, supers, _gemq_cost(ready, forms))
+        Field(problem, forms, ready.stats, evidence.supers, _gemq_cost(ready, forms))
     )
     found = _score_choices(ready, rivals, forms)  # first: packing is then no part of the search
-    evidence = Evidence(problem, ready.stats, supers, table, kind, gradients is not None)
     plans, record = _own_plans(ready, evidence, forms)
     found |= _score_choices(ready, plans, forms)
     wanted = wanted_transforms(problem, spec, forms, options.transforms)
@@ -246,18 +251,11 @@ def _own_plans(
             lambda share: progress.update(bar, completed=share),
             ready.packed,
         )
-
-        def by_name(choices: Mapping[str, IntArray]) -> Mapping[str, float]:
-            return measure({name: name_forms(each, forms) for name, each in choices.items()})
-
-        best, record = search(evidence, plain, by_name, seconds)
-    record = record.model_copy(
-        update={"text": measure.text, "tasks": [ready.task], "limit_seconds": seconds}
-    )
+        best, record = search(evidence, plain, by_name(measure, forms), seconds)
     found = [Contender("edge-moe plan", Kind.PLAN, best.choice)]
     if record.chosen != PLAN_NAME:
         found.append(Contender("edge-moe plan, no search", Kind.PLAN, plain.choice))
-    return found, record
+    return found, measure.described(record)
 
 
 def _score_choices(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.demo import task_names
 from edge_moe.gradient_stats import GradientStats, load_gradients
 from edge_moe.runtime.heldout import REPORT_PART, part_of_heldout
-from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats, StatsInfo, first_difference
 
@@ -39,15 +39,23 @@ class Bench:
     num_own: int
     """Windows of the task itself; they come first."""
     scorer: VariantScorer
-    whole: list[Tensor]
+    whole: Sequence[Tensor]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, task: str, work: Path, options: CompareOptions) -> Bench:
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        task: str,
+        work: Path,
+        options: CompareOptions,
+        own: list[list[int]],
+        others: list[list[int]],
+    ) -> Bench:
+        """Calibrate, unless that is done, and run the whole model on all windows."""
         folder = work / f"stats-{task_key(task)}"
         stats = load_or_calibrate(checkpoint, task, folder, options)
         packer = text_packer(checkpoint, stats.info.options, stats.info.data_fingerprint)
         packed = PackedExperts(checkpoint, packer)
-        own, others = compared_windows(task, load_tokenizer(checkpoint.folder), options)
         windows = [*own, *others]
         scorer = VariantScorer(checkpoint, windows, packed)
         return cls(
@@ -77,24 +85,29 @@ class Bench:
 def load_or_calibrate(
     checkpoint: Checkpoint, task: str, folder: Path, options: CompareOptions
 ) -> ExpertStats:
-    windows = options.calibration_windows
+    """Statistics with gradients: those in `folder` where they are of the same text and settings."""
     if (folder / "stats.json").exists():
-        wanted, _ = calibration_settings(checkpoint, task, options)
+        wanted = calibration_settings(checkpoint, task, options)
         stats = ExpertStats.load(folder)
         if first_difference(stats.info, wanted, {"options"}) is None:
             return stats
         shutil.rmtree(folder)  # of other text or settings
-    return calibrate_with_gradients(checkpoint.folder, [task], folder, max_windows=windows)
+    return calibrate_with_gradients(
+        checkpoint.folder,
+        [task],
+        folder,
+        window_tokens=WINDOW_TOKENS,
+        max_windows=options.calibration_windows,
+    )
 
 
-def calibration_settings(
-    checkpoint: Checkpoint, task: str, options: CompareOptions
-) -> tuple[StatsInfo, list[list[int]]]:
-    """What the statistics of `task` are made of: settings and windows of calibration text."""
+def calibration_settings(checkpoint: Checkpoint, task: str, options: CompareOptions) -> StatsInfo:
+    """What the statistics of `task` are made of, its calibration text included."""
     forms = checked_forms(checkpoint.spec, None)
-    return calibration_text(
+    info, _ = calibration_text(
         checkpoint, [task], WINDOW_TOKENS, options.calibration_windows, (0, 1), forms
     )
+    return info
 
 
 def compared_windows(

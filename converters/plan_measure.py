@@ -9,10 +9,12 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate import text_packer
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
+from edge_moe.plan import SearchRecord
 from edge_moe.runtime.heldout import SEARCH_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.search import TimeUp
 from edge_moe.stats import StatsInfo
+from edge_moe.tasks import task_argument
 
 
 class PlanMeasure:
@@ -45,6 +47,7 @@ class PlanMeasure:
             packer = text_packer(checkpoint, stats.options, stats.data_fingerprint)
             packed = PackedExperts(checkpoint, packer)
         self._scorer = VariantScorer(checkpoint, windows, packed)
+        self._tasks = tuple(tasks)
         self._seconds = seconds
         self._start = time.monotonic()
         self._is_first = True
@@ -63,6 +66,12 @@ class PlanMeasure:
         if self._is_first:
             self._is_first, self._start = False, time.monotonic()
         return {name: float(found.kld.mean()) for name, found in scores.items()}
+
+    def described(self, record: SearchRecord) -> SearchRecord:
+        """`record` with the text that was measured on and the time that was allowed."""
+        tasks = [task_argument(task) for task in self._tasks]
+        known = {"text": self.text, "tasks": tasks, "limit_seconds": self._seconds}
+        return record.model_copy(update=known)
 
     def _check_time(self, share_of_pass: float) -> None:
         passed = (time.monotonic() - self._start) / self._seconds

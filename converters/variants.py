@@ -4,7 +4,7 @@ A variant is the form of every expert. Each layer is loaded once; every variant 
 its own packed-and-unpacked experts and sliced routers, so nothing is built or written. Variants
 share their hidden states as long as their forms agree. Memory: two layers of experts in float32,
 the packed experts of one layer within `PACKED_LIMIT_BYTES`, and the hidden states of all windows
-once per distinct variant.
+once per distinct variant. The whole checkpoint is run once, whatever the number of passes.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class VariantScorer:
         self._batches = _batches(windows)
         self._stream = LayerStream(checkpoint, "eager")
         self._packed = packed or PackedExperts(checkpoint)
+        self._reference: Sequence[Tensor] | None = None
         self._whole = _path([["whole"] * self._spec.num_experts] * self._spec.num_moe_layers)
 
     def score(
@@ -105,15 +106,20 @@ class VariantScorer:
             CheckpointError: a layer is missing or computes NaN or infinity.
         """
         paths = {name: _path(forms) for name, forms in variants.items()}
-        wanted = [*paths.values(), *(() if whole is not None else (self._whole,))]
+        reference = whole or self._reference
+        wanted = [*paths.values(), *(() if reference is not None else (self._whole,))]
         with torch.inference_mode():
             states = self._run_all(wanted, on_run)
-            return self._compare(states, paths, whole or states[self._whole])
+            if reference is None:
+                reference = self._reference = states[self._whole]
+            return self._compare(states, paths, reference)
 
-    def run_whole(self) -> list[Tensor]:
+    def run_whole(self) -> Sequence[Tensor]:
         """[B, T, H] the whole checkpoint's last hidden states, one tensor per batch of windows."""
-        with torch.inference_mode():
-            return self._run_all([self._whole], lambda _: None)[self._whole]
+        if self._reference is None:
+            with torch.inference_mode():
+                self._reference = self._run_all([self._whole], lambda _: None)[self._whole]
+        return self._reference
 
     def _run_all(
         self, wanted: Sequence[_Path], on_run: Callable[[float], None]

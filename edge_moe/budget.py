@@ -6,6 +6,7 @@ Units: every result is bytes of the device that runs the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
@@ -28,6 +29,35 @@ _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GGUF_RUNTIME_BYTES = 60_000_000
 """A Python process with llama-cpp-python loaded takes 41 MB; the rest is vocabulary and graph."""
 ONNX_RUNTIME_BYTES = 100_000_000
+
+
+PROCESS_TARGETS: tuple[Target, ...] = ("native", "hf")
+"""Targets that run in a Python process, whose own memory is measured; the others' is a constant."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a model will run."""
+
+    checkpoint: Checkpoint
+    target: Target
+    device: Device
+    context_tokens: int
+    process: tuple[int, Source]
+    """Bytes of the process without weights, its tokenizer included, and where they come from."""
+
+    def bill(self, forms: Sequence[Sequence[str]]) -> list[MemoryTerm]:
+        """Memory terms with experts in `forms` [L][E], or without any."""
+        return memory_terms(
+            self.checkpoint.spec,
+            forms=forms,
+            dense_bytes=dense_bytes(self.checkpoint, self.device, self.target),
+            context_tokens=self.context_tokens,
+            device=self.device,
+            target=self.target,
+            runtime_bytes=self.process[0],
+            runtime_source=self.process[1],
+        )
 
 
 def memory_terms(

@@ -176,6 +176,11 @@ class Plan(_Model):
         return [expert_id for expert_id, form in enumerate(row) if form != DROP]
 
     @property
+    def bill_target(self) -> Target:
+        """What `terms` are the bill of."""
+        return self.billed_target or self.target
+
+    @property
     def total_bytes(self) -> int:
         return sum(term.num_bytes for term in self.terms)
 

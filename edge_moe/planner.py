@@ -12,9 +12,8 @@ import numpy as np
 from edge_moe import __version__
 from edge_moe.additive import AdditiveStats
 from edge_moe.budget import (
-    dense_bytes,
+    Setting,
     describe_terms,
-    memory_terms,
     minimum_budget_bytes,
     non_expert_bytes,
 )
@@ -42,30 +41,6 @@ EVIDENCE_TOKENS = 32
 """An expert that fewer calibration tokens chose has a loss that is hardly more than a guess."""
 THIN_EVIDENCE_SHARE = 0.1
 """Share of experts below `EVIDENCE_TOKENS` from which a plan warns."""
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """Where the plan will run."""
-
-    checkpoint: Checkpoint
-    target: Target
-    device: Device
-    context_tokens: int
-    runtime: tuple[int, Source]
-
-    def bill(self, forms: Sequence[Sequence[str]]) -> list[MemoryTerm]:
-        """Memory terms with experts in `forms` [L][E], or without any."""
-        return memory_terms(
-            self.checkpoint.spec,
-            forms=forms,
-            dense_bytes=dense_bytes(self.checkpoint, self.device, self.target),
-            context_tokens=self.context_tokens,
-            device=self.device,
-            target=self.target,
-            runtime_bytes=self.runtime[0] + tokenizer_bytes(self.checkpoint.folder),
-            runtime_source=self.runtime[1],
-        )
 
 
 @dataclass(frozen=True)
@@ -109,24 +84,22 @@ def make_plan(
     _check_stats(checkpoint, stats)
     if gradients is not None:
         gradients.info.require_same_run(stats.info)
-    kind = loss_kind or (DEFAULT_LOSS if gradients is None else GRADIENT_LOSS)
     offer = _find_offer(spec, stats, target, device)
     context = min(context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_position_embeddings)
-    setting = _Setting(checkpoint, target, device, context, runtime)
+    process = runtime[0] + tokenizer_bytes(checkpoint.folder), runtime[1]
+    setting = Setting(checkpoint, target, device, context, process)
     fixed_terms = setting.bill([])
     fixed_bytes = non_expert_bytes(fixed_terms)
-    supers = find_super_experts(stats.max_output)
-
-    def table(kind: LossKind) -> FloatArray:
-        return loss_table(stats, offer.forms, SOURCE_FORMS[spec.dtype], kind, gradients)
-
-    losses = table(kind)
-    problem = build_problem(spec, offer.forms, losses, supers, target, budget_bytes - fixed_bytes)
+    evidence = gather_evidence(
+        *(spec, stats, offer.forms, target, budget_bytes - fixed_bytes),
+        gradients=gradients,
+        kind=loss_kind,
+    )
+    problem, supers = evidence.problem, evidence.supers
     _check_budget(problem, fixed_terms, budget_bytes, target)
     solution, record = solve(problem), None
     if measure is not None:
-        evidence = Evidence(problem, stats, supers, table, kind, gradients is not None)
-        named = _by_name(measure, offer.forms)
+        named = by_name(measure, offer.forms)
         solution, record = search(evidence, solution, named, search_seconds)
     rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
     forms = name_forms(solution.choice, offer.forms)
@@ -148,10 +121,10 @@ def make_plan(
         tiers=[[_tier(form) for form in row] for row in forms],
         terms=setting.bill(forms),
         loss=solution.loss,
-        loss_unit=kind.unit,
+        loss_unit=evidence.kind.unit,
         frontier=find_frontier(problem, fixed_bytes, solution),
         rivals=rivals,
-        saliency=_share_of_layer(losses[..., 0]),
+        saliency=_share_of_layer(problem.loss[..., 0]),
         routed_share=_share_of_layer(stats.routed_tokens.astype(np.float64)),
         super_experts=_expert_keys(spec, supers),
         form_bytes=dict(zip(offer.forms, problem.form_bytes.tolist(), strict=True)),
@@ -166,6 +139,30 @@ def make_plan(
         calibration=stats.info.options,
         data_fingerprint=stats.info.data_fingerprint,
     )
+
+
+def gather_evidence(
+    spec: ModelSpec,
+    stats: ExpertStats,
+    forms: Sequence[str],
+    target: Target,
+    expert_budget_bytes: int,
+    *,
+    gradients: GradientStats | None = None,
+    kind: LossKind | None = None,
+) -> Evidence:
+    """What plans of `forms` within `expert_budget_bytes` are made from.
+
+    `kind` defaults to `GRADIENT_LOSS` where there are `gradients`, and to `DEFAULT_LOSS` otherwise.
+    """
+    kind = kind or (DEFAULT_LOSS if gradients is None else GRADIENT_LOSS)
+    supers = find_super_experts(stats.max_output)
+
+    def table(kind: LossKind) -> FloatArray:
+        return loss_table(stats, forms, SOURCE_FORMS[spec.dtype], kind, gradients)
+
+    problem = build_problem(spec, forms, table(kind), supers, target, expert_budget_bytes)
+    return Evidence(problem, stats, supers, table, kind, gradients is not None)
 
 
 def build_problem(
@@ -259,7 +256,7 @@ def _check_budget(
     raise BudgetError(message, minimum_bytes)
 
 
-def _by_name(measure: MeasureForms, forms: Sequence[str]) -> Measure:
+def by_name(measure: MeasureForms, forms: Sequence[str]) -> Measure:
     """`measure` for tables of form indices."""
     return lambda choices: measure(
         {name: name_forms(choice, forms) for name, choice in choices.items()}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from edge_moe.budget import dense_bytes, memory_terms
+from edge_moe.budget import PROCESS_TARGETS, Setting
 from edge_moe.candidates import check_target
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError
 from edge_moe.overhead import runtime_overhead, tokenizer_bytes
 from edge_moe.plan import Plan, Source, Target
 from edge_moe.units import format_bytes, round_up_bytes
-
-PROCESS_TARGETS: tuple[Target, ...] = ("native", "hf")
-"""Targets that run in a Python process, whose own memory is measured; the others' is a constant."""
 
 
 def rebill(plan: Plan, checkpoint: Checkpoint, target: Target) -> Plan:
@@ -24,21 +21,12 @@ def rebill(plan: Plan, checkpoint: Checkpoint, target: Target) -> Plan:
         TargetError: `target` cannot hold this architecture.
         BudgetError: the same experts do not fit `plan.budget_bytes` there.
     """
-    if target == (plan.billed_target or plan.target):
+    if target == plan.bill_target:
         return plan
-    spec = checkpoint.spec
-    check_target(spec, target)
-    runtime_bytes, runtime_source = _process(plan, checkpoint, target)
-    terms = memory_terms(
-        spec,
-        forms=plan.forms,
-        dense_bytes=dense_bytes(checkpoint, plan.device, target),
-        context_tokens=plan.context_tokens,
-        device=plan.device,
-        target=target,
-        runtime_bytes=runtime_bytes,
-        runtime_source=runtime_source,
-    )
+    check_target(checkpoint.spec, target)
+    process = _process(plan, checkpoint, target)
+    setting = Setting(checkpoint, target, plan.device, plan.context_tokens, process)
+    terms = setting.bill(plan.forms)
     total_bytes = sum(term.num_bytes for term in terms)
     if total_bytes > plan.budget_bytes:
         raise BudgetError(
@@ -54,7 +42,7 @@ def _process(plan: Plan, checkpoint: Checkpoint, target: Target) -> tuple[int, S
     """(bytes, source) of the process that runs `target`, its tokenizer included."""
     if target not in PROCESS_TARGETS:
         return 0, "assumed"
-    if (plan.billed_target or plan.target) in PROCESS_TARGETS:
+    if plan.bill_target in PROCESS_TARGETS:
         term = plan.term("runtime")
         return term.num_bytes, term.source
     num_bytes, source = runtime_overhead(checkpoint.spec.model_type, plan.device)

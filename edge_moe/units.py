@@ -1,4 +1,4 @@
-"""Byte counts and context lengths as people write them.
+"""Byte counts, context lengths and shares as people write them.
 
 GB is 10**9 and GiB is 2**30; both are accepted and every printed number carries its unit.
 """
@@ -78,3 +78,18 @@ def parse_tokens(text: str) -> int:
     if count <= 0:
         raise InputError(f"context length {text!r} is not understood: write for example 8k or 4096")
     return count
+
+
+def parse_share(text: str) -> float:
+    """`50%` or `0.5` -> 0.5.
+
+    Raises:
+        InputError: not a share above 0 and at most 1.
+    """
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise InputError(f"share {text!r} is none: use 50% or 0.5, above 0 and at most 1")
+    return share

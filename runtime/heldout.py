@@ -59,8 +59,7 @@ def part_of_heldout(
     """
     found: list[list[int]] = []
     for task in tasks:
-        windows = heldout_windows(task, tokenizer, WINDOW_TOKENS, None)
-        half = windows[part::2] or windows
+        half = _half(heldout_windows(task, tokenizer, WINDOW_TOKENS, None), part)
         limit = len(half) if max_windows is None else max(1, max_windows // len(tasks))
         found += _spread(half, limit)
     return found
@@ -83,13 +82,13 @@ def text_to_score(
             heldout_windows(task, tokenizer, window_tokens, max_windows), window_tokens, 0
         )
     size = min(window_tokens, WINDOW_TOKENS)
-    kept = part_of_heldout([task], tokenizer, REPORT_PART, None)
+    whole = heldout_windows(task, tokenizer, WINDOW_TOKENS, None)
+    kept = _half(whole, REPORT_PART)
     pieces = [
         window[start : start + size] for window in kept for start in range(0, len(window), size)
     ]
     windows = _spread([piece for piece in pieces if len(piece) > 1], max_windows)
-    num_all = len(heldout_windows(task, tokenizer, WINDOW_TOKENS, None))
-    return ScoredText(windows, size, num_all - len(kept))
+    return ScoredText(windows, size, len(whole) - len(kept))
 
 
 def plan_beside(model: Path) -> Plan | None:
@@ -102,6 +101,11 @@ def is_in_task(model: Path, task: str) -> bool | None:
     """Whether `model` was shrunken for `task`, from the plan beside it; None without a plan."""
     plan = plan_beside(model)
     return None if plan is None else task_label(task) in plan.tasks
+
+
+def _half(windows: list[list[int]], part: int) -> list[list[int]]:
+    """Every other window; a single one is both halves."""
+    return windows[part::2] or windows
 
 
 def _spread(windows: list[list[int]], max_windows: int | None) -> list[list[int]]:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from safetensors.numpy import save_file
+from stopped_runs import stopping_at_rename
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -342,21 +343,13 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(
 ) -> None:
     folder = tiny_checkpoint("deepseek_v3")
     whole = run(folder, task, tmp_path / "whole")
-    replace, renames = os.replace, itertools.count()
     for stop in itertools.count():
-        output, renames = tmp_path / f"stopped-{stop}", itertools.count()
-
-        def stopping(*paths: Any, limit: int = stop, done: Any = renames) -> None:
-            if next(done) == limit:
-                raise KeyboardInterrupt
-            replace(*paths)
-
-        monkeypatch.setattr(os, "replace", stopping)
+        output = tmp_path / f"stopped-{stop}"
         try:
-            run(folder, task, output)
+            with stopping_at_rename(stop, monkeypatch):
+                run(folder, task, output)
             break
         except KeyboardInterrupt:
-            monkeypatch.setattr(os, "replace", replace)
             assert_same(run(folder, task, output), whole)
             assert sorted(os.listdir(output)) == ["moments", "stats.json", "stats.safetensors"]
     assert stop == 11  # settings, embeddings, 3 layers with 2 x 2 statistics, 2 results

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TinyCheckpoint
+from stopped_runs import stopping_at_rename
 
 from edge_moe.cli import run as run_command
 from edge_moe.converters.calibrate import calibrate
@@ -123,21 +124,13 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(
     folder, whole = tiny_checkpoint("qwen3_moe"), tmp_path / "whole"
     options = OPTIONS | {"max_windows": 1}
     calibrate_with_gradients(folder, [task], whole, **options)
-    replace_file = os.replace
     for stop in itertools.count():
-        output, renames = tmp_path / f"stopped-{stop}", itertools.count()
-
-        def stopping(*paths: Any, limit: int = stop, done: Any = renames) -> None:
-            if next(done) == limit:
-                raise KeyboardInterrupt
-            replace_file(*paths)
-
-        monkeypatch.setattr(os, "replace", stopping)
+        output = tmp_path / f"stopped-{stop}"
         try:
-            calibrate_with_gradients(folder, [task], output, **options)
+            with stopping_at_rename(stop, monkeypatch):
+                calibrate_with_gradients(folder, [task], output, **options)
             break
         except KeyboardInterrupt:
-            monkeypatch.setattr(os, "replace", replace_file)
             calibrate_with_gradients(folder, [task], output, **options)
             assert_same_folder(output, whole)
     # gradients: settings, 3 hidden states, loss and its gradient, 2 layers back, 2 results;

@@ -26,13 +26,12 @@ from edge_moe.compare.contenders import (
     contenders,
     counts_for,
     kept_forms,
-    parse_share,
 )
 from edge_moe.compare.record import Cell, CompareOptions, Score, TextScore, load_cells, task_key
 from edge_moe.compare.table import print_comparison, times_plan
 from edge_moe.converters import compare as engine
 from edge_moe.converters.compare import compare
-from edge_moe.converters.compare_bench import Bench
+from edge_moe.converters.compare_bench import Bench, compared_windows
 from edge_moe.converters.compare_transforms import wanted_transforms
 from edge_moe.converters.transform import transform
 from edge_moe.converters.variants import VariantScorer
@@ -42,8 +41,10 @@ from edge_moe.loss_table import loss_table
 from edge_moe.metrics import Estimate
 from edge_moe.plan import Target
 from edge_moe.planner import build_problem
+from edge_moe.runtime.session import load_tokenizer
 from edge_moe.saliency import saliency
 from edge_moe.super_experts import find_super_experts
+from edge_moe.units import parse_share
 
 
 @pytest.fixture
@@ -172,7 +173,8 @@ def test_a_transform_scores_as_its_own_checkpoint(
 ) -> None:
     cell, output = cells[0][1], cells[1]
     checkpoint = Checkpoint(trained)
-    ready = Bench.of(checkpoint, str(text), output / ".compare", OPTIONS)
+    windows = compared_windows(str(text), load_tokenizer(trained), OPTIONS)
+    ready = Bench.of(checkpoint, str(text), output / ".compare", OPTIONS, *windows)
     forms = candidate_forms(checkpoint.spec, "native")
     problem = build_problem(
         checkpoint.spec,

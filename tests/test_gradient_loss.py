@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyCheckpoint, make_tiny_checkpoint
+from stopped_runs import stopping_at_rename
 from test_gradient_stream import gradient_info
 from torch import Tensor, nn
 from whole_model import WholeModel
@@ -247,21 +248,13 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(
 ) -> None:
     folder = tiny_checkpoint("deepseek_v3")
     whole = run(folder, task, tmp_path / "whole", max_windows=2)
-    replace_file = os.replace
     for stop in itertools.count():
-        output, renames = tmp_path / f"stopped-{stop}", itertools.count()
-
-        def stopping(*paths: Any, limit: int = stop, done: Any = renames) -> None:
-            if next(done) == limit:
-                raise KeyboardInterrupt
-            replace_file(*paths)
-
-        monkeypatch.setattr(os, "replace", stopping)
+        output = tmp_path / f"stopped-{stop}"
         try:
-            run(folder, task, output, max_windows=2)
+            with stopping_at_rename(stop, monkeypatch):
+                run(folder, task, output, max_windows=2)
             break
         except KeyboardInterrupt:
-            monkeypatch.setattr(os, "replace", replace_file)
             assert_same(run(folder, task, output, max_windows=2), whole)
             assert sorted(os.listdir(output)) == ["gradient.json", "gradient.safetensors"]
     # settings, 4 hidden states, loss and its gradient, 2 MoE layers back, 2 results; the dense

@@ -56,10 +56,10 @@ def compare_command(
     Every --task is compared on its own: calibrated on its calibration text, measured on its
     held-out text and on that of the other shipped tasks. A killed run resumes with the next cell.
     """
-    from edge_moe.compare.contenders import parse_share
     from edge_moe.compare.record import Cell, CompareOptions
     from edge_moe.compare.table import print_comparison
     from edge_moe.hub import is_hub_id, resolve_model
+    from edge_moe.units import parse_share
 
     shares = [parse_share(text) for text in share or DEFAULT_SHARES]
     if output.exists() and not output.is_dir():

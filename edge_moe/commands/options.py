@@ -106,7 +106,8 @@ def stdout() -> Console:
 
 def wide_stdout() -> Console:
     """For tables that are Markdown where nobody watches."""
-    return stdout() if sys.stdout.isatty() else Console(width=_TABLE_WIDTH, highlight=False)
+    width = None if sys.stdout.isatty() else _TABLE_WIDTH
+    return Console(width=width, highlight=False, markup=False)
 
 
 def stderr() -> Console:

@@ -81,6 +81,7 @@ def plan_command(
     Prints the bytes by term, the frontier (quality against size), other ways to spend the same
     bytes, and what the target cannot express. Loss gradients beside the statistics are used.
     """
+    from edge_moe.budget import PROCESS_TARGETS
     from edge_moe.checkpoint import Checkpoint
     from edge_moe.files import require_file_output
     from edge_moe.gradient_stats import load_gradients
@@ -89,14 +90,13 @@ def plan_command(
     from edge_moe.plan_table import print_plan, summarise_plan
     from edge_moe.planner import make_plan
     from edge_moe.stats import ExpertStats
-    from edge_moe.tasks import task_argument
 
     require_file_output(output, ".json")
     found_stats = ExpertStats.load(stats)
     gradients = load_gradients(stats, found_stats.info)
     folder = resolve_model(model, revision)
     checkpoint = Checkpoint(folder)
-    is_measured = target in (TargetName.NATIVE, TargetName.HF)  # llama.cpp's is a constant
+    is_measured = target.value in PROCESS_TARGETS
     runtime = runtime_overhead(checkpoint.spec.model_type, device.value) if is_measured else None
     tasks = task or _known_tasks(found_stats.info) if search else []
     if search and not tasks:
@@ -119,9 +119,7 @@ def plan_command(
             search_seconds=search_seconds,
         )
     if plan.search is not None and measure is not None:
-        plan.search.text = measure.text
-        plan.search.tasks = [task_argument(name) for name in tasks]
-        plan.search.limit_seconds = search_seconds
+        plan.search = measure.described(plan.search)
     if output.exists():
         stderr().print(f"{output} is replaced")
     plan.save(output)

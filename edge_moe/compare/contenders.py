@@ -13,7 +13,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from edge_moe.errors import BudgetError, InputError, StatsError
+from edge_moe.errors import BudgetError, StatsError
 from edge_moe.formats import get_form
 from edge_moe.optimise import solve
 from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
@@ -179,18 +179,3 @@ def _pmq_cost(field: Field) -> FloatArray:
             form_loss[..., index] = measured[..., stats.form_index(form)]
     gate_mean = stats.expert_sums["router_score"].values() / num_tokens
     return pmq_cost(stats.routed_tokens / num_tokens, gate_mean, form_loss)
-
-
-def parse_share(text: str) -> float:
-    """`50%` or `0.5` -> 0.5.
-
-    Raises:
-        InputError: not a share above 0 and at most 1.
-    """
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise InputError(f"share {text!r} is none: use 50% or 0.5, above 0 and at most 1")
-    return share

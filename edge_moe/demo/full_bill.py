@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edge_moe.budget import dense_bytes, memory_terms, non_expert_bytes
+from edge_moe.budget import Setting, non_expert_bytes
 from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
@@ -24,17 +24,10 @@ def sixteen_bit_form(spec: ModelSpec) -> str:
 def full_terms(checkpoint: Checkpoint, context_tokens: int = CONTEXT_TOKENS) -> list[MemoryTerm]:
     """The memory bill of the whole model on CPU: every expert at 16 bits."""
     spec = checkpoint.spec
-    runtime_bytes, runtime_source = runtime_overhead(spec.model_type, "cpu")
-    return memory_terms(
-        spec,
-        forms=full_forms(spec),
-        dense_bytes=dense_bytes(checkpoint, "cpu", "native"),
-        context_tokens=min(context_tokens, spec.max_position_embeddings),
-        device="cpu",
-        target="native",
-        runtime_bytes=runtime_bytes + tokenizer_bytes(checkpoint.folder),
-        runtime_source=runtime_source,
-    )
+    runtime_bytes, source = runtime_overhead(spec.model_type, "cpu")
+    process = runtime_bytes + tokenizer_bytes(checkpoint.folder), source
+    context = min(context_tokens, spec.max_position_embeddings)
+    return Setting(checkpoint, "native", "cpu", context, process).bill(full_forms(spec))
 
 
 def budget_for_share(
