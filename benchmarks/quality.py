@@ -19,9 +19,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from edge_moe.compare.contenders import GEMQ_NAME, PMQ_NAME, Kind
+from edge_moe.compare.contenders import Kind
 from edge_moe.compare.record import Cell, Score, load_cells
 from edge_moe.compare.table import search_remark, times_plan
+from edge_moe.published import GEMQ_NAME, PMQ_NAME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

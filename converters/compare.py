@@ -24,7 +24,7 @@ from rich.console import Console
 
 import edge_moe
 from edge_moe import metrics
-from edge_moe.candidates import SOURCE_FORMS, candidate_forms
+from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.compare.contenders import SOLVE_SECONDS, Contender, Field, Kind, contenders
 from edge_moe.compare.record import (
@@ -48,19 +48,19 @@ from edge_moe.converters.staging import locked
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
-from edge_moe.gradient_stats import FormCost
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import TokenScores
 from edge_moe.optimise import solve
 from edge_moe.plan import SearchRecord, Target
-from edge_moe.planner import by_name, gather_evidence
-from edge_moe.problem import FloatArray, Problem, smallest_bytes
+from edge_moe.planner import by_name, gather_evidence, gemq_cost
+from edge_moe.problem import Problem, smallest_bytes
 from edge_moe.rivals import name_forms
 from edge_moe.runtime.heldout import SEARCH_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
-from edge_moe.search import MAX_PASS_PROPOSALS, PLAN_NAME, Evidence, search
+from edge_moe.search import PLAN_NAME, Evidence, search
 from edge_moe.spec import ModelSpec
 from edge_moe.tasks import windows_fingerprint
+from edge_moe.trials import MAX_PASS_PROPOSALS
 from edge_moe.units import format_bytes
 
 WORK_NAME = ".compare"
@@ -172,7 +172,7 @@ def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -
     problem = evidence.problem
     _require_possible(problem, share, full_bytes)
     rivals, missing = contenders(
-        Field(problem, forms, ready.stats, evidence.supers, _gemq_cost(ready, forms))
+        Field(problem, forms, ready.stats, evidence.supers, gemq_cost(spec, forms, ready.gradients))
     )
     found = _score_choices(ready, rivals, forms)  # first: packing is then no part of the search
     plans, record = _own_plans(ready, evidence, forms)
@@ -204,13 +204,6 @@ def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -
 
 def _whole_bytes(spec: ModelSpec, forms: Sequence[str]) -> int:
     return expert_bytes(forms[-1], spec.hidden_size, spec.expert_width)
-
-
-def _gemq_cost(ready: Bench, forms: Sequence[str]) -> FloatArray | None:
-    """[L, E, F] as GEMQ weighs a change: every element by its own mean squared gradient."""
-    if ready.gradients is None:
-        return None
-    return ready.gradients.cost_table(forms, SOURCE_FORMS[ready.spec.dtype], FormCost.DIAGONAL)
 
 
 def _require_room(spec: ModelSpec, share: float, target: Target) -> None:

@@ -12,9 +12,9 @@ from edge_moe.errors import InputError
 from edge_moe.plan import SearchRecord
 from edge_moe.runtime.heldout import SEARCH_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
-from edge_moe.search import TimeUp
 from edge_moe.stats import StatsInfo
 from edge_moe.tasks import task_argument
+from edge_moe.trials import TimeUp
 
 
 class PlanMeasure:

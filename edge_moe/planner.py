@@ -21,17 +21,19 @@ from edge_moe.candidates import SOURCE_FORMS, TARGET_RULES, find_candidates
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, StatsError
 from edge_moe.formats import DROP, expert_bytes, get_form
-from edge_moe.gradient_stats import GradientStats
+from edge_moe.gradient_stats import FormCost, GradientStats
 from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
 from edge_moe.optimise import solve
 from edge_moe.overhead import tokenizer_bytes
 from edge_moe.plan import Device, MemoryTerm, Plan, Source, Target
 from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_bytes
+from edge_moe.published import published_programs
 from edge_moe.rivals import find_frontier, find_rivals, name_forms
-from edge_moe.search import Evidence, Measure, search
+from edge_moe.search import Evidence, search
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.super_experts import MINIMUM_BITS, find_super_experts
+from edge_moe.trials import Measure
 from edge_moe.units import format_bytes, round_up_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -162,7 +164,19 @@ def gather_evidence(
         return loss_table(stats, forms, SOURCE_FORMS[spec.dtype], kind, gradients)
 
     problem = build_problem(spec, forms, table(kind), supers, target, expert_budget_bytes)
-    return Evidence(problem, stats, supers, table, kind, gradients is not None)
+    published = {}
+    if problem.scope == "expert":
+        published = published_programs(problem, forms, stats, gemq_cost(spec, forms, gradients))
+    return Evidence(problem, stats, supers, table, kind, gradients is not None, published)
+
+
+def gemq_cost(
+    spec: ModelSpec, forms: Sequence[str], gradients: GradientStats | None
+) -> FloatArray | None:
+    """[L, E, F] as GEMQ weighs a change: every element by its own mean squared gradient."""
+    if gradients is None:
+        return None
+    return gradients.cost_table(forms, SOURCE_FORMS[spec.dtype], FormCost.DIAGONAL)
 
 
 def build_problem(

@@ -40,9 +40,9 @@ class PmqExponents:
 
 
 PUBLISHED = PmqExponents()
-"""Equation and hyper-parameters as published."""
+"""The paper's equation with the defaults of the released code, whose gamma it never uses."""
 RELEASED = PmqExponents(error=1.0)
-"""What the released code computes: it raises eps to the exponent that is meant for phi."""
+"""What the released code computes: it raises eps to alpha, which is meant for phi."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ Score = Callable[[ExpertStats], FloatArray]
 
 RANDOM_SEED = 0
 PMQ_ALPHA, PMQ_BETA = 1.0, 1.5
-"""Exponents of frequency and weight in MC-MoE's released code; the paper gives no values."""
+"""Exponents of frequency and weight: the defaults of MC-MoE's released code."""
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edge_moe.errors import BudgetError
+from edge_moe.errors import BudgetError, StatsError
+from edge_moe.expert_moves import tune_experts
 from edge_moe.loss_table import DEFAULT_LOSS, DropLoss, LayerScale, LossKind
 from edge_moe.optimise import solve
 from edge_moe.plan import SearchRecord, SearchTrial
 from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
 from edge_moe.saliency import CRITERIA, keep_largest, saliency
 from edge_moe.stats import ExpertStats
+from edge_moe.trials import Measure, TimeUp, Trial, Trials
 
-Measure = Callable[[Mapping[str, IntArray]], Mapping[str, float]]
-"""Choices [L, E] by name -> mean KL divergence in nats per token.
-
-Raises `TimeUp` when there is no time left.
-"""
 Tables = Callable[[LossKind], FloatArray]
 """A kind of loss -> its table [L, E, F]."""
 
@@ -38,14 +35,8 @@ DROP_FACTORS = (1.0, 2.0, 4.0, 8.0)
 PRIOR_TOKENS = (0.0, 16.0, 64.0)
 LAYER_FACTORS = (0.5, 2.0)
 MAX_LAYER_GROUPS = 8
-MAX_PASS_PROPOSALS = 12
-"""Plans that are measured together, in one pass over the layers."""
 SOLVE_SECONDS = 10.0
 """Time limit of the integer program for one proposal."""
-
-
-class TimeUp(Exception):
-    """The search's time is over; what was measured before counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +52,8 @@ class Evidence:
     kind: LossKind = DEFAULT_LOSS
     has_gradients: bool = False
     """Whether `tables` knows the kinds that need them."""
+    published: Mapping[str, Callable[[], Solution]] = field(default_factory=dict)
+    """Other programs that propose a plan each."""
 
     @property
     def kinds(self) -> dict[str, LossKind]:
@@ -81,22 +74,23 @@ def search(
 ) -> tuple[Solution, SearchRecord]:
     """(the best measured solution, every trial). `first` is the plain program's.
 
-    Rounds: the kinds of loss; the criteria, at about the number of experts that the best plan
-    keeps; then layers made dearer or cheaper as long as that helps. Stops `seconds` after the first
-    plan was measured.
+    Rounds: the kinds of loss and the published programs; the criteria, at about the number of
+    experts that the best plan keeps; then layers made dearer or cheaper, then single experts moved,
+    as long as that helps. Stops `seconds` after the first plan was measured.
     """
     start = time.monotonic()
-    trials = _Trials(evidence.problem, measure, start + seconds)
+    trials = Trials(evidence.problem, measure, seconds)
     try:
         trials.add({PLAN_NAME: first.choice})
-        trials.deadline = time.monotonic() + seconds
+        trials.restart_clock()
         trials.add_all(_by_loss(evidence))
         trials.add_all(_by_criterion(evidence, trials.best.choice))
         _tune_layers(evidence, trials)
+        tune_experts(evidence.problem, trials)
         is_complete = True
     except TimeUp:
         is_complete = False
-    best = trials.best if trials.results else _Trial(PLAN_NAME, first.choice, np.nan)
+    best = trials.best if trials.results else Trial(PLAN_NAME, first.choice, np.nan)
     record = SearchRecord(
         chosen=best.name,
         is_complete=is_complete,
@@ -104,52 +98,6 @@ def search(
         trials=[SearchTrial(name=each.name, kld=each.kld) for each in trials.results],
     )
     return Solution.of(evidence.problem, best.choice), record
-
-
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    name: str
-    choice: IntArray
-    kld: float
-
-
-class _Trials:
-    """What was measured so far; a choice is measured once, whoever proposes it."""
-
-    def __init__(self, problem: Problem, measure: Measure, deadline: float) -> None:
-        self._problem = problem
-        self._measure = measure
-        self.deadline = deadline
-        self._seen: set[bytes] = set()
-        self.results: list[_Trial] = []
-
-    @property
-    def best(self) -> _Trial:
-        return min(self.results, key=lambda trial: trial.kld)
-
-    def add(self, proposals: Mapping[str, IntArray]) -> bool:
-        """Measure what is new; whether the best changed."""
-        before = self.best.kld if self.results else np.inf
-        waiting = {}
-        for name, choice in proposals.items():
-            key = choice.astype(np.int16).tobytes()
-            fits = self._problem.bytes_of(choice) <= self._problem.budget_bytes
-            if fits and key not in self._seen:
-                self._seen.add(key)
-                waiting[name] = choice
-        names = list(waiting)
-        for start in range(0, len(names), MAX_PASS_PROPOSALS):
-            if self.results and time.monotonic() > self.deadline:
-                raise TimeUp
-            part = {name: waiting[name] for name in names[start : start + MAX_PASS_PROPOSALS]}
-            for name, kld in self._measure(part).items():
-                self.results.append(_Trial(name, part[name], kld))
-        return bool(self.results) and self.best.kld < before
-
-    def add_all(self, proposals: Iterator[tuple[str, IntArray]]) -> None:
-        """Measure a pass's worth at a time: solving, too, takes of the time."""
-        while part := dict(islice(proposals, MAX_PASS_PROPOSALS)):
-            self.add(part)
 
 
 def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
@@ -168,6 +116,9 @@ def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
         choice = _solved(replace(problem, loss=evidence.tables(kind)))
         if choice is not None:
             yield name, choice
+    for name, program in evidence.published.items():
+        with suppress(BudgetError, StatsError):
+            yield name, program().choice
 
 
 def _one_form(problem: Problem) -> IntArray | None:
@@ -197,7 +148,7 @@ def _by_criterion(evidence: Evidence, best: IntArray) -> Iterator[tuple[str, Int
                 yield f"{name}, {count} per layer", choice
 
 
-def _tune_layers(evidence: Evidence, trials: _Trials) -> None:
+def _tune_layers(evidence: Evidence, trials: Trials) -> None:
     """Make one group of layers dearer or cheaper at a time, from the best kind of loss on."""
     problem = evidence.problem
     num_layers = problem.num_layers
@@ -219,7 +170,7 @@ def _tune_layers(evidence: Evidence, trials: _Trials) -> None:
         weights = changed[trials.best.name]
 
 
-def _best_kind(kinds: Mapping[str, LossKind], trials: _Trials) -> LossKind:
+def _best_kind(kinds: Mapping[str, LossKind], trials: Trials) -> LossKind:
     """The kind of loss whose plan measured best; the first of all is always among them."""
     measured = [trial for trial in trials.results if trial.name in kinds]
     return kinds[min(measured, key=lambda trial: trial.kld).name]

@@ -18,8 +18,6 @@ from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import app
 from edge_moe.compare.contenders import (
-    GEMQ_NAME,
-    PMQ_NAME,
     Contender,
     Field,
     Kind,
@@ -41,6 +39,7 @@ from edge_moe.loss_table import loss_table
 from edge_moe.metrics import Estimate
 from edge_moe.plan import Target
 from edge_moe.planner import build_problem
+from edge_moe.published import GEMQ_NAME, PMQ_NAME
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.saliency import saliency
 from edge_moe.super_experts import find_super_experts

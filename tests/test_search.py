@@ -17,8 +17,9 @@ from edge_moe.optimise import solve
 from edge_moe.planner import build_problem
 from edge_moe.problem import IntArray
 from edge_moe.saliency import CRITERIA
-from edge_moe.search import MIXED_BITS, ONE_FORM, PLAN_NAME, Evidence, TimeUp, search
+from edge_moe.search import MIXED_BITS, ONE_FORM, PLAN_NAME, Evidence, search
 from edge_moe.super_experts import find_super_experts
+from edge_moe.trials import TimeUp
 
 
 @pytest.fixture
@@ -63,10 +64,13 @@ def test_the_best_measured_plan_is_taken(evidence: Evidence) -> None:
     best, record = search(evidence, first, truth, seconds=300)
     found = {trial.name: trial.kld for trial in record.trials}
     assert record.is_complete
-    assert list(found) == truth.measured
+    assert set(found) < set(truth.measured), "moves of single experts are measured, too"
     assert found[record.chosen] == min(found.values()) < found[PLAN_NAME]
     assert truth({"": best.choice})[""] == found[record.chosen]
-    assert "layer weights" in record.chosen, "the search learns that the first layer matters more"
+    by_layers = min(kld for name, kld in found.items() if "layer weights" in name)
+    others = [kld for name, kld in found.items() if not name.startswith("experts moved")]
+    assert by_layers == min(others), "the search learns that the first layer matters more"
+    assert record.chosen.startswith("experts moved"), "and then what each expert is worth"
     assert best.expert_bytes <= evidence.problem.budget_bytes
     assert (best.choice[evidence.supers] > 0).all()
     criteria = {name.partition(",")[0] for name in found} & set(CRITERIA)
@@ -84,7 +88,7 @@ def test_no_plan_is_measured_twice(evidence: Evidence) -> None:
         return dict.fromkeys(choices, 1.0)
 
     _, record = search(evidence, solve(evidence.problem), measure, seconds=300)
-    assert len(record.trials) == len(seen)
+    assert len(record.trials) < len(seen), "moves of single experts are measured, too"
     assert record.chosen == PLAN_NAME, "of equals the plain program stays"
 
 

@@ -17,13 +17,11 @@ from edge_moe.errors import BudgetError, StatsError
 from edge_moe.formats import get_form
 from edge_moe.optimise import solve
 from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
-from edge_moe.programs import BitForms, gemq, pmq, pmq_cost
+from edge_moe.published import published_programs
 from edge_moe.saliency import CRITERIA, keep_largest, random_scores, saliency
 from edge_moe.stats import ExpertStats
 
 RANDOM_SEEDS = (0, 1, 2)
-PMQ_NAME, GEMQ_NAME = "MC-MoE (PMQ), 1-3 bits", "GEMQ, 1-3 bits"
-"""Published with bits {1, 2, 3}: they cannot spend more than about 21 % of 16-bit bytes."""
 SOLVE_SECONDS = 20.0
 BIT_CLASSES = {4: ("q4_k", "q4_0"), 8: ("q8_0",)}
 """Bits -> forms that pruned models are stored in, preferred first."""
@@ -154,28 +152,10 @@ def _mixed_bits(field: Field, missing: list[str]) -> Iterator[Contender]:
             missing.append(f"{name}: needs a width per expert, which the target cannot hold.")
             continue
         try:
-            yield Contender(name, Kind.MIXED, program(BitForms.named(field.forms)).choice)
+            yield Contender(name, Kind.MIXED, program().choice)
         except (BudgetError, StatsError) as error:
             missing.append(f"{name}: {error}.")
 
 
-def _published(field: Field) -> dict[str, Callable[[BitForms], Solution]]:
-    """Name -> the program with its own costs."""
-    problem, gradient_cost = field.problem, field.gradient_cost
-    found = {PMQ_NAME: lambda bit_forms: pmq(problem, _pmq_cost(field), bit_forms)}
-    if gradient_cost is not None:
-        found[GEMQ_NAME] = lambda bit_forms: gemq(problem, gradient_cost, bit_forms)
-    return found
-
-
-def _pmq_cost(field: Field) -> FloatArray:
-    """[L, E, F] MC-MoE's cost from the same statistics."""
-    stats = field.stats
-    num_tokens = max(1, stats.info.num_tokens)
-    form_loss = np.zeros(field.problem.loss.shape)
-    measured = stats.form_loss.values()
-    for index, form in enumerate(field.forms):
-        if form in stats.info.forms:
-            form_loss[..., index] = measured[..., stats.form_index(form)]
-    gate_mean = stats.expert_sums["router_score"].values() / num_tokens
-    return pmq_cost(stats.routed_tokens / num_tokens, gate_mean, form_loss)
+def _published(field: Field) -> dict[str, Callable[[], Solution]]:
+    return published_programs(field.problem, field.forms, field.stats, field.gradient_cost)
