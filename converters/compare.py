@@ -240,11 +240,12 @@ def _own_plans(
             ready.checkpoint,
             ready.stats.info,
             [ready.task],
-            seconds,
-            lambda share: progress.update(bar, completed=share),
             ready.packed,
         )
-        best, record = search(evidence, plain, by_name(measure, forms), seconds)
+        best, record = search(
+            *(evidence, plain, by_name(measure, forms), seconds),
+            lambda share: progress.update(bar, completed=share),
+        )
     found = [Contender("edge-moe plan", Kind.PLAN, best.choice)]
     if record.chosen != PLAN_NAME:
         found.append(Contender("edge-moe plan, no search", Kind.PLAN, plain.choice))

@@ -33,12 +33,12 @@ from edge_moe.search import Evidence, search
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.super_experts import MINIMUM_BITS, find_super_experts
-from edge_moe.trials import Measure
+from edge_moe.trials import Measure, OnShare
 from edge_moe.units import format_bytes, round_up_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
-MeasureForms = Callable[[Mapping[str, list[list[str]]]], Mapping[str, float]]
-"""Forms [L][E] by name -> mean KL divergence in nats per token; see `edge_moe.search.Measure`."""
+MeasureForms = Callable[[Mapping[str, list[list[str]]], OnShare], Mapping[str, float]]
+"""Forms [L][E] by name -> mean KL divergence in nats per token; see `edge_moe.trials.Measure`."""
 EVIDENCE_TOKENS = 32
 """An expert that fewer calibration tokens chose has a loss that is hardly more than a guess."""
 THIN_EVIDENCE_SHARE = 0.1
@@ -67,6 +67,7 @@ def make_plan(
     loss_kind: LossKind | None = None,
     measure: MeasureForms | None = None,
     search_seconds: float = 0.0,
+    on_share: OnShare = lambda _: None,
 ) -> Plan:
     """The form of every expert that loses least within `budget_bytes` of device memory.
 
@@ -74,7 +75,7 @@ def make_plan(
     is capped to what the model was made for; it defaults to `DEFAULT_CONTEXT_TOKENS`. `loss_kind`
     defaults to `GRADIENT_LOSS` where there are `gradients`, and to `DEFAULT_LOSS` otherwise. With
     `measure`, plans proposed in many ways are measured for up to `search_seconds`, and the best of
-    them is taken.
+    them is taken; `on_share` is told the share of the time that has passed.
 
     Raises:
         StatsError: the statistics belong to another model or lack a needed loss, or the gradients
@@ -102,7 +103,7 @@ def make_plan(
     solution, record = solve(problem), None
     if measure is not None:
         named = by_name(measure, offer.forms)
-        solution, record = search(evidence, solution, named, search_seconds)
+        solution, record = search(evidence, solution, named, search_seconds, on_share)
     rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
     forms = name_forms(solution.choice, offer.forms)
     return Plan(
@@ -272,8 +273,8 @@ def _check_budget(
 
 def by_name(measure: MeasureForms, forms: Sequence[str]) -> Measure:
     """`measure` for tables of form indices."""
-    return lambda choices: measure(
-        {name: name_forms(choice, forms) for name, choice in choices.items()}
+    return lambda choices, on_run: measure(
+        {name: name_forms(choice, forms) for name, choice in choices.items()}, on_run
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edge_moe.errors import BudgetError, StatsError
+from edge_moe.errors import BudgetError, InputError, StatsError
 from edge_moe.expert_moves import tune_experts
 from edge_moe.loss_table import DEFAULT_LOSS, DropLoss, LayerScale, LossKind
 from edge_moe.optimise import solve
@@ -23,7 +23,7 @@ from edge_moe.plan import SearchRecord, SearchTrial
 from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
 from edge_moe.saliency import CRITERIA, keep_largest, saliency
 from edge_moe.stats import ExpertStats
-from edge_moe.trials import Measure, TimeUp, Trial, Trials
+from edge_moe.trials import Measure, OnShare, TimeUp, Trial, Trials
 
 Tables = Callable[[LossKind], FloatArray]
 """A kind of loss -> its table [L, E, F]."""
@@ -70,16 +70,27 @@ class Evidence:
 
 
 def search(
-    evidence: Evidence, first: Solution, measure: Measure, seconds: float
+    evidence: Evidence,
+    first: Solution,
+    measure: Measure,
+    seconds: float,
+    on_share: OnShare = lambda _: None,
 ) -> tuple[Solution, SearchRecord]:
     """(the best measured solution, every trial). `first` is the plain program's.
 
     Rounds: the kinds of loss and the published programs; the criteria, at about the number of
     experts that the best plan keeps; then layers made dearer or cheaper, then single experts moved,
-    as long as that helps. Stops `seconds` after the first plan was measured.
+    as long as that helps. Stops `seconds` after the first plan was measured: with that plan experts
+    are packed that later ones share, which may take `seconds`, too. `on_share` is told the share of
+    them that has passed.
+
+    Raises:
+        InputError: `seconds` are none.
     """
+    if seconds <= 0:
+        raise InputError(f"{seconds:g} seconds of search are none: use --no-search instead")
     start = time.monotonic()
-    trials = Trials(evidence.problem, measure, seconds)
+    trials = Trials(evidence.problem, measure, seconds, on_share)
     try:
         trials.add({PLAN_NAME: first.choice})
         trials.restart_clock()
@@ -96,6 +107,7 @@ def search(
         is_complete=is_complete,
         seconds=time.monotonic() - start,
         trials=[SearchTrial(name=each.name, kld=each.kld) for each in trials.results],
+        limit_seconds=seconds,
     )
     return Solution.of(evidence.problem, best.choice), record
 

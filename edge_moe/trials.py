@@ -14,10 +14,12 @@ import numpy as np
 
 from edge_moe.problem import IntArray, Problem
 
-Measure = Callable[[Mapping[str, IntArray]], Mapping[str, float]]
+OnShare = Callable[[float], None]
+"""Is told how much of something is done, 0 to 1."""
+Measure = Callable[[Mapping[str, IntArray], OnShare], Mapping[str, float]]
 """Choices [L, E] by name -> mean KL divergence in nats per token.
 
-Raises `TimeUp` when there is no time left.
+Calls the second argument with the share of the pass that is done; what that raises goes through.
 """
 
 MAX_PASS_PROPOSALS = 12
@@ -40,10 +42,18 @@ class Trial:
 class Trials:
     """What was measured so far; a choice is measured once, whoever proposes it."""
 
-    def __init__(self, problem: Problem, measure: Measure, seconds: float) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        measure: Measure,
+        seconds: float,
+        on_share: OnShare = lambda _: None,
+    ) -> None:
+        """`on_share` is told the share of `seconds` that has passed, within passes, too."""
         self._problem = problem
         self._measure = measure
         self._seconds = seconds
+        self._on_share = on_share
         self._known: dict[bytes, float] = {}
         self.restart_clock()
         self.results: list[Trial] = []
@@ -88,15 +98,25 @@ class Trials:
             self.add(part)
 
     def probe(self, choices: Mapping[str, IntArray]) -> Mapping[str, float]:
-        """Measure one pass's worth, whether it fits or not; none of it can become the best."""
+        """Measure one pass's worth, whether it fits or not; none of it can become the best.
+
+        Raises:
+            TimeUp: the time ran out before the last layer.
+        """
         keys = {name: _key(choice) for name, choice in choices.items()}
         new = {name: choices[name] for name, key in keys.items() if key not in self._known}
         if new:
             start = time.monotonic()
-            found = self._measure(new)
+            found = self._measure(new, self._check_time)
             self.seconds_per_plan = (time.monotonic() - start) / len(new)
             self._known |= {keys[name]: kld for name, kld in found.items()}
         return {name: self._known[key] for name, key in keys.items()}
+
+    def _check_time(self, share_of_pass: float) -> None:
+        passed = 1 - self.left_seconds / self._seconds
+        self._on_share(min(1.0, passed))
+        if passed > 1 and share_of_pass < 1:
+            raise TimeUp
 
     def _may_be_taken(self, choice: IntArray) -> bool:
         allowed = np.take_along_axis(self._problem.allowed, choice[..., None], axis=-1).all()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edge_moe.expert_moves import Move, local_problem, possible_moves, tune_experts
 from edge_moe.problem import FormScope, IntArray, Problem
-from edge_moe.trials import MAX_PASS_PROPOSALS, TimeUp, Trials
+from edge_moe.trials import MAX_PASS_PROPOSALS, OnShare, TimeUp, Trials
 
 
 def problem(
@@ -110,7 +110,7 @@ class Truth:
         alone = np.take_along_axis(self._loss, choice[..., None], axis=-1).sum()
         return float(alone + self._interaction * (choice == 0).sum() ** 2)
 
-    def __call__(self, choices: Mapping[str, IntArray]) -> dict[str, float]:
+    def __call__(self, choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, float]:
         assert len(choices) <= MAX_PASS_PROPOSALS
         self.choices += choices.values()
         return {name: self.of(choice) for name, choice in choices.items()}

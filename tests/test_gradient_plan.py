@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from edge_moe.planner import build_problem, make_plan, stats_fingerprint
 from edge_moe.problem import IntArray
 from edge_moe.search import PLAN_NAME, Evidence, search
 from edge_moe.stats import ExpertStats
+from edge_moe.trials import OnShare
 
 FORMS = ("drop", "q8_0", "bf16")
 
@@ -183,13 +185,13 @@ def test_the_search_proposes_and_tunes_gradient_kinds(
     )
     evidence = Evidence(problem, stats, supers, tables, GRADIENT_LOSS, has_gradients=True)
 
-    def measure(choices: dict[str, IntArray]) -> dict[str, float]:
+    def measure(choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, float]:
         return {
             name: float(np.take_along_axis(truth, choice[..., None], axis=-1).sum())
             for name, choice in choices.items()
         }
 
-    best, record = search(evidence, solve(problem), measure, seconds=300)  # type: ignore[arg-type]
+    best, record = search(evidence, solve(problem), measure, seconds=300)
     found = {trial.name: trial.kld for trial in record.trials}
     assert next(iter(found)) == PLAN_NAME
     for scale in (LayerScale.FIRST_ORDER, LayerScale.DIAGONAL):
@@ -198,7 +200,7 @@ def test_the_search_proposes_and_tunes_gradient_kinds(
     assert best_kind.layers is layers
     tuned = [name for name in found if "layer weights" in name]
     assert tuned and all(name.startswith(best_kind.name) for name in tuned)
-    again = search(evidence, solve(problem), measure, seconds=300)[0]  # type: ignore[arg-type]
+    again = search(evidence, solve(problem), measure, seconds=300)[0]
     np.testing.assert_array_equal(best.choice, again.choice)
 
 

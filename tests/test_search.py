@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from fake_stats import fake_stats
 
 from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.errors import InputError
 from edge_moe.loss_table import LossKind, loss_table
 from edge_moe.optimise import solve
 from edge_moe.planner import build_problem
@@ -19,7 +21,7 @@ from edge_moe.problem import IntArray
 from edge_moe.saliency import CRITERIA
 from edge_moe.search import MIXED_BITS, ONE_FORM, PLAN_NAME, Evidence, search
 from edge_moe.super_experts import find_super_experts
-from edge_moe.trials import TimeUp
+from edge_moe.trials import OnShare, TimeUp
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ class Truth:
         self._limit = limit
         self.measured: list[str] = []
 
-    def __call__(self, choices: Mapping[str, IntArray]) -> dict[str, float]:
+    def __call__(self, choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, float]:
         if len(self.measured) >= self._limit:
             raise TimeUp
         self.measured += choices
@@ -66,7 +68,7 @@ def test_the_best_measured_plan_is_taken(evidence: Evidence) -> None:
     assert record.is_complete
     assert set(found) < set(truth.measured), "moves of single experts are measured, too"
     assert found[record.chosen] == min(found.values()) < found[PLAN_NAME]
-    assert truth({"": best.choice})[""] == found[record.chosen]
+    assert truth({"": best.choice}, print)[""] == found[record.chosen]
     by_layers = min(kld for name, kld in found.items() if "layer weights" in name)
     others = [kld for name, kld in found.items() if not name.startswith("experts moved")]
     assert by_layers == min(others), "the search learns that the first layer matters more"
@@ -81,7 +83,7 @@ def test_the_best_measured_plan_is_taken(evidence: Evidence) -> None:
 def test_no_plan_is_measured_twice(evidence: Evidence) -> None:
     seen: set[bytes] = set()
 
-    def measure(choices: Mapping[str, IntArray]) -> dict[str, float]:
+    def measure(choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, float]:
         keys = {choice.astype(np.int16).tobytes() for choice in choices.values()}
         assert len(keys) == len(choices) and not keys & seen
         seen.update(keys)
@@ -104,16 +106,35 @@ def test_a_search_out_of_time_keeps_what_it_has(evidence: Evidence) -> None:
 
 
 def test_time_is_looked_at_between_passes(evidence: Evidence) -> None:
-    def measure(choices: Mapping[str, IntArray]) -> dict[str, float]:
+    def measure(choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, float]:
         return dict.fromkeys(choices, 1.0)
 
-    _, record = search(evidence, solve(evidence.problem), measure, seconds=-1.0)
+    shares: list[float] = []
+    first = solve(evidence.problem)
+    _, record = search(evidence, first, measure, seconds=1e-9, on_share=shares.append)
+    assert not record.is_complete and record.limit_seconds == 1e-9
+    assert len(record.trials) == 1
+    with pytest.raises(InputError, match="--no-search"):
+        search(evidence, first, measure, seconds=0)
+
+
+def test_time_is_looked_at_within_a_pass(evidence: Evidence) -> None:
+    def measure(choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, float]:
+        on_run(0.5)
+        time.sleep(0.02)
+        on_run(1.0)  # a pass that is done counts, however late
+        return dict.fromkeys(choices, 1.0)
+
+    shares: list[float] = []
+    first = solve(evidence.problem)
+    _, record = search(evidence, first, measure, seconds=0.015, on_share=shares.append)
     assert not record.is_complete
     assert len(record.trials) == 1
+    assert 0 < shares[0] < 1 == shares[1]
 
 
 def test_one_form_for_all_is_proposed_where_everybody_may_take_it(evidence: Evidence) -> None:
-    def measure(choices: Mapping[str, IntArray]) -> dict[str, float]:
+    def measure(choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, float]:
         return {name: 0.0 if name == ONE_FORM else 1.0 for name in choices}
 
     free = replace(

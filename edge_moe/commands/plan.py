@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,8 +22,6 @@ from edge_moe.commands.options import (
 from edge_moe.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
-    from edge_moe.checkpoint import Checkpoint
-    from edge_moe.converters.plan_measure import PlanMeasure
     from edge_moe.stats import StatsInfo
 
 DEFAULT_SEARCH_SECONDS = 120.0
@@ -104,7 +102,12 @@ def plan_command(
             "not searching: the text of the statistics is not where it was; name the text to "
             "measure plans on with --task, or say --no-search"
         )
-    with _measuring(checkpoint, found_stats.info, tasks, search_seconds) as measure:
+    measure = None
+    if tasks:
+        from edge_moe.converters.plan_measure import PlanMeasure
+
+        measure = PlanMeasure(checkpoint, found_stats.info, tasks)
+    with _search_bar(shown=measure is not None) as on_share:
         plan = make_plan(
             checkpoint,
             found_stats,
@@ -117,6 +120,7 @@ def plan_command(
             gradients=gradients,
             measure=measure,
             search_seconds=search_seconds,
+            on_share=on_share,
         )
     if plan.search is not None and measure is not None:
         plan.search = measure.described(plan.search)
@@ -139,21 +143,13 @@ def _known_tasks(info: StatsInfo) -> list[str]:
 
 
 @contextmanager
-def _measuring(
-    checkpoint: Checkpoint, info: StatsInfo, tasks: Sequence[str], seconds: float
-) -> Iterator[PlanMeasure | None]:
-    """What measures proposals, with a bar of the time that has passed; None without tasks."""
-    if not tasks:
-        yield None
-        return
+def _search_bar(*, shown: bool) -> Iterator[Callable[[float], None]]:
+    """A bar of the time that has passed; what it gives is told that share."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from edge_moe.converters.plan_measure import PlanMeasure
 
     columns = TextColumn("measuring plans"), BarColumn(), TimeElapsedColumn()
     console = stderr()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    is_shown = shown and console.is_terminal
+    with Progress(*columns, console=console, disable=not is_shown) as progress:
         bar = progress.add_task("", total=1.0)
-        yield PlanMeasure(
-            checkpoint, info, tasks, seconds, lambda share: progress.update(bar, completed=share)
-        )
+        yield lambda share: progress.update(bar, completed=share)
