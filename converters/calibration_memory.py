@@ -21,6 +21,10 @@ PACK_CHUNK_WEIGHTS = 2**17
 """Weights that are packed and unpacked at a time."""
 _PACK_BYTES_PER_WEIGHT = 64  # the forms take 6 to 25
 READ_BYTES_PER_WEIGHT = 11  # stored 2 + widened 4 + shifted 4 + finite mask 1
+FEWER_WINDOWS = (
+    "calibrate on fewer windows (--max-windows), in several shards (--shard), or on a machine with "
+    "more memory"
+)
 _ALLOWANCE_BYTES = 96_000_000  # libraries paged in by the first forward pass, allocator slack
 
 
@@ -90,8 +94,12 @@ def hidden_file_bytes(hidden_size: int, num_tokens: int) -> int:
     return 4 * hidden_size * num_tokens
 
 
-def state_and_require_memory(subject: str, terms: Sequence[MemoryTerm]) -> None:
+def state_and_require_memory(
+    subject: str, terms: Sequence[MemoryTerm], remedy: str = FEWER_WINDOWS
+) -> None:
     """Say on stderr what `subject` takes at most, and refuse when that is not available.
+
+    `remedy` is what the refusal says to do.
 
     Raises:
         BudgetError: with the bytes needed and the bytes available.
@@ -102,11 +110,11 @@ def state_and_require_memory(subject: str, terms: Sequence[MemoryTerm]) -> None:
         f"{subject}; memory at most {format_bytes(peak_bytes)} beside the libraries ({parts})",
         soft_wrap=True,
     )
-    require_free_memory(peak_bytes)
+    require_free_memory(peak_bytes, remedy)
 
 
-def require_free_memory(needed_bytes: int) -> None:
-    """Refuse a calibration that cannot fit, where the system tells how much is available.
+def require_free_memory(needed_bytes: int, remedy: str = FEWER_WINDOWS) -> None:
+    """Refuse what cannot fit, where the system tells how much is available.
 
     Raises:
         BudgetError: with the bytes needed and the bytes available.
@@ -115,8 +123,7 @@ def require_free_memory(needed_bytes: int) -> None:
     if available_bytes is not None and needed_bytes > available_bytes:
         raise BudgetError(
             f"this needs {format_bytes(needed_bytes)} of memory, but only "
-            f"{format_bytes(available_bytes)} is available: calibrate on fewer windows "
-            "(--max-windows), in several shards (--shard), or on a machine with more memory",
+            f"{format_bytes(available_bytes)} is available: {remedy}",
             minimum_bytes=needed_bytes,
         )
 

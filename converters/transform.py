@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from edge_moe.converters.calibration_memory import hidden_file_bytes
+from edge_moe.converters.calibration_memory import hidden_file_bytes, state_and_require_memory
 from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter, calibration_work
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.progress import progress_bar
@@ -34,7 +33,7 @@ from edge_moe.converters.sampling import (
 )
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
-from edge_moe.converters.transform_memory import require_transform_memory, transform_terms
+from edge_moe.converters.transform_memory import FEWER_TOKENS, transform_terms
 from edge_moe.converters.transform_output import TransformOutput
 from edge_moe.converters.transform_record import (
     LayerRecord,
@@ -53,7 +52,6 @@ from edge_moe.converters.transforms.base import (
     Value,
 )
 from edge_moe.files import require_new_output, write_text
-from edge_moe.units import format_bytes
 
 _NO_LIMITS = TextLimits()
 
@@ -252,12 +250,6 @@ def _require_room(request: Request, files: TransformOutput) -> None:
         new_weights,
         method.scratch_bytes(spec, request.sample_tokens),
     )
-    peak_bytes = sum(term.num_bytes for term in terms)
-    parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
-    Console(stderr=True, highlight=False).print(
-        f"{method.name}: layers run on {request.sample_tokens} tokens; "
-        f"memory at most {format_bytes(peak_bytes)} beside the libraries ({parts})",
-        soft_wrap=True,
-    )
-    require_transform_memory(peak_bytes)
+    subject = f"{method.name}: layers run on {request.sample_tokens} tokens"
+    state_and_require_memory(subject, terms, FEWER_TOKENS)
     files.require_disk(2 * hidden_file_bytes(spec.hidden_size, request.info.num_tokens))

@@ -6,11 +6,10 @@ It holds one decoder layer, the layer's new experts and what the layer was given
 from __future__ import annotations
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters import calibration_memory
 from edge_moe.converters.calibration_memory import calibration_terms
-from edge_moe.errors import BudgetError
 from edge_moe.plan import MemoryTerm
-from edge_moe.units import format_bytes
+
+FEWER_TOKENS = "lower --sample-tokens, or use a machine with more memory"
 
 
 def transform_terms(
@@ -46,19 +45,3 @@ def transform_terms(
     return [
         MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
     ]
-
-
-def require_transform_memory(needed_bytes: int) -> None:
-    """Refuse a transform that cannot fit, where the system tells how much is available.
-
-    Raises:
-        BudgetError: with the bytes needed and the bytes available.
-    """
-    available_bytes = calibration_memory.available_memory_bytes()
-    if available_bytes is not None and needed_bytes > available_bytes:
-        raise BudgetError(
-            f"the transform needs {format_bytes(needed_bytes)} of memory, but only "
-            f"{format_bytes(available_bytes)} is available: lower --sample-tokens, or use a "
-            "machine with more memory",
-            minimum_bytes=needed_bytes,
-        )
