@@ -505,9 +505,7 @@ def test_too_little_memory_is_said_before_the_start(
     tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration_memory, "available_memory_bytes", lambda: 1_000_000)
-    with pytest.raises(
-        BudgetError, match="1.00 MB is available: lower --sample"
-    ):
+    with pytest.raises(BudgetError, match="1.00 MB is available: lower --sample"):
         run(tiny_checkpoint("mixtral"), task, tmp_path / "out", "naee")
 
 

@@ -1,0 +1,97 @@
+"""The scripts in `benchmarks/`: each starts, and a comparison is summed up as its cells say."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import quality
+from rich.console import Console
+
+from edge_moe.compare.contenders import Kind
+from edge_moe.compare.record import Cell, CompareOptions, Score, TextScore
+from edge_moe.measurement import Provenance
+from edge_moe.metrics import Estimate
+from edge_moe.plan import SearchRecord
+from edge_moe.published import PMQ_NAME
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPTS = [path for path in sorted(BENCHMARKS.glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_starts(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # some set how threads wait
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 0
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+def score(name: str, kind: Kind, kld: float, expert_bytes: int = 100) -> Score:
+    text = TextScore(
+        kld=Estimate(kld, kld / 10), ppl=Estimate(2 + kld, 0.1), same_top=Estimate(0.99, 0.01)
+    )
+    return Score(
+        name=name,
+        kind=kind,
+        expert_bytes=expert_bytes,
+        num_kept=4,
+        forms={"q4_k": 4},
+        in_task=text,
+        off_task=None,
+    )
+
+
+def cell(share: float, plan_kld: float) -> Cell:
+    return Cell(
+        settings="0" * 64,
+        options=CompareOptions(),
+        provenance=Provenance.published(),
+        model="tiny",
+        task="code",
+        share=share,
+        full_expert_bytes=400,
+        budget_bytes=int(share * 400),
+        quantiser="nearest",
+        num_in_task_tokens=10,
+        num_off_task_tokens=0,
+        in_task_base_ppl=Estimate(2.0, 0.1),
+        off_task_base_ppl=None,
+        search=SearchRecord(chosen="a", is_complete=share > 0.3, seconds=1.0, trials=[]),
+        scores=[
+            score("edge-moe plan", Kind.PLAN, plan_kld),
+            score("reap, 4 bits", Kind.PRUNE, 0.08),
+            score("all q4_k", Kind.QUANTISE, 0.06),
+            score(PMQ_NAME, Kind.MIXED, 0.03, int(share * 400) - 1),
+            score("random, draw 1, 4 bits", Kind.RANDOM, 0.5),
+        ],
+        missing=[],
+    )
+
+
+def test_a_summary_counts_how_far_ahead_the_plan_is(capsys: pytest.CaptureFixture[str]) -> None:
+    quality.print_summary([cell(0.5, 0.02), cell(0.25, 0.04)], Console(width=200))
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| code")]
+    assert "3.0 x (all q4_k)" in rows[0] and "1.5 x" in rows[0]
+    assert "1.5 x (all q4_k)" in rows[1] and "0.8 x" in rows[1]
+    assert "lowest KL in 1 of 2 cells; behind in code 25.0% native" in printed
+    assert "the search ran out of its 60 s" in printed
+
+
+def test_the_plot_is_the_same_file_twice(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs the extra `bench`")
+    cells = [cell(0.5, 0.02), cell(0.25, 0.04)]
+    paths = tmp_path / "a.svg", tmp_path / "b.svg"
+    for path in paths:
+        quality.plot(cells, path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert "edge-moe" in paths[0].read_text() and "code" in paths[0].read_text()
