@@ -3,8 +3,9 @@
     edge-moe compare MODEL --task code ... -o benchmarks/results/quality-demo
     python benchmarks/quality.py benchmarks/results/quality-demo
 
-Prints one Markdown row per cell and writes FOLDER.svg: KL divergence against the experts' bytes, a
-thin line per method in the colour of its kind, a thick one for edge-moe. Needs the extra `bench`.
+Prints one Markdown row per cell, then what each round of the search won, and writes FOLDER.svg: KL
+divergence against the experts' bytes, a thin line per method in the colour of its kind, a thick one
+for edge-moe. The plot needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 SINGLE = (Kind.PRUNE, Kind.MERGE, Kind.QUANTISE, Kind.RANDOM)
 """Methods that do one thing: drop, merge, or one type for all."""
 PUBLISHED_MIXED = (PMQ_NAME, GEMQ_NAME)
+ROUNDS = ("kinds of loss", "published programs", "criteria", "layers weighed", "experts moved")
 LEAST_SPENT = 0.9
 """A method that cannot spend this share of the bytes is no rival at them."""
 COLOURS = {
@@ -72,6 +75,40 @@ def print_summary(cells: Sequence[Cell], console: Console) -> None:
             console.print(remark)
         if not cell.options.transforms:
             console.print(f"{cell.task} {cell.share:.1%} {cell.target}: without merging methods")
+
+
+def print_rounds(cells: Sequence[Cell], console: Console) -> None:
+    """The best KL so far after every round, on the search's own text, over the plain program's."""
+    table = Table(box=box.MARKDOWN)
+    for heading in ("round of the search", "plans", "KL, geometric mean", "cells it won in"):
+        table.add_column(heading, justify="left" if heading.startswith("round") else "right")
+    best = [cell.search.trials[0].kld for cell in cells]
+    for name in ROUNDS:
+        before, num_plans = best, 0
+        for index, cell in enumerate(cells):
+            found = [each.kld for each in cell.search.trials if round_of(each.name) == name]
+            num_plans += len(found)
+            best = [*best[:index], min([best[index], *found]), *best[index + 1 :]]
+        ratios = [
+            now / cell.search.trials[0].kld
+            for now, cell in zip(best, cells, strict=True)
+            if cell.search.trials[0].kld > 0
+        ]
+        won = sum(now < then for now, then in zip(best, before, strict=True))
+        mean = f"{geometric_mean(ratios):.3f}" if ratios and min(ratios) > 0 else "-"
+        table.add_row(name, f"{num_plans}", mean, f"{won} of {len(cells)}")
+    console.print(table)
+
+
+def round_of(trial: str) -> str:
+    """The round of the search that measured a plan of this name."""
+    if trial.startswith("experts moved"):
+        return "experts moved"
+    if "layer weights" in trial:
+        return "layers weighed"
+    if trial.endswith("per layer"):
+        return "criteria"
+    return "published programs" if trial in PUBLISHED_MIXED else "kinds of loss"
 
 
 def _best_rival(cell: Cell) -> float:
@@ -153,7 +190,9 @@ def main() -> None:
     parser.add_argument("--no-plot", action="store_true")
     args = parser.parse_args()
     cells = load_cells(args.folder)
-    print_summary(cells, Console(width=200))
+    console = Console(width=200)
+    print_summary(cells, console)
+    print_rounds(cells, console)
     native = [cell for cell in cells if cell.target == "native"]
     if native and not args.no_plot:
         plot(native, args.folder.with_suffix(".svg"))

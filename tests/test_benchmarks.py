@@ -15,7 +15,7 @@ from edge_moe.compare.contenders import Kind
 from edge_moe.compare.record import Cell, CompareOptions, Score, TextScore
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate
-from edge_moe.plan import SearchRecord
+from edge_moe.plan import SearchRecord, SearchTrial
 from edge_moe.published import PMQ_NAME
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -85,6 +85,34 @@ def test_a_summary_counts_how_far_ahead_the_plan_is(capsys: pytest.CaptureFixtur
     assert "1.5 x (all q4_k)" in rows[1] and "0.8 x" in rows[1]
     assert "lowest KL in 1 of 2 cells; behind in code 25.0% native" in printed
     assert "the search ran out of its 60 s" in printed
+
+
+def test_rounds_are_told_apart_and_their_gain_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    trials = {
+        "default loss": 0.4,
+        "reroute relative, drop x 2, prior 0": 0.5,
+        PMQ_NAME: 0.2,
+        "reap, 7 per layer": 0.3,
+        "default loss, layer weights 1 2": 0.2,
+        "experts moved, round 1, caution 0": 0.1,
+    }
+    record = SearchRecord(
+        chosen="experts moved, round 1, caution 0",
+        is_complete=True,
+        seconds=1.0,
+        trials=[SearchTrial(name=name, kld=kld) for name, kld in trials.items()],
+    )
+    quality.print_rounds(
+        [cell(0.5, 0.1).model_copy(update={"search": record})] * 2, Console(width=200)
+    )
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [[text.strip() for text in row] for row in rows if row] == [
+        ["kinds of loss", "4", "1.000", "0 of 2"],
+        ["published programs", "2", "0.500", "2 of 2"],
+        ["criteria", "2", "0.500", "0 of 2"],
+        ["layers weighed", "2", "0.500", "0 of 2"],
+        ["experts moved", "2", "0.250", "2 of 2"],
+    ]
 
 
 def test_the_plot_is_the_same_file_twice(tmp_path: Path) -> None:
