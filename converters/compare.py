@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,7 @@ from rich.console import Console
 
 import edge_moe
 from edge_moe import metrics
-from edge_moe.candidates import candidate_forms
+from edge_moe.candidates import candidate_forms, least_expert_bytes
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.compare.contenders import SOLVE_SECONDS, Contender, Field, Kind, contenders
 from edge_moe.compare.record import (
@@ -164,7 +163,7 @@ def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -
     """All methods at one share."""
     spec, options = ready.spec, ready.options
     forms = candidate_forms(spec, options.target)
-    full_bytes = spec.num_moe_layers * spec.num_experts * _whole_bytes(spec, forms)
+    full_bytes = _full_bytes(spec, options.target)
     evidence = gather_evidence(
         *(spec, ready.stats, forms, options.target, int(share * full_bytes)),
         gradients=ready.gradients,
@@ -202,19 +201,19 @@ def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -
     )
 
 
-def _whole_bytes(spec: ModelSpec, forms: Sequence[str]) -> int:
-    return expert_bytes(forms[-1], spec.hidden_size, spec.expert_width)
+def _full_bytes(spec: ModelSpec, target: Target) -> int:
+    """All experts in the target's largest form."""
+    largest = expert_bytes(candidate_forms(spec, target)[-1], spec.hidden_size, spec.expert_width)
+    return spec.num_moe_layers * spec.num_experts * largest
 
 
 def _require_room(spec: ModelSpec, share: float, target: Target) -> None:
     """Refuse at once what no plan could fit: top_k experts per layer in the smallest form."""
-    forms = candidate_forms(spec, target)
-    smallest = expert_bytes(forms[1], spec.hidden_size, spec.expert_width) * spec.top_k
-    least_share = smallest / (_whole_bytes(spec, forms) * spec.num_experts)
+    least_share = least_expert_bytes(spec, target) / _full_bytes(spec, target)
     if share < least_share:
         raise InputError(
             f"{share:.1%} of the experts' bytes hold no plan: {spec.top_k} experts per layer in "
-            f"{forms[1]} take {least_share:.2%}"
+            f"{candidate_forms(spec, target)[1]} take {least_share:.2%}"
         )
 
 
@@ -282,7 +281,6 @@ def _score_transforms(
             refused.append(each.refusal)
             continue
         found.append(_score_transformed(ready, each.wanted, each.folder))
-        shutil.rmtree(each.folder)
     return found, refused
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from edge_moe.compare.contenders import BIT_CLASSES, counts_for, form_label, kept_forms
@@ -41,7 +42,7 @@ class WantedTransform:
 
 @dataclass(frozen=True)
 class Transformed:
-    """A transformed checkpoint to be scored, or the reason why there is none."""
+    """A transformed checkpoint to be scored before the next is asked for, or why there is none."""
 
     wanted: WantedTransform
     folder: Path | None
@@ -66,27 +67,37 @@ def wanted_transforms(
 def transformed(
     model: Path, task: str, stats: Path, work: Path, wanted: Sequence[WantedTransform]
 ) -> Iterator[Transformed]:
-    """Run every method in turn; a checkpoint may be deleted once it was scored."""
-    for each in wanted:
-        size = f"{each.num_experts}x{each.expert_width}"
-        folder = work / f"{each.method}-{Path(task).stem}-{size}"
-        narrows = get_method(each.method).shrinks == "width"
+    """Run every method in turn, once for all forms that want the same size.
+
+    One checkpoint is on disk at a time: it is gone when the next one is asked for.
+    """
+    for (method, num_experts, width), group in groupby(wanted, key=_size):
+        folder = work / f"{method}-{Path(task).stem}-{num_experts}x{width}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run, perhaps from other text
+        narrows = get_method(method).shrinks == "width"
+        refusal = ""
         try:
-            if folder.exists():
-                shutil.rmtree(folder)  # of a killed run, perhaps from other text
             transform(
                 model,
                 [task],
                 folder,
-                each.method,
-                num_experts=None if narrows else each.num_experts,
-                expert_width=each.expert_width if narrows else None,
+                method,
+                num_experts=None if narrows else num_experts,
+                expert_width=width if narrows else None,
                 stats=stats,
             )
         except EdgeMoeError as error:
-            yield Transformed(each, None, f"{each.name}: {error}")
-            continue
-        yield Transformed(each, folder)
+            refusal = str(error)
+        for each in group:
+            if refusal:
+                yield Transformed(each, None, f"{each.name}: {refusal}")
+            else:
+                yield Transformed(each, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(wanted: WantedTransform) -> tuple[str, int, int]:
+    return wanted.method, wanted.num_experts, wanted.expert_width
 
 
 def _fewer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_moe.errors import TargetError
-from edge_moe.formats import DROP, form_fits, get_form
+from edge_moe.formats import DROP, expert_bytes, form_fits, get_form
 from edge_moe.plan import Device, Target
 from edge_moe.problem import FormScope
 from edge_moe.spec import ModelSpec
@@ -89,6 +89,13 @@ def candidate_forms(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
         TargetError: the target cannot hold this architecture at all.
     """
     return find_candidates(spec, target, device).forms
+
+
+def least_expert_bytes(spec: ModelSpec, target: Target) -> int:
+    """No plan takes fewer bytes: top_k experts per layer in the target's smallest form."""
+    smallest = candidate_forms(spec, target)[1]
+    one_bytes = expert_bytes(smallest, spec.hidden_size, spec.expert_width)
+    return spec.num_moe_layers * spec.top_k * one_bytes
 
 
 def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> Candidates:

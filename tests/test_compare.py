@@ -28,9 +28,10 @@ from edge_moe.compare.contenders import (
 from edge_moe.compare.record import Cell, CompareOptions, Score, TextScore, load_cells, task_key
 from edge_moe.compare.table import print_comparison, times_plan
 from edge_moe.converters import compare as engine
+from edge_moe.converters import compare_transforms
 from edge_moe.converters.compare import compare
 from edge_moe.converters.compare_bench import Bench, compared_windows
-from edge_moe.converters.compare_transforms import wanted_transforms
+from edge_moe.converters.compare_transforms import WantedTransform, wanted_transforms
 from edge_moe.converters.transform import transform
 from edge_moe.converters.variants import VariantScorer
 from edge_moe.errors import InputError
@@ -310,6 +311,39 @@ def test_narrowed_experts_fit_their_forms(
             assert each.expert_bytes <= problem.budget_bytes
             bits = int(get_form(each.form).bits_per_weight)
             assert bits in {int(get_form(form).bits_per_weight) for form in forms[1:]}
+
+
+def test_one_size_is_transformed_once_for_all_its_forms(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, int | None, int | None]] = []
+
+    def transform(*args: object, **sizes: object) -> None:
+        folder, method = args[2], args[3]
+        assert isinstance(folder, Path) and isinstance(method, str)
+        made.append((method, sizes["num_experts"], sizes["expert_width"]))  # type: ignore[arg-type]
+        if method == "dern":
+            raise InputError("no such luck")
+        folder.mkdir()
+
+    monkeypatch.setattr(compare_transforms, "transform", transform)
+    wanted = [
+        WantedTransform("dern", "q8_0", 4, 64, 1),
+        WantedTransform("dern", "bf16", 4, 64, 2),
+        WantedTransform("ream", "q8_0", 4, 64, 1),
+        WantedTransform("ream", "bf16", 4, 64, 2),
+        WantedTransform("heapr", "bf16", 8, 32, 2),
+    ]
+    found = []
+    for each in compare_transforms.transformed(trained, "code", tmp_path, tmp_path, wanted):
+        assert each.folder is None or each.folder.exists()
+        assert len([path for path in tmp_path.iterdir() if path.is_dir()]) <= 1
+        found.append((each.wanted, each.folder is not None, each.refusal))
+    assert made == [("dern", 4, None), ("ream", 4, None), ("heapr", None, 32)]
+    assert [each for each, _, _ in found] == wanted
+    assert [is_there for _, is_there, _ in found] == [False, False, True, True, True]
+    assert found[0][2] == "dern, 8 bits: no such luck"
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:

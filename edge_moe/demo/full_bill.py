@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from edge_moe.budget import Setting, non_expert_bytes
-from edge_moe.candidates import candidate_forms
+from edge_moe.candidates import candidate_forms, least_expert_bytes
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
-from edge_moe.formats import DROP, expert_bytes
 from edge_moe.overhead import runtime_overhead, tokenizer_bytes
 from edge_moe.plan import MemoryTerm
 from edge_moe.spec import ModelSpec
@@ -53,13 +52,7 @@ def require_possible(checkpoint: Checkpoint, budget_bytes: int) -> None:
         BudgetError: `budget_bytes` is below that.
     """
     spec = checkpoint.spec
-    fixed = full_terms(checkpoint)
-    one_expert = min(
-        expert_bytes(form, spec.hidden_size, spec.expert_width)
-        for form in candidate_forms(spec, "native")
-        if form != DROP
-    )
-    minimum = non_expert_bytes(fixed) + spec.num_moe_layers * spec.top_k * one_expert
+    minimum = non_expert_bytes(full_terms(checkpoint)) + least_expert_bytes(spec, "native")
     if budget_bytes < minimum:
         raise BudgetError(
             f"budget {format_bytes(budget_bytes)} is too small for the demo: it needs at least "
