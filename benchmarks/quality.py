@@ -3,9 +3,9 @@
     edge-moe compare MODEL --task code ... -o benchmarks/results/quality-demo
     python benchmarks/quality.py benchmarks/results/quality-demo
 
-Prints one Markdown row per cell, then what each round of the search won, and writes FOLDER.svg: KL
-divergence against the experts' bytes, a thin line per method in the colour of its kind, a thick one
-for edge-moe. The plot needs the extra `bench`.
+Prints one Markdown row per cell, one per size, what each round of the search won, and writes
+FOLDER.svg: KL divergence against the experts' bytes, a thin line per method in the colour of its
+kind, a thick one for edge-moe. The plot needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
@@ -33,6 +34,15 @@ SINGLE = (Kind.PRUNE, Kind.MERGE, Kind.QUANTISE, Kind.RANDOM)
 """Methods that do one thing: drop, merge, or one type for all."""
 PUBLISHED_MIXED = (PMQ_NAME, GEMQ_NAME)
 ROUNDS = ("kinds of loss", "published programs", "criteria", "layers weighed", "experts moved")
+RIVALS: dict[str, Sequence[Kind] | str] = {
+    "best single method": SINGLE,
+    "best criterion": (Kind.PRUNE,),
+    "one type for all": (Kind.QUANTISE,),
+    "MC-MoE": PMQ_NAME,
+    "GEMQ": GEMQ_NAME,
+    "mixed bits, none dropped": (Kind.MIXED,),
+}
+"""What stands beside the plan: kinds of methods, or one by name."""
 LEAST_SPENT = 0.9
 """A method that cannot spend this share of the bytes is no rival at them."""
 COLOURS = {
@@ -59,9 +69,8 @@ def print_summary(cells: Sequence[Cell], console: Console) -> None:
             f"{cell.share:.1%}, {cell.target}",
             f"{plan.in_task.kld}",
             f"{plan.in_task.same_top.value:.1%}",
-            _times(cell, cell.best(*SINGLE), show_name=True),
-            *(_times(cell, _named(cell, name)) for name in PUBLISHED_MIXED),
-            _times(cell, cell.best(Kind.MIXED)),
+            _best_single(cell),
+            *(_spread([_ratio(cell, which)]) for which in (*PUBLISHED_MIXED, (Kind.MIXED,))),
         )
     console.print(table)
     behind = [cell for cell in cells if _best_rival(cell) < _kld(cell.plan)]
@@ -75,6 +84,44 @@ def print_summary(cells: Sequence[Cell], console: Console) -> None:
             console.print(remark)
         if not cell.options.transforms:
             console.print(f"{cell.task} {cell.share:.1%} {cell.target}: without merging methods")
+
+
+def print_by_size(cells: Sequence[Cell], console: Console) -> None:
+    """All tasks together: geometric mean, least and most of what the best of a kind loses."""
+    table = Table(box=box.MARKDOWN)
+    for heading in ("experts' bytes", "plan's KL", "same top, least"):
+        table.add_column(heading)
+    for heading in RIVALS:
+        table.add_column(heading, justify="right")
+    sizes = {(cell.target, cell.share): None for cell in cells}
+    for target, share in sizes:
+        found = [cell for cell in cells if (cell.target, cell.share) == (target, share)]
+        klds = [_kld(cell.plan) for cell in found]
+        table.add_row(
+            f"{share:.1%}, {target}, {len(found)} tasks",
+            f"{min(klds):.2g} - {max(klds):.2g}",
+            f"{min(cell.plan.in_task.same_top.value for cell in found):.1%}",
+            *(_spread([_ratio(cell, kinds) for cell in found]) for kinds in RIVALS.values()),
+        )
+    console.print(table)
+
+
+def _ratio(cell: Cell, which: Sequence[Kind] | str) -> float | None:
+    """How many times the plan's KL the best of some kinds, or the method of a name, has."""
+    score = _named(cell, which) if isinstance(which, str) else cell.best(*which)
+    if score is None or (
+        isinstance(which, str) and score.expert_bytes < LEAST_SPENT * cell.budget_bytes
+    ):
+        return None
+    return times_plan(cell, score)
+
+
+def _spread(ratios: Sequence[float | None]) -> str:
+    known = [ratio for ratio in ratios if ratio is not None and 0 < ratio < inf]
+    if not known:
+        return "-"
+    ends = f"{min(known):.1f} - {max(known):.1f}"
+    return f"{geometric_mean(known):.1f} x ({ends})" if len(known) > 1 else f"{known[0]:.1f} x"
 
 
 def print_rounds(cells: Sequence[Cell], console: Console) -> None:
@@ -176,12 +223,9 @@ def _named(cell: Cell, name: str) -> Score | None:
     return next((score for score in cell.scores if score.name == name), None)
 
 
-def _times(cell: Cell, score: Score | None, *, show_name: bool = False) -> str:
-    if score is None:
-        return "-"
-    if not show_name and score.expert_bytes < LEAST_SPENT * cell.budget_bytes:
-        return "-"
-    return f"{times_plan(cell, score):.1f} x" + (f" ({score.name})" if show_name else "")
+def _best_single(cell: Cell) -> str:
+    best = cell.best(*SINGLE)
+    return "-" if best is None else f"{times_plan(cell, best):.1f} x ({best.name})"
 
 
 def main() -> None:
@@ -192,6 +236,7 @@ def main() -> None:
     cells = load_cells(args.folder)
     console = Console(width=200)
     print_summary(cells, console)
+    print_by_size(cells, console)
     print_rounds(cells, console)
     native = [cell for cell in cells if cell.target == "native"]
     if native and not args.no_plot:

@@ -87,6 +87,16 @@ def test_a_summary_counts_how_far_ahead_the_plan_is(capsys: pytest.CaptureFixtur
     assert "the search ran out of its 60 s" in printed
 
 
+def test_all_tasks_of_a_size_are_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    quality.print_by_size([cell(0.5, 0.02), cell(0.5, 0.005)], Console(width=200))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 50.0%")]
+    assert len(rows) == 1
+    assert "0.005 - 0.02" in rows[0]
+    assert "6.0 x (3.0 - 12.0)" in rows[0]  # all q4_k is the best single method
+    assert "8.0 x (4.0 - 16.0)" in rows[0]  # pruning
+    assert "3.0 x (1.5 - 6.0)" in rows[0]  # PMQ
+
+
 def test_rounds_are_told_apart_and_their_gain_counted(capsys: pytest.CaptureFixture[str]) -> None:
     trials = {
         "default loss": 0.4,
