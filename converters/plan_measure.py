@@ -8,6 +8,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate import text_packer
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.plan import SearchRecord
+from edge_moe.problem import FloatArray
 from edge_moe.runtime.heldout import SEARCH_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.stats import StatsInfo
@@ -43,10 +44,10 @@ class PlanMeasure:
 
     def __call__(
         self, proposals: Mapping[str, list[list[str]]], on_run: OnShare
-    ) -> Mapping[str, float]:
-        """Mean KL divergence of every proposal; `on_run` is told the share of layers done."""
+    ) -> Mapping[str, FloatArray]:
+        """KL divergence of every token; `on_run` is told the share of layers done."""
         scores = self._scorer.score(proposals, on_run)
-        return {name: float(found.kld.mean()) for name, found in scores.items()}
+        return {name: found.kld for name, found in scores.items()}
 
     def described(self, record: SearchRecord) -> SearchRecord:
         """`record` with the text that was measured on."""

@@ -17,10 +17,10 @@ import numpy as np
 from edge_moe.errors import BudgetError
 from edge_moe.optimise import solve
 from edge_moe.problem import BoolArray, IntArray, Problem
-from edge_moe.trials import TimeUp, Trials, passes
+from edge_moe.trials import Change, TimeUp, Trials, passes
 
-CAUTIONS = (0.0, 0.25, 1.0)
-"""Every move is taken to cost this many times the median change more than it measured."""
+CAUTIONS = (0.0, 1.0, 2.0)
+"""Every move is taken to cost this many standard errors more than its mean."""
 SOLVE_SECONDS = 10.0
 _RESERVE = 1.5  # of the time that the proposals will take, as passes differ
 
@@ -49,7 +49,7 @@ def tune_experts(problem: Problem, trials: Trials) -> None:
     Raises:
         TimeUp: there was no time for every move of a round; those that were measured were used.
     """
-    base, known = trials.best.choice, dict[Move, float]()
+    base, known = trials.best.choice, dict[Move, Change]()
     for number in count(1):
         moves = sorted(possible_moves(problem, base), key=lambda move: -_stake(problem, base, move))
         known |= _measured([move for move in moves if move not in known], base, trials)
@@ -90,43 +90,42 @@ def possible_moves(problem: Problem, choice: IntArray) -> Iterator[Move]:
 
 
 def local_problem(
-    problem: Problem, choice: IntArray, changes: Mapping[Move, float], caution: float
+    problem: Problem, choice: IntArray, changes: Mapping[Move, Change], caution: float
 ) -> Problem:
-    """Stay, or make measured moves: each costs its change and `caution` more, in nats."""
+    """Stay, or make measured moves: each costs its change and `caution` standard errors more."""
     table, allowed = np.zeros_like(problem.loss), np.zeros_like(problem.allowed)
     np.put_along_axis(allowed, choice[..., None], values=True, axis=-1)
     for move, change in changes.items():
         where = move.layer, list(move.experts), move.form
-        table[where] = (change + caution) / len(move.experts)
+        table[where] = change.upper(caution) / len(move.experts)
         allowed[where] = True
     least = np.where(allowed, table, np.inf).min(axis=-1, keepdims=True)
     return replace(problem, loss=np.where(allowed, table - least, 0.0), allowed=allowed)
 
 
 def _proposals(
-    problem: Problem, base: IntArray, changes: Mapping[Move, float], number: int
+    problem: Problem, base: IntArray, changes: Mapping[Move, Change], number: int
 ) -> Iterator[tuple[str, IntArray]]:
     if not changes:
         return
-    typical = float(np.median(np.abs(list(changes.values()))))
     for caution in CAUTIONS:
         try:
-            found = solve(local_problem(problem, base, changes, caution * typical), SOLVE_SECONDS)
+            found = solve(local_problem(problem, base, changes, caution), SOLVE_SECONDS)
         except (BudgetError, ValueError):
             continue  # rounding: `base` itself fits
         yield f"experts moved, round {number}, caution {caution:g}", found.choice
 
 
-def _measured(moves: Sequence[Move], base: IntArray, trials: Trials) -> dict[Move, float]:
+def _measured(moves: Sequence[Move], base: IntArray, trials: Trials) -> dict[Move, Change]:
     """Change of the KL divergence by each move, for as many as there is time."""
-    found: dict[Move, float] = {}
-    before = trials.best.kld
+    found: dict[Move, Change] = {}
+    before = trials.best.token_kld
     for part in passes({str(index): move.applied(base) for index, move in enumerate(moves)}):
         needed = len(part) + _RESERVE * len(CAUTIONS)
         if trials.left_seconds < needed * trials.seconds_per_plan:
             break
         for name, kld in trials.probe(part).items():
-            found[moves[int(name)]] = kld - before
+            found[moves[int(name)]] = Change.between(before, kld)
     return found
 
 

@@ -15,6 +15,7 @@ from edge_moe.formats import DROP, FORM_NAMES, get_form
 from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, SearchRecord
 from edge_moe.reproduce import command_line
 from edge_moe.search import MIXED_BITS, PLAN_NAME
+from edge_moe.trials import SELECTION_RULE
 from edge_moe.units import format_bytes
 
 MAX_FRONTIER_ROWS = 12
@@ -209,7 +210,7 @@ def _search_table(search: SearchRecord) -> Table:
     order = sorted(search.trials, key=lambda trial: trial.kld)
     for position, trial in enumerate(order):
         is_chosen = trial.name == search.chosen
-        if position < MAX_SEARCH_ROWS or trial.name in (PLAN_NAME, MIXED_BITS):
+        if position < MAX_SEARCH_ROWS or is_chosen or trial.name in (PLAN_NAME, MIXED_BITS):
             mark = "<- this plan" if is_chosen else ""
             table.add_row(trial.name, f"{trial.kld:.3g}", mark, style="bold" if is_chosen else None)
     return table
@@ -220,7 +221,7 @@ def _search_line(search: SearchRecord) -> str:
     count = len(search.trials)
     return (
         f"search: {count} plan{'s' * (count != 1)} measured in {search.seconds:.0f} s on "
-        f"{search.text or 'held-out text'}{ending}"
+        f"{search.text or 'held-out text'}; {SELECTION_RULE}{ending}"
     )
 
 

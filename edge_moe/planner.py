@@ -37,8 +37,8 @@ from edge_moe.trials import Measure, OnShare
 from edge_moe.units import format_bytes, round_up_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
-MeasureForms = Callable[[Mapping[str, list[list[str]]], OnShare], Mapping[str, float]]
-"""Forms [L][E] by name -> mean KL divergence in nats per token; see `edge_moe.trials.Measure`."""
+MeasureForms = Callable[[Mapping[str, list[list[str]]], OnShare], Mapping[str, FloatArray]]
+"""Forms [L][E] by name -> KL divergence of every token [N]; see `edge_moe.trials.Measure`."""
 EVIDENCE_TOKENS = 32
 """An expert that fewer calibration tokens chose has a loss that is hardly more than a guess."""
 THIN_EVIDENCE_SHARE = 0.1

@@ -101,7 +101,7 @@ def search(
         is_complete = True
     except TimeUp:
         is_complete = False
-    best = trials.best if trials.results else Trial(PLAN_NAME, first.choice, np.nan)
+    best = trials.best if trials.results else Trial(PLAN_NAME, first.choice, np.array([np.nan]))
     record = SearchRecord(
         chosen=best.name,
         is_complete=is_complete,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_moe.expert_moves import Move, local_problem, possible_moves, tune_experts
-from edge_moe.problem import FormScope, IntArray, Problem
-from edge_moe.trials import MAX_PASS_PROPOSALS, OnShare, TimeUp, Trials
+from edge_moe.problem import FloatArray, FormScope, IntArray, Problem
+from edge_moe.trials import MAX_PASS_PROPOSALS, Change, OnShare, TimeUp, Trials
 
 
 def problem(
@@ -87,9 +87,12 @@ def test_where_a_layer_shares_a_form_its_kept_experts_move_together() -> None:
 
 def test_a_local_problem_holds_the_changes_and_nothing_else() -> None:
     of, choice = problem(), np.array([[2, 1, 1, 0]])
-    local = local_problem(
-        of, choice, {Move(0, (0,), 1): 0.5, Move(0, (0,), 3): -0.2, Move(0, (3,), 1): -0.1}, 0.05
-    )
+    changes = {
+        Move(0, (0,), 1): Change(0.5, 0.02),
+        Move(0, (0,), 3): Change(-0.2, 0.02),
+        Move(0, (3,), 1): Change(-0.1, 0.02),
+    }
+    local = local_problem(of, choice, changes, 2.5)
     assert local.allowed.sum() == 4 + 3
     np.testing.assert_allclose(local.loss[0, 0], [0, 0.55 + 0.15, 0.15, 0], atol=1e-12)
     np.testing.assert_allclose(local.loss[0, 3], [0.05, 0, 0, 0], atol=1e-12)
@@ -110,10 +113,10 @@ class Truth:
         alone = np.take_along_axis(self._loss, choice[..., None], axis=-1).sum()
         return float(alone + self._interaction * (choice == 0).sum() ** 2)
 
-    def __call__(self, choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, float]:
+    def __call__(self, choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, FloatArray]:
         assert len(choices) <= MAX_PASS_PROPOSALS
         self.choices += choices.values()
-        return {name: self.of(choice) for name, choice in choices.items()}
+        return {name: np.full(2, self.of(choice)) for name, choice in choices.items()}
 
 
 def tuned(of: Problem, truth: Truth, start: list[list[int]]) -> tuple[float, IntArray]:

@@ -32,7 +32,7 @@ from edge_moe.loss_table import (
 from edge_moe.optimise import solve
 from edge_moe.plan import Plan
 from edge_moe.planner import build_problem, make_plan, stats_fingerprint
-from edge_moe.problem import IntArray
+from edge_moe.problem import FloatArray, IntArray
 from edge_moe.search import PLAN_NAME, Evidence, search
 from edge_moe.stats import ExpertStats
 from edge_moe.trials import OnShare
@@ -185,9 +185,9 @@ def test_the_search_proposes_and_tunes_gradient_kinds(
     )
     evidence = Evidence(problem, stats, supers, tables, GRADIENT_LOSS, has_gradients=True)
 
-    def measure(choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, float]:
+    def measure(choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, FloatArray]:
         return {
-            name: float(np.take_along_axis(truth, choice[..., None], axis=-1).sum())
+            name: np.full(2, np.take_along_axis(truth, choice[..., None], axis=-1).sum())
             for name, choice in choices.items()
         }
 

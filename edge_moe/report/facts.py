@@ -10,6 +10,7 @@ from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
 from edge_moe.report.data import ReportData
 from edge_moe.reproduce import command_line, model_name, prompt_options
+from edge_moe.trials import SELECTION_RULE
 from edge_moe.units import format_bytes
 
 NOT_MEASURED = "-"
@@ -131,7 +132,7 @@ def search_line(data: ReportData) -> str:
     count = len(search.trials)
     return (
         f"{count} plan{'s' * (count != 1)} measured in {search.seconds:.0f} s on "
-        f"{search.text or 'held-out text'}{ending}."
+        f"{search.text or 'held-out text'}; {SELECTION_RULE}{ending}."
     )
 
 
