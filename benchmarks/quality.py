@@ -3,7 +3,7 @@
     edge-moe compare MODEL --task code ... -o benchmarks/results/quality-demo
     python benchmarks/quality.py benchmarks/results/quality-demo
 
-Prints one Markdown row per cell, one per size, what each round of the search won, and writes
+Prints one Markdown row per cell, one per size, what each part of the planner is worth, and writes
 FOLDER.svg: KL divergence against the experts' bytes, a thin line per method in the colour of its
 kind, a thick one for edge-moe. The plot needs the extra `bench`.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SINGLE = (Kind.PRUNE, Kind.MERGE, Kind.QUANTISE, Kind.RANDOM)
 """Methods that do one thing: drop, merge, or one type for all."""
 PUBLISHED_MIXED = (PMQ_NAME, GEMQ_NAME)
-ROUNDS = ("kinds of loss", "published programs", "criteria", "layers weighed", "experts moved")
+PLAIN = "gradients, first order"
 RIVALS: dict[str, Sequence[Kind] | str] = {
     "best single method": SINGLE,
     "best criterion": (Kind.PRUNE,),
@@ -79,6 +79,7 @@ def print_summary(cells: Sequence[Cell], console: Console) -> None:
         + "".join(f"; behind in {cell.task} {cell.share:.1%} {cell.target}" for cell in behind)
     )
 
+    console.print(f"- : does not exist there, or spends less than {LEAST_SPENT:.0%} of the bytes")
     for cell in cells:
         if remark := search_remark(cell):
             console.print(remark)
@@ -117,45 +118,39 @@ def _ratio(cell: Cell, which: Sequence[Kind] | str) -> float | None:
 
 
 def _spread(ratios: Sequence[float | None]) -> str:
+    """Geometric mean, least and most of `ratios`; how many are left out, 0 and infinity among them.
+
+    None is a method that does not exist at the size, or cannot spend its bytes.
+    """
     known = [ratio for ratio in ratios if ratio is not None and 0 < ratio < inf]
     if not known:
         return "-"
-    ends = f"{min(known):.1f} - {max(known):.1f}"
-    return f"{geometric_mean(known):.1f} x ({ends})" if len(known) > 1 else f"{known[0]:.1f} x"
+    out = f", {len(ratios) - len(known)} left out" if len(known) < len(ratios) else ""
+    if len(ratios) == 1:
+        return f"{known[0]:.1f} x"
+    return f"{geometric_mean(known):.1f} x ({min(known):.1f} - {max(known):.1f}{out})"
 
 
-def print_rounds(cells: Sequence[Cell], console: Console) -> None:
-    """The best KL so far after every round, on the search's own text, over the plain program's."""
+def print_parts(cells: Sequence[Cell], console: Console) -> None:
+    """What each part of the planner is worth: KL on reported text over the plain program's.
+
+    The plain program is `PLAIN`, the default with gradients; rounds of the search start from it.
+    """
     table = Table(box=box.MARKDOWN)
-    for heading in ("round of the search", "plans", "KL, geometric mean", "cells it won in"):
-        table.add_column(heading, justify="left" if heading.startswith("round") else "right")
-    best = [cell.search.trials[0].kld for cell in cells]
-    for name in ROUNDS:
-        before, num_plans = best, 0
-        for index, cell in enumerate(cells):
-            found = [each.kld for each in cell.search.trials if round_of(each.name) == name]
-            num_plans += len(found)
-            best = [*best[:index], min([best[index], *found]), *best[index + 1 :]]
-        ratios = [
-            now / cell.search.trials[0].kld
-            for now, cell in zip(best, cells, strict=True)
-            if cell.search.trials[0].kld > 0
-        ]
-        won = sum(now < then for now, then in zip(best, before, strict=True))
-        mean = f"{geometric_mean(ratios):.3f}" if ratios and min(ratios) > 0 else "-"
-        table.add_row(name, f"{num_plans}", mean, f"{won} of {len(cells)}")
+    for heading in ("part", "cells", "KL, geometric mean", "lower", "higher"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for cell in cells:
+        found = {part.name: _kld(part) for part in cell.parts}
+        for name, kld in found.items():
+            pairs[name].append((kld, found[PLAIN]))
+    for name, klds in pairs.items():
+        ratios = [kld / plain for kld, plain in klds if kld > 0 and plain > 0]
+        mean = f"{geometric_mean(ratios):.3f}" if ratios else "-"
+        lower = sum(kld < plain for kld, plain in klds)
+        higher = sum(kld > plain for kld, plain in klds)
+        table.add_row(name, f"{len(klds)}", mean, f"{lower}", f"{higher}")
     console.print(table)
-
-
-def round_of(trial: str) -> str:
-    """The round of the search that measured a plan of this name."""
-    if trial.startswith("experts moved"):
-        return "experts moved"
-    if "layer weights" in trial:
-        return "layers weighed"
-    if trial.endswith("per layer"):
-        return "criteria"
-    return "published programs" if trial in PUBLISHED_MIXED else "kinds of loss"
 
 
 def _best_rival(cell: Cell) -> float:
@@ -237,7 +232,7 @@ def main() -> None:
     console = Console(width=200)
     print_summary(cells, console)
     print_by_size(cells, console)
-    print_rounds(cells, console)
+    print_parts(cells, console)
     native = [cell for cell in cells if cell.target == "native"]
     if native and not args.no_plot:
         plot(native, args.folder.with_suffix(".svg"))

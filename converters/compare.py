@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +27,14 @@ import edge_moe
 from edge_moe import metrics
 from edge_moe.candidates import candidate_forms, least_expert_bytes
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.compare.contenders import SOLVE_SECONDS, Contender, Field, Kind, contenders
+from edge_moe.compare.contenders import (
+    SOLVE_SECONDS,
+    Contender,
+    Field,
+    Kind,
+    contenders,
+    loss_variants,
+)
 from edge_moe.compare.record import (
     Cell,
     CompareOptions,
@@ -89,6 +98,13 @@ def compare(
     with locked(work / "lock", f"another comparison writes to {output}: wait for it, or use two"):
         cells = _Cells(checkpoint, task, work, options, name or checkpoint.folder.name)
         return [cells.cell(share) for share in sorted(set(shares), reverse=True)]
+
+
+def clear_work(output: Path) -> None:
+    """Remove the work files in `output`, unless another comparison is at work there."""
+    work = output / WORK_NAME
+    with suppress(InputError, FileNotFoundError), locked(work / "lock", "in use"):
+        shutil.rmtree(work)
 
 
 @dataclass(eq=False)
@@ -174,8 +190,9 @@ def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -
         Field(problem, forms, ready.stats, evidence.supers, gemq_cost(spec, forms, ready.gradients))
     )
     found = _score_choices(ready, rivals, forms)  # first: packing is then no part of the search
-    plans, record = _own_plans(ready, evidence, forms)
-    found |= _score_choices(ready, plans, forms)
+    plans, rounds, record = _own_plans(ready, evidence, forms)
+    parts = [*loss_variants(evidence), *rounds]
+    found |= _score_choices(ready, [*plans, *parts], forms)
     wanted = wanted_transforms(problem, spec, forms, options.transforms)
     results = [_result(ready, problem, forms, each, found[each.name]) for each in [*plans, *rivals]]
     made, refused = _score_transforms(ready, work, wanted)
@@ -197,6 +214,7 @@ def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -
         off_task_base_ppl=None if others is None else metrics.perplexity(others.base_nll),
         search=record,
         scores=[*results, *made],
+        parts=[_result(ready, problem, forms, each, found[each.name]) for each in parts],
         missing=[*missing, *refused],
     )
 
@@ -229,9 +247,10 @@ def _require_possible(problem: Problem, share: float, full_bytes: int) -> None:
 
 def _own_plans(
     ready: Bench, evidence: Evidence, forms: Sequence[str]
-) -> tuple[list[Contender], SearchRecord]:
-    """edge-moe's plan, with and without the search."""
+) -> tuple[list[Contender], list[Contender], SearchRecord]:
+    """(edge-moe's plan, with and without the search; the best after every round; the record)."""
     plain = solve(evidence.problem, SOLVE_SECONDS)
+    rounds: list[Contender] = []
     seconds, label = ready.options.search_seconds, f"{ready.task}: searching"
     with progress_bar() as progress:
         bar = progress.add_task(label, total=1.0)
@@ -244,11 +263,12 @@ def _own_plans(
         best, record = search(
             *(evidence, plain, by_name(measure, forms), seconds),
             lambda share: progress.update(bar, completed=share),
+            lambda name, choice: rounds.append(Contender(f"after {name}", Kind.PLAN, choice)),
         )
     found = [Contender("edge-moe plan", Kind.PLAN, best.choice)]
     if record.chosen != PLAN_NAME:
         found.append(Contender("edge-moe plan, no search", Kind.PLAN, plain.choice))
-    return found, measure.described(record)
+    return found, rounds, measure.described(record)
 
 
 def _score_choices(

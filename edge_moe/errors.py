@@ -63,6 +63,10 @@ class BudgetError(EdgeMoeError):
         self.minimum_bytes = minimum_bytes
 
 
+class SolverError(EdgeMoeError):
+    """An integer program for which no choice was found in its time."""
+
+
 class MissingExtraError(EdgeMoeError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -27,7 +27,7 @@ from edge_moe.optimise import solve
 from edge_moe.overhead import tokenizer_bytes
 from edge_moe.plan import Device, MemoryTerm, Plan, Source, Target
 from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_bytes
-from edge_moe.published import published_programs
+from edge_moe.published import Program, published_programs, with_room_for_protected
 from edge_moe.rivals import find_frontier, find_rivals, name_forms
 from edge_moe.search import Evidence, search
 from edge_moe.spec import ModelSpec
@@ -165,9 +165,10 @@ def gather_evidence(
         return loss_table(stats, forms, SOURCE_FORMS[spec.dtype], kind, gradients)
 
     problem = build_problem(spec, forms, table(kind), supers, target, expert_budget_bytes)
-    published = {}
+    published: dict[str, Program] = {}
     if problem.scope == "expert":
-        published = published_programs(problem, forms, stats, gemq_cost(spec, forms, gradients))
+        smaller = with_room_for_protected(problem)
+        published = published_programs(smaller, forms, stats, gemq_cost(spec, forms, gradients))
     return Evidence(problem, stats, supers, table, kind, gradients is not None, published)
 
 

@@ -66,6 +66,11 @@ class Problem:
         return max(enough_for_top_k, min(pair, self.group_size))
 
     @cached_property
+    def lowest_form(self) -> IntArray:
+        """[L, E] the smallest form that each expert may take; 0 where it may be dropped."""
+        return np.asarray(self.allowed.argmax(axis=-1))
+
+    @cached_property
     def must_keep(self) -> BoolArray:
         """[L, E]"""
         return ~self.allowed[..., 0]

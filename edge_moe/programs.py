@@ -12,13 +12,14 @@ no protected experts: `Problem.allowed` is not asked. L layers, E experts, F for
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from edge_moe.errors import BudgetError, StatsError
+from edge_moe.errors import BudgetError, SolverError, StatsError
 from edge_moe.integer_program import binary_program
 from edge_moe.optimise import TIME_LIMIT_SECONDS, solve
 from edge_moe.problem import FloatArray, IntArray, Problem, Solution
@@ -26,6 +27,7 @@ from edge_moe.units import format_bytes
 
 BIT_FORMS = {1: "tq1_0", 2: "q2_k", 3: "q3_k"}
 """Nominal bits -> form."""
+_OUT_OF_TIME = 1  # scipy's status of a run that met its time or iteration limit
 _RELATIVE_GAP = 1e-9
 _SCALED_COST = 1e4  # HiGHS stops at an absolute gap of 1e-6: this makes it 1e-10 of the cost
 
@@ -63,8 +65,9 @@ class BitForms:
         for width, name in names.items():
             if name not in forms:
                 raise StatsError(
-                    f"{width} bits are stored as {name}, whose loss was not measured, only "
-                    f"{', '.join(forms)}: calibrate with that form or name another"
+                    f"{width} bits are stored as {name}, which is not on offer for this model and "
+                    f"target: its rows are no multiple of the form's block, or its loss was not "
+                    f"measured; there are {', '.join(forms)}"
                 )
         bits = tuple(sorted(names))
         return cls(bits, tuple(list(forms).index(names[each]) for each in bits))
@@ -89,7 +92,12 @@ def pmq_cost(
 
 
 def pmq(
-    problem: Problem, cost: FloatArray, bit_forms: BitForms, *, at_most: bool = False
+    problem: Problem,
+    cost: FloatArray,
+    bit_forms: BitForms,
+    *,
+    at_most: bool = False,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
 ) -> Solution:
     """MC-MoE's program, with as many bits per layer as the byte budget holds.
 
@@ -99,7 +107,9 @@ def pmq(
 
     Raises:
         BudgetError: not even the smallest total fits.
+        SolverError: HiGHS found no choice in time, which is for all layers together.
     """
+    deadline = time.monotonic() + time_limit_seconds
     table, sizes = cost[..., bit_forms.forms], problem.form_bytes[list(bit_forms.forms)]
     lowest, highest = _total_range(bit_forms.bits, table.shape[1])
     taken_bytes = 0
@@ -107,7 +117,14 @@ def pmq(
         least_bytes = _least_bytes(bit_forms.bits, sizes, table.shape, total_bits)
         if least_bytes > problem.budget_bytes and total_bits > lowest:
             continue
-        rows = [pmq_layer(row, bit_forms.bits, total_bits, at_most=at_most) for row in table]
+        rows = [
+            pmq_layer(
+                *(row, bit_forms.bits, total_bits),
+                at_most=at_most,
+                time_limit_seconds=deadline - time.monotonic(),
+            )
+            for row in table
+        ]
         choice = np.array(bit_forms.forms)[np.array(rows)]
         taken_bytes = problem.bytes_of(choice)
         if taken_bytes <= problem.budget_bytes:
@@ -116,12 +133,18 @@ def pmq(
 
 
 def pmq_layer(
-    cost: FloatArray, bits: Sequence[int], total_bits: int, *, at_most: bool = False
+    cost: FloatArray,
+    bits: Sequence[int],
+    total_bits: int,
+    *,
+    at_most: bool = False,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
 ) -> IntArray:
     """[E] position in `bits` of every expert of one layer; `cost` is [E, B].
 
     Raises:
         ValueError: no choice has that total.
+        SolverError: HiGHS found no choice in time.
     """
     from scipy.optimize import LinearConstraint
 
@@ -132,13 +155,19 @@ def pmq_layer(
         LinearConstraint(spent, -np.inf if at_most else total_bits, total_bits),
         LinearConstraint(used, 1, np.inf),
     ]
-    found = _least_cost(cost, rows)
+    found = _least_cost(cost, rows, time_limit_seconds)
     if found is None:
         raise ValueError(f"no choice of {num_experts} experts in {bits} bits sums to {total_bits}")
     return found
 
 
-def gemq(problem: Problem, cost: FloatArray, bit_forms: BitForms) -> Solution:
+def gemq(
+    problem: Problem,
+    cost: FloatArray,
+    bit_forms: BitForms,
+    *,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
+) -> Solution:
     """GEMQ's program: least total `cost` [L, E, F] within one byte budget over all layers.
 
     At least one expert of every layer is in the highest width. `cost` must be comparable across
@@ -146,6 +175,7 @@ def gemq(problem: Problem, cost: FloatArray, bit_forms: BitForms) -> Solution:
 
     Raises:
         BudgetError: not even one high-bit expert per layer, the rest lowest, fits.
+        SolverError: HiGHS found no choice in time.
     """
     forms = list(bit_forms.forms)
     sizes, num_layers = problem.form_bytes[forms], problem.num_layers
@@ -155,10 +185,11 @@ def gemq(problem: Problem, cost: FloatArray, bit_forms: BitForms) -> Solution:
         raise _too_small("GEMQ", problem.budget_bytes, smallest)
     allowed = np.zeros(problem.allowed.shape, np.bool_)
     allowed[..., forms] = True
-    free = solve(replace(problem, loss=cost, allowed=allowed, scope="expert", num_groups=1))
+    free_problem = replace(problem, loss=cost, allowed=allowed, scope="expert", num_groups=1)
+    free = solve(free_problem, time_limit_seconds)
     if (free.choice == forms[-1]).any(axis=1).all():
         return Solution.of(problem, free.choice, free.gap)
-    choice = _with_a_high_one(cost[..., forms], sizes, problem.budget_bytes)
+    choice = _with_a_high_one(cost[..., forms], sizes, problem.budget_bytes, time_limit_seconds)
     return Solution.of(problem, np.array(forms)[choice])
 
 
@@ -170,7 +201,9 @@ def joint(problem: Problem, cost: FloatArray | None = None) -> Solution:
     return Solution.of(problem, found.choice, found.gap)
 
 
-def _with_a_high_one(cost: FloatArray, sizes: IntArray, budget_bytes: int) -> IntArray:
+def _with_a_high_one(
+    cost: FloatArray, sizes: IntArray, budget_bytes: int, time_limit_seconds: float
+) -> IntArray:
     """[L, E] positions: least `cost` [L, E, B], one expert per layer at least in the last width."""
     from scipy.optimize import LinearConstraint
     from scipy.sparse import csr_matrix
@@ -186,28 +219,38 @@ def _with_a_high_one(cost: FloatArray, sizes: IntArray, budget_bytes: int) -> In
             LinearConstraint(high, 1, np.inf),
             LinearConstraint(taken, -np.inf, capacity_bytes / sizes[0]),
         ]
-        found = _least_cost(cost.reshape(-1, num_bits), rows)
+        found = _least_cost(cost.reshape(-1, num_bits), rows, time_limit_seconds)
         if found is None:
-            raise RuntimeError("HiGHS found no choice in time")
+            raise SolverError("HiGHS found no choice with one expert per layer in the most bits")
         over_bytes = int(sizes[found].sum()) - budget_bytes
         if over_bytes <= 0:
             return found.reshape(num_layers, num_experts)
         capacity_bytes -= over_bytes  # the solver used its tolerance: leave it none
 
 
-def _least_cost(cost: FloatArray, rows: Sequence[Any]) -> IntArray | None:
-    """[N] position chosen for each of N experts with `cost` [N, B] under `rows`; None if none."""
+def _least_cost(
+    cost: FloatArray, rows: Sequence[Any], time_limit_seconds: float
+) -> IntArray | None:
+    """[N] position chosen for each of N experts with `cost` [N, B] under `rows`; None if none.
+
+    Raises:
+        SolverError: the time was over before one was found.
+    """
     from scipy.optimize import LinearConstraint
     from scipy.sparse import csr_matrix
 
     num_experts, num_bits = cost.shape
     expert = np.repeat(np.arange(num_experts), num_bits)
     once = csr_matrix((np.ones(cost.size), (expert, np.arange(cost.size))))
+    deadline = time.monotonic() + time_limit_seconds
     found, known = None, float(cost.max())
     for _ in range(2):  # the second time on the scale of the optimum
         scaled = cost.flatten() * (_SCALED_COST / known if known > 0 else 1.0)
         constraints = [LinearConstraint(once, 1, 1), *rows]
-        result = binary_program(scaled, constraints, TIME_LIMIT_SECONDS, _RELATIVE_GAP)
+        left_seconds = max(deadline - time.monotonic(), 0.0)
+        result = binary_program(scaled, constraints, left_seconds, _RELATIVE_GAP)
+        if result.x is None and found is None and result.status == _OUT_OF_TIME:
+            raise SolverError(f"HiGHS found no choice in {time_limit_seconds:.3g} s")
         if result.x is None:
             return found
         found = np.asarray(result.x.reshape(cost.shape).argmax(axis=1), np.int64)

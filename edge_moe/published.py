@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,22 +11,41 @@ from edge_moe.problem import FloatArray, Problem, Solution
 from edge_moe.programs import BitForms, gemq, pmq, pmq_cost
 from edge_moe.stats import ExpertStats
 
+Program = Callable[[float], Solution]
+"""Seconds it may take -> what it found."""
 PMQ_NAME, GEMQ_NAME = "MC-MoE (PMQ), 1-3 bits", "GEMQ, 1-3 bits"
 """Published with bits {1, 2, 3}: they cannot spend more than about 21 % of 16-bit bytes."""
 
 
 def published_programs(
     problem: Problem, forms: Sequence[str], stats: ExpertStats, gemq_cost: FloatArray | None
-) -> dict[str, Callable[[], Solution]]:
+) -> dict[str, Program]:
     """Name -> the program with its own costs, for targets that hold a form per expert.
 
     `gemq_cost` [L, E, F] needs gradient statistics; without them there is no GEMQ. A program raises
-    StatsError where its bit widths were not measured, BudgetError where they do not fit.
+    StatsError where its bit widths were not measured, BudgetError where they do not fit, and
+    SolverError where its time was too short.
     """
-    found = {PMQ_NAME: lambda: pmq(problem, _pmq_cost(forms, stats), BitForms.named(forms))}
+
+    def run_pmq(seconds: float) -> Solution:
+        cost, bit_forms = _pmq_cost(forms, stats), BitForms.named(forms)
+        return pmq(problem, cost, bit_forms, time_limit_seconds=seconds)
+
+    found: dict[str, Program] = {PMQ_NAME: run_pmq}
     if gemq_cost is not None:
-        found[GEMQ_NAME] = lambda: gemq(problem, gemq_cost, BitForms.named(forms))
+        found[GEMQ_NAME] = lambda seconds: gemq(
+            problem, gemq_cost, BitForms.named(forms), time_limit_seconds=seconds
+        )
     return found
+
+
+def with_room_for_protected(problem: Problem) -> Problem:
+    """`problem` with fewer bytes, so that protected experts of any choice can be raised.
+
+    Published programs know no protected experts. `problem.lowest_form` is what they are raised to.
+    """
+    reserved_bytes = problem.bytes_of(problem.lowest_form)
+    return replace(problem, budget_bytes=problem.budget_bytes - reserved_bytes)
 
 
 def _pmq_cost(forms: Sequence[str], stats: ExpertStats) -> FloatArray:

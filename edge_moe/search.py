@@ -1,4 +1,4 @@
-"""Propose plans in many ways, measure them, keep the best: no criterion wins everywhere.
+"""Propose plans in many ways, measure them, take what is surely better: no way wins everywhere.
 
 The optimiser's loss is a sum over experts; what a model really loses is not. So the weights of that
 sum (what dropping costs, how much evidence rare experts need, how layers compare) and the field's
@@ -15,15 +15,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edge_moe.errors import BudgetError, InputError, StatsError
+from edge_moe.errors import BudgetError, InputError, SolverError, StatsError
 from edge_moe.expert_moves import tune_experts
 from edge_moe.loss_table import DEFAULT_LOSS, DropLoss, LayerScale, LossKind
 from edge_moe.optimise import solve
 from edge_moe.plan import SearchRecord, SearchTrial
 from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
+from edge_moe.published import Program
 from edge_moe.saliency import CRITERIA, keep_largest, saliency
 from edge_moe.stats import ExpertStats
-from edge_moe.trials import Measure, OnShare, TimeUp, Trial, Trials
+from edge_moe.trials import Measure, OnShare, TimeUp, Trial, Trials, surest
 
 Tables = Callable[[LossKind], FloatArray]
 """A kind of loss -> its table [L, E, F]."""
@@ -34,6 +35,8 @@ ONE_FORM = "one form for all"
 DROP_FACTORS = (1.0, 2.0, 4.0, 8.0)
 PRIOR_TOKENS = (0.0, 16.0, 64.0)
 LAYER_FACTORS = (0.5, 2.0)
+ROUNDS = ("kinds of loss", "published programs", "criteria", "layers weighed", "experts moved")
+"""Of the search, in order."""
 MAX_LAYER_GROUPS = 8
 SOLVE_SECONDS = 10.0
 """Time limit of the integer program for one proposal."""
@@ -52,8 +55,8 @@ class Evidence:
     kind: LossKind = DEFAULT_LOSS
     has_gradients: bool = False
     """Whether `tables` knows the kinds that need them."""
-    published: Mapping[str, Callable[[], Solution]] = field(default_factory=dict)
-    """Other programs that propose a plan each."""
+    published: Mapping[str, Program] = field(default_factory=dict)
+    """Other programs that propose a plan each; protected experts are raised afterwards."""
 
     @property
     def kinds(self) -> dict[str, LossKind]:
@@ -75,14 +78,16 @@ def search(
     measure: Measure,
     seconds: float,
     on_share: OnShare = lambda _: None,
+    on_round: Callable[[str, IntArray], None] = lambda name, choice: None,
 ) -> tuple[Solution, SearchRecord]:
-    """(the best measured solution, every trial). `first` is the plain program's.
+    """(the solution that was taken, every trial). `first` is the plain program's.
 
     Rounds: the kinds of loss and the published programs; the criteria, at about the number of
     experts that the best plan keeps; then layers made dearer or cheaper, then single experts moved,
     as long as that helps. Stops `seconds` after the first plan was measured: with that plan experts
     are packed that later ones share, which may take `seconds`, too. `on_share` is told the share of
-    them that has passed.
+    them that has passed, `on_round` the choice [L, E] that every round ends with. Which plan takes
+    the first one's place: see `edge_moe.trials`.
 
     Raises:
         InputError: `seconds` are none.
@@ -94,10 +99,11 @@ def search(
     try:
         trials.add({PLAN_NAME: first.choice})
         trials.restart_clock()
-        trials.add_all(_by_loss(evidence))
-        trials.add_all(_by_criterion(evidence, trials.best.choice))
-        _tune_layers(evidence, trials)
-        tune_experts(evidence.problem, trials)
+        for name, run in _rounds(evidence, trials).items():
+            try:
+                run()
+            finally:
+                on_round(name, trials.best.choice)
         is_complete = True
     except TimeUp:
         is_complete = False
@@ -110,6 +116,16 @@ def search(
         limit_seconds=seconds,
     )
     return Solution.of(evidence.problem, best.choice), record
+
+
+def _rounds(evidence: Evidence, trials: Trials) -> dict[str, Callable[[], None]]:
+    return {
+        ROUNDS[0]: lambda: trials.add_all(_by_loss(evidence)),
+        ROUNDS[1]: lambda: trials.add_all(_by_published(evidence)),
+        ROUNDS[2]: lambda: trials.add_all(_by_criterion(evidence, trials.best.choice)),
+        ROUNDS[3]: lambda: _tune_layers(evidence, trials),
+        ROUNDS[4]: lambda: tune_experts(evidence.problem, trials),
+    }
 
 
 def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
@@ -128,9 +144,14 @@ def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
         choice = _solved(replace(problem, loss=evidence.tables(kind)))
         if choice is not None:
             yield name, choice
+
+
+def _by_published(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:
+    """One proposal per published program that fits, its protected experts raised."""
     for name, program in evidence.published.items():
-        with suppress(BudgetError, StatsError):
-            yield name, program().choice
+        with suppress(BudgetError, StatsError, SolverError):
+            choice = program(SOLVE_SECONDS).choice
+            yield name, np.maximum(choice, evidence.problem.lowest_form)
 
 
 def _one_form(problem: Problem) -> IntArray | None:
@@ -183,9 +204,9 @@ def _tune_layers(evidence: Evidence, trials: Trials) -> None:
 
 
 def _best_kind(kinds: Mapping[str, LossKind], trials: Trials) -> LossKind:
-    """The kind of loss whose plan measured best; the first of all is always among them."""
+    """The kind of loss whose plan is the surest to be better than the first one, or that one's."""
     measured = [trial for trial in trials.results if trial.name in kinds]
-    return kinds[min(measured, key=lambda trial: trial.kld).name]
+    return kinds[surest(measured[0], measured).name]
 
 
 def _with_kept(problem: Problem, kept: BoolArray) -> Problem:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -75,8 +74,18 @@ class Change:
         return self.mean + errors * self.error
 
 
+def surest(base: Trial, others: Sequence[Trial]) -> Trial:
+    """The one of `others` that is most surely better than `base`; that itself, if none is sure."""
+    best, least = base, 0.0
+    for trial in others:
+        bound = Change.between(base.token_kld, trial.token_kld).upper(STANDARD_ERRORS)
+        if bound < least:
+            best, least = trial, bound
+    return best
+
+
 class Trials:
-    """What was measured so far; a choice is measured once, whoever proposes it."""
+    """What was measured so far; a choice is proposed once, whoever proposes it."""
 
     def __init__(
         self,
@@ -133,9 +142,20 @@ class Trials:
         return self._best is not before
 
     def add_all(self, proposals: Iterator[tuple[str, IntArray]]) -> None:
-        """Measure a pass's worth at a time: solving, too, takes of the time."""
-        while part := dict(islice(proposals, MAX_PASS_PROPOSALS)):
-            self.add(part)
+        """Measure a pass's worth at a time; making proposals, too, takes of the time.
+
+        Raises:
+            TimeUp: when no time is left; what was proposed by then is not measured any more.
+        """
+        part: dict[str, IntArray] = {}
+        for name, choice in proposals:
+            part[name] = choice
+            if self.left_seconds < 0:
+                raise TimeUp
+            if len(part) == MAX_PASS_PROPOSALS:
+                self.add(part)
+                part = {}
+        self.add(part)
 
     def probe(self, choices: Mapping[str, IntArray]) -> Mapping[str, FloatArray]:
         """Measure one pass's worth, whether it fits or not; none of it can become the best.
@@ -162,16 +182,8 @@ class Trials:
         """Let the surest of `found` take the best one's place, if it is sure enough."""
         if self._best is None:
             self._best, *found = found
-        for _ in found:
-            best = self._best
-            bounds = [
-                Change.between(best.token_kld, trial.token_kld).upper(STANDARD_ERRORS)
-                for trial in found
-            ]
-            surest = int(np.argmin(bounds))
-            if bounds[surest] >= 0:
-                return
-            self._best = found[surest]
+        while (better := surest(self._best, found)) is not self._best:
+            self._best = better
 
     def _check_time(self, share_of_pass: float) -> None:
         passed = 1 - self.left_seconds / self._seconds

@@ -15,7 +15,7 @@ from edge_moe.compare.contenders import Kind
 from edge_moe.compare.record import Cell, CompareOptions, Score, TextScore
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate
-from edge_moe.plan import SearchRecord, SearchTrial
+from edge_moe.plan import SearchRecord
 from edge_moe.published import PMQ_NAME
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -97,31 +97,20 @@ def test_all_tasks_of_a_size_are_one_row(capsys: pytest.CaptureFixture[str]) -> 
     assert "3.0 x (1.5 - 6.0)" in rows[0]  # PMQ
 
 
-def test_rounds_are_told_apart_and_their_gain_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    trials = {
-        "default loss": 0.4,
-        "reroute relative, drop x 2, prior 0": 0.5,
-        PMQ_NAME: 0.2,
-        "reap, 7 per layer": 0.3,
-        "default loss, layer weights 1 2": 0.2,
-        "experts moved, round 1, caution 0": 0.1,
-    }
-    record = SearchRecord(
-        chosen="experts moved, round 1, caution 0",
-        is_complete=True,
-        seconds=1.0,
-        trials=[SearchTrial(name=name, kld=kld) for name, kld in trials.items()],
-    )
-    quality.print_rounds(
-        [cell(0.5, 0.1).model_copy(update={"search": record})] * 2, Console(width=200)
-    )
+def test_parts_are_compared_with_the_plain_program(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [
+        score(quality.PLAIN, Kind.PLAN, 0.4),
+        score("relative change", Kind.PLAN, 0.8),
+        score("after experts moved", Kind.PLAN, 0.1),
+    ]
+    other = [*parts[:2], score("after experts moved", Kind.PLAN, 0.4)]
+    cells = [cell(0.5, 0.1).model_copy(update={"parts": each}) for each in (parts, other)]
+    quality.print_parts(cells, Console(width=200))
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[3:]]
     assert [[text.strip() for text in row] for row in rows if row] == [
-        ["kinds of loss", "4", "1.000", "0 of 2"],
-        ["published programs", "2", "0.500", "2 of 2"],
-        ["criteria", "2", "0.500", "0 of 2"],
-        ["layers weighed", "2", "0.500", "0 of 2"],
-        ["experts moved", "2", "0.250", "2 of 2"],
+        [quality.PLAIN, "2", "1.000", "0", "0"],
+        ["relative change", "2", "2.000", "0", "2"],
+        ["after experts moved", "2", "0.500", "1", "0"],
     ]
 
 

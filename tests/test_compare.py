@@ -18,6 +18,7 @@ from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import app
 from edge_moe.compare.contenders import (
+    LOSSES,
     Contender,
     Field,
     Kind,
@@ -32,6 +33,7 @@ from edge_moe.converters import compare_transforms
 from edge_moe.converters.compare import compare
 from edge_moe.converters.compare_bench import Bench, compared_windows
 from edge_moe.converters.compare_transforms import WantedTransform, wanted_transforms
+from edge_moe.converters.staging import locked
 from edge_moe.converters.transform import transform
 from edge_moe.converters.variants import VariantScorer
 from edge_moe.errors import InputError
@@ -43,6 +45,7 @@ from edge_moe.planner import build_problem
 from edge_moe.published import GEMQ_NAME, PMQ_NAME
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.saliency import saliency
+from edge_moe.search import ROUNDS
 from edge_moe.super_experts import find_super_experts
 from edge_moe.units import parse_share
 
@@ -153,6 +156,9 @@ def test_cells_hold_every_kind(cells: tuple[list[Cell], Path]) -> None:
         assert {score.kind for score in cell.scores} == set(Kind)
         assert all(score.expert_bytes <= cell.budget_bytes for score in cell.scores)
         assert cell.search.trials
+        parts = [part.name for part in cell.parts]
+        assert parts[: len(LOSSES)] == list(LOSSES)
+        assert set(parts[len(LOSSES) :]) <= {f"after {name}" for name in ROUNDS}
         assert not list(output.glob(".compare/*x*"))  # transformed checkpoints do not pile up
 
 
@@ -270,12 +276,27 @@ def test_random_draws_are_averaged_in_every_figure(cells: tuple[list[Cell], Path
     assert mean.off_task.kld == Estimate(2.0, 1.0)
 
 
+def test_work_files_go_unless_they_are_in_use(tmp_path: Path) -> None:
+    engine.clear_work(tmp_path)  # nothing there
+    work = tmp_path / engine.WORK_NAME
+    work.mkdir()
+    with locked(work / "lock", "in use"):
+        engine.clear_work(tmp_path)
+        assert work.exists()
+    engine.clear_work(tmp_path)
+    assert not work.exists()
+
+
 def test_what_does_not_exist_is_said(tiny_checkpoint: TinyCheckpoint) -> None:
     tight = _field(tiny_checkpoint, 0.08)
     found, missing = contenders(tight)
     assert not [each for each in found if each.name == PMQ_NAME]
     assert any(text.startswith(f"{PMQ_NAME}: ") for text in missing)
     assert any(text.startswith("Pruning, 16 bits: fewer than top_k") for text in missing)
+    others = ["q2_0" if form.startswith("tq") else form for form in tight.forms]
+    _, missing = contenders(replace(tight, forms=others))
+    assert any(text.startswith("All ternary: not on offer") for text in missing)
+    assert any("tq1_0, which is not on offer for this model" in text for text in missing)
     for problem in (tight.problem, replace(tight.problem, scope="model")):
         _, missing = contenders(replace(tight, problem=problem))
         assert any(PMQ_NAME in text for text in missing)

@@ -13,13 +13,14 @@ from fake_stats import fake_stats
 
 from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.errors import InputError
+from edge_moe.errors import InputError, SolverError
 from edge_moe.loss_table import LossKind, loss_table
 from edge_moe.optimise import solve
 from edge_moe.planner import build_problem
-from edge_moe.problem import FloatArray, IntArray
+from edge_moe.problem import FloatArray, IntArray, Solution
+from edge_moe.published import with_room_for_protected
 from edge_moe.saliency import CRITERIA
-from edge_moe.search import MIXED_BITS, ONE_FORM, PLAN_NAME, Evidence, search
+from edge_moe.search import MIXED_BITS, ONE_FORM, PLAN_NAME, ROUNDS, Evidence, search
 from edge_moe.super_experts import find_super_experts
 from edge_moe.trials import OnShare, TimeUp
 
@@ -131,6 +132,32 @@ def test_time_is_looked_at_within_a_pass(evidence: Evidence) -> None:
     assert not record.is_complete
     assert len(record.trials) == 1
     assert 0 < shares[0] < 1 == shares[1]
+
+
+def test_a_published_program_proposes_with_protected_experts_raised(evidence: Evidence) -> None:
+    problem = evidence.problem
+    assert evidence.supers.any(), "the made-up statistics have super experts"
+    smaller = with_room_for_protected(problem)
+    assert smaller.budget_bytes < problem.budget_bytes
+    proposed = solve(replace(smaller, allowed=np.ones_like(problem.allowed)))
+    assert (proposed.choice < problem.lowest_form).any(), "it protects nobody by itself"
+
+    def measure(choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, FloatArray]:
+        return {name: np.full(2, float(name != "theirs")) for name in choices}
+
+    def fails(seconds: float) -> Solution:
+        raise SolverError("too slow")
+
+    offered = replace(evidence, published={"slow": fails, "theirs": lambda seconds: proposed})
+    rounds: dict[str, IntArray] = {}
+    best, record = search(
+        offered, solve(problem), measure, seconds=300, on_round=rounds.__setitem__
+    )
+    assert record.chosen == "theirs"
+    np.testing.assert_array_equal(best.choice, np.maximum(proposed.choice, problem.lowest_form))
+    assert list(rounds) == list(ROUNDS)
+    np.testing.assert_array_equal(rounds["published programs"], best.choice)
+    assert (rounds["kinds of loss"] != best.choice).any()
 
 
 def test_one_form_for_all_is_proposed_where_everybody_may_take_it(evidence: Evidence) -> None:

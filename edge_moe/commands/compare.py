@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -65,7 +64,7 @@ def compare_command(
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file: name a folder for the results")
     folder = resolve_model(model, revision)
-    from edge_moe.converters.compare import WORK_NAME, compare
+    from edge_moe.converters.compare import clear_work, compare
     from edge_moe.converters.compare_transforms import COMPARED
 
     options = CompareOptions(
@@ -84,7 +83,7 @@ def compare_command(
     except KeyboardInterrupt:
         stderr().print("stopped: run the same command again to resume")
         raise
-    shutil.rmtree(output / WORK_NAME, ignore_errors=True)
+    clear_work(output)
     if json:
         print(f"[{', '.join(cell.model_dump_json() for cell in cells)}]")
         return

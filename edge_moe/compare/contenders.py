@@ -7,22 +7,34 @@ goes to the first layers; under `layer` or `model` scope every layer keeps the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 
-from edge_moe.errors import BudgetError, StatsError
+from edge_moe.errors import BudgetError, SolverError, StatsError
 from edge_moe.formats import get_form
+from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, DropLoss, LayerScale
 from edge_moe.optimise import solve
-from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution, smallest_bytes
+from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, smallest_bytes
 from edge_moe.published import published_programs
 from edge_moe.saliency import CRITERIA, keep_largest, random_scores, saliency
+from edge_moe.search import Evidence
 from edge_moe.stats import ExpertStats
 
 RANDOM_SEEDS = (0, 1, 2)
 SOLVE_SECONDS = 20.0
+LOSSES = {
+    "gradients, first order": GRADIENT_LOSS,
+    "gradients, diagonal": replace(GRADIENT_LOSS, layers=LayerScale.DIAGONAL),
+    "relative change": DEFAULT_LOSS,
+    "relative change, dropping once": replace(DEFAULT_LOSS, drop_factor=1.0),
+    "relative change, no prior": replace(DEFAULT_LOSS, prior_tokens=0.0),
+    "relative change, dropping to zero": replace(DEFAULT_LOSS, drop=DropLoss.ZERO),
+    "raw change": replace(DEFAULT_LOSS, layers=LayerScale.RAW),
+}
+"""Kinds of loss whose plans are compared: the two defaults, and each with one thing changed."""
 BIT_CLASSES = {4: ("q4_k", "q4_0"), 8: ("q8_0",)}
 """Bits -> forms that pruned models are stored in, preferred first."""
 
@@ -61,10 +73,28 @@ class Field:
     """[L, E, F] costs comparable across layers by the loss gradient, for GEMQ."""
 
 
+def loss_variants(evidence: Evidence) -> list[Contender]:
+    """The plain program's plan by each kind of loss that `LOSSES` names, as far as it is known."""
+    problem = evidence.problem
+    known = {
+        name: kind
+        for name, kind in LOSSES.items()
+        if evidence.has_gradients or not kind.layers.needs_gradients
+    }
+    return [
+        Contender(
+            name,
+            Kind.PLAN,
+            solve(replace(problem, loss=evidence.tables(kind)), SOLVE_SECONDS).choice,
+        )
+        for name, kind in known.items()
+    ]
+
+
 def contenders(field: Field) -> tuple[list[Contender], list[str]]:
     """(every published method that fits the budget, a sentence for each that does not)."""
     missing: list[str] = []
-    found = [*_one_type(field), *_mixed_bits(field, missing)]
+    found = [*_one_type(field, missing), *_mixed_bits(field, missing)]
     for form in kept_forms(field.forms):
         label = form_label(field.forms[form])
         counts = counts_for(field.problem, form)
@@ -126,12 +156,17 @@ def _cannot_prune(field: Field, counts: IntArray | None) -> str:
     return ""
 
 
-def _one_type(field: Field) -> Iterator[Contender]:
+def _one_type(field: Field, missing: list[str]) -> Iterator[Contender]:
     """Every expert in the largest form that fits all of them, and all ternary."""
     problem = field.problem
     largest = problem.largest_single_form(problem.budget_bytes)
     fitting = range(1, largest + 1)
     ternary = [index for index in fitting if field.forms[index].startswith("tq")]
+    if not any(form.startswith("tq") for form in field.forms):
+        missing.append(
+            "All ternary: not on offer for this model and target; a ternary block has 256 weights "
+            "of a row."
+        )
     for index in dict.fromkeys([*fitting[-1:], *ternary]):
         choice = np.full(problem.loss.shape[:2], index)
         yield Contender(f"all {field.forms[index]}", Kind.QUANTISE, choice)
@@ -147,15 +182,12 @@ def _mixed_bits(field: Field, missing: list[str]) -> Iterator[Contender]:
         yield Contender("edge-moe's program without dropping", Kind.MIXED, choice)
     else:
         missing.append("Mixed bits without dropping: the smallest form of every expert is larger.")
-    for name, program in _published(field).items():
+    programs = published_programs(problem, field.forms, field.stats, field.gradient_cost)
+    for name, program in programs.items():
         if problem.scope != "expert":
             missing.append(f"{name}: needs a width per expert, which the target cannot hold.")
             continue
         try:
-            yield Contender(name, Kind.MIXED, program().choice)
-        except (BudgetError, StatsError) as error:
+            yield Contender(name, Kind.MIXED, program(SOLVE_SECONDS).choice)
+        except (BudgetError, StatsError, SolverError) as error:
             missing.append(f"{name}: {error}.")
-
-
-def _published(field: Field) -> dict[str, Callable[[], Solution]]:
-    return published_programs(field.problem, field.forms, field.stats, field.gradient_cost)

@@ -87,6 +87,9 @@ class Cell(_Model):
     search: SearchRecord
     """How edge-moe's plan was found."""
     scores: list[Score]
+    parts: list[Score] = []
+    """edge-moe's plan with one part of it changed: by other losses, and after each round of the
+    search. No rivals: they say what each part is worth."""
     missing: list[str]
     """Methods that do not exist at this size, and why, in sentences."""
 
