@@ -4,7 +4,8 @@ A variant is the form of every expert. Each layer is loaded once; every variant 
 its own packed-and-unpacked experts and sliced routers, so nothing is built or written. Variants
 share their hidden states as long as their forms agree. Memory: two layers of experts in float32,
 the packed experts of one layer within `PACKED_LIMIT_BYTES`, and the hidden states of all windows
-once per distinct variant. The whole checkpoint is run once, whatever the number of passes.
+once per distinct variant; `edge_moe.converters.search_memory` adds it up. The whole checkpoint is
+run once, whatever the number of passes.
 """
 
 from __future__ import annotations
@@ -26,13 +27,10 @@ from edge_moe.converters.form_loss import is_lossless
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.loss_head import head_tensor_name
 from edge_moe.converters.packer import Packer, PlainPacker
+from edge_moe.converters.search_memory import BATCH_TOKENS, PACKED_LIMIT_BYTES
 from edge_moe.formats import DROP, unpack_expert
 from edge_moe.metrics import TokenScores
 from edge_moe.runtime.model import shrink_router
-
-PACKED_LIMIT_BYTES = 2 * 2**30
-BATCH_TOKENS = 2048
-"""Windows of equal length run together up to this many tokens."""
 
 Forms = Sequence[Sequence[str]]
 """[L][E] form of every expert."""
@@ -51,7 +49,7 @@ class PackedExperts:
         limit_bytes: int = PACKED_LIMIT_BYTES,
     ) -> None:
         self._checkpoint = checkpoint
-        self._packer = packer or PlainPacker(checkpoint)
+        self.packer = packer or PlainPacker(checkpoint)
         self._limit_bytes = limit_bytes
         self._num_bytes = 0
         self._records: OrderedDict[tuple[int, int, str], npt.NDArray[np.uint8]] = OrderedDict()
@@ -62,7 +60,7 @@ class PackedExperts:
             return self._checkpoint.expert(layer_id, expert_id)
         key = layer_id, expert_id, form
         if key not in self._records:
-            self._add(key, self._packer.pack(layer_id, expert_id, form))
+            self._add(key, self.packer.pack(layer_id, expert_id, form))
         self._records.move_to_end(key)
         spec = self._checkpoint.spec
         return unpack_expert(form, self._records[key], spec.hidden_size, spec.expert_width)

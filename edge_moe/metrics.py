@@ -20,7 +20,8 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.floating]
 
-_CHUNK_VALUES = 2**21  # logits that are held in float64 at a time: 16 MiB per temporary
+CHUNK_VALUES = 2**21
+"""Logits that are held in float64 at a time: 16 MiB per temporary."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Reference:
 
 def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
     """Rows of logits that are held in float64 at a time."""
-    step = max(1, _CHUNK_VALUES // vocab_size)
+    step = max(1, CHUNK_VALUES // vocab_size)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

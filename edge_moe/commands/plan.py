@@ -104,9 +104,12 @@ def plan_command(
         )
     measure = None
     if tasks:
+        from edge_moe.converters.calibration_memory import state_and_require_memory
         from edge_moe.converters.plan_measure import PlanMeasure
+        from edge_moe.converters.search_memory import NO_SEARCH
 
         measure = PlanMeasure(checkpoint, found_stats.info, tasks)
+        state_and_require_memory("measuring plans", measure.memory_terms(), NO_SEARCH)
     with _search_bar(shown=measure is not None) as on_share:
         plan = make_plan(
             checkpoint,
