@@ -12,6 +12,7 @@ calibration text. Writes benchmarks/results/skipping-<task>.json.
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +25,14 @@ from edge_moe.demo import demo_model_dir, task_names
 from edge_moe.files import write_text
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, compare
-from edge_moe.runtime.allotment import Slots, allot, open_source, open_store, record_sizes
+from edge_moe.runtime.allotment import (
+    Slots,
+    allot,
+    dense_parameters,
+    open_source,
+    open_store,
+    record_sizes,
+)
 from edge_moe.runtime.evaluate import progress, score_windows
 from edge_moe.runtime.generate import Decoder
 from edge_moe.runtime.heldout import heldout_windows
@@ -109,33 +117,34 @@ def measure(
 ) -> RuleCost:
     """Score one rule against `base`, then decode under it and replay the trace."""
     source = open_source(model)
-    sizes = record_sizes(open_store(source))
+    with closing(open_store(source)) as store:
+        sizes = record_sizes(store)
     with Session.open(model, skip=rule) as session:
         scores = compare(score_windows({"it": session}, base, windows)["it"])
-        prompt = session.statistics()
+        prompts = session.statistics().routed
         prompt_tokens = sum(map(len, windows))
         text = [token for window in windows for token in window][:num_steps]
-        before = (prompt.routed_experts, prompt.skipped_experts)
         with session.tracing() as recorder:
             decoder = Decoder(session.model, session.device, session.context_tokens)
             for token in text:
                 decoder.step([token])
         trace = recorder.finish(session.trace_info())
-        spec, dense = session.spec, session.dense_parameters
     replays = {
         share: simulate(trace, sizes, slots.counts, slots.policy, rule)
         for share in SLOT_SHARES
         for slots in [_slots(model, sizes, share)]
     }
-    decoded = next(iter(replays.values())).experts_per_token
+    decoding = next(iter(replays.values())).cost(
+        dense_parameters=dense_parameters(source), expert_parameters=source.spec.expert_weights
+    )
     return RuleCost(
         rule=rule.name if rule else "none",
         mean_kld=scores.mean_kld,
         same_top_p=scores.same_top_p,
-        prompt_experts_per_token=(before[0] - before[1]) / prompt_tokens,
-        decode_experts_per_token=decoded,
-        decode_parameters=dense + decoded * spec.expert_weights,
-        decode_expert_bytes=decoded * sizes[0][0],
+        prompt_experts_per_token=(prompts.routed_experts - prompts.skipped_experts) / prompt_tokens,
+        decode_experts_per_token=decoding.active_per_token,
+        decode_parameters=decoding.active_parameters,
+        decode_expert_bytes=decoding.active_bytes_per_token,
         page_in_bytes={
             f"{share:g}": each.page_in_bytes_per_token for share, each in replays.items()
         },

@@ -40,7 +40,7 @@ def measure_scores(request: Request, folder: Path, stats: Path | None) -> Scores
     """Scores from `stats`, from what an interrupted run left in `folder`, or measured now.
 
     Raises:
-        StatsError: `stats` belong to another model.
+        StatsError: `stats` belong to another model, or hold gradients of another run.
     """
     if request.method.shrinks == "width":
         return Scores(neurons=_neuron_scores(request, folder / "gradients", stats))
@@ -73,13 +73,18 @@ def _checked_stats(request: Request, folder: Path) -> ExpertStats:
 
 
 def _neuron_scores(request: Request, folder: Path, stats: Path | None) -> FloatArray:
-    """[L, E, I] HEAPr scores of every hidden unit, from gradients beside `stats` if there are."""
-    from edge_moe.converters.gradient_loss import measure_gradients
-    from edge_moe.gradient_stats import GradientStats
+    """[L, E, I] HEAPr scores of every hidden unit, from gradients beside `stats` if there are.
 
-    if stats is not None and (stats / "gradient.json").exists():
-        _checked_stats(request, stats)
-        return GradientStats.load(stats).neuron_scores()
+    Raises:
+        StatsError: `stats` belong to another model, or the gradients to another run than they.
+    """
+    from edge_moe.converters.gradient_loss import measure_gradients
+    from edge_moe.gradient_stats import GradientStats, load_gradients
+
+    if stats is not None:
+        gradients = load_gradients(stats, _checked_stats(request, stats).info)
+        if gradients is not None:
+            return gradients.neuron_scores()
     if (folder / "gradient.json").exists():
         return GradientStats.load(folder).neuron_scores()
     return measure_gradients(

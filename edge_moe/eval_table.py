@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from edge_moe.measurement import EvalResult
+from edge_moe.measurement import EvalResult, SkippingCost
 from edge_moe.metrics import Estimate
 from edge_moe.tasks import task_label
 from edge_moe.units import format_bytes
@@ -103,7 +103,9 @@ def _rows(result: EvalResult) -> list[tuple[str, str]]:
         rows.append(("exact match (base)", percent(result.base_exact_match)))
     if result.recovery is not None:
         rows.append((f"recovery ({result.recovery_of})", f"{result.recovery} %"))
-    return rows + _skipping_rows(result)
+    if result.skipping is not None:
+        rows += [("skipping rule", result.skipping.rule), *skipping_rows(result.skipping)]
+    return rows
 
 
 def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:
@@ -124,19 +126,15 @@ def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:
     ]
 
 
-def _skipping_rows(result: EvalResult) -> list[tuple[str, str]]:
+def skipping_rows(found: SkippingCost) -> list[tuple[str, str]]:
     """Per token: what the skipping rule left, and what it saved."""
-    found = result.skipping
-    if found is None:
-        return []
-    share = found.saved_bytes_per_token / found.routed_bytes_per_token
     return [
-        ("skipping rule", found.rule),
         ("active experts", f"{found.active_per_token:.2f} of {found.routed_per_token:g}"),
         ("active parameters", f"{found.active_parameters / 1e6:,.2f} M"),
+        ("routed expert bytes", f"{format_bytes(found.routed_bytes_per_token)} per token"),
         (
             "expert bytes saved",
-            f"{format_bytes(found.saved_bytes_per_token)} per token ({share:.1%})",
+            f"{format_bytes(found.saved_bytes_per_token)} per token ({found.saved_share:.1%})",
         ),
     ]
 

@@ -168,7 +168,7 @@ class RunMeasurement(_Record):
 
 
 class SkippingCost(_Model):
-    """What a skipping rule left of the work, over the scored windows of held-out text."""
+    """What a skipping rule left of the work, over tokens that were scored or replayed."""
 
     rule: str
     routed_per_token: float
@@ -181,6 +181,17 @@ class SkippingCost(_Model):
     """Packed bytes of the chosen experts: what decoding one token reads."""
     saved_bytes_per_token: float
     """... of which skipping saves this much."""
+
+    @property
+    def active_bytes_per_token(self) -> float:
+        """Packed bytes of the experts that are computed."""
+        return self.routed_bytes_per_token - self.saved_bytes_per_token
+
+    @property
+    def saved_share(self) -> float:
+        """Saved bytes as a share of those of all chosen experts; 0.0 where none was chosen."""
+        routed = self.routed_bytes_per_token
+        return self.saved_bytes_per_token / routed if routed else 0.0
 
 
 class EvalResult(_Record):

@@ -4,6 +4,14 @@ Rule of "Unveiling Super Experts in Mixture-of-Experts Large Language Models" (a
 with a the largest |element| of an expert's un-gated output over calibration tokens, an expert is
 one when a exceeds the 99.5th percentile of all experts, a exceeds a tenth of the largest a, and the
 layer is among the first 75 % of MoE layers. Dropping three of 6144 halved a model's accuracy.
+
+The released code differs in three ways, so this can miss what it finds, and the other way round:
+
+- its 75 % is of all decoder layers. Behind leading dense layers the limit here lies later;
+- it ranks shared experts with the routed ones. Here they are not looked at: no plan drops or packs
+  them, but their outputs could raise both thresholds;
+- it takes the percentile and the largest a over the experts of those early layers alone, here they
+  are those of all layers: huge outputs in the last quarter raise the thresholds.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ once per window, compared, and dropped: memory is that of the open models and tw
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -29,8 +28,9 @@ from edge_moe.measurement import EvalResult, ModelKind, Provenance, RecoveryKind
 from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.package import is_package
 from edge_moe.runtime.heldout import is_in_task, text_to_score
-from edge_moe.runtime.policy import PagingStatistics
+from edge_moe.runtime.policy import RoutedCounts
 from edge_moe.runtime.skipping import SkipRule
+from edge_moe.runtime.skipping_cost import skipping_cost
 
 if TYPE_CHECKING:
     from edge_moe.runtime.session import Session
@@ -254,7 +254,7 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
     tokenizer = (pair.base or pair.model).tokenizer
     text = text_to_score(pair.path, task, tokenizer, settings.window_tokens, settings.max_windows)
     windows = text.windows
-    before = _statistics(pair)
+    before = _routed(pair)
     with progress(f"{task}: held-out text", len(windows)) as advance:
         quality = _text_quality(pair, windows, advance)
     skipping = _skipping_cost(pair, before, sum(map(len, windows)))
@@ -337,28 +337,24 @@ def _session(pair: _Pair) -> Session | None:
     return pair.model if pair.skip is not None and isinstance(pair.model, Session) else None
 
 
-def _statistics(pair: _Pair) -> PagingStatistics | None:
+def _routed(pair: _Pair) -> RoutedCounts | None:
     session = _session(pair)
-    return dataclasses.replace(session.statistics()) if session else None
+    return session.statistics().routed if session else None
 
 
 def _skipping_cost(
-    pair: _Pair, before: PagingStatistics | None, num_tokens: int
+    pair: _Pair, before: RoutedCounts | None, num_tokens: int
 ) -> SkippingCost | None:
     """What the rule did to `num_tokens` tokens since `before`."""
     session = _session(pair)
     if session is None or before is None or pair.skip is None:
         return None
-    now = session.statistics()
-    routed = (now.routed_experts - before.routed_experts) / num_tokens
-    active = routed - (now.skipped_experts - before.skipped_experts) / num_tokens
-    return SkippingCost(
-        rule=pair.skip.name,
-        routed_per_token=routed,
-        active_per_token=active,
-        active_parameters=session.dense_parameters + active * session.spec.expert_weights,
-        routed_bytes_per_token=(now.routed_bytes - before.routed_bytes) / num_tokens,
-        saved_bytes_per_token=(now.skipped_bytes - before.skipped_bytes) / num_tokens,
+    return skipping_cost(
+        pair.skip.name,
+        session.statistics().routed.since(before),
+        num_tokens,
+        dense_parameters=session.dense_parameters,
+        expert_parameters=session.spec.expert_weights,
     )
 
 

@@ -120,6 +120,28 @@ def choose_policy(slot_bytes: int, cycle_bytes: int) -> type[EvictionPolicy]:
     return LeastFrequentlyUsed if slot_bytes < cycle_bytes else LeastRecentlyUsed
 
 
+@dataclass(frozen=True)
+class RoutedCounts:
+    """What the routers chose over some tokens and layers, each token counted for itself."""
+
+    routed_experts: int = 0
+    skipped_experts: int = 0
+    """... of which a skipping rule left out."""
+    routed_bytes: int = 0
+    """Packed bytes of the chosen experts."""
+    skipped_bytes: int = 0
+    """... and of those left out."""
+
+    def since(self, earlier: RoutedCounts) -> RoutedCounts:
+        """What was counted after `earlier`."""
+        return RoutedCounts(
+            self.routed_experts - earlier.routed_experts,
+            self.skipped_experts - earlier.skipped_experts,
+            self.routed_bytes - earlier.routed_bytes,
+            self.skipped_bytes - earlier.skipped_bytes,
+        )
+
+
 @dataclass
 class PagingStatistics:
     """What paging did since the session was opened. Bytes are packed bytes."""
@@ -164,6 +186,13 @@ class PagingStatistics:
         """Share of routed experts that were resident; 1.0 when nothing was routed."""
         total = self.hits + self.misses
         return self.hits / total if total else 1.0
+
+    @property
+    def routed(self) -> RoutedCounts:
+        """What the routers chose so far; its bytes are counted with a skipping rule only."""
+        return RoutedCounts(
+            self.routed_experts, self.skipped_experts, self.routed_bytes, self.skipped_bytes
+        )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Replaying a trace through the eviction policies of the runtime: what would have been paged.
+"""Replaying a trace through the runtime's eviction policies: what is paged, computed, and skipped.
 
 No torch and no weights: keys, sizes and the policy's own classes. Without read-ahead the counts are
 those of the runtime on the same tokens.
@@ -14,9 +14,11 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from edge_moe.errors import InputError
+from edge_moe.measurement import SkippingCost
 from edge_moe.runtime.expert_store import ExpertStore
-from edge_moe.runtime.policy import EvictionPolicy, Key
-from edge_moe.runtime.skipping import SkipRule
+from edge_moe.runtime.policy import EvictionPolicy, Key, RoutedCounts
+from edge_moe.runtime.skipping import Mask, SkipRule
+from edge_moe.runtime.skipping_cost import skipping_cost
 from edge_moe.runtime.trace import Trace
 
 
@@ -35,6 +37,11 @@ class Simulation(BaseModel):
     routed_experts: int
     """Experts that the router chose, over all tokens and layers."""
     skipped_experts: int
+    """... of which the rule left out."""
+    routed_bytes: int
+    """Of the chosen experts, each token counted for itself."""
+    skipped_bytes: int
+    """... and of those left out, whether they had a slot or not."""
     hits: int
     misses: int
     evictions: int
@@ -50,10 +57,17 @@ class Simulation(BaseModel):
     def page_in_bytes_per_token(self) -> float:
         return self.page_in_bytes / max(self.num_tokens, 1)
 
-    @property
-    def experts_per_token(self) -> float:
-        """Experts that are computed per token, over all layers."""
-        return (self.routed_experts - self.skipped_experts) / max(self.num_tokens, 1)
+    def cost(self, *, dense_parameters: int, expert_parameters: int) -> SkippingCost:
+        """What the rule leaves to be computed and read per token; see `skipping_cost`."""
+        return skipping_cost(
+            self.rule,
+            RoutedCounts(
+                self.routed_experts, self.skipped_experts, self.routed_bytes, self.skipped_bytes
+            ),
+            self.num_tokens,
+            dense_parameters=dense_parameters,
+            expert_parameters=expert_parameters,
+        )
 
 
 @dataclass
@@ -123,11 +137,15 @@ def simulate(
     """
     state = _Slots(sizes, dict(slots), {size: policy() for size in slots}, set())
     state.fill()
-    skipped = 0
-    for keys, num_skipped in _asked(trace, skip):
-        skipped += num_skipped
-        for key in keys:
-            state.ask(key)
+    layer_sizes = [np.array(layer) for layer in sizes]
+    routed_bytes = skipped_experts = skipped_bytes = 0
+    for layer, rows, is_skipped in _choices(trace, skip):
+        row_bytes = layer_sizes[layer][rows]
+        routed_bytes += int(row_bytes.sum())
+        skipped_experts += int(is_skipped.sum())
+        skipped_bytes += int(row_bytes[is_skipped].sum())
+        for row in np.unique(rows[~is_skipped]):  # ascending, as the runtime asks for them
+            state.ask((layer, int(row)))
     return Simulation(
         rule=skip.name if skip else "none",
         policy=policy.name,
@@ -136,7 +154,9 @@ def simulate(
         num_tokens=trace.num_tokens,
         num_steps=len(trace.step_tokens),
         routed_experts=int(trace.rows.size),
-        skipped_experts=skipped,
+        skipped_experts=skipped_experts,
+        routed_bytes=routed_bytes,
+        skipped_bytes=skipped_bytes,
         hits=state.hits,
         misses=state.misses,
         evictions=state.evictions,
@@ -168,16 +188,16 @@ def traced_sizes(trace: Trace, store: ExpertStore, model_fingerprint: str) -> li
     return sizes
 
 
-def _asked(trace: Trace, skip: SkipRule | None) -> Iterator[tuple[list[Key], int]]:
-    """(experts that a layer of a step asks for, in the runtime's order; choices left out)."""
+def _choices(
+    trace: Trace, skip: SkipRule | None
+) -> Iterator[tuple[int, npt.NDArray[np.uint16], Mask]]:
+    """(layer, [T, k] chosen rows, [T, k] which are skipped) of every layer of every step."""
     for tokens in trace.steps():
         for layer in range(len(trace.info.kept)):
-            rows: npt.NDArray[np.uint16] = trace.rows[tokens, layer]
-            num_skipped = 0
+            rows = trace.rows[tokens, layer]
+            is_skipped: Mask = np.zeros(rows.shape, np.bool_)
             if skip is not None:
                 is_skipped = skip.skips(
                     layer, trace.weights[tokens, layer], trace.token_norms[tokens, layer]
                 )
-                num_skipped = int(is_skipped.sum())
-                rows = rows[~is_skipped]
-            yield [(layer, int(row)) for row in np.unique(rows)], num_skipped
+            yield layer, rows, is_skipped

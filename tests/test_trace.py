@@ -20,8 +20,14 @@ from edge_moe.cli import run
 from edge_moe.converters.build import build
 from edge_moe.errors import InputError
 from edge_moe.formats import DROP
-from edge_moe.runtime.allotment import allot, open_source, open_store, source_fingerprint
-from edge_moe.runtime.policy import LeastFrequentlyUsed, LeastRecentlyUsed
+from edge_moe.runtime.allotment import (
+    allot,
+    dense_parameters,
+    open_source,
+    open_store,
+    source_fingerprint,
+)
+from edge_moe.runtime.policy import LeastFrequentlyUsed, LeastRecentlyUsed, RoutedCounts
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.simulate import Simulation, simulate, traced_sizes
 from edge_moe.runtime.skipping import RatioRule, SkipRule, TopP
@@ -105,8 +111,44 @@ def test_replay_by_hand() -> None:
     light = simulate(trace, [[10] * 3] * 2, {10: 2}, LeastRecentlyUsed, RatioRule([0.5, 0.5]))
     # what stays: (0,0), (1,1) | (0,2), (1,0)
     assert (light.skipped_experts, light.hits, light.misses) == (4, 1, 3)
-    assert light.experts_per_token == 2 and found.experts_per_token == 4
     assert light.page_in_bytes_per_token == 15
+
+
+@pytest.mark.parametrize(
+    ("rule", "active", "parameters", "saved_bytes"),
+    [
+        (None, 4, 1000 + 4 * 6, 0),
+        (RatioRule([0.5, 0.5]), 2, 1000 + 2 * 6, (30 + 1 + 20 + 2) / 2),
+        (RatioRule([0.5, 0.0]), 3, 1000 + 3 * 6, (30 + 20) / 2),  # layer 1 skips nothing
+    ],
+    ids=["none", "both layers", "one layer"],
+)
+def test_cost_by_hand_of_experts_of_several_sizes(
+    rule: SkipRule | None, active: int, parameters: int, saved_bytes: float
+) -> None:
+    """Per token of a dense part of 1000 weights and experts of 6, whose bytes all differ."""
+    info = INFO.model_copy(update={"kept": ((0, 4, 5), (1, 2, 3))})
+    trace = small_trace([[[0, 2], [1, 0]], [[2, 1], [0, 1]]], [1, 1], info)
+    sizes = [[10, 20, 30], [1, 2, 4]]
+    slots = dict.fromkeys((10, 20, 30, 1, 2, 4), 1)
+    found = simulate(trace, sizes, slots, LeastRecentlyUsed, rule)
+    cost = found.cost(dense_parameters=1000, expert_parameters=6)
+    assert cost.rule == (rule.name if rule else "none")
+    assert (cost.routed_per_token, cost.active_per_token) == (4, active)
+    assert cost.active_parameters == parameters
+    # token 0 chooses 10 + 30 and 2 + 1 bytes, token 1 30 + 20 and 1 + 2
+    assert cost.routed_bytes_per_token == (43 + 53) / 2
+    assert cost.saved_bytes_per_token == saved_bytes
+    assert cost.active_bytes_per_token == 48 - saved_bytes
+    assert cost.saved_share == saved_bytes / 48
+
+
+def test_cost_of_no_token_is_that_of_the_dense_part() -> None:
+    trace = TraceRecorder().finish(INFO)
+    cost = simulate(trace, [[10] * 3, [10] * 2], {10: 5}, LeastRecentlyUsed).cost(
+        dense_parameters=1000, expert_parameters=6
+    )
+    assert (cost.active_parameters, cost.routed_bytes_per_token, cost.saved_share) == (1000, 0, 0)
 
 
 def test_a_step_asks_for_every_expert_once() -> None:
@@ -114,6 +156,7 @@ def test_a_step_asks_for_every_expert_once() -> None:
     trace = small_trace([[[0, 2], [1, 0]], [[2, 0], [0, 1]]], [2], info)
     found = simulate(trace, [[10] * 3] * 2, {10: 6}, LeastRecentlyUsed)
     assert found.hits == 4 and found.num_steps == 1
+    assert found.routed_bytes == 8 * 10  # but every token counts its own
 
 
 def replay(folder: Path, trace: Trace, num_slots: int, skip: SkipRule | None) -> Simulation:
@@ -144,6 +187,14 @@ def test_replay_counts_what_the_runtime_counted(
         assert (found.evictions, found.page_in_bytes) == (real.evictions, real.page_in_bytes)
         assert found.routed_experts == real.routed_experts
         assert found.skipped_experts == real.skipped_experts
+        if rule is not None:  # a session counts these with a rule only
+            assert simulated_counts(found) == real.routed
+
+
+def simulated_counts(found: Simulation) -> RoutedCounts:
+    return RoutedCounts(
+        found.routed_experts, found.skipped_experts, found.routed_bytes, found.skipped_bytes
+    )
 
 
 def test_replay_of_a_package_with_several_sizes(
@@ -155,13 +206,16 @@ def test_replay_of_a_package_with_several_sizes(
         [DROP, DROP, "q8_0", "q4_k", "q4_k", DROP, "bf16", "q8_0"],
     ]
     package = build(hand_plan(Checkpoint(folder), forms), tmp_path / "out")
-    with Session.open(package, num_slots=6, prefetch=False) as session:
-        with session.tracing() as recorder:
-            session.generate_ids(PROMPT, 24, stop_at_eos=False)
-        trace, real = recorder.finish(session.trace_info()), session.statistics()
-    found = replay(package, trace, 6, None)
-    assert (found.hits, found.misses) == (real.hits, real.misses)
-    assert found.page_in_bytes == real.page_in_bytes
+    for rule in (None, TopP(0.6)):
+        with Session.open(package, num_slots=6, prefetch=False, skip=rule) as session:
+            with session.tracing() as recorder:
+                session.generate_ids(PROMPT, 24, stop_at_eos=False)
+            trace, real = recorder.finish(session.trace_info()), session.statistics()
+        found = replay(package, trace, 6, rule)
+        assert (found.hits, found.misses) == (real.hits, real.misses)
+        assert found.page_in_bytes == real.page_in_bytes
+    assert simulated_counts(found) == real.routed
+    assert 0 < real.skipped_bytes < real.routed_bytes
     other = trace.info.model_copy(update={"kept": ((0, 1), (2, 3))})
     with pytest.raises(InputError, match="expert 1 of MoE layer 0, which this package dropped"):
         replay(package, dataclasses.replace(trace, info=other), 6, None)
@@ -201,7 +255,20 @@ def test_command_line(
     assert (plain["hits"], plain["misses"]) == (real["hits"], real["misses"])
     assert plain["page_in_bytes_per_token"] == real["page_in_bytes"] / plain["num_tokens"]
     assert skipped["rule"] == "top-p=0.5" and skipped["misses"] < plain["misses"]
-    assert run(["simulate", str(trace), str(folder), "--slots", "5"]) == 0
-    assert "tokens in" in capsys.readouterr().out
+    source = open_source(folder)
+    weights, dense = source.spec.expert_weights, dense_parameters(source)
+    for each in (plain, skipped):
+        assert each["routed_per_token"] == 4  # two layers of top-2, of two-byte weights
+        assert each["active_parameters"] == dense + each["active_per_token"] * weights
+        assert each["routed_bytes_per_token"] == 4 * 2 * weights
+        computed = each["active_per_token"] * 2 * weights
+        assert each["saved_bytes_per_token"] == pytest.approx(8 * weights - computed)
+    assert skipped["active_per_token"] < plain["active_per_token"] == 4
+    arguments.remove("--json")
+    assert run(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "tokens in" in printed and "active parameters" in printed
+    share = skipped["saved_bytes_per_token"] / skipped["routed_bytes_per_token"]
+    assert f"per token ({share:.1%})" in printed
     assert run(["simulate", str(trace), str(folder)]) == 2
     assert "either --slots N or --budget SIZE" in capsys.readouterr().err

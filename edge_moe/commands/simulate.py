@@ -1,4 +1,4 @@
-"""`edge-moe simulate`: what a recorded trace would page with other slots or a skipping rule."""
+"""`edge-moe simulate`: what a recorded trace would cost with other slots or a skipping rule."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from edge_moe.errors import InputError
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
+    from edge_moe.measurement import SkippingCost
     from edge_moe.runtime.simulate import Simulation
 
 
@@ -50,6 +51,7 @@ def simulate_command(
     from edge_moe.runtime.allotment import (
         allot,
         context_length,
+        dense_parameters,
         open_source,
         open_store,
         session_terms,
@@ -67,25 +69,34 @@ def simulate_command(
     found = allot(source.spec, sizes, terms, budget, slots)
     rules = [None] if rule is None else [None, rule]
     results = [simulate(recorded, sizes, found.counts, found.policy, each) for each in rules]
+    costs = [
+        result.cost(
+            dense_parameters=dense_parameters(source),
+            expert_parameters=source.spec.expert_weights,
+        )
+        for result in results
+    ]
     if json:
-        print(f"[{','.join(_as_json(result) for result in results)}]")
+        print(f"[{','.join(map(_as_json, results, costs))}]")
         return
-    _print(results)
+    _print(results, costs)
 
 
-def _as_json(result: Simulation) -> str:
+def _as_json(result: Simulation, cost: SkippingCost) -> str:
     import json
 
-    per_token = {
+    paging = {
         "hit_rate": result.hit_rate,
-        "experts_per_token": result.experts_per_token,
         "page_in_bytes_per_token": result.page_in_bytes_per_token,
     }
-    return json.dumps(result.model_dump() | per_token, indent=1)
+    return json.dumps(result.model_dump() | paging | cost.model_dump(), indent=1)
 
 
-def _print(results: list[Simulation]) -> None:
+def _print(results: list[Simulation], costs: list[SkippingCost]) -> None:
+    """One column per rule."""
     from rich.table import Table
+
+    from edge_moe.eval_table import skipping_rows
 
     first = results[0]
     table = Table(
@@ -93,22 +104,22 @@ def _print(results: list[Simulation]) -> None:
         f"({format_bytes(first.slot_bytes)}), {first.policy}",
         title_justify="left",
     )
-    for heading in (
-        "skipping",
-        "experts per token",
-        "hits",
-        "misses",
-        "resident",
-        "paged per token",
-    ):
-        table.add_column(heading, justify="left" if heading == "skipping" else "right")
+    table.add_column("skipping")
     for result in results:
-        table.add_row(
-            result.rule,
-            f"{result.experts_per_token:.2f}",
-            f"{result.hits:,}",
-            f"{result.misses:,}",
-            f"{result.hit_rate:.1%}",
-            format_bytes(result.page_in_bytes_per_token),
-        )
+        table.add_column(result.rule, justify="right")
+    columns = [
+        [*skipping_rows(cost), *_paging_rows(result)]
+        for result, cost in zip(results, costs, strict=True)
+    ]
+    for cells in zip(*columns, strict=True):
+        table.add_row(cells[0][0], *(text for _, text in cells))
     stdout().print(table)
+
+
+def _paging_rows(result: Simulation) -> list[tuple[str, str]]:
+    return [
+        ("paged in", f"{format_bytes(result.page_in_bytes_per_token)} per token"),
+        ("hits", f"{result.hits:,}"),
+        ("misses", f"{result.misses:,}"),
+        ("resident", f"{result.hit_rate:.1%}"),
+    ]
