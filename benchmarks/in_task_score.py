@@ -4,8 +4,9 @@
 
 Every task: calibrates, plans (without the search), builds a native package, and evaluates it beside
 the original on held-out text. The score is the share of problems solved where the task has
-problems, and the share of tokens with the same most likely next token elsewhere. Prints one table
-and writes benchmarks/results/in_task_score-<share>.json.
+problems, and the share of tokens with the same most likely next token elsewhere. Both models solve
+the same problems, so the error of what is kept is that of a paired ratio. Prints one table and
+writes benchmarks/results/in_task_score-<share>.json.
 """
 
 from __future__ import annotations
@@ -62,23 +63,27 @@ def measure(
 
 
 def print_scores(results: Sequence[EvalResult], console: Console) -> None:
-    """One Markdown row per task."""
+    """One Markdown row per task; every share with its standard error."""
     table = Table(box=box.MARKDOWN)
     for heading in ("task", "score"):
         table.add_column(heading)
     for heading in ("original", "shrunken", "kept"):
         table.add_column(heading, justify="right")
     for result in results:
-        comparison, solved, base = result.comparison, result.exact_match, result.base_exact_match
-        if solved is not None and base is not None and base.value > 0:
-            kept = solved.value / base.value
-            name = f"problems solved, of {result.num_problems}"
-            table.add_row(result.task, name, _percent(base), _percent(solved), f"{kept:.1%}")
-        elif comparison is not None:
-            same = comparison.same_top_p
-            name = f"same top token, of {result.num_tokens}"
-            table.add_row(result.task, name, "100 %", _percent(same), f"{same.value:.1%}")
+        table.add_row(result.task, *_score(result))
     console.print(table)
+
+
+def _score(result: EvalResult) -> tuple[str, str, str, str]:
+    """(what is scored, of the original, of the shrunken model, what is kept of it)."""
+    solved, base, kept = result.exact_match, result.base_exact_match, result.recovery
+    if result.recovery_of == "exact match" and solved and base and kept:
+        name = f"problems solved, of {result.num_problems}"
+        return name, _percent(base), _percent(solved), f"{kept:.1f} %"
+    if result.comparison is None:
+        raise ValueError(f"{result.task} was not evaluated beside the original")
+    same = _percent(result.comparison.same_top_p)
+    return f"same top token, of {result.num_tokens}", "100 %", same, same
 
 
 def _percent(share: Estimate) -> str:

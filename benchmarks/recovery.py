@@ -31,6 +31,7 @@ from edge_moe.converters.recover import RecoveryReport, recover
 from edge_moe.converters.recover_train import TrainSettings
 from edge_moe.demo import demo_model_dir, task_names
 from edge_moe.files import write_text
+from edge_moe.formats import expert_bytes
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate
 from edge_moe.plan import MemoryTerm, Plan
@@ -71,9 +72,11 @@ class RecoveryResult(BaseModel):
 
 
 def one_form_plan(checkpoint: Checkpoint) -> Plan:
-    """Every expert in `FORM`. Only its forms matter here."""
+    """Every expert in `FORM`. Only its forms and their bytes matter here."""
     spec = checkpoint.spec
     count = spec.num_experts
+    one_bytes = expert_bytes(FORM, spec.hidden_size, spec.expert_width)
+    all_bytes = spec.num_moe_layers * count * one_bytes
     return Plan(
         edge_moe_version=__version__,
         model=str(checkpoint.folder),
@@ -83,13 +86,13 @@ def one_form_plan(checkpoint: Checkpoint) -> Plan:
         tasks=[],
         target="native",
         device="cpu",
-        budget_bytes=0,
+        budget_bytes=all_bytes,
         context_tokens=WINDOW_TOKENS,
         moe_layer_ids=list(spec.moe_layer_ids),
         top_k=spec.top_k,
         forms=[[FORM] * count for _ in spec.moe_layer_ids],
         tiers=[["device"] * count for _ in spec.moe_layer_ids],
-        terms=[MemoryTerm(name="experts", num_bytes=0, source="assumed")],
+        terms=[MemoryTerm(name="experts", num_bytes=all_bytes, source="plan")],
         loss=0.0,
         loss_unit="not estimated",
         frontier=[],

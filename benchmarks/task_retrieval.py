@@ -174,6 +174,13 @@ def _unknown(
     task: str, queries: Sequence[tuple[str, FloatArray64]], patterns: Mapping[str, TaskPattern]
 ) -> float:
     """Share of `task`'s prompts that fall back when nothing was measured on that task."""
+    known = without_task(task, patterns)
+    chosen = [match_pattern(query, known).chosen for each, query in queries if each == task]
+    return float(np.mean([name == GENERAL for name in chosen]))
+
+
+def without_task(task: str, patterns: Mapping[str, TaskPattern]) -> dict[str, TaskPattern]:
+    """`patterns` as if nothing had been measured on `task`: it is not in the general one either."""
     others = {name: each for name, each in patterns.items() if name not in (task, GENERAL)}
     total = sum(each.num_tokens for each in others.values())
     weights = sum(
@@ -183,9 +190,7 @@ def _unknown(
     unit = float(weights.max()) / 255
     scores = tuple(tuple(row) for row in np.rint(weights / unit).astype(int).tolist())
     general = patterns[GENERAL].model_copy(update={"scores": scores, "unit": unit})
-    known = {**others, GENERAL: general}
-    chosen = [match_pattern(query, known).chosen for each, query in queries if each == task]
-    return float(np.mean([name == GENERAL for name in chosen]))
+    return {**others, GENERAL: general}
 
 
 def show(found: TaskRetrieval, console: Console) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from edge_moe.measurement import Provenance
+from edge_moe.errors import InputError
+from edge_moe.measurement import Machine, Provenance
 from edge_moe.units import format_bytes
 
 
@@ -22,6 +26,11 @@ class Rates(_Model):
     """Of one core."""
     read_bytes_per_second: float
     write_bytes_per_second: float
+
+    def better(self, other: Rates) -> Rates:
+        """The higher of both, each rate on its own."""
+        mine, its = self.model_dump(), other.model_dump()
+        return Rates(**{name: max(rate, its[name]) for name, rate in mine.items()})
 
 
 class Job(_Model):
@@ -49,14 +58,92 @@ class Costs(_Model):
     jobs: list[Job]
 
 
+class Rerun(_Model):
+    """Rows that were measured later than the others."""
+
+    provenance: Provenance
+    load_average: float
+    rows: list[str]
+
+
 class Throughput(_Model):
     """benchmarks/results/throughput.json"""
 
     provenance: Provenance
+    """Of all rows but those of `reruns`."""
     load_average: float
     """Before the first job: processes that share the cores."""
     rates: Rates
     models: list[Costs]
+    reruns: list[Rerun] = []
+
+    @classmethod
+    def load(cls, path: Path) -> Throughput:
+        """Read the file.
+
+        Raises:
+            InputError: not readable, or not such a file.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise InputError(f"{path} is not readable ({error}): measure all rows") from None
+
+    def require_machine(self, other: Machine) -> None:
+        """Refuse to put rows from the machine `other` into this table.
+
+        Raises:
+            InputError: another processor, or other cores.
+        """
+        machine = self.provenance.machine
+        if (machine.cpu, machine.cores) != (other.cpu, other.cores):
+            raise InputError(
+                f"the other rows were measured on {machine.cpu} with {machine.cores} cores, this "
+                f"is {other.cpu} with {other.cores}: measure all rows, or give another --output"
+            )
+
+    def require_sizes(self, costs: Costs) -> None:
+        """Refuse rows of a model of the same name that were measured on something else.
+
+        Raises:
+            InputError: another number of parameters, tokens or forms.
+        """
+        sizes = costs.model_dump(exclude={"jobs"})
+        known = {each.model: each.model_dump(exclude={"jobs"}) for each in self.models}
+        if known.get(costs.model, sizes) != sizes:
+            raise InputError(
+                f"the other rows of {costs.model} were measured on another model or text: measure "
+                "all rows, or give another --output"
+            )
+
+
+def merge(known: Throughput, later: Throughput, order: Sequence[str]) -> Throughput:
+    """`known`, with the rows of `later` in place of its own or beside them, in `order` of names.
+
+    Raises:
+        InputError: they do not belong into one table.
+    """
+    known.require_machine(later.provenance.machine)
+    models = {costs.model: costs for costs in known.models}
+    for costs in later.models:
+        known.require_sizes(costs)
+        jobs = {job.name: job for job in models.get(costs.model, costs).jobs}
+        jobs |= {job.name: job for job in costs.jobs}
+        names = sorted(jobs, key=lambda name: order.index(name) if name in order else len(order))
+        models[costs.model] = costs.model_copy(update={"jobs": [jobs[name] for name in names]})
+    rows = list(dict.fromkeys(job.name for costs in later.models for job in costs.jobs))
+    earlier = [
+        each.model_copy(update={"rows": [name for name in each.rows if name not in rows]})
+        for each in known.reruns
+    ]
+    rerun = Rerun(provenance=later.provenance, load_average=later.load_average, rows=rows)
+    return known.model_copy(
+        update={
+            "rates": known.rates.better(later.rates),
+            "models": list(models.values()),
+            "reruns": [each for each in [*earlier, rerun] if each.rows],
+        }
+    )
 
 
 def compare(job: Job, rates: Rates) -> tuple[float, str, float]:
@@ -104,3 +191,8 @@ def show(found: Throughput, console: Console) -> None:
         f"{format_bytes(rates.read_bytes_per_second)}/s (O_DIRECT), writes "
         f"{format_bytes(rates.write_bytes_per_second)}/s"
     )
+    for rerun in found.reruns:
+        console.print(
+            f"{', '.join(rerun.rows)}: {rerun.provenance.time:%Y-%m-%d}, load average "
+            f"{rerun.load_average:g}"
+        )

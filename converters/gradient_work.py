@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from edge_moe.additive import Arrays
 from edge_moe.converters.calibration_work import (
     HiddenReader,
     HiddenWriter,
@@ -116,18 +117,22 @@ class GradientWork:
             StatsError: a file is missing or damaged.
         """
         try:
-            parts = [load_file(self._path("layer", layer)) for layer in self._info.moe_layer_ids]
+            arrays = self._joined_layers()
             losses = load_file(self.folder / "loss.safetensors")["loss_nats"]
         except (OSError, KeyError, SafetensorError) as error:
             raise StatsError(
                 f"{self.folder} is damaged ({error}): remove it and measure again"
             ) from None
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        arrays["loss_nats"] = parts[0]["loss_nats"]
         stats = GradientStats.from_arrays(self._info, arrays)
         for loss in losses:
             stats.loss_nats.add(loss, index=0)
         return stats
+
+    def _joined_layers(self) -> Arrays:
+        """`GradientStats.to_arrays` of all layers, the loss still 0."""
+        parts = [load_file(self._path("layer", layer)) for layer in self._info.moe_layer_ids]
+        arrays: Arrays = {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
+        return arrays | {"loss_nats": parts[0]["loss_nats"]}
 
     def remove(self) -> None:
         """Delete the folder: the run is finished."""

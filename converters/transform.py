@@ -74,7 +74,8 @@ def transform(
     Give `num_experts` per layer or `expert_width`, whichever the method lowers. `stats` are
     statistics of this model that exist already; without them it is calibrated first. `name` is how
     the record names the source. A killed run resumes when it is started again with the same
-    arguments. Memory: `transform_terms`. Disk: the output and, meanwhile, twice the hidden states.
+    arguments. Memory: `transform_terms`; for what is measured first, `calibration_terms` or
+    `gradient_terms`. Disk: the output and, meanwhile, twice the hidden states.
 
     Raises:
         EdgeMoeError: bad model, method, setting, text or output, or not enough memory or disk.

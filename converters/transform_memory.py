@@ -1,6 +1,7 @@
 """What a transform needs in memory, before it starts. No torch.
 
 It holds one decoder layer, the layer's new experts and what the layer was given, never the model.
+Statistics or gradients that have to be measured first state what they need when they begin.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def transform_terms(
     layer        the layer in float32, as for calibration
     new layer    4 bytes x the layer's new expert weights, at most doubled by an indexed copy
     samples      T x (8H inputs, twice while joined, + 8E logits + 36k routing)
-    method       what the method itself needs
+    method       what the method itself needs, scores of all layers' hidden units included
     window, scratch, allowance: as for calibration
     """
     spec = checkpoint.spec

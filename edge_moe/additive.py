@@ -60,7 +60,7 @@ class AdditiveStats(ABC, Generic[InfoT]):
         """Add what `to_arrays` gives for other tokens."""
         self.routed_tokens += arrays["routed_tokens"].astype(np.int64)
         for name, total in self.sums().items():
-            total.merge(ExactSum.from_limbs(arrays[name].astype(np.int64)))
+            total.merge(ExactSum.from_limbs(arrays[name].astype(np.int64, copy=False)))
 
     @classmethod
     def from_arrays(cls, info: InfoT, arrays: Arrays) -> Self:

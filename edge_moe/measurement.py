@@ -222,7 +222,7 @@ class EvalResult(_Record):
     recovery_percent: float | None = None
     """100 x score / reference score: exact match where there is one, else 1 / perplexity."""
     recovery_error_percent: float | None = None
-    """Its standard error."""
+    """Its standard error, paired: both models read the same tokens and solve the same problems."""
     skipping: SkippingCost | None = None
     """Where a skipping rule was in force."""
     seconds: float

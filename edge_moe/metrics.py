@@ -5,7 +5,8 @@ model under test and base the reference. One difference: llama-perplexity scores
 every window, here every token but a window's first is scored (nothing precedes that one).
 
 Everything is in nats and float64. Error bars are one standard error over tokens, which are taken as
-independent; `exact_match` has its own. T tokens in a window, V vocabulary, N = T - 1 scored tokens.
+independent; `exact_match` and `paired_ratio` have their own. T tokens in a window, V vocabulary,
+N = T - 1 scored tokens.
 """
 
 from __future__ import annotations
@@ -194,16 +195,24 @@ def exact_match(is_correct: Sequence[bool]) -> Estimate:
     return Estimate(share, count / (count + 1) * width)
 
 
-def ratio(score: Estimate, base: Estimate) -> Estimate:
-    """score / base, the errors taken as independent (Bienayme, first order).
+def paired_ratio(is_correct: Sequence[bool], base_is_correct: Sequence[bool]) -> Estimate:
+    """Share of problems solved / share that the base solves, on the same problems.
+
+    With s solved, b by the base, d by one of both alone: the first-order error s / b
+    sqrt(d / (s b)), with half a problem added to each of the four cells of the table (A. Agresti,
+    Y. Min, "Simple improved confidence intervals for comparing matched proportions", Statistics in
+    Medicine 24 (2005)). Without that it would be 0 where both solve the same problems, however few.
 
     Raises:
-        ValueError: `base` is zero.
+        ValueError: not the same problems, or the base solves none.
     """
-    if base.value == 0:
+    pairs = list(zip(map(bool, is_correct), map(bool, base_is_correct), strict=True))
+    solved, base = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+    if base == 0:
         raise ValueError("a ratio to a score of zero")
-    value = score.value / base.value
-    return Estimate(value, math.hypot(score.error, value * base.error) / abs(base.value))
+    alone = sum(ours != its for ours, its in pairs) + 1
+    error = math.sqrt(alone * (solved + 1) / (base + 1)) / (base + 1)
+    return Estimate(solved / base, error)
 
 
 def compare(scores: TokenScores) -> Comparison:

@@ -6,6 +6,13 @@
 
 All answer in the same terms, [L, E] positions among the forms of one `Problem` within its byte
 budget, so their choices can be compared by the problem's own loss and built by the same code.
+
+How each is solved: pmq by HiGHS, one integer program per layer and total of bits. gemq as joint
+with dropping forbidden; where that leaves a layer without an expert in the highest width, HiGHS
+solves all of it again with that rule. joint by `edge_moe.optimise.solve`: under scope `expert` a
+Lagrangian relaxation gives a choice and a bound, and HiGHS closes the gap where there is one; under
+scope `layer` or `model` an exact dynamic program (`edge_moe.uniform`), without HiGHS.
+
 Nominal bits {1, 2, 3} are mapped to named forms, whose real bytes count. Published programs know
 no protected experts: `Problem.allowed` is not asked. L layers, E experts, F forms, B bit widths.
 """

@@ -25,7 +25,7 @@ from edge_moe.demo import task_dir, task_names
 from edge_moe.demo.arithmetic import extract_answer
 from edge_moe.errors import InputError, TargetError
 from edge_moe.measurement import EvalResult, ModelKind, Provenance, RecoveryKind, SkippingCost
-from edge_moe.metrics import Estimate, TokenScores
+from edge_moe.metrics import Comparison, Estimate, TokenScores
 from edge_moe.package import is_package
 from edge_moe.runtime.heldout import is_in_task, text_to_score
 from edge_moe.runtime.policy import RoutedCounts
@@ -189,14 +189,14 @@ def score_windows(
 
 def solve_problems(
     model: LanguageModel, problems: Sequence[Mapping[str, str]], advance: Advance = lambda: None
-) -> Estimate:
-    """Share of problems whose greedy answer is exactly right."""
+) -> list[bool]:
+    """For every problem, whether the greedy answer is exactly right."""
     is_correct = []
     for problem in problems:
         pieces = model.generate(problem["prompt"], max_new_tokens=_ANSWER_TOKENS, stop=("\n",))
         is_correct.append(extract_answer("".join(pieces)) == problem["answer"])
         advance()
-    return metrics.exact_match(is_correct)
+    return is_correct
 
 
 def task_problems(task: str, max_problems: int) -> list[dict[str, str]]:
@@ -261,6 +261,8 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
     problems = task_problems(task, settings.max_problems)
     if problems:
         quality |= _problem_quality(pair, task, problems)
+    elif comparison := quality.get("comparison"):
+        quality |= _text_recovery(comparison)
     return EvalResult(
         provenance=Provenance.here(),
         model=str(pair.path),
@@ -273,7 +275,6 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
         num_windows=len(windows),
         num_search_windows=text.num_search_windows,
         num_problems=len(problems),
-        **_recovery(quality),
         skipping=skipping,
         seconds=time.perf_counter() - start,
         **quality,
@@ -303,30 +304,30 @@ def _text_quality(
 def _problem_quality(
     pair: _Pair, task: str, problems: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
-    models = {"exact_match": pair.model}
-    if pair.base is not None:
-        models["base_exact_match"] = pair.base
+    """Shares solved, and where the reference solves any, its recovery."""
+    models = [pair.model] if pair.base is None else [pair.model, pair.base]
     with progress(f"{task}: problems", len(problems) * len(models)) as advance:
-        return {key: solve_problems(each, problems, advance) for key, each in models.items()}
+        solved, *others = [solve_problems(each, problems, advance) for each in models]
+    found: dict[str, Any] = {"exact_match": metrics.exact_match(solved)}
+    for base in others:
+        found["base_exact_match"] = metrics.exact_match(base)
+        if any(base):
+            found |= _recovery("exact match", metrics.paired_ratio(solved, base))
+    return found
 
 
-def _recovery(quality: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `EvalResult.recovery`; the perplexities' errors are paired, token by token."""
-    kind: RecoveryKind
-    if base := quality.get("base_exact_match"):
-        if not base.value:
-            return {}
-        kind, found = "exact match", metrics.ratio(quality["exact_match"], base)
-    elif comparison := quality.get("comparison"):
-        inverse = comparison.ppl_ratio
-        kind = "1 / perplexity"
-        found = Estimate(1 / inverse.value, inverse.error / inverse.value**2)
-    else:
-        return {}
+def _text_recovery(comparison: Comparison) -> dict[str, Any]:
+    """Base perplexity / perplexity; its error is paired, token by token."""
+    ratio = comparison.ppl_ratio
+    return _recovery("1 / perplexity", Estimate(1 / ratio.value, ratio.error / ratio.value**2))
+
+
+def _recovery(kind: RecoveryKind, share: Estimate) -> dict[str, Any]:
+    """The fields of `EvalResult.recovery`."""
     return {
         "recovery_of": kind,
-        "recovery_percent": 100 * found.value,
-        "recovery_error_percent": 100 * found.error,
+        "recovery_percent": 100 * share.value,
+        "recovery_error_percent": 100 * share.error,
     }
 
 

@@ -174,9 +174,7 @@ def test_problems_are_solved_by_exact_match() -> None:
         {"prompt": "2+2", "answer": "4"},
         {"prompt": "3+3", "answer": "6"},
     ]
-    found = solve_problems(BigramModel(random_table(0), answers), problems)
-    assert found.value == pytest.approx(1 / 3)
-    assert found.error == pytest.approx(3 / 4 * math.sqrt(2 / 27 + 1 / 36))  # Wilson's
+    assert solve_problems(BigramModel(random_table(0), answers), problems) == [True, False, False]
 
 
 def test_recovery_is_by_exact_match_where_there_are_problems(
@@ -190,8 +188,8 @@ def test_recovery_is_by_exact_match_where_there_are_problems(
     assert result.exact_match is not None and result.exact_match.value == 0.5
     assert result.recovery_percent == pytest.approx(50)
     assert result.recovery_of == "exact match"
-    wilson = 100 * math.hypot(math.sqrt(1 / 12), 1 / 12)  # 0.5 +- sqrt(1/12) of 1 +- 1/6
-    assert result.recovery_error_percent == pytest.approx(wilson)
+    paired = 100 * 2 / 3 * math.sqrt(2 / (2 * 3))  # 1 and 2 of 2 solved, 1 of them by both
+    assert result.recovery_error_percent == pytest.approx(paired)
     assert result.num_problems == 2
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_moe import metrics
-from edge_moe.metrics import Estimate, TokenScores, compare, compare_tokens, ratio, token_nll
+from edge_moe.metrics import Estimate, TokenScores, compare, compare_tokens, paired_ratio, token_nll
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -170,10 +170,26 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(token_nll(model, ids), pieces.nll)
 
 
-def test_ratio_by_hand() -> None:
-    found = ratio(Estimate(0.6, 0.03), Estimate(0.8, 0.04))
-    assert found.value == pytest.approx(0.75)
-    assert found.error == pytest.approx(0.75 * math.hypot(0.05, 0.05))  # relative errors add up
-    assert ratio(Estimate(0.0, 0.1), Estimate(0.5, 0.0)).error == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="score of zero"):
-        ratio(Estimate(0.5, 0.1), Estimate(0.0, 0.0))
+def test_paired_ratio_by_hand() -> None:
+    """Of 8 problems the base solves 6; 3 of those are solved, and one more."""
+    base = [True] * 6 + [False] * 2
+    found = paired_ratio([True] * 3 + [False] * 3 + [True, False], base)
+    assert found.value == pytest.approx(4 / 6)
+    assert found.error == pytest.approx(5 / 7 * math.sqrt(5 / (5 * 7)))
+    same = paired_ratio(base, base)
+    assert same.value == 1 and same.error == pytest.approx(1 / 7)
+    none = paired_ratio([False] * 8, base)
+    assert none.value == 0 and none.error == pytest.approx(1 / 7)
+    for ours, its in (([True], [False]), ([], []), ([True], [True, True])):
+        with pytest.raises(ValueError):
+            paired_ratio(ours, its)
+
+
+def test_error_of_a_paired_ratio_is_the_spread_of_many_draws() -> None:
+    """The models agree more often than chance: taken as independent, the error would be 1.9 x."""
+    generator = np.random.default_rng(0)
+    draws = generator.choice(4, size=(4000, 400), p=[0.55, 0.1, 0.05, 0.3])
+    ours, base = np.isin(draws, (0, 2)), np.isin(draws, (0, 1))
+    found = [paired_ratio(*each) for each in zip(ours.tolist(), base.tolist(), strict=True)]
+    spread = np.std([each.value for each in found])
+    assert np.mean([each.error for each in found]) == pytest.approx(spread, rel=0.05)

@@ -178,3 +178,26 @@ def test_pmq_is_the_best_of_every_layer(table: tuple[FloatArray, int], at_most: 
     else:
         assert len(set(bits)) == 1
         assert found.loss == pytest.approx(by_bits[int(bits[0])], rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(3, 6), st.floats(0.0, 1.2))
+def test_more_freedom_never_costs_more(
+    seed: int, num_layers: int, num_experts: int, share: float
+) -> None:
+    """One table of costs, one budget: joint <= GEMQ <= PMQ.
+
+    Every choice of PMQ has an expert of every layer in the highest width, as GEMQ asks, and the
+    joint program allows every choice of GEMQ. The solvers may leave gaps of 1e-6.
+    """
+    generator = np.random.default_rng(seed)
+    shape = num_layers, num_experts, len(FORMS)
+    cost = np.sort(generator.lognormal(sigma=2.0, size=shape), axis=-1)[..., ::-1].copy()
+    least, most = (SIZES[i] * num_layers * num_experts for i in (1, 3))
+    extra = num_layers * (SIZES[2] + SIZES[3] - 2 * SIZES[1])  # one expert in every higher width
+    problem = problem_of(cost, int(least + extra + share * (most - least - extra)))
+    found = [joint(problem, cost), gemq(problem, cost, BITS), pmq(problem, cost, BITS)]
+    assert all(each.expert_bytes <= problem.budget_bytes for each in found)
+    assert (found[2].choice == BITS.forms[-1]).any(axis=1).all()
+    losses = [total(cost, each.choice) for each in found]
+    assert losses[0] <= losses[1] * (1 + 1e-5) and losses[1] <= losses[2] * (1 + 1e-5)

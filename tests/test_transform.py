@@ -37,6 +37,8 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run as run_cli
 from edge_moe.converters import calibration_memory, transform_scores
 from edge_moe.converters.calibrate import calibrate
+from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+from edge_moe.converters.gradient_memory import gradient_terms
 from edge_moe.converters.sidecar import patch_expert_width
 from edge_moe.converters.transform import transform
 from edge_moe.converters.transform_memory import transform_terms
@@ -526,22 +528,61 @@ def test_command(
 
 
 MEASURED = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from edge_moe.converters.transform import transform
 from edge_moe.converters.transform_request import TextLimits
-model, task, stats, method, output = sys.argv[1:]
+
+def kilobytes(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+model, task, stats, method, experts, width, output = sys.argv[1:]
 limits = TextLimits(window_tokens=128)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-options = {"num_experts": 8, "limits": limits, "stats": Path(stats)}
+options = {"num_experts": int(experts) or None, "expert_width": int(width) or None}
+options |= {"limits": limits, "stats": Path(stats) if stats else None}
+before = kilobytes("VmRSS:")
 transform(Path(model), [task], Path(output), method, **options)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(1024 * (kilobytes("VmHWM:") - before))
 """
 
 
+def peak_bytes(*arguments: object) -> int:
+    """What a transform adds to a process that has imported torch.
+
+    Not getrusage's peak: that of a new process starts at what its parent held.
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, arguments)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return int(process.stdout)
+
+
+def stated_bytes(folder: Path, output: Path, method: str) -> int:
+    """What `transform` said it would take at most to make `output`."""
+    checkpoint, new = Checkpoint(folder), Checkpoint(output).spec
+    record = TransformRecord.model_validate_json((output / "transform.json").read_bytes())
+    num_tokens = record.sample_tokens
+    terms = transform_terms(
+        checkpoint,
+        num_tokens,
+        min(num_tokens, 128),
+        new.num_experts * new.expert_weights,
+        METHODS[method].scratch_bytes(checkpoint.spec, num_tokens),
+    )
+    return sum(term.num_bytes for term in terms)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+
+
 @pytest.mark.slow
+@needs_proc
 @pytest.mark.parametrize("method", FEWER)
 def test_memory_stays_below_what_is_stated(
     method: str,
@@ -555,21 +596,25 @@ def test_memory_stays_below_what_is_stated(
         make_tiny_checkpoint(
             folder, "olmoe", width=256, num_hidden_layers=8, num_experts=16, intermediate_size=512
         )
-    arguments = [folder, task, stats_of(folder), method, tmp_path / "out"]
-    process = subprocess.run(
-        [sys.executable, "-c", MEASURED, *map(str, arguments)],
-        check=True,
-        capture_output=True,
-        text=True,
+    output = tmp_path / "out"
+    peak = peak_bytes(folder, task, stats_of(folder), method, 8, 0, output)
+    assert 0 < peak <= stated_bytes(folder, output, method)
+
+
+@pytest.mark.slow
+@needs_proc
+def test_narrowing_stays_below_what_is_stated(task: str, tmp_path: Path) -> None:
+    """Many hidden units and little else: the statistics of all layers are the largest part."""
+    folder, stats, output = tmp_path / "model", tmp_path / "stats", tmp_path / "out"
+    make_tiny_checkpoint(
+        folder, "olmoe", width=16, num_hidden_layers=64, num_experts=8, intermediate_size=4096
     )
-    checkpoint = Checkpoint(folder)
-    record = TransformRecord.model_validate_json((tmp_path / "out/transform.json").read_bytes())
-    num_tokens = record.sample_tokens
-    terms = transform_terms(
-        checkpoint,
-        num_tokens,
-        min(num_tokens, 128),
-        8 * checkpoint.spec.expert_weights,
-        METHODS[method].scratch_bytes(checkpoint.spec, num_tokens),
+    gradients = calibrate_with_gradients(
+        folder, [task], stats, window_tokens=128, forms=(), quantiser="nearest"
     )
-    assert int(process.stdout) <= sum(term.num_bytes for term in terms)
+    peak = peak_bytes(folder, task, stats, "heapr", 0, 2048, output)
+    assert 0 < peak <= stated_bytes(folder, output, "heapr")
+    terms = gradient_terms(Checkpoint(folder), gradients.info.num_tokens, 128)
+    peak = peak_bytes(folder, task, "", "heapr", 0, 2048, tmp_path / "measured")
+    measuring = sum(term.num_bytes for term in terms)
+    assert 0 < peak <= max(measuring, stated_bytes(folder, output, "heapr"))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from edge_moe.converters.gradient_memory import statistics_bytes
 from edge_moe.converters.transforms.base import LayerResult, LayerTask, LayerWeights, register
 from edge_moe.errors import InputError
 from edge_moe.formats import FORM_NAMES, form_fits
@@ -30,6 +31,7 @@ WIDTH_STEP = 32
     "narrow every expert to its best hidden units, by the loss gradient",
     "arXiv 2509.22299",
     shrinks="width",
+    scratch_bytes=lambda spec, num_tokens: _scratch_bytes(spec),
 )
 def heapr(task: LayerTask) -> LayerResult:
     """All experts, each with its best units in their old order."""
@@ -72,3 +74,9 @@ def fitting_forms(spec: ModelSpec, width: int) -> tuple[str, ...]:
     """Packed forms that hold experts of `width`; `drop` is not among them."""
     names = FORM_NAMES[1:]
     return tuple(name for name in names if form_fits(name, spec.hidden_size, width))
+
+
+def _scratch_bytes(spec: ModelSpec) -> int:
+    """The statistics of all layers while they are read, which leave less behind: the scores; and
+    64 bytes per unit of the layer whose units are ranked."""
+    return statistics_bytes(spec) + 64 * spec.num_experts * spec.expert_width
