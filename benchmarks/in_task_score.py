@@ -31,7 +31,7 @@ from edge_moe.converters.calibrate import calibrate
 from edge_moe.demo import demo_model_dir, task_names
 from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share
 from edge_moe.files import write_text
-from edge_moe.measurement import EvalResult
+from edge_moe.measurement import EvalResult, Provenance
 from edge_moe.metrics import Estimate
 from edge_moe.overhead import runtime_overhead
 from edge_moe.planner import make_plan
@@ -59,7 +59,8 @@ def measure(
         found = evaluate(
             package, model, [task], max_windows=max_windows, max_problems=max_problems
         )[0]
-    return found.model_copy(update={"model": f"{share:.0%}", "against": model.name})
+    published = {"model": f"{share:.0%}", "against": model.name}
+    return found.model_copy(update=published | {"provenance": Provenance.published()})
 
 
 def print_scores(results: Sequence[EvalResult], console: Console) -> None:
