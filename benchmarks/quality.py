@@ -191,13 +191,14 @@ def _panel(axis: Axes, cells: Sequence[Cell]) -> None:
     for cell in cells:
         for score in cell.scores:
             point = 100 * score.expert_bytes / cell.full_expert_bytes, _kld(score)
-            lines[score.kind, score.name].append(point)
+            name = "" if score.kind is Kind.QUANTISE else score.name  # all types are one line
+            lines[score.kind, name].append(point)
     for (kind, name), points in lines.items():
         if name == "edge-moe plan, no search":
             continue
         is_plan = kind is Kind.PLAN
         axis.plot(
-            *zip(*sorted(points), strict=True),
+            *zip(*sorted(set(points)), strict=True),
             color=COLOURS[kind],
             linewidth=3 if is_plan else 0.8,
             alpha=1 if is_plan else 0.6,
