@@ -164,7 +164,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, base = random_logits(5, 30, 16), random_logits(6, 30, 16)
     ids = list(range(15)) * 2
     whole = compare_tokens(model, base, ids)
-    monkeypatch.setattr(metrics, "_CHUNK_VALUES", 50)
+    monkeypatch.setattr(metrics, "CHUNK_VALUES", 50)
     pieces = compare_tokens(model, base, ids)
     assert np.array_equal(whole.kld, pieces.kld)
     assert np.array_equal(token_nll(model, ids), pieces.nll)
