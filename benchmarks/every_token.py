@@ -29,13 +29,10 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate import calibrate, text_packer
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.demo import demo_model_dir
-from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share
+from edge_moe.demo.equal_bytes import plan_for_share
 from edge_moe.files import write_text
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, TokenScores
-from edge_moe.overhead import runtime_overhead
-from edge_moe.plan import Plan
-from edge_moe.planner import make_plan
 from edge_moe.runtime.heldout import heldout_windows
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.stats import ExpertStats
@@ -98,7 +95,9 @@ class Comparison:
         """Calibrate on `max_windows` both ways, plan, score."""
         stats = {name: self._calibrated(name, max_windows, work / name) for name in (ROUTED, EVERY)}
         plans = {
-            (name, share): self._plan(stats[name], share) for name in stats for share in SHARES
+            (name, share): plan_for_share(self.checkpoint, stats[name], share)
+            for name in stats
+            for share in SHARES
         }
         scores: dict[tuple[str, str, float], TokenScores] = {}
         for packed_by, found in stats.items():
@@ -129,15 +128,6 @@ class Comparison:
             )
         )
         return stats
-
-    def _plan(self, stats: ExpertStats, share: float) -> Plan:
-        checkpoint = self.checkpoint
-        return make_plan(
-            *(checkpoint, stats, budget_for_share(checkpoint, share)),
-            model=str(checkpoint.folder),
-            context_tokens=CONTEXT_TOKENS,
-            runtime=runtime_overhead(checkpoint.spec.model_type, "cpu"),
-        )
 
 
 def _row(tokens: int, share: float, scores: dict[tuple[str, str, float], TokenScores]) -> Row:

@@ -29,12 +29,10 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate
 from edge_moe.demo import demo_model_dir, task_names
-from edge_moe.demo.full_bill import CONTEXT_TOKENS, budget_for_share
+from edge_moe.demo.equal_bytes import plan_for_share
 from edge_moe.files import write_text
 from edge_moe.measurement import EvalResult, Provenance
 from edge_moe.metrics import Estimate
-from edge_moe.overhead import runtime_overhead
-from edge_moe.planner import make_plan
 from edge_moe.runtime.evaluate import evaluate
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -44,17 +42,9 @@ def measure(
     model: Path, task: str, share: float, max_windows: int, max_problems: int
 ) -> EvalResult:
     """Shrink for `task` to `share` of the experts' 16-bit bytes, and evaluate on it."""
-    checkpoint = Checkpoint(model)
     with TemporaryDirectory(prefix="edge-moe-") as work:
         stats = calibrate(model, [task], Path(work) / "stats")
-        plan = make_plan(
-            checkpoint,
-            stats,
-            budget_for_share(checkpoint, share),
-            model=str(model),
-            context_tokens=CONTEXT_TOKENS,
-            runtime=runtime_overhead(checkpoint.spec.model_type, "cpu"),
-        )
+        plan = plan_for_share(Checkpoint(model), stats, share)
         package = build(plan, Path(work) / "package", model=model)
         found = evaluate(
             package, model, [task], max_windows=max_windows, max_problems=max_problems

@@ -119,13 +119,14 @@ def search(
 
 
 def _rounds(evidence: Evidence, trials: Trials) -> dict[str, Callable[[], None]]:
-    return {
-        ROUNDS[0]: lambda: trials.add_all(_by_loss(evidence)),
-        ROUNDS[1]: lambda: trials.add_all(_by_published(evidence)),
-        ROUNDS[2]: lambda: trials.add_all(_by_criterion(evidence, trials.best.choice)),
-        ROUNDS[3]: lambda: _tune_layers(evidence, trials),
-        ROUNDS[4]: lambda: tune_experts(evidence.problem, trials),
-    }
+    runs = (
+        lambda: trials.add_all(_by_loss(evidence)),
+        lambda: trials.add_all(_by_published(evidence)),
+        lambda: trials.add_all(_by_criterion(evidence, trials.best.choice)),
+        lambda: _tune_layers(evidence, trials),
+        lambda: tune_experts(evidence.problem, trials),
+    )
+    return dict(zip(ROUNDS, runs, strict=True))
 
 
 def _by_loss(evidence: Evidence) -> Iterator[tuple[str, IntArray]]:

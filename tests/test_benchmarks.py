@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import quality
+from fake_scores import fake_score
 from rich.console import Console
 
 from edge_moe.compare.contenders import Kind
-from edge_moe.compare.record import Cell, CompareOptions, Score, TextScore
+from edge_moe.compare.record import Cell, CompareOptions
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate
 from edge_moe.plan import SearchRecord
@@ -35,21 +36,6 @@ def test_every_script_starts(
     assert "usage" in capsys.readouterr().out.lower()
 
 
-def score(name: str, kind: Kind, kld: float, expert_bytes: int = 100) -> Score:
-    text = TextScore(
-        kld=Estimate(kld, kld / 10), ppl=Estimate(2 + kld, 0.1), same_top=Estimate(0.99, 0.01)
-    )
-    return Score(
-        name=name,
-        kind=kind,
-        expert_bytes=expert_bytes,
-        num_kept=4,
-        forms={"q4_k": 4},
-        in_task=text,
-        off_task=None,
-    )
-
-
 def cell(share: float, plan_kld: float) -> Cell:
     return Cell(
         settings="0" * 64,
@@ -67,11 +53,11 @@ def cell(share: float, plan_kld: float) -> Cell:
         off_task_base_ppl=None,
         search=SearchRecord(chosen="a", is_complete=share > 0.3, seconds=1.0, trials=[]),
         scores=[
-            score("edge-moe plan", Kind.PLAN, plan_kld),
-            score("reap, 4 bits", Kind.PRUNE, 0.08),
-            score("all q4_k", Kind.QUANTISE, 0.06),
-            score(PMQ_NAME, Kind.MIXED, 0.03, int(share * 400) - 1),
-            score("random, draw 1, 4 bits", Kind.RANDOM, 0.5),
+            fake_score("edge-moe plan", Kind.PLAN, plan_kld),
+            fake_score("reap, 4 bits", Kind.PRUNE, 0.08),
+            fake_score("all q4_k", Kind.QUANTISE, 0.06),
+            fake_score(PMQ_NAME, Kind.MIXED, 0.03, int(share * 400) - 1),
+            fake_score("random, draw 1, 4 bits", Kind.RANDOM, 0.5),
         ],
         missing=[],
     )
@@ -99,11 +85,11 @@ def test_all_tasks_of_a_size_are_one_row(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_parts_are_compared_with_the_plain_program(capsys: pytest.CaptureFixture[str]) -> None:
     parts = [
-        score(quality.PLAIN, Kind.PLAN, 0.4),
-        score("relative change", Kind.PLAN, 0.8),
-        score("after experts moved", Kind.PLAN, 0.1),
+        fake_score(quality.PLAIN, Kind.PLAN, 0.4),
+        fake_score("relative change", Kind.PLAN, 0.8),
+        fake_score("after experts moved", Kind.PLAN, 0.1),
     ]
-    other = [*parts[:2], score("after experts moved", Kind.PLAN, 0.4)]
+    other = [*parts[:2], fake_score("after experts moved", Kind.PLAN, 0.4)]
     cells = [cell(0.5, 0.1).model_copy(update={"parts": each}) for each in (parts, other)]
     quality.print_parts(cells, Console(width=200))
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[3:]]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TinyCheckpoint, make_tiny_checkpoint
+from fake_scores import fake_score
 from fake_stats import fake_stats
 from rich.console import Console
 from typer.testing import CliRunner
@@ -26,7 +27,7 @@ from edge_moe.compare.contenders import (
     counts_for,
     kept_forms,
 )
-from edge_moe.compare.record import Cell, CompareOptions, Score, TextScore, load_cells, task_key
+from edge_moe.compare.record import Cell, CompareOptions, load_cells, task_key
 from edge_moe.compare.table import print_comparison, times_plan
 from edge_moe.converters import compare as engine
 from edge_moe.converters import compare_transforms
@@ -247,24 +248,9 @@ def test_contenders_are_named_after_their_bits(field: Field) -> None:
     assert {each.name.split(", ")[1] for each in names} <= {"4 bits", "8 bits", "16 bits"}
 
 
-def _score(name: str, kind: Kind, kld: float, num_bytes: int = 100) -> Score:
-    text = TextScore(
-        kld=Estimate(kld, 0.1), ppl=Estimate(2 + kld, 0.1), same_top=Estimate(1 - kld / 10, 0.1)
-    )
-    return Score(
-        name=name,
-        kind=kind,
-        expert_bytes=num_bytes,
-        num_kept=4,
-        forms={"q8_0": 4},
-        in_task=text,
-        off_task=text,
-    )
-
-
 def test_random_draws_are_averaged_in_every_figure(cells: tuple[list[Cell], Path]) -> None:
-    draws = [_score(f"random, draw {i}, 8 bits", Kind.RANDOM, i) for i in (1, 2, 3)]
-    worse = _score("random, draw 1, 4 bits", Kind.RANDOM, 9)
+    draws = [fake_score(f"random, draw {i}, 8 bits", Kind.RANDOM, i) for i in (1, 2, 3)]
+    worse = fake_score("random, draw 1, 4 bits", Kind.RANDOM, 9)
     cell = cells[0][0].model_copy(update={"scores": [*draws, worse]})
     mean = cell.random_mean()
     assert mean is not None

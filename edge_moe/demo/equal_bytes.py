@@ -95,6 +95,24 @@ class _Candidate:
     loss: float | None
 
 
+def plan_for_share(
+    checkpoint: Checkpoint,
+    stats: ExpertStats,
+    share: float,
+    gradients: GradientStats | None = None,
+) -> Plan:
+    """The plain program's plan at `share` of the experts' 16-bit bytes, without the search."""
+    return make_plan(
+        checkpoint,
+        stats,
+        budget_for_share(checkpoint, share),
+        model=str(checkpoint.folder),
+        context_tokens=CONTEXT_TOKENS,
+        runtime=runtime_overhead(checkpoint.spec.model_type, "cpu"),
+        gradients=gradients,
+    )
+
+
 def equal_bytes(
     model: Path,
     stats: ExpertStats,
@@ -113,15 +131,7 @@ def equal_bytes(
     """
     checkpoint = Checkpoint(model)
     spec = checkpoint.spec
-    plan = make_plan(
-        checkpoint,
-        stats,
-        budget_for_share(checkpoint, share),
-        model=str(model),
-        context_tokens=CONTEXT_TOKENS,
-        runtime=runtime_overhead(spec.model_type, "cpu"),
-        gradients=gradients,
-    )
+    plan = plan_for_share(checkpoint, stats, share, gradients)
     candidates = _candidates(plan)
     with _opened(model, plan, candidates) as (base, packages):
         windows = {
