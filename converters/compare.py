@@ -63,7 +63,7 @@ from edge_moe.plan import SearchRecord, Target
 from edge_moe.planner import by_name, gather_evidence, gemq_cost
 from edge_moe.problem import Problem, smallest_bytes
 from edge_moe.rivals import name_forms
-from edge_moe.runtime.heldout import SEARCH_PART, part_of_heldout
+from edge_moe.runtime.heldout import search_windows
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.search import PLAN_NAME, Evidence, search
 from edge_moe.spec import ModelSpec
@@ -150,11 +150,12 @@ class _Cells:
     def _described(self) -> dict[str, object]:
         """What decides the numbers of every cell."""
         own, others = self._windows
-        search_windows = part_of_heldout([self.task], self._tokenizer, SEARCH_PART)
+        active = self.checkpoint.active_parameters
+        searched = search_windows([self.task], self._tokenizer, active)
         info = calibration_settings(self.checkpoint, self.task, self.options)
         return {
             "source": source_fingerprint(),
-            "text": windows_fingerprint([*own, *others, *search_windows]),
+            "text": windows_fingerprint([*own, *others, *searched]),
             "options": self.options.model_dump(mode="json"),
             "calibration": info.model_dump(mode="json", exclude={"options"}),
         }

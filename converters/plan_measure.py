@@ -11,7 +11,7 @@ from edge_moe.converters.search_memory import search_terms
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.plan import MemoryTerm, SearchRecord
 from edge_moe.problem import FloatArray
-from edge_moe.runtime.heldout import SEARCH_PART, part_of_heldout
+from edge_moe.runtime.heldout import search_windows
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.stats import StatsInfo
 from edge_moe.tasks import task_argument
@@ -34,7 +34,7 @@ class PlanMeasure:
             InputError: a task without held-out text.
         """
         tokenizer = load_tokenizer(checkpoint.folder)
-        windows = part_of_heldout(tasks, tokenizer, SEARCH_PART)
+        windows = search_windows(tasks, tokenizer, checkpoint.active_parameters)
         self.text = (
             f"{sum(map(len, windows))} tokens of held-out {', '.join(tasks)}, odd windows only"
         )

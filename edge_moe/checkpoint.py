@@ -202,6 +202,18 @@ class Checkpoint:
         return tuple(info for name, info in self.tensors.items() if name not in skipped)
 
     @cached_property
+    def total_parameters(self) -> int:
+        """Of all tensors that are loaded."""
+        loaded = self.tensors.keys() - self.unused_tensors
+        return sum(math.prod(self.tensors[name].shape) for name in loaded)
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """Those that one token uses, embeddings included."""
+        idle_experts = self.spec.num_moe_layers * (self.spec.num_experts - self.spec.top_k)
+        return self.total_parameters - idle_experts * self.spec.expert_weights
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over config.json, every header and sixteen 4 KiB samples of each weight file."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())

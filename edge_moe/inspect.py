@@ -5,7 +5,6 @@ No weights are read, so a checkpoint of any size takes the time of parsing its h
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
@@ -157,16 +156,13 @@ def _inspect_checkpoint(
     names = {info.name: component_of(info.name) for info in checkpoint.dense_tensors}
     names |= dict.fromkeys(checkpoint.expert_tensors, "routed experts")
     names |= dict.fromkeys(checkpoint.unused_tensors, "not loaded")
-    loaded = [info for name, info in checkpoint.tensors.items() if names[name] != "not loaded"]
-    parameters = sum(math.prod(info.shape) for info in loaded)
-    idle_experts = spec.num_moe_layers * (spec.num_experts - spec.top_k)
     return _inspection(
         model,
         kind,
         spec,
         sum_components(checkpoint.tensors.values(), names),
-        total_parameters=parameters,
-        active_parameters=parameters - idle_experts * spec.expert_weights,
+        total_parameters=checkpoint.total_parameters,
+        active_parameters=checkpoint.active_parameters,
     )
 
 

@@ -17,7 +17,9 @@ from edge_moe.plan import Plan
 from edge_moe.tasks import load_task_texts, task_argument, task_label, token_windows
 
 WINDOW_TOKENS = 256
-MAX_WINDOWS = 16
+LEAST_SEARCH_WINDOWS, MOST_SEARCH_WINDOWS = 16, 48
+SEARCH_PLAN_OPERATIONS = 5e11
+"""Between those limits a search takes as many windows as one plan is run on with so many."""
 SEARCH_PART, REPORT_PART = 1, 0
 """Held-out windows with odd numbers choose between plans, even ones are left to report on."""
 
@@ -47,8 +49,22 @@ def heldout_windows(
     return windows
 
 
+def search_windows(tasks: Sequence[str], tokenizer: Any, active_parameters: int) -> list[list[int]]:
+    """What a search measures the plans of a model on: more text where it is cheap.
+
+    The KL divergence of a good plan hangs on a few tokens, so more of them choose better; a token
+    costs two operations per parameter that it uses.
+
+    Raises:
+        InputError: a task without held-out text.
+    """
+    afforded = int(SEARCH_PLAN_OPERATIONS / (2 * active_parameters * WINDOW_TOKENS))
+    max_windows = min(max(afforded, LEAST_SEARCH_WINDOWS), MOST_SEARCH_WINDOWS)
+    return part_of_heldout(tasks, tokenizer, SEARCH_PART, max_windows)
+
+
 def part_of_heldout(
-    tasks: Sequence[str], tokenizer: Any, part: int, max_windows: int | None = MAX_WINDOWS
+    tasks: Sequence[str], tokenizer: Any, part: int, max_windows: int | None
 ) -> list[list[int]]:
     """Every other held-out window of `tasks`: the half that searches, or the half that reports.
 

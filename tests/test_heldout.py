@@ -16,6 +16,7 @@ from edge_moe.runtime.heldout import (
     WINDOW_TOKENS,
     heldout_windows,
     part_of_heldout,
+    search_windows,
     text_to_score,
 )
 from edge_moe.runtime.session import load_tokenizer
@@ -69,3 +70,24 @@ def test_other_tasks_and_other_models_are_scored_on_all(package: Path, tokenizer
 
 def test_at_most_so_many_windows(package: Path, tokenizer: object) -> None:
     assert len(text_to_score(package, "code", tokenizer, 256, 3).windows) == 3
+
+
+@pytest.mark.parametrize(
+    ("active_parameters", "num_windows"),
+    [(1_000_000, 35), (200_000_000_000, 16), (40_000_000, 24)],
+    ids=["all there are", "no fewer than 16", "as many as 5e11 operations pay for"],
+)
+def test_a_search_takes_more_text_of_a_smaller_model(
+    tokenizer: object, active_parameters: int, num_windows: int
+) -> None:
+    half = part_of_heldout(["code"], tokenizer, SEARCH_PART, None)
+    found = search_windows(["code"], tokenizer, active_parameters)
+    assert len(found) == num_windows
+    assert all(window in half for window in found)
+
+
+def test_a_search_takes_no_more_than_48_windows(tokenizer: object, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(f"the {n} of {n * n} is {n + 1}" for n in range(12_000)))
+    assert len(part_of_heldout([str(path)], tokenizer, SEARCH_PART, None)) > 48
+    assert len(search_windows([str(path)], tokenizer, 1)) == 48

@@ -40,7 +40,7 @@ def compare_command(
     ] = 60.0,
     windows: Annotated[
         int, typer.Option(min=1, help="Held-out windows of 256 tokens to report on.")
-    ] = 12,
+    ] = 24,
     off_task_windows: Annotated[
         int, typer.Option(min=0, help="The same of every other shipped task.")
     ] = 2,
