@@ -1,4 +1,4 @@
-"""The search's last round: what one expert's form is worth inside the plan, measured.
+"""A round of the search: what one expert's form is worth inside the plan, measured.
 
 A loss table measures each expert alone, in a model that is otherwise whole. Here the best plan so
 far is changed by one expert at a time, one form up or down, and the change of the KL divergence is

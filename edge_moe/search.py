@@ -35,8 +35,8 @@ ONE_FORM = "one form for all"
 DROP_FACTORS = (1.0, 2.0, 4.0, 8.0)
 PRIOR_TOKENS = (0.0, 16.0, 64.0)
 LAYER_FACTORS = (0.5, 2.0)
-ROUNDS = ("kinds of loss", "published programs", "criteria", "layers weighed", "experts moved")
-"""Of the search, in order."""
+ROUNDS = ("kinds of loss", "experts moved", "layers weighed", "published programs", "criteria")
+"""Of the search, in order of how often they helped: the time may run out."""
 MAX_LAYER_GROUPS = 8
 SOLVE_SECONDS = 10.0
 """Time limit of the integer program for one proposal."""
@@ -82,12 +82,12 @@ def search(
 ) -> tuple[Solution, SearchRecord]:
     """(the solution that was taken, every trial). `first` is the plain program's.
 
-    Rounds: the kinds of loss and the published programs; the criteria, at about the number of
-    experts that the best plan keeps; then layers made dearer or cheaper, then single experts moved,
-    as long as that helps. Stops `seconds` after the first plan was measured: with that plan experts
-    are packed that later ones share, which may take `seconds`, too. `on_share` is told the share of
-    them that has passed, `on_round` the choice [L, E] that every round ends with. Which plan takes
-    the first one's place: see `edge_moe.trials`.
+    Rounds: the kinds of loss; single experts moved from the best of them on, as long as that helps;
+    layers made dearer or cheaper; the published programs; the criteria, at about the number of
+    experts that the best plan keeps. Stops `seconds` after the first plan was measured: with that
+    plan experts are packed that later ones share, which may take `seconds`, too. `on_share` is told
+    the share of them that has passed, `on_round` the choice [L, E] that every round ends with.
+    Which plan takes the first one's place: see `edge_moe.trials`.
 
     Raises:
         InputError: `seconds` are none.
@@ -121,10 +121,10 @@ def search(
 def _rounds(evidence: Evidence, trials: Trials) -> dict[str, Callable[[], None]]:
     runs = (
         lambda: trials.add_all(_by_loss(evidence)),
+        lambda: tune_experts(evidence.problem, trials),
+        lambda: _tune_layers(evidence, trials),
         lambda: trials.add_all(_by_published(evidence)),
         lambda: trials.add_all(_by_criterion(evidence, trials.best.choice)),
-        lambda: _tune_layers(evidence, trials),
-        lambda: tune_experts(evidence.problem, trials),
     )
     return dict(zip(ROUNDS, runs, strict=True))
 

@@ -26,6 +26,7 @@ from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.inspect import inspect_model
 from edge_moe.moments import LayerMoments, moments_path
 from edge_moe.reproduce import RAW_HINT
+from edge_moe.start import BLAS_WAIT
 from edge_moe.stats import EXPERT_SUMS, STATS_VERSION, ExpertStats, StatsInfo
 
 Failure = Callable[..., str]
@@ -272,6 +273,26 @@ def test_ctrl_c_while_importing_ends_quietly() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (130, b"")
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "4"), ("20", "20")])
+def test_idle_blas_threads_sleep_at_once_unless_told(given: str | None, used: str) -> None:
+    code = (
+        "import atexit, os, sys; sys.argv = ['edge-moe', '--version']\n"
+        "atexit.register(lambda: print(os.environ['OPENBLAS_THREAD_TIMEOUT']))\n"
+        "from edge_moe.start import main; main()"
+    )
+    rest = {name: value for name, value in os.environ.items() if name != BLAS_WAIT}
+    environment = rest | ({BLAS_WAIT: given} if given else {})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.split()[-1] == used
+
+
+def test_numpy_is_not_imported_before_the_command_line() -> None:
+    code = "import sys, edge_moe.start; sys.exit('numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_values_that_mean_nothing_name_their_flag(

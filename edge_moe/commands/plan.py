@@ -24,7 +24,7 @@ from edge_moe.units import parse_bytes, parse_tokens
 if TYPE_CHECKING:
     from edge_moe.stats import StatsInfo
 
-DEFAULT_SEARCH_SECONDS = 120.0
+DEFAULT_SEARCH_SECONDS = 240.0
 
 
 def plan_command(
