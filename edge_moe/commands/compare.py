@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from edge_moe.commands.options import Json, Model, Revision, TargetName, Tasks, stderr, wide_stdout
+from edge_moe.commands.options import (
+    DEFAULT_SEARCH_SECONDS,
+    Json,
+    Model,
+    Revision,
+    SearchSeconds,
+    TargetName,
+    Tasks,
+    stderr,
+    wide_stdout,
+)
 from edge_moe.errors import InputError
 
 DEFAULT_SHARES = ("75%", "50%", "35%", "25%")
@@ -35,9 +45,7 @@ def compare_command(
     transforms: Annotated[
         bool, typer.Option(help="Also merge, recombine and narrow experts: slower.")
     ] = True,
-    search_seconds: Annotated[
-        float, typer.Option(min=1, help="Time for edge-moe's own search, per cell.")
-    ] = 60.0,
+    search_seconds: SearchSeconds = DEFAULT_SEARCH_SECONDS,
     windows: Annotated[
         int, typer.Option(min=1, help="Held-out windows of 256 tokens to report on.")
     ] = 24,

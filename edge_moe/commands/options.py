@@ -95,6 +95,13 @@ SkipCalibrationFile = Annotated[
         show_default=False,
     ),
 ]
+SearchSeconds = Annotated[
+    float,
+    typer.Option(
+        "--search-seconds", min=1, help="Time for the search, once its first plan is measured."
+    ),
+]
+DEFAULT_SEARCH_SECONDS = 240.0
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
 

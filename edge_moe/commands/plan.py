@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edge_moe.commands.options import (
+    DEFAULT_SEARCH_SECONDS,
     DeviceName,
     Json,
     Model,
     Output,
     Revision,
+    SearchSeconds,
     TargetName,
     stderr,
     stdout,
@@ -23,8 +25,6 @@ from edge_moe.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from edge_moe.stats import StatsInfo
-
-DEFAULT_SEARCH_SECONDS = 240.0
 
 
 def plan_command(
@@ -67,9 +67,7 @@ def plan_command(
             "solve the plain program."
         ),
     ] = True,
-    search_seconds: Annotated[
-        float, typer.Option(min=1, help="Time for measuring plans, once the first is.")
-    ] = DEFAULT_SEARCH_SECONDS,
+    search_seconds: SearchSeconds = DEFAULT_SEARCH_SECONDS,
     output: Output = Path("plan.json"),
     revision: Revision = None,
     json: Json = False,

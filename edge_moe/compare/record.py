@@ -31,8 +31,8 @@ class CompareOptions(_Model):
     """What decides the numbers, beside the model, the task and the size."""
 
     target: Target = "native"
-    search_seconds: float = 60.0
-    max_windows: int = 12
+    search_seconds: float = 240.0
+    max_windows: int = 24
     """Held-out windows of the task that are reported on; others choose between plans."""
     off_task_windows: int = 2
     """Held-out windows of every other shipped task."""
