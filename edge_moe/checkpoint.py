@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe.dense_shapes import dense_shapes
-from edge_moe.errors import CheckpointError
+from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import os_problem, read_json
 from edge_moe.spec import ModelSpec, read_config
 
@@ -156,9 +156,15 @@ class Checkpoint:
         """Open `folder`. `tensors` are its headers where they were already read, as from a hub.
 
         Raises:
+            InputError: `folder` is a GGUF file.
             SpecError: config.json is missing or not supported.
             CheckpointError: a weight file is missing, truncated, or lacks expected tensors.
         """
+        if folder.suffix == ".gguf" and folder.is_file():
+            raise InputError(
+                f"{folder} is a GGUF file, which only inspect and eval read and llama.cpp runs: "
+                "give the Hugging Face folder that it was made from"
+            )
         self.folder = folder
         config_path = folder / "config.json"
         config = read_config(config_path)

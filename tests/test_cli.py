@@ -388,3 +388,64 @@ def test_the_folder_of_a_gguf_build_points_to_its_file(fails: Failure, tmp_path:
     for model in (tmp_path, file):
         message = fails("run", model, "--prompt", "x")
         assert f"`llama-cli -m {file}`, or build with --target native" in message
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("calibrate", "--task", "code"),
+        ("calibrate-skipping", "--task", "code"),
+        ("patterns", "--stats", "code=stats"),
+        ("transform", "--task", "code", "--method", "prune", "--experts", "4"),
+        ("compare", "--task", "code"),
+    ],
+)
+def test_commands_that_need_the_checkpoint_say_so_of_a_gguf_file(
+    command: tuple[str, ...], fails: Failure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    name, *options = command
+    message = fails(name, file, *options, "-o", tmp_path / "out")
+    assert f"{file} is a GGUF file, which only inspect and eval read" in message
+    assert message.endswith("give the Hugging Face folder that it was made from")
+    assert not (tmp_path / "out").exists()
+    assert run([name, "--help"]) == 0
+    assert ".gguf" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("work", "command"),
+    [
+        ("calibrate.calibrate", ("calibrate", "MODEL", "--task", "code")),
+        (
+            "calibrate_skipping.calibrate_skipping",
+            ("calibrate-skipping", "MODEL", "--task", "code"),
+        ),
+        (
+            "transform.transform",
+            ("transform", "MODEL", "--task", "code", "--method", "prune", "--experts", "4"),
+        ),
+        ("compare.compare", ("compare", "MODEL", "--task", "code")),
+        ("recover.recover", ("recover", "package", "--against", "MODEL", "--task", "code")),
+        ("build.build", ("build", "PLAN", "--model", "MODEL")),
+    ],
+)
+def test_stopped_work_that_resumes_says_how(
+    work: str,
+    command: tuple[str, ...],
+    demo_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"edge_moe.converters.{work}", stop)
+    opened = Checkpoint(demo_model)
+    hand_plan(opened, uniform_forms(opened, 4)).save(tmp_path / "plan.json")
+    paths = {"MODEL": str(demo_model), "PLAN": str(tmp_path / "plan.json")}
+    words = [paths.get(word, word) for word in command]
+    assert run([*words, "-o", str(tmp_path / "out")]) == 130
+    assert "run the same command again to resume" in capsys.readouterr().err

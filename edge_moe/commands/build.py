@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_moe.commands.options import TargetName, stderr
+from edge_moe.commands.options import TargetName, resumable, stderr
 
 if TYPE_CHECKING:
     from edge_moe.plan import Plan
@@ -41,7 +41,8 @@ def build_command(
     folder = resolve_model(model or loaded.model)
     from edge_moe.converters.build import build
 
-    path = build(loaded, output, model=folder, target=target.value if target else None)
+    with resumable():
+        path = build(loaded, output, model=folder, target=target.value if target else None)
     num_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
     console = stderr()
     console.print(f"{path}: {format_bytes(num_bytes)}")

@@ -8,18 +8,19 @@ from typing import Annotated
 import typer
 
 from edge_moe.commands.options import (
-    Model,
     Output,
     Revision,
+    SourceModel,
     Tasks,
     parse_names,
     parse_shard,
+    resumable,
     stderr,
 )
 
 
 def calibrate_command(
-    model: Model,
+    model: SourceModel,
     task: Tasks,
     output: Output = Path("stats"),
     window_tokens: Annotated[int, typer.Option(help="Tokens per window of text.")] = 512,
@@ -70,7 +71,7 @@ def calibrate_command(
     from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 
     measure = calibrate_with_gradients if gradients else calibrate
-    try:
+    with resumable():
         stats = measure(
             folder,
             task,
@@ -81,9 +82,6 @@ def calibrate_command(
             forms=names,
             quantiser=quantiser,
         )
-    except KeyboardInterrupt:
-        stderr().print("stopped: run the same command again to resume")
-        raise
     info = stats.info
     console = stderr()
     console.print(

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from edge_moe.commands.options import Model, Output, Revision, Tasks, stderr
+from edge_moe.commands.options import Output, Revision, SourceModel, Tasks, resumable, stderr
 
 
 def calibrate_skipping_command(
-    model: Model,
+    model: SourceModel,
     task: Tasks,
     output: Output = Path("skip.json"),
     window_tokens: Annotated[int, typer.Option(help="Tokens per window of text.")] = 512,
@@ -26,9 +26,10 @@ def calibrate_skipping_command(
     folder = resolve_model(model, revision)
     from edge_moe.converters.calibrate_skipping import calibrate_skipping
 
-    found = calibrate_skipping(
-        folder, task, output, window_tokens=window_tokens, max_windows=max_windows
-    )
+    with resumable():
+        found = calibrate_skipping(
+            folder, task, output, window_tokens=window_tokens, max_windows=max_windows
+        )
     low, high = min(found.median_ratios), max(found.median_ratios)
     stderr().print(
         f"{output}: {found.num_tokens:,} tokens, median ratios {low:.3f} to {high:.3f} over "

@@ -10,12 +10,12 @@ import typer
 from edge_moe.commands.options import (
     DEFAULT_SEARCH_SECONDS,
     Json,
-    Model,
     Revision,
     SearchSeconds,
+    SourceModel,
     TargetName,
     Tasks,
-    stderr,
+    resumable,
     wide_stdout,
 )
 from edge_moe.errors import InputError
@@ -24,7 +24,7 @@ DEFAULT_SHARES = ("75%", "50%", "35%", "25%")
 
 
 def compare_command(
-    model: Model,
+    model: SourceModel,
     task: Tasks,
     output: Annotated[
         Path,
@@ -85,12 +85,9 @@ def compare_command(
     )
     label = model if is_hub_id(model) else folder.name
     cells: list[Cell] = []
-    try:
+    with resumable():
         for name in task:
             cells += compare(folder, name, shares, output, options, label)
-    except KeyboardInterrupt:
-        stderr().print("stopped: run the same command again to resume")
-        raise
     clear_work(output)
     if json:
         print(f"[{', '.join(cell.model_dump_json() for cell in cells)}]")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +43,22 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Checkpoint folder, native package, .gguf file, or hub id such as Qwen/Qwen3-30B-A3B.",
+        show_default=False,
+    ),
+]
+RunnableModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Checkpoint folder, native package, or hub id such as Qwen/Qwen3-30B-A3B.",
+        show_default=False,
+    ),
+]
+SourceModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hugging Face checkpoint folder, or hub id such as Qwen/Qwen3-30B-A3B.",
         show_default=False,
     ),
 ]
@@ -121,6 +139,16 @@ def stderr() -> Console:
     """Progress, statistics and hints go here."""
     width = None if sys.stderr.isatty() else _PLAIN_WIDTH
     return Console(stderr=True, width=width, highlight=False, markup=False)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Around work that goes on where it was stopped: Ctrl-C says how."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr().print("stopped: run the same command again to resume")
+        raise
 
 
 def skip_rule(skip: str | None, calibration: Path | None, model: Path) -> SkipRule | None:

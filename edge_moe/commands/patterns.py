@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from edge_moe.commands.options import Model, Output, Revision, stderr
+from edge_moe.commands.options import Output, Revision, SourceModel, stderr
 from edge_moe.errors import InputError
 
 
 def patterns_command(
-    model: Model,
+    model: SourceModel,
     stats: Annotated[
         list[str],
         typer.Option(

@@ -13,10 +13,10 @@ from edge_moe.commands.options import (
     DEFAULT_SEARCH_SECONDS,
     DeviceName,
     Json,
-    Model,
     Output,
     Revision,
     SearchSeconds,
+    SourceModel,
     TargetName,
     stderr,
     stdout,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    model: Model,
+    model: SourceModel,
     stats: Annotated[
         Path, typer.Option(help="Statistics folder of `edge-moe calibrate`.", show_default=False)
     ],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_moe.commands.options import Tasks, stderr
+from edge_moe.commands.options import Tasks, resumable, stderr
 from edge_moe.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -64,18 +64,19 @@ def recover_command(
     settings = train_settings(
         rank=rank, steps=steps, learning_rate=learning_rate, lm_weight=lm_weight, seed=seed
     )
-    report = recover(
-        package,
-        original,
-        task,
-        output,
-        routers=routers,
-        branches=branches,
-        settings=settings,
-        window_tokens=window_tokens,
-        max_windows=max_windows,
-        max_memory_bytes=max_memory,
-    )
+    with resumable():
+        report = recover(
+            package,
+            original,
+            task,
+            output,
+            routers=routers,
+            branches=branches,
+            settings=settings,
+            window_tokens=window_tokens,
+            max_windows=max_windows,
+            max_memory_bytes=max_memory,
+        )
     _print_report(report)
     if gguf_lora:
         from edge_moe.converters.export_lora_gguf import ADAPTER_GGUF_NAME, export_lora_gguf

@@ -23,8 +23,8 @@ from edge_moe.commands.options import (
     ContextTokens,
     DeviceName,
     Json,
-    Model,
     Revision,
+    RunnableModel,
     Skip,
     SkipCalibrationFile,
     skip_rule,
@@ -42,7 +42,7 @@ EXIT_INTERRUPTED = 130
 
 
 def run_command(
-    model: Model,
+    model: RunnableModel,
     prompt: Annotated[
         str | None,
         typer.Option(

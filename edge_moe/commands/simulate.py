@@ -12,7 +12,7 @@ from edge_moe.commands.options import (
     ContextTokens,
     DeviceName,
     Json,
-    Model,
+    RunnableModel,
     Skip,
     SkipCalibrationFile,
     skip_rule,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def simulate_command(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="From `edge-moe run --trace`.")],
-    model: Model,
+    model: RunnableModel,
     slots: Annotated[
         int | None, typer.Option(help="Experts in memory at once.", show_default=False)
     ] = None,

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from edge_moe.commands.options import Model, Revision, Tasks, stderr
+from edge_moe.commands.options import Revision, SourceModel, Tasks, resumable, stderr
 from edge_moe.errors import InputError
 
 
 def transform_command(
-    model: Model,
+    model: SourceModel,
     task: Tasks,
     method: Annotated[
         str,
@@ -60,7 +60,7 @@ def transform_command(
     from edge_moe.converters.transform import transform
     from edge_moe.converters.transform_request import TextLimits
 
-    try:
+    with resumable():
         record = transform(
             folder,
             task,
@@ -73,9 +73,6 @@ def transform_command(
             stats=stats,
             name=model,
         )
-    except KeyboardInterrupt:
-        stderr().print("stopped: run the same command again to resume")
-        raise
     console = stderr()
     console.print(
         f"{output}: {record.num_experts} of {record.source_num_experts} experts per layer, "
