@@ -32,6 +32,18 @@ ADAPTER_GGUF_NAME = "adapter.gguf"
 _HEADER_BYTES = 2**20
 
 
+def require_lora_gguf(package: Path) -> None:
+    """Refuse, before anything is trained, a package whose recovery could not be exported.
+
+    Raises:
+        TargetError: llama.cpp does not know the architecture.
+        MissingExtraError: the `gguf` package is not installed.
+        PackageError: `package` is damaged.
+    """
+    import_gguf()
+    check_target(Package(package).spec, "gguf")
+
+
 def export_lora_gguf(package: Path, original: Path, output: Path) -> Path:
     """Write the recovery of `package` (a folder) to the new file `output`, which is returned.
 

@@ -69,6 +69,11 @@ class RecoveryReport(BaseModel):
     kept_step: int | None
     """The step whose branches were kept; 0 or None: there are none."""
 
+    @property
+    def has_gained(self) -> bool:
+        """Whether a router or a branch was kept."""
+        return bool(self.kept_step) or any(fit.is_kept for fit in self.routers)
+
     def row(self, step: int | None) -> LossRow | None:
         """The judgement at `step`."""
         return next((row for row in self.losses if row.step == step), None)

@@ -384,3 +384,41 @@ def test_a_command_that_works(
     told = capsys.readouterr().err
     assert "memory at most" in told
     assert "next: edge-moe eval" in told
+
+
+def test_a_lora_file_that_cannot_be_written_is_refused_before_training(
+    tiny_checkpoint: TinyCheckpoint,
+    pair: Any,
+    task: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("gguf")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("this is too late")
+
+    monkeypatch.setattr("edge_moe.converters.recover.recover", never)
+    unknown = tiny_checkpoint("mixtral")
+    unexported = built(unknown, tmp_path / "package", "q8_0")
+    options = ["--task", task, "-o", str(tmp_path / "out"), "--gguf-lora"]
+    assert run(["recover", str(unexported), "--against", str(unknown), *options]) == 2
+    assert "target gguf cannot hold architecture 'mixtral'" in capsys.readouterr().err
+    source, package = pair
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert run(["recover", str(package), "--against", str(source), *options]) == 2
+    assert "needs the package 'gguf', which is not installed" in capsys.readouterr().err
+
+
+def test_nothing_gained_is_no_error_and_no_lora_file(
+    tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    source = tiny_checkpoint("qwen3_moe")
+    package = built(source, tmp_path / "package", "bf16")
+    line = ["recover", str(package), "--against", str(source), "--task", task, "--no-branches"]
+    settings = ["--window-tokens", "64", "--max-windows", "4", "--gguf-lora"]
+    assert run([*line, *settings, "-o", str(tmp_path / "out")]) == 0
+    assert "nothing was gained, so there is no" in capsys.readouterr().err
+    assert not (tmp_path / "out/adapter.gguf").exists()

@@ -61,6 +61,10 @@ def recover_command(
     from edge_moe.converters.recover import recover
     from edge_moe.converters.recover_train import train_settings
 
+    if gguf_lora:
+        from edge_moe.converters.export_lora_gguf import require_lora_gguf
+
+        require_lora_gguf(package)
     settings = train_settings(
         rank=rank, steps=steps, learning_rate=learning_rate, lm_weight=lm_weight, seed=seed
     )
@@ -79,11 +83,20 @@ def recover_command(
         )
     _print_report(report)
     if gguf_lora:
-        from edge_moe.converters.export_lora_gguf import ADAPTER_GGUF_NAME, export_lora_gguf
-
-        stderr().print(f"{export_lora_gguf(output, original, output / ADAPTER_GGUF_NAME)}")
+        _export_lora(report, output, original)
     tasks = " ".join(f"--task {name}" for name in task)
     stderr().print(f"next: edge-moe eval {output} --against {against} {tasks}")
+
+
+def _export_lora(report: RecoveryReport, output: Path, original: Path) -> None:
+    """Write adapter.gguf into `output`, where there is something to write."""
+    from edge_moe.converters.export_lora_gguf import ADAPTER_GGUF_NAME, export_lora_gguf
+
+    path = output / ADAPTER_GGUF_NAME
+    if not report.has_gained:
+        stderr().print(f"note: nothing was gained, so there is no {path}")
+        return
+    stderr().print(f"{export_lora_gguf(output, original, path)}")
 
 
 def _print_report(report: RecoveryReport) -> None:
