@@ -47,7 +47,8 @@ def tune_experts(problem: Problem, trials: Trials) -> None:
     to be the same from the new plan on.
 
     Raises:
-        TimeUp: there was no time for every move of a round; those that were measured were used.
+        TimeUp: there was no time for every move of a round. Those that were measured were used,
+            unless a pass took so much longer than the one before that no time was left for that.
     """
     base, known = trials.best.choice, dict[Move, Change]()
     for number in count(1):

@@ -65,18 +65,30 @@ def saliency(stats: ExpertStats, name: str) -> FloatArray:
 
 
 def keep_largest(
-    scores: FloatArray, num_kept: int | IntArray, protected: BoolArray | None = None
+    scores: FloatArray,
+    num_kept: int | IntArray,
+    protected: BoolArray | None = None,
+    num_groups: int = 1,
 ) -> BoolArray:
     """[L, E] the `num_kept` experts of largest score in every layer; ties go to the lower id.
 
-    `num_kept` may differ from layer to layer, [L].
+    `num_kept` may differ from layer to layer, [L]. A group-limited router's `num_groups` runs of
+    consecutive experts keep equally many each.
 
     `protected` experts [L, E] come first, whatever their score.
 
     Raises:
-        InputError: a layer protects more experts than it may keep, or has fewer.
+        InputError: a layer, or a group of it, protects more experts than it may keep, or has fewer;
+            or `num_kept` is no multiple of `num_groups`.
     """
     counts = np.broadcast_to(num_kept, scores.shape[:1])
+    if num_groups > 1:
+        if (counts % num_groups).any():
+            raise InputError(f"cannot keep {num_kept} experts in {num_groups} equal groups")
+        by_group = len(scores) * num_groups, scores.shape[1] // num_groups
+        part = None if protected is None else protected.reshape(by_group)
+        per_group = np.repeat(counts // num_groups, num_groups)
+        return keep_largest(scores.reshape(by_group), per_group, part).reshape(scores.shape)
     if (counts < 1).any() or (counts > scores.shape[1]).any():
         raise InputError(f"cannot keep {num_kept} of {scores.shape[1]} experts")
     if protected is None:

@@ -165,18 +165,18 @@ def _one_form(problem: Problem) -> IntArray | None:
 
 def _by_criterion(evidence: Evidence, best: IntArray) -> Iterator[tuple[str, IntArray]]:
     """The experts that a criterion keeps, their bits by the program; near the best plan's count."""
-    problem = evidence.problem
-    if problem.num_groups > 1:
-        return  # a criterion ranks a whole layer, group limits need equal numbers per group
-    num_experts = best.shape[1]
-    mean_kept = float((best > 0).sum(axis=1).mean())
+    problem, num_groups = evidence.problem, evidence.problem.num_groups
+    mean_kept = float((best > 0).sum(axis=1).mean()) / num_groups
     counts = {round(mean_kept * share) for share in (0.75, 1.0, 1.25)}
-    lowest = max(problem.top_k, int(evidence.supers.sum(axis=1).max()), 1)
-    for count in sorted({min(max(count, lowest), num_experts) for count in counts}):
-        if count == num_experts:
+    supers = problem.by_group(evidence.supers).sum(axis=-1)
+    lowest = max(problem.group_minimum, int(supers.max()))
+    for per_group in sorted({min(max(count, lowest), problem.group_size) for count in counts}):
+        if per_group == problem.group_size:
             continue
+        count = per_group * num_groups
         for name in CRITERIA:
-            kept = keep_largest(saliency(evidence.stats, name), count, evidence.supers)
+            scores = saliency(evidence.stats, name)
+            kept = keep_largest(scores, count, evidence.supers, num_groups)
             choice = _solved(_with_kept(problem, kept))
             if choice is not None:
                 yield f"{name}, {count} per layer", choice

@@ -85,7 +85,7 @@ def choose_rows(
     ranked = [rank_by_group(each, spec.router.num_groups) for each in scores]
     least = _least_units(spec)
     if slot_bytes is None:
-        return _kept_rows(pattern, store, least * spec.router.num_groups)
+        return _kept_rows(pattern, store, least, spec.router.num_groups)
     units = [list(layer[:least]) for layer in ranked]
     left = slot_bytes - sum(
         _unit_bytes(store, layer, unit) for layer, chosen in enumerate(units) for unit in chosen
@@ -111,17 +111,31 @@ def _least_units(spec: ModelSpec) -> int:
     return max(2, -(-spec.top_k // router.top_groups))
 
 
-def _kept_rows(pattern: TaskPattern, store: ExpertStore, least: int) -> list[list[int]]:
+def _kept_rows(
+    pattern: TaskPattern, store: ExpertStore, least: int, num_groups: int
+) -> list[list[int]]:
+    """The pattern's experts of each layer that `store` has, `least` per router group or more."""
     rows = []
     for layer, (kept, wanted) in enumerate(zip(store.kept, pattern.kept, strict=True)):
-        found = [row for row, expert_id in enumerate(kept) if expert_id in set(wanted)]
-        if len(found) < least:
+        found = np.isin(kept, wanted)
+        by_group = found.reshape(num_groups, -1).sum(axis=1)
+        remedy = "give a --budget, or run the whole model"
+        if by_group.min() < least:
             raise InputError(
-                f"task {pattern.name!r} keeps {len(found)} of this package's experts in MoE layer "
-                f"{layer}, {least} are needed: give a --budget, or run the whole model"
+                f"task {pattern.name!r} keeps {found.sum()} of this package's experts in MoE layer "
+                f"{layer}, {least * num_groups} are needed{_per_group(num_groups)}: {remedy}"
             )
-        rows.append(found)
+        if by_group.min() < by_group.max():
+            raise InputError(
+                f"task {pattern.name!r} keeps {by_group.tolist()} of this package's experts in the "
+                f"router groups of MoE layer {layer}, which must stay equal: {remedy}"
+            )
+        rows.append([int(row) for row in np.flatnonzero(found)])
     return rows
+
+
+def _per_group(num_groups: int) -> str:
+    return "" if num_groups == 1 else f", equally many in each of the router's {num_groups} groups"
 
 
 def _unit_bytes(store: ExpertStore, layer: int, unit: Any) -> int:

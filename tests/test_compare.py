@@ -45,7 +45,7 @@ from edge_moe.plan import Target
 from edge_moe.planner import build_problem
 from edge_moe.published import GEMQ_NAME, PMQ_NAME
 from edge_moe.runtime.session import load_tokenizer
-from edge_moe.saliency import saliency
+from edge_moe.saliency import CRITERIA, saliency
 from edge_moe.search import ROUNDS
 from edge_moe.super_experts import find_super_experts
 from edge_moe.units import parse_share
@@ -56,8 +56,8 @@ def field(tiny_checkpoint: TinyCheckpoint) -> Field:
     return _field(tiny_checkpoint, 0.3)
 
 
-def _field(tiny_checkpoint: TinyCheckpoint, share: float) -> Field:
-    checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe", wide=True))
+def _field(tiny_checkpoint: TinyCheckpoint, share: float, family: str = "qwen3_moe") -> Field:
+    checkpoint = Checkpoint(tiny_checkpoint(family, wide=True))
     spec, stats = checkpoint.spec, fake_stats(checkpoint)
     generator = np.random.default_rng(1)
     for total in stats.expert_sums.values():
@@ -278,7 +278,7 @@ def test_what_does_not_exist_is_said(tiny_checkpoint: TinyCheckpoint) -> None:
     found, missing = contenders(tight)
     assert not [each for each in found if each.name == PMQ_NAME]
     assert any(text.startswith(f"{PMQ_NAME}: ") for text in missing)
-    assert any(text.startswith("Pruning, 16 bits: fewer than top_k") for text in missing)
+    assert any(text.startswith("Pruning, 16 bits: fewer experts per layer fit") for text in missing)
     others = ["q2_0" if form.startswith("tq") else form for form in tight.forms]
     _, missing = contenders(replace(tight, forms=others))
     assert any(text.startswith("All ternary: not on offer") for text in missing)
@@ -286,6 +286,22 @@ def test_what_does_not_exist_is_said(tiny_checkpoint: TinyCheckpoint) -> None:
     for problem in (tight.problem, replace(tight.problem, scope="model")):
         _, missing = contenders(replace(tight, problem=problem))
         assert any(PMQ_NAME in text for text in missing)
+
+
+def test_criteria_keep_the_router_groups_equal(tiny_checkpoint: TinyCheckpoint) -> None:
+    field = _field(tiny_checkpoint, 0.45, "deepseek_v3")
+    assert field.problem.num_groups == 2
+    pruned = [each for each in contenders(field)[0] if each.kind in (Kind.PRUNE, Kind.RANDOM)]
+    assert {each.name.partition(",")[0] for each in pruned} == set(CRITERIA)
+    for each in pruned:
+        by_group = field.problem.by_group(each.choice > 0).sum(axis=-1)
+        assert (by_group == by_group[:, :1]).all() and by_group.min() >= 2
+        assert field.problem.bytes_of(each.choice) <= field.problem.budget_bytes
+    scores = np.where(field.supers, np.inf, saliency(field.stats, "reap"))
+    reap = next(each for each in pruned if each.name == "reap, 8 bits")
+    count = int((reap.choice[0] > 0).sum()) // 2
+    best = field.problem.by_group(scores)[0].argsort(axis=-1)[:, -count:] + [[0], [4]]
+    assert set(np.flatnonzero(reap.choice[0])) == set(best.ravel().tolist())
 
 
 def test_gemq_is_there_where_pmq_fails(tiny_checkpoint: TinyCheckpoint) -> None:

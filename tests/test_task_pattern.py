@@ -22,7 +22,10 @@ from edge_moe.demo import task_names
 from edge_moe.errors import EdgeMoeError, InputError, StatsError
 from edge_moe.formats import DROP
 from edge_moe.profiles import load_patterns
+from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
+from edge_moe.runtime.policy import Key
 from edge_moe.runtime.session import Session
+from edge_moe.runtime.subset import choose_rows
 from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
 from edge_moe.task_pattern import (
     GENERAL,
@@ -363,3 +366,35 @@ def test_patterns_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
     ):
         assert run(["patterns", str(tmp_path), *options]) == 2
         assert message in capsys.readouterr().err
+
+
+class KeptStore(ExpertStore):
+    """A store that only says what it has."""
+
+    def __init__(self, kept: list[list[int]]) -> None:
+        self.kept = kept
+
+    def record(self, key: Key) -> RecordInfo:
+        raise AssertionError
+
+    def read_into(self, key: Key, buffer: memoryview) -> None:
+        raise AssertionError
+
+    def close(self) -> None:
+        raise AssertionError
+
+
+def test_a_package_whose_router_groups_a_task_would_make_unequal(
+    tiny_checkpoint: TinyCheckpoint,
+) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("deepseek_v3"))
+    pattern = pattern_for(checkpoint, [[1, 1, 1, 0, 1, 1, 1, 0]] * 2)
+    equal = KeptStore([[0, 1, 3, 4, 5, 7]] * 2)
+    assert choose_rows(pattern, equal, checkpoint.spec, None) == [[0, 1, 3, 4]] * 2
+    unequal = KeptStore([[0, 1, 2, 4, 5, 7]] * 2)
+    with pytest.raises(InputError, match=r"keeps \[3, 2\] .* must stay equal: give a --budget"):
+        choose_rows(pattern, unequal, checkpoint.spec, None)
+    few = KeptStore([[0, 2, 3, 5, 6, 7]] * 2)
+    few_left = pattern_for(checkpoint, [[1, 1, 0, 0, 1, 1, 0, 0]] * 2)
+    with pytest.raises(InputError, match=r"4 are needed, equally many in each of the router's 2"):
+        choose_rows(few_left, few, checkpoint.spec, None)

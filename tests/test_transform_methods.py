@@ -62,6 +62,14 @@ def brute_force(task: LayerTask, kept: tuple[int, ...]) -> float:
     return total
 
 
+def block_outputs(task: LayerTask) -> list[Tensor]:
+    """[T, H] float64 of every window, by the real layer as it is now."""
+    samples = task.sampled()
+    with torch.no_grad():
+        windows = torch.split(samples.inputs, list(samples.window_tokens))
+        return [samples.block(window[None])[0].double() for window in windows]
+
+
 def naee_task(family: str, tiny_checkpoint: TinyCheckpoint, num_experts: int) -> LayerTask:
     folder = tiny_checkpoint(family)
     return layer_task(folder, 1, num_experts)
@@ -100,6 +108,24 @@ def test_dropping_one_by_one_takes_the_least_missed(tiny_checkpoint: TinyCheckpo
         kept = rest[int(np.argmin([brute_force(task, each) for each in rest]))]
     found, least = eliminate(task, loss)
     assert found == kept
+    assert least == pytest.approx(brute_force(task, kept), rel=1e-5)
+
+
+def test_dropping_one_by_one_where_groups_are_compared(tiny_checkpoint: TinyCheckpoint) -> None:
+    """The reference forbids an expert by its selection bias in the whole layer's own router."""
+    task = naee_task("deepseek_v3", tiny_checkpoint, 6)
+    loss = OutputLoss(task.sampled())
+    bias, whole = task.sampled().block.gate.e_score_correction_bias, block_outputs(task)
+    expected = []
+    for expert_id in range(8):
+        before, bias[expert_id] = bias[expert_id].clone(), -torch.inf
+        changed = zip(block_outputs(task), whole, strict=True)
+        expected.append(float(sum((part - full).norm() for part, full in changed)))
+        bias[expert_id] = before
+    np.testing.assert_allclose(loss.losses_without(range(8), range(8)), expected, rtol=1e-5)
+    kept, least = eliminate(task, loss)
+    gone = {int(np.argmin(expected[:4])), 4 + int(np.argmin(expected[4:]))}
+    assert set(kept) == set(range(8)) - gone
     assert least == pytest.approx(brute_force(task, kept), rel=1e-5)
 
 
@@ -154,6 +180,20 @@ def test_dern_keeps_its_own_when_given_copies() -> None:
     own = torch.tensor([[3.0, 1.0, 0.0], [0.1, 0.0, 2.0], [1.0, 0.0, -1.0]])
     copies = Received(own[[0, 0, 2]], torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(recombine(own, 0.5, copies).sort(0).values, own.sort(0).values)
+
+
+def test_dern_gives_segments_that_nothing_chose_a_mean() -> None:
+    own = torch.tensor([[4.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    unused = Received(torch.tensor([[0.0, 4.0, 0.0]]), torch.zeros(1, dtype=torch.float64))
+    found = recombine(own, 3.0, unused)
+    torch.testing.assert_close(found, own)
+    silent = Received(torch.tensor([[0.0, 0.0, 3.0]] * 2), torch.zeros(2, dtype=torch.float64))
+    assert bool(recombine(own[:1], 0.0, silent).isfinite().all())
+    torch.manual_seed(0)
+    for _ in range(100):
+        copies = torch.randn(2, 9).repeat(3, 1)
+        given = Received(copies, torch.zeros(6, dtype=torch.float64))
+        assert bool(recombine(torch.randn(4, 9), 1.0, given).isfinite().all())
 
 
 def test_heapr_cuts_gate_row_up_row_and_down_column_together() -> None:
@@ -272,6 +312,11 @@ def test_sub_moe_truncated_is_a_projection() -> None:
     moment = torch.stack([each.T @ each for each in outputs]).sum(dim=0)
     mean = shares[0] * matrices[0] + shares[1] * matrices[1]
     torch.testing.assert_close(leading_projection(moment, 0.8) @ mean, expected)
+
+
+def test_nothing_is_truncated_where_no_token_was_routed() -> None:
+    moment = torch.zeros(5, 5, dtype=torch.float64)
+    torch.testing.assert_close(leading_projection(moment, 0.8), torch.eye(5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("align", ["no", "yes"])

@@ -36,6 +36,7 @@ from edge_moe.converters.transforms.selection import kept_by_score, receivers
 from edge_moe.spec import ModelSpec
 
 _MAX_ROUNDS = 50
+_LEAST_WEIGHT = 1e-12  # of the largest: a cluster of segments that nothing chose has a mean, too
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def recombine(own: Tensor, importance: float, received: Received) -> Tensor:
     weights = torch.cat(
         [torch.full((len(own),), importance, dtype=torch.float64), received.weights]
     )
-    weights = weights if bool(weights.sum() > 0) else torch.ones_like(weights)
+    if not bool(weights.sum() > 0):
+        weights = torch.ones_like(weights)
+    weights = weights.clamp_min(float(weights.max()) * _LEAST_WEIGHT)
     labels = _spherical_kmeans(normalize(units, dim=1), weights, _first_centres(units, len(own)))
     sums = _weighted_sums(normalize(units, dim=1), weights, labels, len(own))
     lengths = _weighted_sums(units.norm(dim=1, keepdim=True), weights, labels, len(own))

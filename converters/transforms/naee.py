@@ -13,7 +13,7 @@ token, a drop set costs k**2 numbers per token. Float64, as in the released code
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, islice
 
 import numpy as np
@@ -61,6 +61,16 @@ class OutputLoss:
             self._batch(*router.route(torch.tensor(batch)))
             for batch in iter(lambda: list(islice(sets, step)), [])
         ]
+        return np.concatenate(found)
+
+    def losses_without(self, kept: Sequence[int], candidates: Sequence[int]) -> FloatArray:
+        """[candidates] loss of the ascending ids `kept` without each of them in turn."""
+        router = SubsetRouter(self._samples.block.gate, self._samples.logits, len(kept))
+        step = max(1, _BATCH_NUMBERS // (self._samples.num_tokens * len(kept)))
+        found = []
+        for gone in torch.split(torch.tensor(candidates), step):
+            subsets = torch.tensor(kept).expand(len(gone), -1)
+            found.append(self._batch(*router.route(subsets, gone)))
         return np.concatenate(found)
 
     def _batch(self, ids: Tensor, weights: Tensor) -> FloatArray:
@@ -131,8 +141,7 @@ def _least_missed(task: LayerTask, loss: OutputLoss, kept: tuple[int, ...], grou
     candidates = [i for i in kept if i in group and not task.is_protected()[i]]
     if not candidates:
         raise InputError(f"layer {task.layer_id}: only super experts are left: keep more experts")
-    rest = [tuple(i for i in kept if i != expert_id) for expert_id in candidates]
-    return candidates[int(loss.losses(rest, len(kept) - 1).argmin())]
+    return candidates[int(loss.losses_without(kept, candidates).argmin())]
 
 
 def _kept_sets(task: LayerTask) -> Iterator[tuple[int, ...]]:

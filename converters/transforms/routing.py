@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _BIAS = "e_score_correction_bias"
+_NEVER = -1e30  # finite: the identity matrix multiplies it with zeros
 
 
 class SubsetRouter:
@@ -26,13 +27,22 @@ class SubsetRouter:
         self._router.weight = nn.Parameter(torch.eye(num_experts), requires_grad=False)
         self._router.num_experts = self._router.hidden_dim = num_experts
 
-    def route(self, subsets: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, N] ascending expert ids -> (chosen ids, weights), [B, T, k] each, in any order."""
+    def route(self, subsets: Tensor, gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, N] ascending expert ids -> (chosen ids, weights), [B, T, k] each, in any order.
+
+        `gone` [B] is an expert of each subset that keeps its place and is never chosen: so a group
+        of a group-limited router can be one short, which the module itself cannot hold.
+        """
         num_subsets, num_kept = subsets.shape
         num_tokens = len(self._logits)
-        logits = self._logits[:, subsets].transpose(0, 1).reshape(-1, num_kept)  # [B T, N]
+        never = torch.zeros_like(subsets, dtype=torch.bool)
+        if gone is not None:
+            never = subsets == gone[:, None]
+        logits = self._logits[:, subsets].transpose(0, 1).masked_fill(never[:, None], _NEVER)
+        logits = logits.reshape(-1, num_kept)  # [B T, N]
         if self._bias is not None:
-            bias = self._bias[subsets][:, None].expand(-1, num_tokens, -1)
+            bias = self._bias[subsets].masked_fill(never, -torch.inf)
+            bias = bias[:, None].expand(-1, num_tokens, -1)
             setattr(self._router, _BIAS, bias.reshape(-1, num_kept))
         _, weights, positions = self._router(logits)
         shape = num_subsets, num_tokens, -1

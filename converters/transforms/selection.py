@@ -58,12 +58,8 @@ def kept_by_score(task: LayerTask, scores: FloatArray) -> list[int]:
         InputError: a layer, or a group of it, has more super experts than it may keep.
     """
     num_groups = task.spec.router.num_groups
-    shape = num_groups, task.weights.num_experts // num_groups
-    mask = keep_largest(
-        scores.reshape(shape),
-        task.num_experts // num_groups,
-        task.is_protected().reshape(shape),
-    )
+    protected = task.is_protected()[None]
+    mask = keep_largest(scores[None], task.num_experts, protected, num_groups)[0]
     return [int(index) for index in np.flatnonzero(mask)]
 
 

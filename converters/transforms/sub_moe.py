@@ -216,7 +216,12 @@ def _truncate(
 
 
 def leading_projection(moment: Tensor, keep_share: float) -> Tensor:
-    """[n, n] projection on the leading eigenvectors of `moment` [n, n], ceil(keep_share n) many."""
+    """[n, n] projection on the leading eigenvectors of `moment` [n, n], ceil(keep_share n) many.
+
+    The identity where the moment is 0, as of experts that no token chose: no direction leads.
+    """
+    if not bool(moment.any()):
+        return torch.eye(len(moment), dtype=moment.dtype)
     num_kept = int(np.ceil(keep_share * len(moment)))
     _, vectors = torch.linalg.eigh(moment)
     leading: Tensor = vectors[:, len(moment) - num_kept :]

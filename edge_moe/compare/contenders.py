@@ -103,7 +103,7 @@ def contenders(field: Field) -> tuple[list[Contender], list[str]]:
             missing.append(f"Pruning, {label}: {reason}.")
             continue
         for name, kind, scores in _rankings(field.stats):
-            kept = keep_largest(scores, counts, field.supers)
+            kept = keep_largest(scores, counts, field.supers, field.problem.num_groups)
             found.append(Contender(f"{name}, {label}", kind, np.where(kept, form, 0)))
     return found, missing
 
@@ -132,26 +132,29 @@ def form_label(form: str) -> str:
 
 
 def counts_for(problem: Problem, form: int) -> IntArray | None:
-    """[L] experts that every layer keeps in `form`, as many as the budget holds, or None."""
-    num_layers, num_experts = problem.loss.shape[:2]
+    """[L] experts that every layer keeps in `form`, as many as the budget holds, or None.
+
+    A group-limited router's groups keep equally many.
+    """
+    num_groups = problem.num_groups
     affordable = problem.budget_bytes // int(problem.form_bytes[form])
-    per_layer, extra = divmod(affordable, num_layers)
-    counts = np.full(num_layers, min(per_layer, num_experts), np.int64)
-    if problem.scope == "expert" and per_layer < num_experts:
+    per_group, extra = divmod(affordable // num_groups, problem.num_layers)
+    counts = np.full(problem.num_layers, min(per_group, problem.group_size), np.int64)
+    if problem.scope == "expert" and per_group < problem.group_size:
         counts[:extra] += 1
-    return None if counts.min() < problem.top_k else counts
+    return None if counts.min() < problem.group_minimum else counts * num_groups
 
 
 def _cannot_prune(field: Field, counts: IntArray | None) -> str:
     """Why no criterion can keep `counts` [L] experts; empty where it can."""
     problem = field.problem
-    if problem.num_groups > 1:
-        return "a criterion ranks whole layers, this router wants equal numbers per group"
     if counts is None:
-        return f"fewer than top_k={problem.top_k} experts per layer fit"
+        needed = problem.group_minimum * problem.num_groups
+        return f"fewer experts per layer fit than the router needs, {needed}"
     if counts.min() == problem.loss.shape[1]:
         return "all experts fit, none has to go"
-    if (field.supers.sum(axis=1) > counts).any():
+    supers = problem.by_group(field.supers).sum(axis=-1).max(axis=-1)
+    if (supers * problem.num_groups > counts).any():
         return "a layer has more super experts than may stay"
     return ""
 
