@@ -42,7 +42,7 @@ from edge_moe.converters.transform_record import (
     transform_card,
 )
 from edge_moe.converters.transform_request import Request, TextLimits, check_request
-from edge_moe.converters.transform_scores import Scores, measure_scores
+from edge_moe.converters.transform_scores import Scores, given_scores, measure_scores
 from edge_moe.converters.transforms import get_method
 from edge_moe.converters.transforms.base import (
     LayerResult,
@@ -72,13 +72,15 @@ def transform(
     """Write checkpoint `model`, made smaller by `method` for `tasks`, to the new folder `output`.
 
     Give `num_experts` per layer or `expert_width`, whichever the method lowers. `stats` are
-    statistics of this model that exist already; without them it is calibrated first. `name` is how
-    the record names the source. A killed run resumes when it is started again with the same
-    arguments. Memory: `transform_terms`; for what is measured first, `calibration_terms` or
-    `gradient_terms`. Disk: the output and, meanwhile, twice the hidden states.
+    statistics of this model that exist already, whose tasks the record then states; without them it
+    is calibrated first. `name` is how the record names the source. A killed run resumes when it is
+    started again with the same arguments. Memory: `transform_terms`; for what is measured first,
+    `calibration_terms` or `gradient_terms`. Disk: the output and, meanwhile, twice the hidden
+    states.
 
     Raises:
-        EdgeMoeError: bad model, method, setting, text or output, or not enough memory or disk.
+        EdgeMoeError: bad model, method, setting, text or output, not enough memory or disk, or
+            `stats` of another model, or of another task for a method that runs layers on text.
     """
     require_new_output(output)
     request = check_request(
@@ -91,11 +93,16 @@ def transform(
         num_experts,
         expert_width,
     )
-    with build_folder(output, request.fingerprint(stats)) as work:
+    _require_memory(request)
+    given = given_scores(request, stats)
+    with build_folder(output, request.fingerprint(given.fingerprint if given else None)) as work:
         files = TransformOutput(request.checkpoint, work, request.num_experts, request.expert_width)
         files.config_text()  # refuses what config.json cannot state before any work is done
-        _require_room(request, files)
-        scores = measure_scores(request, work.path.parent, stats)
+        hidden_bytes = hidden_file_bytes(
+            request.checkpoint.spec.hidden_size, request.info.num_tokens
+        )
+        files.require_disk(2 * hidden_bytes)
+        scores = given or measure_scores(request, work.path.parent)
         run = _Run(request, work, files, scores)
         run.layers()
         return run.finish()
@@ -239,8 +246,8 @@ class _Outputs:
             self.advance()
 
 
-def _require_room(request: Request, files: TransformOutput) -> None:
-    """State the memory needed on stderr, and refuse when it or the disk is not there."""
+def _require_memory(request: Request) -> None:
+    """State the memory needed on stderr, and refuse when it is not there."""
     spec, method = request.checkpoint.spec, request.method
     new_weights = request.num_experts * 3 * spec.hidden_size * request.expert_width
     longest = max(map(len, request.texts), default=0)
@@ -253,4 +260,3 @@ def _require_room(request: Request, files: TransformOutput) -> None:
     )
     subject = f"{method.name}: layers run on {request.sample_tokens} tokens"
     state_and_require_memory(subject, terms, FEWER_TOKENS)
-    files.require_disk(2 * hidden_file_bytes(spec.hidden_size, request.info.num_tokens))

@@ -64,7 +64,7 @@ $model_remark
 | super experts | $super_experts |
 | source checkpoint, sha256 | `$model_fingerprint` |
 | calibration text, sha256 | `$data_fingerprint` |
-
+$more_rows
 `$record_name` lists, for every layer, which source experts became which expert.
 
 ## Notes
@@ -96,8 +96,18 @@ class TransformRecord(BaseModel):
     model: str
     model_fingerprint: str
     tasks: list[str]
+    """What scores come from: the tasks of the statistics."""
     data_fingerprint: str
+    """Of the whole calibration text that scores come from."""
+    stats: str | None
+    """Name of the folder of statistics that was given; None where they were measured here."""
+    stats_fingerprint: str | None
+    """sha256 over the statistics that were given."""
+    sample_fingerprint: str | None
+    """Of the text that layers were run on; None where the method needs no samples."""
     window_tokens: int
+    """What the user allowed of the text of `--task`; where statistics were given, none but samples
+    come from it."""
     max_windows: int | None
     max_sample_tokens: int | None
     """What the user allowed; None: as the method says."""
@@ -109,8 +119,8 @@ class TransformRecord(BaseModel):
     source_num_experts: int
     expert_width: int
     source_expert_width: int
-    super_experts: list[tuple[int, int]]
-    """(layer_id, expert_id)"""
+    super_experts: list[tuple[int, int]] | None
+    """(layer_id, expert_id); None where they were not looked for."""
     forms: list[str]
     """Packed forms that the new experts fit."""
     lost_forms: list[str]
@@ -146,12 +156,15 @@ def make_record(request: Request, scores: Scores, layers: Sequence[LayerRecord])
         settings=request.settings,
         model=model_name(request.name),
         model_fingerprint=request.checkpoint.fingerprint,
-        tasks=list(request.info.tasks),
-        data_fingerprint=request.info.data_fingerprint,
+        tasks=list(scores.info.tasks),
+        data_fingerprint=scores.info.data_fingerprint,
+        stats=scores.folder.absolute().name if scores.folder else None,
+        stats_fingerprint=scores.fingerprint,
+        sample_fingerprint=request.info.data_fingerprint if request.sampled else None,
         window_tokens=request.limits.window_tokens,
         max_windows=request.limits.max_windows,
         max_sample_tokens=request.limits.sample_tokens,
-        num_tokens=request.info.num_tokens,
+        num_tokens=scores.info.num_tokens,
         sample_tokens=request.sample_tokens,
         num_experts=request.num_experts,
         source_num_experts=spec.num_experts,
@@ -189,10 +202,10 @@ def transform_card(
         settings=", ".join(f"{key} {value}" for key, value in record.settings.items()) or "none",
         num_tokens=f"{record.num_tokens:,}",
         sampled=f", layers run on {record.sample_tokens:,}" if record.sample_tokens else "",
-        super_experts=", ".join(f"{layer}.{expert}" for layer, expert in record.super_experts)
-        or "none",
+        super_experts=_super_experts(record),
         model_fingerprint=record.model_fingerprint,
         data_fingerprint=record.data_fingerprint,
+        more_rows=_more_rows(record),
         record_name=RECORD_NAME,
         notes="\n".join(f"- {note}" for note in record.notes) or "- None.",
     )
@@ -206,6 +219,22 @@ def _shrunk(record: TransformRecord) -> str:
     return f"Every expert is {record.expert_width} wide instead of {record.source_expert_width}."
 
 
+def _super_experts(record: TransformRecord) -> str:
+    if record.super_experts is None:
+        return "not looked for"
+    return ", ".join(f"{layer}.{expert}" for layer, expert in record.super_experts) or "none"
+
+
+def _more_rows(record: TransformRecord) -> str:
+    """Where scores and samples come from, as far as it differs from one text read here."""
+    rows = []
+    if record.sample_fingerprint not in (None, record.data_fingerprint):
+        rows.append(f"| text that layers were run on, sha256 | `{record.sample_fingerprint}` |\n")
+    if record.stats is not None:
+        rows.append(f"| statistics `{record.stats}`, sha256 | `{record.stats_fingerprint}` |\n")
+    return "".join(rows)
+
+
 def _command(record: TransformRecord, model: str, name: str) -> str:
     parts = [model, "--method", record.method]
     if get_method(record.method).shrinks == "experts":
@@ -214,6 +243,8 @@ def _command(record: TransformRecord, model: str, name: str) -> str:
         parts += ["--width", str(record.expert_width)]
     for task in record.tasks:
         parts += ["--task", task]
+    if record.stats is not None:
+        parts += ["--stats", record.stats]
     for key, value in record.settings.items():
         parts += ["--set", f"{key}={value}"]
     parts += ["--window-tokens", str(record.window_tokens)]

@@ -61,8 +61,11 @@ class Request:
     def sample_tokens(self) -> int:
         return sum(map(len, self.texts))
 
-    def fingerprint(self, stats: Path | None) -> str:
-        """sha256 over everything that decides the result; a killed run resumes only its equal."""
+    def fingerprint(self, stats: str | None) -> str:
+        """sha256 over everything that decides the result; a killed run resumes only its equal.
+
+        `stats` is the fingerprint of the statistics that scores are taken from, if they exist.
+        """
         described = {
             "edge_moe": edge_moe.__version__,
             "model": self.checkpoint.fingerprint,
@@ -71,7 +74,7 @@ class Request:
             "shape": [self.num_experts, self.expert_width],
             "text": self.info.data_fingerprint,
             "windows": [self.limits.window_tokens, list(self.sampled)],
-            "stats": str(stats.absolute()) if stats else None,
+            "stats": stats,
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

@@ -11,7 +11,9 @@ from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.transform_request import PLAIN_QUANTISER, Request
 from edge_moe.converters.transforms.base import BoolArray, FloatArray
 from edge_moe.errors import StatsError
-from edge_moe.stats import ExpertStats
+from edge_moe.gradient_stats import GradientStats, load_gradients
+from edge_moe.planner import stats_fingerprint
+from edge_moe.stats import ExpertStats, StatsInfo
 from edge_moe.super_experts import find_super_experts
 
 
@@ -19,38 +21,61 @@ from edge_moe.super_experts import find_super_experts
 class Scores:
     """Statistics, or scores of hidden units."""
 
+    info: StatsInfo
+    """The calibration that they come from."""
     stats: ExpertStats | None = None
     neurons: FloatArray | None = None
     """[L, E, I]"""
+    folder: Path | None = None
+    """The statistics that were given; None where they were measured for this transform."""
+    fingerprint: str | None = None
+    """sha256 over what was given."""
 
     @property
     def protected(self) -> BoolArray | None:
         """[L, E] super experts; None where they were not looked for."""
         return None if self.stats is None else find_super_experts(self.stats.max_output)
 
-    def super_experts(self) -> list[tuple[int, int]]:
-        """(layer_id, expert_id) of every super expert."""
-        if self.stats is None or self.protected is None:
-            return []
-        layer_ids = self.stats.info.moe_layer_ids
+    def super_experts(self) -> list[tuple[int, int]] | None:
+        """(layer_id, expert_id) of every super expert; None where they were not looked for."""
+        if self.protected is None:
+            return None
+        layer_ids = self.info.moe_layer_ids
         return [(layer_ids[row], int(i)) for row, i in np.argwhere(self.protected)]
 
 
-def measure_scores(request: Request, folder: Path, stats: Path | None) -> Scores:
-    """Scores from `stats`, from what an interrupted run left in `folder`, or measured now.
+def given_scores(request: Request, folder: Path | None) -> Scores | None:
+    """Scores from the statistics in `folder`; None where it is None or lacks what is ranked by.
 
     Raises:
-        StatsError: `stats` belong to another model, or hold gradients of another run.
+        StatsError: they belong to another model, or to another task than the text that the method
+            also reads, or hold gradients of another run.
     """
+    if folder is None:
+        return None
+    stats = _checked_stats(request, folder)
+    if request.method.shrinks == "experts":
+        return Scores(stats.info, stats=stats, folder=folder, fingerprint=stats_fingerprint(stats))
+    gradients = load_gradients(folder, stats.info)
+    if gradients is None:
+        return None
+    return Scores(
+        gradients.info,
+        neurons=gradients.neuron_scores(),
+        folder=folder,
+        fingerprint=stats_fingerprint(gradients),
+    )
+
+
+def measure_scores(request: Request, folder: Path) -> Scores:
+    """Scores from what an interrupted run left in `folder`, or measured now."""
     if request.method.shrinks == "width":
-        return Scores(neurons=_neuron_scores(request, folder / "gradients", stats))
-    if stats is not None:
-        return Scores(stats=_checked_stats(request, stats))
+        return _neuron_scores(request, folder / "gradients")
     measured = folder / "stats"
     if (measured / "stats.json").exists():
-        return Scores(stats=ExpertStats.load(measured))
-    return Scores(
-        stats=calibrate(
+        stats = ExpertStats.load(measured)
+    else:
+        stats = calibrate(
             request.checkpoint.folder,
             request.tasks,
             measured,
@@ -59,7 +84,7 @@ def measure_scores(request: Request, folder: Path, stats: Path | None) -> Scores
             forms=(),
             quantiser=PLAIN_QUANTISER,
         )
-    )
+    return Scores(stats.info, stats=stats)
 
 
 def _checked_stats(request: Request, folder: Path) -> ExpertStats:
@@ -69,30 +94,30 @@ def _checked_stats(request: Request, folder: Path) -> ExpertStats:
             f"the statistics in {folder} belong to another model than "
             f"{request.checkpoint.folder}: calibrate this one"
         )
+    measured, wanted = stats.info.tasks, request.info.tasks
+    if request.method.needs_samples and measured != wanted:
+        raise StatsError(
+            f"the statistics in {folder} are of {', '.join(measured)}, and method "
+            f"{request.method.name} would run layers on {', '.join(wanted)}: give --task as it was "
+            "calibrated, or statistics of that task"
+        )
     return stats
 
 
-def _neuron_scores(request: Request, folder: Path, stats: Path | None) -> FloatArray:
-    """[L, E, I] HEAPr scores of every hidden unit, from gradients beside `stats` if there are.
-
-    Raises:
-        StatsError: `stats` belong to another model, or the gradients to another run than they.
-    """
+def _neuron_scores(request: Request, folder: Path) -> Scores:
+    """HEAPr scores of every hidden unit."""
     from edge_moe.converters.gradient_loss import measure_gradients
-    from edge_moe.gradient_stats import GradientStats, load_gradients
 
-    if stats is not None:
-        gradients = load_gradients(stats, _checked_stats(request, stats).info)
-        if gradients is not None:
-            return gradients.neuron_scores()
     if (folder / "gradient.json").exists():
-        return GradientStats.load(folder).neuron_scores()
-    return measure_gradients(
-        request.checkpoint.folder,
-        request.tasks,
-        folder,
-        window_tokens=request.limits.window_tokens,
-        max_windows=request.limits.max_windows,
-        forms=(),
-        quantiser=PLAIN_QUANTISER,
-    ).neuron_scores()
+        gradients = GradientStats.load(folder)
+    else:
+        gradients = measure_gradients(
+            request.checkpoint.folder,
+            request.tasks,
+            folder,
+            window_tokens=request.limits.window_tokens,
+            max_windows=request.limits.max_windows,
+            forms=(),
+            quantiser=PLAIN_QUANTISER,
+        )
+    return Scores(gradients.info, neurons=gradients.neuron_scores())

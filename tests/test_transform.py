@@ -44,6 +44,7 @@ from edge_moe.converters.transform import transform
 from edge_moe.converters.transform_memory import transform_terms
 from edge_moe.converters.transform_record import TransformRecord
 from edge_moe.converters.transform_request import TextLimits
+from edge_moe.converters.transform_scores import Scores
 from edge_moe.converters.transforms import METHODS
 from edge_moe.errors import BudgetError, EdgeMoeError, InputError, StatsError, TargetError
 from edge_moe.inspect import inspect_model
@@ -86,10 +87,10 @@ def stats_of(task: str, tmp_path_factory: pytest.TempPathFactory) -> Stats:
 def made_up_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of hidden units without a backward pass."""
 
-    def scores(request: Any, folder: Path, stats: Path | None) -> Any:
+    def scores(request: Any, folder: Path) -> Any:
         spec = request.checkpoint.spec
         shape = spec.num_moe_layers, spec.num_experts, spec.expert_width
-        return np.random.default_rng(0).random(shape)
+        return Scores(request.info, neurons=np.random.default_rng(0).random(shape))
 
     monkeypatch.setattr(transform_scores, "_neuron_scores", scores)
 
@@ -435,6 +436,75 @@ def test_record_and_card(
     assert "edge-moe transform MODEL --method" in card and "MODEL is the checkpoint, out." in card
 
 
+def test_given_statistics_are_what_the_record_and_the_card_say(
+    tiny_checkpoint: TinyCheckpoint,
+    task: str,
+    stats_of: Stats,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another --task beside them is not claimed, and no text of it mixed in."""
+    folder = tiny_checkpoint("olmoe")
+    stats, other = stats_of(folder), tmp_path / "other.txt"
+    info = ExpertStats.load(stats).info
+    other.write_text(TEXT.upper() * 2)
+    line = ["transform", str(folder), "--task", str(other), "--window-tokens", "32"]
+    line += ["--stats", str(stats), "--experts", "4", "--method"]
+    assert run_cli([*line, "prune", "-o", str(tmp_path / "out")]) == 0
+    assert "is of mine.txt; the text of --task was not used" in joined(capsys.readouterr().err)
+    record = TransformRecord.model_validate_json((tmp_path / "out/transform.json").read_bytes())
+    assert record.tasks == ["mine.txt"]
+    assert record.data_fingerprint == info.data_fingerprint
+    assert record.num_tokens == info.num_tokens
+    assert record.sample_fingerprint is None
+    card = (tmp_path / "out/README.md").read_text()
+    assert "other" not in card and "made smaller for `mine.txt`" in card
+    assert "--task mine.txt --stats stats" in card
+    assert f"| statistics `stats`, sha256 | `{record.stats_fingerprint}` |" in card
+    assert run_cli([*line, "m-smoe", "-o", str(tmp_path / "mixed")]) == 2
+    message = joined(capsys.readouterr().err)
+    assert "are of mine.txt, and method m-smoe would run layers on other.txt: give" in message
+    assert not list(tmp_path.glob("*mixed*"))
+
+
+def joined(told: str) -> str:
+    return " ".join(told.split())
+
+
+def test_samples_of_the_same_task_may_be_cut_otherwise(
+    tiny_checkpoint: TinyCheckpoint, task: str, stats_of: Stats, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("olmoe")
+    options: dict[str, Any] = {"stats": stats_of(folder), "limits": TextLimits(16)}
+    record = run(folder, task, tmp_path / "out", "m-smoe", **options)
+    assert record.data_fingerprint == ExpertStats.load(options["stats"]).info.data_fingerprint
+    assert record.sample_fingerprint not in (None, record.data_fingerprint)
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"layers were run on, sha256 | `{record.sample_fingerprint}` |" in card
+
+
+def test_a_run_goes_on_with_the_same_statistics_only(
+    tiny_checkpoint: TinyCheckpoint,
+    task: str,
+    stats_of: Stats,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What they hold counts, not where they lie."""
+    folder = tiny_checkpoint("olmoe")
+    stats = Path(shutil.copytree(stats_of(folder), tmp_path / "stats"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, "second layer", "prune")
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, task, tmp_path / "out", "prune", stats=stats)
+    shutil.rmtree(stats)
+    calibrate(folder, [task], stats, window_tokens=16, forms=())
+    with pytest.raises(InputError, match="unfinished build of another"):
+        run(folder, task, tmp_path / "out", "prune", stats=stats)
+    record = run(folder, task, tmp_path / "out", "prune", stats=stats_of(folder))
+    assert record.stats == "stats"
+
+
 def test_width_says_which_forms_are_lost(
     tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path, made_up_neurons: None
 ) -> None:
@@ -443,6 +513,8 @@ def test_width_says_which_forms_are_lost(
     assert {"q2_k", "q3_k", "q4_k", "tq1_0", "tq2_0"} <= set(record.lost_forms)
     assert {"q8_0", "q4_0", "q2_0", "bf16"} <= set(record.forms)
     assert "q2_k" in record.notes[0] and "q8_0" in record.notes[0]
+    assert record.super_experts is None
+    assert "| super experts | not looked for |" in (tmp_path / "out/README.md").read_text()
     for width in (100, 0, 288):
         with pytest.raises(InputError, match=f"cannot narrow experts to {width}: use a multiple"):
             run(folder, task, tmp_path / "bad", "heapr", expert_width=width)

@@ -36,7 +36,10 @@ def transform_command(
     ] = None,
     stats: Annotated[
         Path | None,
-        typer.Option(help="Statistics of MODEL, if calibrated before.", show_default=False),
+        typer.Option(
+            help="Statistics of MODEL, if calibrated before: scores come from their tasks.",
+            show_default=False,
+        ),
     ] = None,
     window_tokens: Annotated[int, typer.Option(help="Tokens per window of text.")] = 512,
     max_windows: Annotated[
@@ -54,6 +57,7 @@ def transform_command(
     """Prune, merge or narrow experts: checkpoint in, checkpoint out. A killed run resumes."""
     from edge_moe.hub import resolve_model
     from edge_moe.reproduce import command_line
+    from edge_moe.tasks import task_label
 
     values = dict(parse_setting(text) for text in settings or ())
     folder = resolve_model(model, revision)
@@ -78,6 +82,11 @@ def transform_command(
         f"{output}: {record.num_experts} of {record.source_num_experts} experts per layer, "
         f"{record.expert_width} of {record.source_expert_width} wide"
     )
+    if set(record.tasks) != set(map(task_label, task)):
+        console.print(
+            f"note: scores come from {stats}, which is of {', '.join(record.tasks)}; the text of "
+            "--task was not used"
+        )
     for note in record.notes:
         console.print(f"note: {note}")
     tasks = [word for each in task for word in ("--task", each)]
