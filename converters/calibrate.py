@@ -43,7 +43,7 @@ from edge_moe.errors import CheckpointError, InputError
 from edge_moe.exact_sum import ExactSum
 from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP, get_form
-from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
+from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser, packs
 from edge_moe.gradient_stats import load_gradients
 from edge_moe.plan import CalibrationOptions
 from edge_moe.runtime.session import load_tokenizer
@@ -124,7 +124,7 @@ def calibration_text(
     """
     model = checkpoint.folder
     _check_options(checkpoint.spec, window_tokens, shard)
-    quantiser = _quantiser(quantiser, shard)
+    quantiser = _quantiser(quantiser, shard, forms)
     tokenizer = load_tokenizer(model)
     windows = task_windows(tasks, "calibration", tokenizer, window_tokens, max_windows)
     covered = _shard_windows(len(windows), shard)
@@ -327,11 +327,12 @@ def _check_options(spec: ModelSpec, window_tokens: int, shard: tuple[int, int]) 
         )
 
 
-def _quantiser(name: str | None, shard: tuple[int, int]) -> str:
-    """The quantiser to measure with.
+def _quantiser(name: str | None, shard: tuple[int, int], forms: Sequence[str]) -> str:
+    """The quantiser to measure `forms` with.
 
     Raises:
-        InputError: unknown, or one that needs the whole text with a shard of it.
+        InputError: unknown, one that does not pack all of `forms`, or one that needs the whole text
+            with a shard of it.
     """
     if name is None:
         return BEST_QUANTISER if shard[1] == 1 else "nearest"
@@ -339,6 +340,13 @@ def _quantiser(name: str | None, shard: tuple[int, int]) -> str:
         raise InputError(
             f"quantiser {name!r} needs the whole text at once, not shard {shard[0]}/{shard[1]}: "
             "leave out --shard, or use --quantiser nearest"
+        )
+    others = [form for form in forms if not packs(name, form)]
+    if others:
+        known = get_quantiser(name).forms or ()
+        raise InputError(
+            f"quantiser {name!r} packs {', '.join(known)}, not {', '.join(others)}: measure only "
+            f"those, --forms {known[0]}, or use another quantiser"
         )
     return name
 

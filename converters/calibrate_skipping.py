@@ -18,9 +18,9 @@ import torch
 import edge_moe
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import (
-    calibration_peak_bytes,
+    calibration_terms,
     hidden_file_bytes,
-    require_free_memory,
+    state_and_require_memory,
 )
 from edge_moe.converters.calibration_work import CalibrationWork, HiddenWriter, calibration_work
 from edge_moe.converters.layer_stream import LayerStream
@@ -28,6 +28,7 @@ from edge_moe.converters.observe import OBSERVE, BlockObserver
 from edge_moe.errors import InputError, StatsError
 from edge_moe.files import require_free_disk, require_new_output, write_text
 from edge_moe.formats import DROP
+from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.runtime.skipping import median_ratio
@@ -65,6 +66,16 @@ def calibrate_skipping(
         work.remove()
     work_folder.rmdir()
     return calibration
+
+
+def skipping_terms(checkpoint: Checkpoint, num_tokens: int, window_tokens: int) -> list[MemoryTerm]:
+    """`calibration_terms`, and what the exact median of a layer's ratios takes.
+
+    ratios  8 bytes x (k - 1) x tokens in all windows
+    """
+    ratio_bytes = 8 * max(0, checkpoint.spec.top_k - 1) * num_tokens
+    ratios = MemoryTerm(name="ratios", num_bytes=ratio_bytes, source="formula")
+    return [*calibration_terms(checkpoint, num_tokens, window_tokens), ratios]
 
 
 class _Pass:
@@ -159,7 +170,10 @@ def _require_room(checkpoint: Checkpoint, info: StatsInfo, work_folder: Path) ->
             f"{spec.max_position_embeddings}: use a smaller window"
         )
     longest = min(info.window_tokens, info.num_tokens)
-    ratio_bytes = 8 * max(0, spec.top_k - 1) * info.num_tokens
-    require_free_memory(calibration_peak_bytes(checkpoint, info.num_tokens, longest) + ratio_bytes)
+    state_and_require_memory(
+        f"calibrating skipping on {info.num_tokens} tokens in {info.num_windows} windows",
+        skipping_terms(checkpoint, info.num_tokens, longest),
+        "calibrate on fewer windows (--max-windows), or on a machine with more memory",
+    )
     hidden_bytes = hidden_file_bytes(spec.hidden_size, info.num_tokens)
     require_free_disk(work_folder, 2 * hidden_bytes, "calibration of skipping")

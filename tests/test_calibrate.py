@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
+from peak_memory import measure_peak, needs_proc
 from safetensors.numpy import save_file
 from stopped_runs import stopping_at_rename
 from torch import Tensor, nn
@@ -380,25 +381,20 @@ def test_kill_minus_nine_and_resume(task: str, tmp_path: Path) -> None:
     assert sorted(os.listdir(output)) == ["moments", "stats.json", "stats.safetensors"]
 
 
-MEASURED = """
+IMPORTS = """
 import sys
 from pathlib import Path
 from edge_moe.converters.calibrate import calibrate
-
-def kilobytes(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-before = kilobytes("VmRSS:")
+"""
+MEASURED = """
 model, task, output, quantiser = sys.argv[1:]
 options = {"window_tokens": 128, "forms": ["q8_0"], "quantiser": quantiser}
 calibrate(Path(model), [task], Path(output), **options)
-print((kilobytes("VmHWM:") - before) * 1024)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@needs_proc
 def test_memory_holds_one_layer(task: str, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(
         tmp_path / "model",
@@ -411,20 +407,14 @@ def test_memory_holds_one_layer(task: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(folder)
     whole_bytes = 2 * sum(info.num_bytes for info in checkpoint.tensors.values())  # as float32
     output = tmp_path / "stats"
-    process = subprocess.run(
-        [sys.executable, "-c", MEASURED, folder, task, output, "nearest"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    grown_bytes = int(process.stdout)
+    peak = measure_peak(IMPORTS, MEASURED, folder, task, output, "nearest")
     num_tokens = ExpertStats.load(output).info.num_tokens
     bound_bytes = calibration_peak_bytes(checkpoint, num_tokens, 128)
-    assert grown_bytes <= bound_bytes < 0.5 * whole_bytes
+    assert peak.grown_bytes <= bound_bytes < 0.5 * whole_bytes
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@needs_proc
 @pytest.mark.parametrize("quantiser", ["gptq_refit", "gptq_refit_all"])
 def test_memory_of_wide_hessians_is_stated(quantiser: str, task: str, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(
@@ -436,16 +426,11 @@ def test_memory_of_wide_hessians_is_stated(quantiser: str, task: str, tmp_path: 
         num_experts=2,
     )
     output = tmp_path / "stats"
-    process = subprocess.run(
-        [sys.executable, "-c", MEASURED, folder, task, output, quantiser],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    peak = measure_peak(IMPORTS, MEASURED, folder, task, output, quantiser)
     num_tokens = ExpertStats.load(output).info.num_tokens
     sizes = Checkpoint(folder), num_tokens, 128
     without = calibration_peak_bytes(*sizes, "nearest")
-    assert without < int(process.stdout) <= calibration_peak_bytes(*sizes, quantiser)
+    assert without < peak.grown_bytes <= calibration_peak_bytes(*sizes, quantiser)
 
 
 def test_finished_foreign_and_other_outputs_are_refused(
@@ -599,6 +584,18 @@ def test_too_little_memory_or_disk_is_said_before_the_start(
     with pytest.raises(DiskSpaceError, match="calibration needs"):
         run(folder, task, output)
     assert not output.exists()
+
+
+def test_a_quantiser_of_ternary_forms_is_refused_others_at_once(
+    tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path
+) -> None:
+    folder, output = tiny_checkpoint("qwen3_moe", wide=True), tmp_path / "stats"
+    message = r"'absmean' packs tq1_0, tq2_0, q2_0, not .*q4.* measure only those, --forms tq1_0"
+    with pytest.raises(InputError, match=message):
+        calibrate(folder, [task], output, quantiser="absmean")
+    assert not output.exists()
+    stats = calibrate(folder, [task], output, quantiser="absmean", forms=["tq1_0"])
+    assert "tq1_0" in stats.info.forms and stats.info.quantiser == "absmean"
 
 
 def damaged_copy(folder: Path, target: Path, name: str, value: float) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import hand_plan, random_forms
+from peak_memory import measure_peak, needs_proc
 
 from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
@@ -179,25 +178,20 @@ def test_what_cannot_be_packed_again_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-BUILT = """
+IMPORTS = """
 import sys
 from pathlib import Path
 from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import text_packer
 from edge_moe.plan import Plan
-
-def kilobytes(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-before = kilobytes("VmRSS:")
+"""
+BUILT = """
 build(Plan.load(Path(sys.argv[1])), Path(sys.argv[2]))
-print((kilobytes("VmHWM:") - before) * 1024)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@needs_proc
 def test_a_build_states_the_memory_of_its_text(task: Path, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(
         tmp_path / "model", "olmoe", width=256, num_hidden_layers=3, num_experts=4
@@ -210,15 +204,9 @@ def test_a_build_states_the_memory_of_its_text(task: Path, tmp_path: Path) -> No
         "data_fingerprint": stats.info.data_fingerprint,
     }
     plan.model_copy(update=found).save(tmp_path / "plan.json")
-    process = subprocess.run(
-        [sys.executable, "-c", BUILT, tmp_path / "plan.json", tmp_path / "out"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    grown_bytes = int(process.stdout)
+    peak = measure_peak(IMPORTS, BUILT, tmp_path / "plan.json", tmp_path / "out")
     terms = packing_terms(checkpoint, stats.info.num_tokens, WINDOW_TOKENS, "gptq_refit")
     stated_bytes = sum(term.num_bytes for term in terms)
-    assert grown_bytes <= stated_bytes + packing_peak_bytes(checkpoint.spec)
-    text = " ".join(process.stderr.split())
+    assert peak.grown_bytes <= stated_bytes + packing_peak_bytes(checkpoint.spec)
+    text = " ".join(peak.stderr.split())
     assert "packing by gptq_refit, which runs the calibration text again; memory at most" in text

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyCheckpoint, make_tiny_checkpoint
+from peak_memory import measure_peak, needs_proc
 from stopped_runs import stopping_at_rename
 from test_gradient_stream import gradient_info
 from torch import Tensor, nn
@@ -387,24 +386,19 @@ def test_scores_of_experts_without_tokens(tiny_checkpoint: TinyCheckpoint) -> No
     assert (scores == -1).all()
 
 
-MEASURED = """
+IMPORTS = """
 import sys
 from pathlib import Path
 from edge_moe.converters.gradient_loss import measure_gradients
-
-def kilobytes(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-before = kilobytes("VmRSS:")
+"""
+MEASURED = """
 model, task, output = sys.argv[1:]
 measure_gradients(Path(model), [task], Path(output), window_tokens=128, forms=["q8_0"])
-print((kilobytes("VmHWM:") - before) * 1024)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@needs_proc
 def test_memory_holds_one_layer(task: str, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(
         tmp_path / "model",
@@ -417,13 +411,7 @@ def test_memory_holds_one_layer(task: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(folder)
     whole_bytes = 2 * sum(info.num_bytes for info in checkpoint.tensors.values())  # as float32
     output = tmp_path / "out"
-    process = subprocess.run(
-        [sys.executable, "-c", MEASURED, folder, task, output],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    grown_bytes = int(process.stdout)
+    peak = measure_peak(IMPORTS, MEASURED, folder, task, output)
     terms = gradient_terms(checkpoint, GradientStats.load(output).info.num_tokens, 128)
     bound_bytes = sum(term.num_bytes for term in terms)
-    assert grown_bytes <= bound_bytes < 0.6 * whole_bytes
+    assert peak.grown_bytes <= bound_bytes < 0.6 * whole_bytes

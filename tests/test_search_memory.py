@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import make_tiny_checkpoint
+from peak_memory import measure_peak, needs_proc
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters import calibration_memory
@@ -16,7 +15,7 @@ from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.search_memory import search_terms
 from edge_moe.errors import BudgetError
 
-MEASURED = """
+IMPORTS = """
 import sys
 from pathlib import Path
 import numpy as np
@@ -24,13 +23,9 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.plan_measure import PlanMeasure
 from edge_moe.stats import ExpertStats
 from edge_moe.trials import MAX_PASS_PROPOSALS
-
-def kilobytes(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
+"""
+MEASURED = """
 model, task, stats = sys.argv[1:]
-before = kilobytes("VmRSS:")
 checkpoint, info = Checkpoint(Path(model)), ExpertStats.load(Path(stats)).info
 measure = PlanMeasure(checkpoint, info, [task])
 spec, random = checkpoint.spec, np.random.default_rng(0)
@@ -43,7 +38,7 @@ for _ in range(2):
     }
     measure(plans, lambda share: None)
 stated = sum(term.num_bytes for term in measure.memory_terms())
-print((kilobytes("VmHWM:") - before) * 1024, stated)
+print(stated)
 """
 
 
@@ -55,7 +50,7 @@ def task(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@needs_proc
 @pytest.mark.parametrize("quantiser", ["nearest", "gptq_refit"])
 def test_memory_stays_below_what_is_stated(quantiser: str, task: Path, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(
@@ -69,14 +64,9 @@ def test_memory_stays_below_what_is_stated(quantiser: str, task: Path, tmp_path:
     stats = tmp_path / "stats"
     forms = ("drop", "tq1_0", "q4_k")
     calibrate(folder, [str(task)], stats, window_tokens=128, forms=forms, quantiser=quantiser)
-    process = subprocess.run(
-        [sys.executable, "-c", MEASURED, folder, task, stats],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    grown_bytes, stated_bytes = map(int, process.stdout.split())
-    assert grown_bytes <= stated_bytes < 4 * grown_bytes
+    peak = measure_peak(IMPORTS, MEASURED, folder, task, stats)
+    stated_bytes = int(peak.printed[0])
+    assert peak.grown_bytes <= stated_bytes < 4 * peak.grown_bytes
 
 
 def test_terms_by_hand(tmp_path: Path) -> None:

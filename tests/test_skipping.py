@@ -10,9 +10,10 @@ import pytest
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from peak_memory import measure_peak, needs_proc
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.calibrate_skipping import calibrate_skipping
+from edge_moe.converters.calibrate_skipping import calibrate_skipping, skipping_terms
 from edge_moe.converters.calibration_work import HiddenWriter
 from edge_moe.errors import EdgeMoeError, InputError, StatsError, TargetError
 from edge_moe.runtime.evaluate import evaluate
@@ -175,6 +176,42 @@ def test_eval_shows_what_skipping_saves(tiny_checkpoint: TinyCheckpoint, tmp_pat
     assert plain.skipping is None
     with pytest.raises(TargetError, match="llama.cpp, which cannot skip"):
         evaluate(tmp_path / "x.gguf", None, [str(task)], skip=TopP(0.5))
+
+
+IMPORTS = """
+import sys
+from pathlib import Path
+from edge_moe.converters.calibrate_skipping import calibrate_skipping
+"""
+MEASURED = """
+model, task, output = sys.argv[1:]
+calibrate_skipping(Path(model), [task], Path(output), window_tokens=128)
+"""
+
+
+@pytest.mark.slow
+@needs_proc
+def test_memory_of_calibration_stays_below_what_is_stated(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(
+        tmp_path / "model",
+        "olmoe",
+        width=256,
+        num_hidden_layers=12,
+        num_experts=16,
+        intermediate_size=1024,
+    )
+    task, output = tmp_path / "mine.txt", tmp_path / "skip.json"
+    task.write_text(" ".join(f"word{index % 37} is {index}" for index in range(500)))
+    peak = measure_peak(IMPORTS, MEASURED, folder, task, output)
+    checkpoint, found = Checkpoint(folder), SkipCalibration.load(output)
+    terms = skipping_terms(checkpoint, found.num_tokens, 128)
+    stated_bytes = sum(term.num_bytes for term in terms)
+    whole_bytes = 2 * sum(info.num_bytes for info in checkpoint.tensors.values())  # as float32
+    assert peak.grown_bytes <= stated_bytes < 0.5 * whole_bytes
+    ratios = next(term for term in terms if term.name == "ratios")
+    assert ratios.num_bytes == 8 * (checkpoint.spec.top_k - 1) * found.num_tokens
+    said = f"calibrating skipping on {found.num_tokens} tokens"
+    assert said in " ".join(peak.stderr.split())
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import fused_copy, hand_plan, tree
+from peak_memory import measure_peak, needs_proc
 from test_export_hf import load as load_plain
 from test_export_hf import logits as plain_logits
 from test_export_hf import mask_routers
@@ -599,40 +600,26 @@ def test_command(
     assert "setting 'x' is not understood" in capsys.readouterr().err
 
 
-MEASURED = """
+IMPORTS = """
 import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from edge_moe.converters.transform import transform
 from edge_moe.converters.transform_request import TextLimits
-
-def kilobytes(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
+"""
+MEASURED = """
 model, task, stats, method, experts, width, output = sys.argv[1:]
 limits = TextLimits(window_tokens=128)
 options = {"num_experts": int(experts) or None, "expert_width": int(width) or None}
 options |= {"limits": limits, "stats": Path(stats) if stats else None}
-before = kilobytes("VmRSS:")
 transform(Path(model), [task], Path(output), method, **options)
-print(1024 * (kilobytes("VmHWM:") - before))
 """
 
 
 def peak_bytes(*arguments: object) -> int:
-    """What a transform adds to a process that has imported torch.
-
-    Not getrusage's peak: that of a new process starts at what its parent held.
-    """
-    process = subprocess.run(
-        [sys.executable, "-c", MEASURED, *map(str, arguments)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return int(process.stdout)
+    """What a transform adds to a process that has imported torch."""
+    return measure_peak(IMPORTS, MEASURED, *arguments).grown_bytes
 
 
 def stated_bytes(folder: Path, output: Path, method: str) -> int:
@@ -648,9 +635,6 @@ def stated_bytes(folder: Path, output: Path, method: str) -> int:
         METHODS[method].scratch_bytes(checkpoint.spec, num_tokens),
     )
     return sum(term.num_bytes for term in terms)
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
 @pytest.mark.slow

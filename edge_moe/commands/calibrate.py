@@ -41,7 +41,8 @@ def calibrate_command(
         str | None,
         typer.Option(
             help="How experts are packed, here and by build: gptq_refit (default), nearest, "
-            "imatrix, weighted, refit, gptq; gptq_refit_all for little text.",
+            "imatrix, weighted, refit, gptq; gptq_refit_all for little text; with --forms tq1_0 "
+            "also absmean and lloyd.",
             show_default=False,
         ),
     ] = None,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edge_moe.errors import InputError
 from edge_moe.formats import ggml_library
-from edge_moe.formats.base import ByteArray, FloatArray, get_form
+from edge_moe.formats.base import DROP, ByteArray, FloatArray, get_form
 from edge_moe.formats.blocks import BlockForm, require_weights
 from edge_moe.formats.gptq import InverseFactor, factor_inverse, gptq_pack, gptq_refit_pack
 from edge_moe.formats.refit import refit_by_hessian, refit_by_squares
@@ -106,6 +106,14 @@ def get_quantiser(name: str) -> Quantiser:
     if name not in QUANTISERS:
         raise InputError(f"quantiser {name!r} is unknown: use one of {', '.join(QUANTISERS)}")
     return QUANTISERS[name]
+
+
+def packs(name: str, form: str) -> bool:
+    """Whether the quantiser called `name` can pack `form`; forms without codes need none."""
+    forms = get_quantiser(name).forms
+    if forms is None or form == DROP:
+        return True
+    return form in forms or not isinstance(get_form(form), BlockForm)
 
 
 def pack_matrix(
