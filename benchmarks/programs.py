@@ -1,0 +1,175 @@
+"""MC-MoE's, GEMQ's and edge-moe's program on the same costs: what does each one's freedom buy?
+
+    python benchmarks/programs.py [--task code] [--share 0.14 --share 0.125] [--model DIR]
+
+`edge-moe compare` gives every program its own cost, as published; here all minimise the planner's.
+MC-MoE gives every layer the same bits of {1, 2, 3}; GEMQ shares them between layers; edge-moe also
+takes other forms and drops experts. Prints the cost that each found, and the KL divergence of its
+plan on held-out text that nothing was chosen by, and writes benchmarks/results/programs.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import BaseModel, ConfigDict
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from edge_moe.candidates import candidate_forms
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibrate import text_packer
+from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+from edge_moe.converters.variants import PackedExperts, VariantScorer
+from edge_moe.demo import demo_model_dir, task_names
+from edge_moe.errors import BudgetError, SolverError
+from edge_moe.files import write_text
+from edge_moe.gradient_stats import GradientStats, load_gradients
+from edge_moe.measurement import Provenance
+from edge_moe.metrics import Estimate, mean_and_error
+from edge_moe.planner import gather_evidence
+from edge_moe.problem import Problem, Solution
+from edge_moe.programs import BitForms, gemq, joint, pmq
+from edge_moe.rivals import name_forms
+from edge_moe.runtime.heldout import REPORT_PART, part_of_heldout
+from edge_moe.runtime.session import load_tokenizer
+from edge_moe.stats import ExpertStats
+
+RESULTS = Path(__file__).resolve().parent / "results" / "programs.json"
+SHARES = (0.14, 0.125)
+JOINT = "edge-moe"
+
+
+class Found(BaseModel):
+    """One program at one size."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    share: float
+    program: str
+    cost: float
+    expert_bytes: int
+    kld: Estimate
+
+
+class Programs(BaseModel):
+    """benchmarks/results/programs.json"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    provenance: Provenance
+    found: list[Found]
+
+
+def solutions(problem: Problem, forms: Sequence[str]) -> dict[str, Solution]:
+    """Every program that finds a choice within the problem's bytes, all for its own `loss`."""
+    bit_forms = BitForms.named(forms)
+    programs: dict[str, Callable[[], Solution]] = {
+        JOINT: lambda: joint(problem),
+        "GEMQ": lambda: gemq(problem, problem.loss, bit_forms),
+        "MC-MoE": lambda: pmq(problem, problem.loss, bit_forms),
+    }
+    found = {}
+    for name, program in programs.items():
+        try:
+            found[name] = program()
+        except (BudgetError, SolverError) as error:
+            Console(stderr=True).print(f"{name}: {error}")
+    return found
+
+
+class Bench:
+    """Statistics of one task, and the text that plans are measured on."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, task: str, stats: ExpertStats, gradients: GradientStats
+    ) -> None:
+        self._checkpoint, self._task = checkpoint, task
+        self._stats, self._gradients = stats, gradients
+        tokenizer = load_tokenizer(checkpoint.folder)
+        windows = part_of_heldout([task], tokenizer, REPORT_PART, None)
+        packer = text_packer(checkpoint, stats.info.options, stats.info.data_fingerprint)
+        self._scorer = VariantScorer(checkpoint, windows, PackedExperts(checkpoint, packer))
+
+    @classmethod
+    def of(cls, model: Path, task: str) -> Bench:
+        """Calibrate on the task."""
+        checkpoint = Checkpoint(model)
+        with TemporaryDirectory(prefix="edge-moe-") as work:
+            folder = Path(work) / "stats"
+            stats = calibrate_with_gradients(model, [task], folder)
+            gradients = load_gradients(folder, stats.info)
+        assert gradients is not None
+        return cls(checkpoint, task, stats, gradients)
+
+    def measure(self, share: float) -> list[Found]:
+        """Every program at `share` of the experts' 16-bit bytes."""
+        spec = self._checkpoint.spec
+        forms = candidate_forms(spec, "native")
+        whole_bytes = 2 * spec.num_moe_layers * spec.num_experts * spec.expert_weights
+        evidence = gather_evidence(
+            *(spec, self._stats, forms, "native", int(share * whole_bytes)),
+            gradients=self._gradients,
+        )
+        found = solutions(evidence.problem, forms)
+        plans = {name: name_forms(each.choice, forms) for name, each in found.items()}
+        scores = self._scorer.score(plans)
+        return [
+            Found(
+                task=self._task,
+                share=share,
+                program=name,
+                cost=each.loss,
+                expert_bytes=each.expert_bytes,
+                kld=mean_and_error(scores[name].kld),
+            )
+            for name, each in found.items()
+        ]
+
+
+def show(found: Sequence[Found], console: Console) -> None:
+    """One row per size and program; costs and KL as multiples of the joint program's."""
+    table = Table(box=box.MARKDOWN)
+    for heading in ("task", "experts' bytes", "program", "spent"):
+        table.add_column(heading)
+    for heading in ("cost", "x edge-moe's", "KL", "x edge-moe's"):
+        table.add_column(heading, justify="right")
+    best: Mapping[tuple[str, float], Found] = {
+        (each.task, each.share): each for each in found if each.program == JOINT
+    }
+    for each in found:
+        own = best[each.task, each.share]
+        table.add_row(
+            *(each.task, f"{each.share:.1%}", each.program),
+            f"{each.expert_bytes / own.expert_bytes:.1%}",
+            *(f"{each.cost:.3g}", f"{each.cost / own.cost:.2f}"),
+            *(f"{each.kld}", f"{each.kld.value / own.kld.value:.2f}"),
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Three programs on the same costs.")
+    parser.add_argument("--model", type=Path, default=None, help="default: the demo model")
+    parser.add_argument("--task", action="append", help="repeatable; default: all shipped tasks")
+    parser.add_argument("--share", type=float, action="append", help="repeatable")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    found: list[Found] = []
+    for task in args.task or task_names():
+        bench = Bench.of(args.model or demo_model_dir(), task)
+        for share in args.share or SHARES:
+            found += bench.measure(share)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    record = Programs(provenance=Provenance.published(), found=found)
+    write_text(args.output, record.model_dump_json(indent=1) + "\n")
+    show(found, Console(width=140))
+
+
+if __name__ == "__main__":
+    main()
