@@ -10,7 +10,7 @@ import numpy as np
 from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.transform_request import PLAIN_QUANTISER, Request
 from edge_moe.converters.transforms.base import BoolArray, FloatArray
-from edge_moe.errors import StatsError
+from edge_moe.errors import InputError, StatsError
 from edge_moe.gradient_stats import GradientStats, load_gradients
 from edge_moe.planner import stats_fingerprint
 from edge_moe.stats import ExpertStats, StatsInfo
@@ -45,11 +45,12 @@ class Scores:
 
 
 def given_scores(request: Request, folder: Path | None) -> Scores | None:
-    """Scores from the statistics in `folder`; None where it is None or lacks what is ranked by.
+    """Scores from the statistics in `folder`; None where it is None.
 
     Raises:
         StatsError: they belong to another model, or to another task than the text that the method
             also reads, or hold gradients of another run.
+        InputError: they hold no gradients, and the method ranks hidden units.
     """
     if folder is None:
         return None
@@ -58,7 +59,10 @@ def given_scores(request: Request, folder: Path | None) -> Scores | None:
         return Scores(stats.info, stats=stats, folder=folder, fingerprint=stats_fingerprint(stats))
     gradients = load_gradients(folder, stats.info)
     if gradients is None:
-        return None
+        raise InputError(
+            f"statistics {folder} hold no loss gradients, which {request.method.name} scores come "
+            "from: make them with `edge-moe calibrate --gradients`, or leave out --stats"
+        )
     return Scores(
         gradients.info,
         neurons=gradients.neuron_scores(),

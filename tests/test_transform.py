@@ -210,6 +210,16 @@ def kept_units(source: Checkpoint, found: Checkpoint) -> list[int]:
     return [int(i) for i in np.argsort(-scores)[: found.spec.expert_width]]
 
 
+def test_statistics_without_gradients_rank_no_hidden_units(
+    tiny_checkpoint: TinyCheckpoint, task: str, tmp_path: Path
+) -> None:
+    folder, stats = tiny_checkpoint("qwen3_moe"), tmp_path / "stats"
+    calibrate(folder, [task], stats, forms=("drop",), quantiser="nearest")
+    with pytest.raises(InputError, match="hold no loss gradients, which heapr scores come from"):
+        run(folder, task, tmp_path / "out", "heapr", expert_width=32, stats=stats)
+    assert not (tmp_path / "out").exists()
+
+
 def test_merging_copies_changes_nothing(task: str, stats_of: Stats, tmp_path: Path) -> None:
     """With top_k 1 a token's gate is 1, so it does not matter which of two copies it chose.
 
