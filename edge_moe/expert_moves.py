@@ -44,7 +44,8 @@ def tune_experts(problem: Problem, trials: Trials) -> None:
     """Move experts from the best trial on, as long as that helps.
 
     After a round only experts that moved are measured again: what the others' moves change is taken
-    to be the same from the new plan on.
+    to be the same from the new plan on. Where there is no time for a single pass, nothing is done
+    but `trials` are told that they are cut short: other proposals may need less.
 
     Raises:
         TimeUp: there was no time for every move of a round. Those that were measured were used,
@@ -55,6 +56,9 @@ def tune_experts(problem: Problem, trials: Trials) -> None:
         moves = sorted(possible_moves(problem, base), key=lambda move: -_stake(problem, base, move))
         known |= _measured([move for move in moves if move not in known], base, trials)
         changes = {move: known[move] for move in moves if move in known}
+        if not changes and moves:
+            trials.is_cut_short = True
+            return
         helped = trials.add(dict(_proposals(problem, base, changes, number)))
         if len(changes) < len(moves):
             raise TimeUp

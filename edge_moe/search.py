@@ -104,13 +104,12 @@ def search(
                 run()
             finally:
                 on_round(name, trials.best.choice)
-        is_complete = True
     except TimeUp:
-        is_complete = False
+        trials.is_cut_short = True
     best = trials.best if trials.results else Trial(PLAN_NAME, first.choice, np.array([np.nan]))
     record = SearchRecord(
         chosen=best.name,
-        is_complete=is_complete,
+        is_complete=not trials.is_cut_short,
         seconds=time.monotonic() - start,
         trials=[SearchTrial(name=each.name, kld=each.kld) for each in trials.results],
         limit_seconds=seconds,

@@ -104,6 +104,8 @@ class Trials:
         self._best: Trial | None = None
         self.seconds_per_plan = 0.0
         """Of the last pass."""
+        self.is_cut_short = False
+        """Whether something was left out for want of time."""
 
     def restart_clock(self) -> None:
         """All of the time is left."""

@@ -181,11 +181,36 @@ def test_probes_cannot_become_the_plan() -> None:
     assert all(of.bytes_of(trial.choice) <= of.budget_bytes for trial in trials.results)
 
 
-def test_without_time_for_all_moves_the_search_says_so() -> None:
+def test_without_time_for_a_pass_others_get_their_turn() -> None:
     of = replace(problem(4, budget_bytes=32), top_k=1)
     trials = Trials(of, Truth(of, 0), seconds=300)
     trials.add({"start": np.full((4, 4), 2)})
+    assert not trials.is_cut_short
     trials.seconds_per_plan = 1e6  # as if measuring were slow
+    tune_experts(of, trials)
+    assert trials.is_cut_short
+    assert [trial.name for trial in trials.results] == ["start"]
+
+
+def test_without_time_for_all_moves_those_measured_count() -> None:
+    class OnePass(Trials):
+        @property
+        def left_seconds(self) -> float:
+            return 300.0 if len(self.results) < 2 and not probed else 1e-12
+
+    probed: list[int] = []
+
+    class Counted(Truth):
+        def __call__(
+            self, choices: Mapping[str, IntArray], on_run: OnShare
+        ) -> dict[str, FloatArray]:
+            if trials.results:
+                probed.append(len(choices))
+            return super().__call__(choices, on_run)
+
+    of = replace(problem(4, budget_bytes=32), top_k=1)
+    trials = OnePass(of, Counted(of, 0), seconds=300)
+    trials.add({"start": np.full((4, 4), 2)})
     with pytest.raises(TimeUp):
         tune_experts(of, trials)
-    assert [trial.name for trial in trials.results] == ["start"]
+    assert probed[0] == MAX_PASS_PROPOSALS
