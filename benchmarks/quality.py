@@ -154,7 +154,9 @@ def print_parts(cells: Sequence[Cell], console: Console) -> None:
 
 
 def _best_rival(cell: Cell) -> float:
-    return min(_kld(score) for score in cell.scores if score.kind is not Kind.PLAN)
+    """The lowest KL of what is not the plan; infinity where nothing else exists at the size."""
+    rivals = [_kld(score) for score in cell.scores if score.kind is not Kind.PLAN]
+    return min(rivals, default=inf)
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:

@@ -70,7 +70,15 @@ def test_a_summary_counts_how_far_ahead_the_plan_is(capsys: pytest.CaptureFixtur
     assert "3.0 x (all q4_k)" in rows[0] and "1.5 x" in rows[0]
     assert "1.5 x (all q4_k)" in rows[1] and "0.8 x" in rows[1]
     assert "lowest KL in 1 of 2 cells; behind in code 25.0% native" in printed
-    assert "the search ran out of its 60 s" in printed
+    assert "the search ran out of its 240 s" in printed
+
+
+def test_where_nothing_else_fits_the_plan_is_lowest(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = cell(0.14, 0.2)
+    alone = alone.model_copy(update={"scores": alone.scores[:1]})
+    quality.print_summary([alone], Console(width=200))
+    quality.print_by_size([alone], Console(width=200))
+    assert "lowest KL in 1 of 1 cells" in capsys.readouterr().out
 
 
 def test_all_tasks_of_a_size_are_one_row(capsys: pytest.CaptureFixture[str]) -> None:
