@@ -20,15 +20,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from edge_moe.candidates import candidate_forms
+from edge_moe.candidates import candidate_forms, full_expert_bytes
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.calibrate import text_packer
-from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
-from edge_moe.converters.variants import PackedExperts, VariantScorer
+from edge_moe.compare.record import CompareOptions
+from edge_moe.converters.compare_bench import Bench
 from edge_moe.demo import demo_model_dir, task_names
 from edge_moe.errors import BudgetError, SolverError
 from edge_moe.files import write_text
-from edge_moe.gradient_stats import GradientStats, load_gradients
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, mean_and_error
 from edge_moe.planner import gather_evidence
@@ -37,7 +35,6 @@ from edge_moe.programs import BitForms, gemq, joint, pmq
 from edge_moe.rivals import name_forms
 from edge_moe.runtime.heldout import REPORT_PART, part_of_heldout
 from edge_moe.runtime.session import load_tokenizer
-from edge_moe.stats import ExpertStats
 
 RESULTS = Path(__file__).resolve().parent / "results" / "programs.json"
 SHARES = (0.14, 0.125)
@@ -83,53 +80,34 @@ def solutions(problem: Problem, forms: Sequence[str]) -> dict[str, Solution]:
     return found
 
 
-class Bench:
-    """Statistics of one task, and the text that plans are measured on."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, task: str, stats: ExpertStats, gradients: GradientStats
-    ) -> None:
-        self._checkpoint, self._task = checkpoint, task
-        self._stats, self._gradients = stats, gradients
-        tokenizer = load_tokenizer(checkpoint.folder)
-        windows = part_of_heldout([task], tokenizer, REPORT_PART, None)
-        packer = text_packer(checkpoint, stats.info.options, stats.info.data_fingerprint)
-        self._scorer = VariantScorer(checkpoint, windows, PackedExperts(checkpoint, packer))
-
-    @classmethod
-    def of(cls, model: Path, task: str) -> Bench:
-        """Calibrate on the task."""
-        checkpoint = Checkpoint(model)
-        with TemporaryDirectory(prefix="edge-moe-") as work:
-            folder = Path(work) / "stats"
-            stats = calibrate_with_gradients(model, [task], folder)
-            gradients = load_gradients(folder, stats.info)
-        assert gradients is not None
-        return cls(checkpoint, task, stats, gradients)
-
-    def measure(self, share: float) -> list[Found]:
-        """Every program at `share` of the experts' 16-bit bytes."""
-        spec = self._checkpoint.spec
-        forms = candidate_forms(spec, "native")
-        whole_bytes = 2 * spec.num_moe_layers * spec.num_experts * spec.expert_weights
-        evidence = gather_evidence(
-            *(spec, self._stats, forms, "native", int(share * whole_bytes)),
-            gradients=self._gradients,
+def measure(bench: Bench, share: float) -> list[Found]:
+    """Every program at `share` of the experts' 16-bit bytes."""
+    spec, forms = bench.spec, candidate_forms(bench.spec, "native")
+    evidence = gather_evidence(
+        *(spec, bench.stats, forms, "native", int(share * full_expert_bytes(spec, "native"))),
+        gradients=bench.gradients,
+    )
+    found = solutions(evidence.problem, forms)
+    plans = {name: name_forms(each.choice, forms) for name, each in found.items()}
+    scores = bench.scorer.score(plans)
+    return [
+        Found(
+            task=bench.task,
+            share=share,
+            program=name,
+            cost=each.loss,
+            expert_bytes=each.expert_bytes,
+            kld=mean_and_error(scores[name].kld),
         )
-        found = solutions(evidence.problem, forms)
-        plans = {name: name_forms(each.choice, forms) for name, each in found.items()}
-        scores = self._scorer.score(plans)
-        return [
-            Found(
-                task=self._task,
-                share=share,
-                program=name,
-                cost=each.loss,
-                expert_bytes=each.expert_bytes,
-                kld=mean_and_error(scores[name].kld),
-            )
-            for name, each in found.items()
-        ]
+        for name, each in found.items()
+    ]
+
+
+def calibrated(model: Path, task: str, work: Path) -> Bench:
+    """Calibrate on `task`; plans are measured on all of the half of its text that reports."""
+    tokenizer = load_tokenizer(model)
+    windows = part_of_heldout([task], tokenizer, REPORT_PART, None)
+    return Bench.of(Checkpoint(model), task, work, CompareOptions(), windows, [])
 
 
 def show(found: Sequence[Found], console: Console) -> None:
@@ -162,9 +140,10 @@ def main() -> None:
     args = parser.parse_args()
     found: list[Found] = []
     for task in args.task or task_names():
-        bench = Bench.of(args.model or demo_model_dir(), task)
-        for share in args.share or SHARES:
-            found += bench.measure(share)
+        with TemporaryDirectory(prefix="edge-moe-") as work:
+            bench = calibrated(args.model or demo_model_dir(), task, Path(work))
+            for share in args.share or SHARES:
+                found += measure(bench, share)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     record = Programs(provenance=Provenance.published(), found=found)
     write_text(args.output, record.model_dump_json(indent=1) + "\n")

@@ -43,7 +43,7 @@ from edge_moe.errors import CheckpointError, InputError
 from edge_moe.exact_sum import ExactSum
 from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP, get_form
-from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser, packs
+from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
 from edge_moe.gradient_stats import load_gradients
 from edge_moe.plan import CalibrationOptions
 from edge_moe.runtime.session import load_tokenizer
@@ -336,14 +336,15 @@ def _quantiser(name: str | None, shard: tuple[int, int], forms: Sequence[str]) -
     """
     if name is None:
         return BEST_QUANTISER if shard[1] == 1 else "nearest"
-    if get_quantiser(name).needs and shard[1] > 1:
+    quantiser = get_quantiser(name)
+    if quantiser.needs and shard[1] > 1:
         raise InputError(
             f"quantiser {name!r} needs the whole text at once, not shard {shard[0]}/{shard[1]}: "
             "leave out --shard, or use --quantiser nearest"
         )
-    others = [form for form in forms if not packs(name, form)]
+    others = [form for form in forms if not quantiser.packs(form)]
     if others:
-        known = get_quantiser(name).forms or ()
+        known = quantiser.forms or ()
         raise InputError(
             f"quantiser {name!r} packs {', '.join(known)}, not {', '.join(others)}: measure only "
             f"those, --forms {known[0]}, or use another quantiser"

@@ -25,7 +25,7 @@ from rich.console import Console
 
 import edge_moe
 from edge_moe import metrics
-from edge_moe.candidates import candidate_forms, least_expert_bytes
+from edge_moe.candidates import candidate_forms, full_expert_bytes, least_expert_bytes
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.compare.contenders import (
     SOLVE_SECONDS,
@@ -55,7 +55,7 @@ from edge_moe.converters.progress import progress_bar
 from edge_moe.converters.staging import locked
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.errors import InputError
-from edge_moe.formats import DROP, FORM_NAMES, expert_bytes
+from edge_moe.formats import DROP, FORM_NAMES
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import TokenScores
 from edge_moe.optimise import solve
@@ -180,7 +180,7 @@ def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -
     """All methods at one share."""
     spec, options = ready.spec, ready.options
     forms = candidate_forms(spec, options.target)
-    full_bytes = _full_bytes(spec, options.target)
+    full_bytes = full_expert_bytes(spec, options.target)
     evidence = gather_evidence(
         *(spec, ready.stats, forms, options.target, int(share * full_bytes)),
         gradients=ready.gradients,
@@ -220,15 +220,9 @@ def _measure(ready: Bench, share: float, settings: str, work: Path, name: str) -
     )
 
 
-def _full_bytes(spec: ModelSpec, target: Target) -> int:
-    """All experts in the target's largest form."""
-    largest = expert_bytes(candidate_forms(spec, target)[-1], spec.hidden_size, spec.expert_width)
-    return spec.num_moe_layers * spec.num_experts * largest
-
-
 def _require_room(spec: ModelSpec, share: float, target: Target) -> None:
     """Refuse at once what no plan could fit: top_k experts per layer in the smallest form."""
-    least_share = least_expert_bytes(spec, target) / _full_bytes(spec, target)
+    least_share = least_expert_bytes(spec, target) / full_expert_bytes(spec, target)
     if share < least_share:
         raise InputError(
             f"{share:.1%} of the experts' bytes hold no plan: {spec.top_k} experts per layer in "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from edge_moe.gradient_stats import GradientStats, load_gradients
 from edge_moe.planner import stats_fingerprint
 from edge_moe.stats import ExpertStats, StatsInfo
 from edge_moe.super_experts import find_super_experts
+
+StatsT = TypeVar("StatsT", ExpertStats, GradientStats)
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,11 @@ def given_scores(request: Request, folder: Path | None) -> Scores | None:
 def measure_scores(request: Request, folder: Path) -> Scores:
     """Scores from what an interrupted run left in `folder`, or measured now."""
     if request.method.shrinks == "width":
-        return _neuron_scores(request, folder / "gradients")
-    measured = folder / "stats"
-    if (measured / "stats.json").exists():
-        stats = ExpertStats.load(measured)
-    else:
-        stats = calibrate(
-            request.checkpoint.folder,
-            request.tasks,
-            measured,
-            window_tokens=request.limits.window_tokens,
-            max_windows=request.limits.max_windows,
-            forms=(),
-            quantiser=PLAIN_QUANTISER,
-        )
+        from edge_moe.converters.gradient_loss import measure_gradients
+
+        gradients = _measured(request, folder / "gradients", GradientStats, measure_gradients)
+        return Scores(gradients.info, neurons=gradients.neuron_scores())
+    stats = _measured(request, folder / "stats", ExpertStats, calibrate)
     return Scores(stats.info, stats=stats)
 
 
@@ -108,20 +103,18 @@ def _checked_stats(request: Request, folder: Path) -> ExpertStats:
     return stats
 
 
-def _neuron_scores(request: Request, folder: Path) -> Scores:
-    """HEAPr scores of every hidden unit."""
-    from edge_moe.converters.gradient_loss import measure_gradients
-
-    if (folder / "gradient.json").exists():
-        gradients = GradientStats.load(folder)
-    else:
-        gradients = measure_gradients(
-            request.checkpoint.folder,
-            request.tasks,
-            folder,
-            window_tokens=request.limits.window_tokens,
-            max_windows=request.limits.max_windows,
-            forms=(),
-            quantiser=PLAIN_QUANTISER,
-        )
-    return Scores(gradients.info, neurons=gradients.neuron_scores())
+def _measured(
+    request: Request, folder: Path, kind: type[StatsT], measure: Callable[..., StatsT]
+) -> StatsT:
+    """What an interrupted run left in `folder`, or what `measure` finds on the text now."""
+    if kind.settings_path(folder).exists():
+        return kind.load(folder)
+    return measure(
+        request.checkpoint.folder,
+        request.tasks,
+        folder,
+        window_tokens=request.limits.window_tokens,
+        max_windows=request.limits.max_windows,
+        forms=(),
+        quantiser=PLAIN_QUANTISER,
+    )

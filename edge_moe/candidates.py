@@ -91,6 +91,12 @@ def candidate_forms(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
     return find_candidates(spec, target, device).forms
 
 
+def full_expert_bytes(spec: ModelSpec, target: Target) -> int:
+    """All experts in the target's largest form."""
+    largest = expert_bytes(candidate_forms(spec, target)[-1], spec.hidden_size, spec.expert_width)
+    return spec.num_moe_layers * spec.num_experts * largest
+
+
 def least_expert_bytes(spec: ModelSpec, target: Target) -> int:
     """No plan takes fewer bytes: top_k experts per layer in the target's smallest form."""
     smallest = candidate_forms(spec, target)[1]

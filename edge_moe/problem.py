@@ -91,6 +91,18 @@ class Problem:
         """[L, E, ...] -> [L, G, E / G, ...]; groups are runs of consecutive experts."""
         return table.reshape(self.num_layers, self.num_groups, self.group_size, *table.shape[2:])
 
+    def even_counts(self, form: int, num_bytes: int) -> IntArray:
+        """[L] experts in `form` per router group of each layer, as many as `num_bytes` pay for.
+
+        All layers get the same number; where they may differ, the first ones get what is left over.
+        """
+        affordable = num_bytes // int(self.form_bytes[form]) // self.num_groups
+        per_group, extra = divmod(affordable, self.num_layers)
+        counts = np.full(self.num_layers, per_group, np.int64)
+        if self.scope == "expert":
+            counts[:extra] += 1
+        return counts
+
     def only_forms(self, form_indices: list[int], budget_bytes: int) -> Problem:
         """The same problem where nothing but `form_indices` may be used."""
         mask = np.zeros(len(self.form_bytes), np.bool_)

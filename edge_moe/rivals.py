@@ -14,6 +14,7 @@ from edge_moe.optimise import solve
 from edge_moe.plan import FrontierPoint, Rival
 from edge_moe.problem import IntArray, Problem, Solution, smallest_bytes
 from edge_moe.relaxation import cheapest_price
+from edge_moe.saliency import keep_largest
 from edge_moe.uniform import UniformFrontier
 from edge_moe.units import format_bytes
 
@@ -79,18 +80,14 @@ def random_retention(problem: Problem, expert_bytes: int, seed: int) -> Solution
     whole = problem.only_forms([0, widest], expert_bytes)
     least, most = whole.group_bounds
     affordable = expert_bytes // int(problem.form_bytes[widest])
-    counts, extra = _spread(affordable, problem.num_layers, problem.num_groups)
-    if problem.scope == "expert":
-        counts[:extra] += 1
-    counts = np.minimum(np.maximum(counts, least), most)
+    counts = np.minimum(np.maximum(problem.even_counts(widest, expert_bytes), least), most)
     if problem.scope != "expert":
         counts[:] = counts.max()
     if (counts > most).any() or int(counts.sum()) * problem.num_groups > affordable:
         return None
     order = np.random.default_rng(seed).random(problem.loss.shape[:2])
-    order[whole.must_keep] = -1.0
-    rank = np.argsort(np.argsort(problem.by_group(order), axis=-1), axis=-1)
-    kept = (rank < counts[:, None, None]).reshape(order.shape)
+    num_groups = problem.num_groups
+    kept = keep_largest(-order, counts * num_groups, whole.must_keep, num_groups)
     return Solution.of(problem, np.where(kept, widest, 0))
 
 
@@ -137,12 +134,6 @@ def _one_form(problem: Problem, expert_bytes: int) -> Solution | None:
     """Every expert in the largest form in which all of them fit."""
     form = problem.largest_single_form(expert_bytes)
     return Solution.of(problem, np.full(problem.loss.shape[:2], form)) if form else None
-
-
-def _spread(affordable: int, num_layers: int, num_groups: int) -> tuple[IntArray, int]:
-    """([L] equal counts per group, number of layers that can have one more per group)."""
-    per_layer, extra = divmod(affordable // num_groups, num_layers)
-    return np.full(num_layers, per_layer), extra
 
 
 def _rival(name: str, solution: Solution, forms: Sequence[str], note: str) -> Rival:

@@ -167,8 +167,7 @@ def _by_criterion(evidence: Evidence, best: IntArray) -> Iterator[tuple[str, Int
     problem, num_groups = evidence.problem, evidence.problem.num_groups
     mean_kept = float((best > 0).sum(axis=1).mean()) / num_groups
     counts = {round(mean_kept * share) for share in (0.75, 1.0, 1.25)}
-    supers = problem.by_group(evidence.supers).sum(axis=-1)
-    lowest = max(problem.group_minimum, int(supers.max()))
+    lowest = int(problem.group_bounds[0].max())
     for per_group in sorted({min(max(count, lowest), problem.group_size) for count in counts}):
         if per_group == problem.group_size:
             continue

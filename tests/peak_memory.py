@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import make_tiny_checkpoint
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
@@ -20,6 +21,18 @@ before = kilobytes("VmRSS:")
 {work}
 print((kilobytes("VmHWM:") - before) * 1024)
 """
+
+
+def deep_checkpoint(folder: Path) -> Path:
+    """Twelve layers of experts, so that one layer is a small part of the model."""
+    return make_tiny_checkpoint(
+        folder,
+        "olmoe",
+        width=256,
+        num_hidden_layers=12,
+        num_experts=16,
+        intermediate_size=1024,
+    )
 
 
 @dataclass(frozen=True)

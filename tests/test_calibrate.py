@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
-from peak_memory import measure_peak, needs_proc
+from peak_memory import deep_checkpoint, measure_peak, needs_proc
 from safetensors.numpy import save_file
 from stopped_runs import stopping_at_rename
 from torch import Tensor, nn
@@ -396,14 +396,7 @@ calibrate(Path(model), [task], Path(output), **options)
 @pytest.mark.slow
 @needs_proc
 def test_memory_holds_one_layer(task: str, tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(
-        tmp_path / "model",
-        "olmoe",
-        width=256,
-        num_hidden_layers=12,
-        num_experts=16,
-        intermediate_size=1024,
-    )
+    folder = deep_checkpoint(tmp_path / "model")
     checkpoint = Checkpoint(folder)
     whole_bytes = 2 * sum(info.num_bytes for info in checkpoint.tensors.values())  # as float32
     output = tmp_path / "stats"

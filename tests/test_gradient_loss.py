@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyCheckpoint, make_tiny_checkpoint
-from peak_memory import measure_peak, needs_proc
+from peak_memory import deep_checkpoint, measure_peak, needs_proc
 from stopped_runs import stopping_at_rename
 from test_gradient_stream import gradient_info
 from torch import Tensor, nn
@@ -400,14 +400,7 @@ measure_gradients(Path(model), [task], Path(output), window_tokens=128, forms=["
 @pytest.mark.slow
 @needs_proc
 def test_memory_holds_one_layer(task: str, tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(
-        tmp_path / "model",
-        "olmoe",
-        width=256,
-        num_hidden_layers=12,
-        num_experts=16,
-        intermediate_size=1024,
-    )
+    folder = deep_checkpoint(tmp_path / "model")
     checkpoint = Checkpoint(folder)
     whole_bytes = 2 * sum(info.num_bytes for info in checkpoint.tensors.values())  # as float32
     output = tmp_path / "out"

@@ -10,7 +10,7 @@ import pytest
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
-from peak_memory import measure_peak, needs_proc
+from peak_memory import deep_checkpoint, measure_peak, needs_proc
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate_skipping import calibrate_skipping, skipping_terms
@@ -192,14 +192,7 @@ calibrate_skipping(Path(model), [task], Path(output), window_tokens=128)
 @pytest.mark.slow
 @needs_proc
 def test_memory_of_calibration_stays_below_what_is_stated(tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(
-        tmp_path / "model",
-        "olmoe",
-        width=256,
-        num_hidden_layers=12,
-        num_experts=16,
-        intermediate_size=1024,
-    )
+    folder = deep_checkpoint(tmp_path / "model")
     task, output = tmp_path / "mine.txt", tmp_path / "skip.json"
     task.write_text(" ".join(f"word{index % 37} is {index}" for index in range(500)))
     peak = measure_peak(IMPORTS, MEASURED, folder, task, output)

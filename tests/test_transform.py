@@ -37,6 +37,7 @@ from transformers import AutoTokenizer
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run as run_cli
 from edge_moe.converters import calibration_memory, transform_scores
+from edge_moe.converters import transform as transforming
 from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 from edge_moe.converters.gradient_memory import gradient_terms
@@ -93,7 +94,7 @@ def made_up_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
         shape = spec.num_moe_layers, spec.num_experts, spec.expert_width
         return Scores(request.info, neurons=np.random.default_rng(0).random(shape))
 
-    monkeypatch.setattr(transform_scores, "_neuron_scores", scores)
+    monkeypatch.setattr(transforming, "measure_scores", scores)
 
 
 def run(folder: Path, task: str, output: Path, method: str, **options: Any) -> TransformRecord:

@@ -54,8 +54,7 @@ class OutputLoss:
 
     def losses(self, kept_sets: Iterable[tuple[int, ...]], num_kept: int) -> FloatArray:
         """[sets] loss of every set of `num_kept` ascending expert ids."""
-        router = SubsetRouter(self._samples.block.gate, self._samples.logits, num_kept)
-        step = max(1, _BATCH_NUMBERS // (self._samples.num_tokens * num_kept))
+        router, step = self._router(num_kept)
         sets = iter(kept_sets)
         found = [
             self._batch(*router.route(torch.tensor(batch)))
@@ -65,13 +64,17 @@ class OutputLoss:
 
     def losses_without(self, kept: Sequence[int], candidates: Sequence[int]) -> FloatArray:
         """[candidates] loss of the ascending ids `kept` without each of them in turn."""
-        router = SubsetRouter(self._samples.block.gate, self._samples.logits, len(kept))
-        step = max(1, _BATCH_NUMBERS // (self._samples.num_tokens * len(kept)))
+        router, step = self._router(len(kept))
         found = []
         for gone in torch.split(torch.tensor(candidates), step):
             subsets = torch.tensor(kept).expand(len(gone), -1)
             found.append(self._batch(*router.route(subsets, gone)))
         return np.concatenate(found)
+
+    def _router(self, num_kept: int) -> tuple[SubsetRouter, int]:
+        """(the layer's router on `num_kept` experts, sets that it routes at a time)."""
+        step = max(1, _BATCH_NUMBERS // (self._samples.num_tokens * num_kept))
+        return SubsetRouter(self._samples.block.gate, self._samples.logits, num_kept), step
 
     def _batch(self, ids: Tensor, weights: Tensor) -> FloatArray:
         """[B] losses from (ids, weights), [B, T, k] each."""

@@ -35,16 +35,16 @@ class SubsetRouter:
         """
         num_subsets, num_kept = subsets.shape
         num_tokens = len(self._logits)
-        never = torch.zeros_like(subsets, dtype=torch.bool)
+        logits = self._logits[:, subsets].transpose(0, 1)  # [B, T, N]
+        bias = None if self._bias is None else self._bias[subsets]
         if gone is not None:
             never = subsets == gone[:, None]
-        logits = self._logits[:, subsets].transpose(0, 1).masked_fill(never[:, None], _NEVER)
-        logits = logits.reshape(-1, num_kept)  # [B T, N]
-        if self._bias is not None:
-            bias = self._bias[subsets].masked_fill(never, -torch.inf)
+            logits = logits.masked_fill(never[:, None], _NEVER)
+            bias = None if bias is None else bias.masked_fill(never, -torch.inf)
+        if bias is not None:
             bias = bias[:, None].expand(-1, num_tokens, -1)
             setattr(self._router, _BIAS, bias.reshape(-1, num_kept))
-        _, weights, positions = self._router(logits)
+        _, weights, positions = self._router(logits.reshape(-1, num_kept))
         shape = num_subsets, num_tokens, -1
         ids = subsets[:, None].expand(-1, num_tokens, -1).gather(2, positions.reshape(shape))
         return ids, weights.reshape(shape)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,30 +38,15 @@ class DeviceName(StrEnum):
     CUDA = "cuda"
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Checkpoint folder, native package, .gguf file, or hub id such as Qwen/Qwen3-30B-A3B.",
-        show_default=False,
-    ),
-]
-RunnableModel = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Checkpoint folder, native package, or hub id such as Qwen/Qwen3-30B-A3B.",
-        show_default=False,
-    ),
-]
-SourceModel = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Hugging Face checkpoint folder, or hub id such as Qwen/Qwen3-30B-A3B.",
-        show_default=False,
-    ),
-]
+def _model(kinds: str) -> Any:
+    """The argument MODEL of a command that takes `kinds`, and hub ids."""
+    text = f"{kinds}, or hub id such as Qwen/Qwen3-30B-A3B."
+    return typer.Argument(metavar="MODEL", help=text, show_default=False)
+
+
+Model = Annotated[str, _model("Checkpoint folder, native package, .gguf file")]
+RunnableModel = Annotated[str, _model("Checkpoint folder, native package")]
+SourceModel = Annotated[str, _model("Hugging Face checkpoint folder")]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)
 ]

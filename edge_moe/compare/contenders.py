@@ -136,13 +136,8 @@ def counts_for(problem: Problem, form: int) -> IntArray | None:
 
     A group-limited router's groups keep equally many.
     """
-    num_groups = problem.num_groups
-    affordable = problem.budget_bytes // int(problem.form_bytes[form])
-    per_group, extra = divmod(affordable // num_groups, problem.num_layers)
-    counts = np.full(problem.num_layers, min(per_group, problem.group_size), np.int64)
-    if problem.scope == "expert" and per_group < problem.group_size:
-        counts[:extra] += 1
-    return None if counts.min() < problem.group_minimum else counts * num_groups
+    counts = np.minimum(problem.even_counts(form, problem.budget_bytes), problem.group_size)
+    return None if counts.min() < problem.group_minimum else counts * problem.num_groups
 
 
 def _cannot_prune(field: Field, counts: IntArray | None) -> str:
@@ -153,8 +148,7 @@ def _cannot_prune(field: Field, counts: IntArray | None) -> str:
         return f"fewer experts per layer fit than the router needs, {needed}"
     if counts.min() == problem.loss.shape[1]:
         return "all experts fit, none has to go"
-    supers = problem.by_group(field.supers).sum(axis=-1).max(axis=-1)
-    if (supers * problem.num_groups > counts).any():
+    if (problem.group_bounds[0] * problem.num_groups > counts).any():
         return "a layer has more super experts than may stay"
     return ""
 

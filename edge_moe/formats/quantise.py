@@ -93,6 +93,12 @@ class Quantiser:
     uses_every_token: bool = False
     """Whether moments are of every token, by the router's score, and not of routed ones alone."""
 
+    def packs(self, form: str) -> bool:
+        """Whether it can pack `form`; forms without codes need no quantiser."""
+        if self.forms is None or form == DROP:
+            return True
+        return form in self.forms or not isinstance(get_form(form), BlockForm)
+
 
 QUANTISERS: dict[str, Quantiser] = {}
 
@@ -106,14 +112,6 @@ def get_quantiser(name: str) -> Quantiser:
     if name not in QUANTISERS:
         raise InputError(f"quantiser {name!r} is unknown: use one of {', '.join(QUANTISERS)}")
     return QUANTISERS[name]
-
-
-def packs(name: str, form: str) -> bool:
-    """Whether the quantiser called `name` can pack `form`; forms without codes need none."""
-    forms = get_quantiser(name).forms
-    if forms is None or form == DROP:
-        return True
-    return form in forms or not isinstance(get_form(form), BlockForm)
 
 
 def pack_matrix(
@@ -171,9 +169,9 @@ def _pack(name: str, weights: FloatArray, quantiser: Quantiser, moments: InputMo
     form = get_form(name)
     if not isinstance(form, BlockForm):
         return form.pack(weights)  # 16 and 32 bits: nothing to choose
-    if quantiser.forms is not None and name not in quantiser.forms:
+    if not quantiser.packs(name):
         raise InputError(
-            f"quantiser {quantiser.name!r} packs {', '.join(quantiser.forms)}, not {name}: "
+            f"quantiser {quantiser.name!r} packs {', '.join(quantiser.forms or ())}, not {name}: "
             "use nearest, imatrix, weighted, refit, gptq or gptq_refit"
         )
     if quantiser.needs and all(getattr(moments, field) is None for field in quantiser.needs):
