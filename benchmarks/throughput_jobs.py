@@ -109,9 +109,9 @@ class Bench:
     def _num_lossy_forms(self) -> int:
         """Forms that calibration measures."""
         spec = self.checkpoint.spec
-        parts = self.checkpoint.expert_ranges(spec.moe_layer_ids[0], 0)
+        dtypes = self.checkpoint.expert_dtypes(spec.moe_layer_ids[0], 0)
         packed = [form for form in checked_forms(spec, None) if form != DROP]
-        return sum(not is_lossless(form, parts) for form in packed)
+        return sum(not is_lossless(form, dtypes) for form in packed)
 
     def _ready(self, name: str) -> Ready:
         makers: dict[str, Callable[[], Ready]] = {

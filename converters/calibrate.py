@@ -221,8 +221,9 @@ class _Run:
 
     def _check_outside_layers(self) -> None:
         """Embeddings, final norm and output head: no layer reads them, a damaged one ruins all."""
+        layers = self.checkpoint.spec.layer_prefix(0).removesuffix("0.")
         for info in self.checkpoint.dense_tensors:
-            if not info.name.startswith("model.layers."):
+            if not info.name.startswith(layers):
                 self.checkpoint.check_finite(info.name)
 
     def _units(self, num_layers: int) -> float:

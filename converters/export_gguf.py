@@ -30,8 +30,7 @@ from edge_moe.converters.gguf_writer import (
 )
 from edge_moe.converters.packer import Packer
 from edge_moe.converters.progress import byte_progress
-from edge_moe.converters.slicing import SlicedTensor, slice_rows, whole_tensor
-from edge_moe.converters.source_bytes import read_float32
+from edge_moe.converters.slicing import SlicedTensor, slice_experts, whole_tensor
 from edge_moe.errors import TargetError
 from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.formats import expert_packed_bytes, form_fits, get_form
@@ -147,7 +146,9 @@ def _dense_tensors(plan: Plan, checkpoint: Checkpoint) -> Iterator[GgufTensor]:
         if info.name == "lm_head.weight" and spec.tie_word_embeddings:
             continue
         if info.name in kept:
-            yield _dense_tensor(info, slice_rows(info, kept[info.name], "f32"), "f32")
+            yield _dense_tensor(
+                info, slice_experts(info, kept[info.name], spec.num_experts, "f32"), "f32"
+            )
             continue
         form = "f32" if is_exact or len(info.shape) < 2 else _FORM_OF_DTYPE[info.dtype]
         is_same = form == _FORM_OF_DTYPE[info.dtype]
@@ -209,5 +210,5 @@ def _pack_projection(
         if packer is not None:
             yield packer.pack(layer_id, expert_id, form)[part].tobytes()
             continue
-        weights = read_float32(checkpoint.expert_ranges(layer_id, expert_id)[projection])
+        weights = checkpoint.projection(layer_id, expert_id, projection)
         yield get_form(form).pack(weights).tobytes()

@@ -14,12 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
 from edge_moe.converters.observe import (
     RoutedWindow,
-    expert_inner,
-    expert_output,
     router_scores_of,
 )
 from edge_moe.converters.second_moments import (
@@ -31,6 +29,7 @@ from edge_moe.converters.second_moments import (
 from edge_moe.formats import DROP, get_form, unpack_expert
 from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 from edge_moe.moments import LayerMoments
+from edge_moe.runtime.moe_block import expert_inner, expert_output
 from edge_moe.spec import ModelSpec
 
 _LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
@@ -111,11 +110,11 @@ class FormLosses:
 
     def _lossy_forms(self, layer_id: int, expert_id: int) -> list[int]:
         """Positions of the forms that change this expert's stored weights."""
-        parts = self._checkpoint.expert_ranges(layer_id, expert_id)
+        dtypes = self._checkpoint.expert_dtypes(layer_id, expert_id)
         return [
             position
             for position, form in enumerate(self._forms)
-            if form != DROP and not is_lossless(form, parts)
+            if form != DROP and not is_lossless(form, dtypes)
         ]
 
     def _expert_changes(
@@ -129,7 +128,7 @@ class FormLosses:
         """Each window is multiplied on its own."""
         gate_up, down = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
         exact = [
-            expert_output(experts, window.inputs[token], gate_up, down)
+            expert_output(experts, window.inputs[token], gate_up, down, expert_id)
             for window, (token, _) in zip(windows, routed, strict=True)
         ]
         moments = None
@@ -140,7 +139,9 @@ class FormLosses:
         for position in self._lossy_forms(layer_id, expert_id):
             self._store(self._forms[position], gate_up, down, moments)
             for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):
-                stored = expert_output(experts, window.inputs[token], self._gate_up, self._down)
+                stored = expert_output(
+                    experts, window.inputs[token], self._gate_up, self._down, expert_id
+                )
                 yield FormChange(
                     expert_id=expert_id,
                     form=position,
@@ -176,7 +177,7 @@ def add_moments(experts: Any, windows: Sequence[RoutedWindow], spec: ModelSpec) 
         ids = window.expert_ids
         for expert_id in np.unique(ids.numpy()).tolist():
             inputs = window.inputs[(ids == expert_id).any(dim=1)]
-            inner = expert_inner(experts, inputs, experts.gate_up_proj[expert_id])
+            inner = expert_inner(experts, inputs, experts.gate_up_proj[expert_id], expert_id)
             moments.input_squares.add(_square_sums(inputs), index=expert_id)
             moments.inner_squares.add(_square_sums(inner), index=expert_id)
     return moments
@@ -202,6 +203,6 @@ def round_trip(form_name: str, weights: Tensor, output: Tensor) -> None:
         target[rows] = form.unpack(form.pack(source[rows]), width)
 
 
-def is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
-    """Whether `form` holds what is stored in `parts` without loss."""
-    return all(form in _LOSSLESS.get(part.dtype, ()) for part in parts)
+def is_lossless(form: str, dtypes: Sequence[str]) -> bool:
+    """Whether `form` holds what is stored in `dtypes` without loss."""
+    return all(form in _LOSSLESS.get(dtype, ()) for dtype in dtypes)

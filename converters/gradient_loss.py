@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
@@ -40,6 +39,7 @@ from edge_moe.gradient_stats import (
     GradientStats,
     Labels,
 )
+from edge_moe.runtime.moe_block import expert_inner
 from edge_moe.stats import ExpertStats
 
 
@@ -203,7 +203,7 @@ def neuron_squares(
     `inputs` [n, H] are tokens that chose the expert, `gradient` [n, H] that of the loss at the
     expert's own un-gated output. h is what a neuron gives to down_proj, w its column there.
     """
-    hidden = experts._apply_gate(F.linear(inputs, experts.gate_up_proj[expert_id]))
+    hidden = expert_inner(experts, inputs, experts.gate_up_proj[expert_id], expert_id)
     along = gradient @ experts.down_proj[expert_id]
     return hidden.double().square(), along.double().square()
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from edge_moe.converters.rerouting import Slots, fill_slots, weight_changes
+from edge_moe.converters.rerouting import Slots, fill_slots, sparsemixer_slots, weight_changes
+from edge_moe.runtime.moe_block import MoeBlock, expert_output
 from edge_moe.spec import ModelSpec
 
 OBSERVE = "edge_moe_observe"
@@ -66,21 +67,10 @@ class WindowObservation:
     """[T, k] float64 real weights."""
 
 
-def expert_inner(experts: Any, inputs: Tensor, gate_up: Tensor) -> Tensor:
-    """[n, H] -> [n, I], what down_proj of an expert with gate_up [2I, H] multiplies."""
-    inner: Tensor = experts._apply_gate(F.linear(inputs, gate_up))
-    return inner
-
-
-def expert_output(experts: Any, inputs: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Un-gated output [n, H] of one expert; gate_up [2I, H], down [H, I]."""
-    return F.linear(expert_inner(experts, inputs, gate_up), down)
-
-
 class BlockObserver:
     """Attach to one MoE block; after each forward pass of one window, `take()` the observation."""
 
-    def __init__(self, block: Any, spec: ModelSpec) -> None:
+    def __init__(self, block: MoeBlock, spec: ModelSpec) -> None:
         self._block = block
         self._experts = block.experts
         self._spec = spec
@@ -88,14 +78,16 @@ class BlockObserver:
         eligible = router.top_groups * (spec.num_experts // router.num_groups)
         self._has_next_best = spec.top_k < eligible
         self._is_probing = False
-        self._probed: tuple[Tensor, Tensor] | None = None
         self._seen: _Seen | None = None
         self._logits: Tensor | None = None
         self._moe_output: Tensor | None = None
-        self._hooks = (
-            block.register_forward_hook(self._after_block),
-            block.gate.register_forward_hook(self._after_router),
-        )
+        self._router_arguments: tuple[Any, ...] = ()
+        self._hooks = [
+            block.output_module.register_forward_hook(self._after_block),
+            block.router.register_forward_hook(self._after_router),
+        ]
+        if block.logits_module is not None:
+            self._hooks.append(block.logits_module.register_forward_hook(self._after_logits))
         self._experts.observer = self
 
     def __enter__(self) -> Self:
@@ -117,11 +109,7 @@ class BlockObserver:
 
     def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The experts' forward pass, [T, H], [T, k], [T, k] -> [T, H]."""
-        if self._is_probing:
-            self._probed = ids, weights
-            return torch.zeros_like(hidden)
-        wider = self._probe(hidden) if self._has_next_best else None
-        slots = fill_slots((ids, weights), wider)
+        slots = self._slots(ids, weights)
         outputs = self._slot_outputs(hidden, slots.expert_ids)
         self._record(hidden, slots, outputs)
         return mix(slots.gates, outputs)
@@ -138,27 +126,39 @@ class BlockObserver:
             drop_losses=_drop_losses(slots, outputs, self._spec),
         )
 
-    def _probe(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(ids, weights), [T, k + 1] each: the block's own choice of one expert more."""
-        router = self._block.gate
+    def _slots(self, ids: Tensor, weights: Tensor) -> Slots:
+        """The chosen experts and the next-best one, by the router's own choice of one more."""
+        if self._spec.router.score_function == "sparsemixer":
+            if self._logits is None:
+                raise RuntimeError("the router did not run before the experts")
+            return sparsemixer_slots(self._logits, ids, weights)
+        wider = self._probe() if self._has_next_best else None
+        slots = fill_slots((ids, weights), wider)
+        scale = self._block.expert_scale
+        return slots if scale is None else slots.scaled_by(scale)
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """(ids, weights), [T, k + 1] each: the router's own choice of one expert more."""
         self._is_probing = True
-        router.top_k += 1
         try:
-            self._block(hidden[None])
+            return self._block.choose_more(self._router_arguments)
         finally:
-            router.top_k -= 1
             self._is_probing = False
-        if self._probed is None:
-            raise RuntimeError("the router did not answer the probe")
-        return self._probed
 
-    def _after_block(self, block: nn.Module, arguments: object, output: Tensor) -> None:
-        if not self._is_probing:
-            self._moe_output = output.flatten(0, 1)
+    def _after_block(self, block: nn.Module, arguments: object, output: Any) -> None:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        self._moe_output = hidden.flatten(0, -2)
 
-    def _after_router(self, router: nn.Module, arguments: object, output: Any) -> None:
-        if not self._is_probing:
+    def _after_router(self, router: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if self._is_probing:
+            return
+        self._router_arguments = arguments
+        if self._block.logits_module is None:
             self._logits = output[0]
+
+    def _after_logits(self, module: nn.Module, arguments: object, output: Tensor) -> None:
+        if not self._is_probing:
+            self._logits = output
 
     def _slot_outputs(self, hidden: Tensor, expert_ids: Tensor) -> Tensor:
         """[T, K, H] un-gated output of every slot's expert; zero in an empty slot."""
@@ -169,7 +169,9 @@ class BlockObserver:
                 self._experts.gate_up_proj[expert_id],
                 self._experts.down_proj[expert_id],
             )
-            outputs[token, slot] = expert_output(self._experts, hidden[token], gate_up, down)
+            outputs[token, slot] = expert_output(
+                self._experts, hidden[token], gate_up, down, int(expert_id)
+            )
         return outputs
 
     def _summarise(
@@ -233,10 +235,9 @@ def router_scores(logits: Tensor, score_function: str) -> Tensor:
     return logits.sigmoid() if score_function == "sigmoid" else logits.softmax(dim=-1)
 
 
-def router_scores_of(block: Any, inputs: Tensor, spec: ModelSpec) -> Tensor:
+def router_scores_of(block: MoeBlock, inputs: Tensor, spec: ModelSpec) -> Tensor:
     """[T, H] what a MoE block was given -> [T, E] its own router's scores, float32."""
-    logits: Tensor = block.gate(inputs)[0]
-    return router_scores(logits.double(), spec.router.score_function).float()
+    return router_scores(block.logits(inputs).double(), spec.router.score_function).float()
 
 
 def residual_shift(layer_output: Tensor, moe_output: Tensor) -> Tensor:

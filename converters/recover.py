@@ -193,7 +193,7 @@ def _train(
         job.package.spec.moe_layer_ids, moe_blocks(student, job.package.spec), strict=True
     ):
         if layer_id in rows:
-            block.gate.weight.copy_(rows[layer_id])
+            block.weight.copy_(rows[layer_id])
     branches = add_branches(student, job.settings.rank, job.settings.alpha, job.settings.seed)
     training = BranchTraining(student, branches, job.text, teacher, job.settings, scratch)
     with progress("training branches", job.settings.steps - training.step) as advance:

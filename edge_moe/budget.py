@@ -83,7 +83,7 @@ def memory_terms(
     }
     experts = sum(per_expert[form] for row in forms for form in row)
     kv_itemsize = kv_itemsize_bytes(spec, device, target)
-    kv_bytes = context_tokens * spec.kv_bytes_per_token(kv_itemsize)
+    kv_bytes = spec.kv_bytes(context_tokens, kv_itemsize)
     kv_note = f"{context_tokens} tokens, {kv_itemsize} bytes per value"
     return [
         MemoryTerm(

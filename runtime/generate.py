@@ -93,9 +93,10 @@ class Decoder:
             self.timing.cache_bytes = self.cache_bytes()
 
     def cache_bytes(self) -> int:
-        """Bytes of the tensors that the KV cache holds."""
-        tensors = (tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        """Bytes of the keys, values and states that the cache holds."""
+        from edge_moe.runtime.kv_cache import cached_tensors
+
+        return sum(tensor.nbytes for tensor in cached_tensors(self.cache))
 
     def _tokens(
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, eos: set[int]
