@@ -38,7 +38,7 @@ def quantize_chunk(form: Form, weights: FloatArray, importance: FloatArray | Non
         importance = np.ascontiguousarray(importance, dtype=np.float32)
         _require_finite(form, "an importance", importance)
     packed = np.empty((rows, row_bytes), dtype=np.uint8)
-    written = _library().ggml_quantize_chunk(
+    written = library().ggml_quantize_chunk(
         form.ggml_type,
         weights.ctypes.data,
         packed.ctypes.data,
@@ -71,7 +71,12 @@ def _path() -> Path | None:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The loaded library; the same object as the one that llama.cpp uses.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
     path = _path()
     if path is None:
         raise MissingExtraError("llama-cpp-python", "gguf", "packing by libggml")
