@@ -23,6 +23,7 @@ from torch import Tensor
 
 import edge_moe
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.block_sums import WindowObservation, add_window
 from edge_moe.converters.calibrated_packing import CalibratedPacker
 from edge_moe.converters.calibration_memory import (
     calibration_terms,
@@ -34,9 +35,9 @@ from edge_moe.converters.calibration_work import (
     HiddenWriter,
     calibration_work,
 )
-from edge_moe.converters.form_loss import FormLosses, add_moments
+from edge_moe.converters.form_loss import CheckpointExperts, FormLosses, add_moments
 from edge_moe.converters.layer_stream import LayerStream
-from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservation
+from edge_moe.converters.observe import OBSERVE, BlockObserver, router_scores_of
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.progress import progress_bar
 from edge_moe.errors import CheckpointError, InputError
@@ -198,7 +199,7 @@ class _Run:
         self.texts = texts
         self.known = known
         self.stream = LayerStream(checkpoint, OBSERVE)
-        self.form_losses = FormLosses(checkpoint, info.forms, info.quantiser)
+        self.form_losses = FormLosses(CheckpointExperts(checkpoint), info.forms, info.quantiser)
         self.progress = progress_bar()
         self.bar = self.progress.add_task(
             "calibrating", total=self._units(checkpoint.spec.num_layers)
@@ -258,7 +259,7 @@ class _Run:
                 stats.form_loss.merge(ExactSum(self.known.high[row], self.known.low[row]))
             for observation, losses in zip(seen, form_losses, strict=True):
                 losses[:, stats.form_index(DROP)] = observation.drop_loss
-                _add_window(stats, observation, losses)
+                add_window(stats, observation, losses)
         except OverflowError as error:
             raise CheckpointError(
                 f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged: "
@@ -275,8 +276,13 @@ class _Run:
             self.progress.advance(self.bar, len(seen) * num_forms)
             return np.zeros((len(seen), num_experts, num_forms))
         step = len(seen) * num_forms / num_experts
+        spec = self.checkpoint.spec
         return self.form_losses.measure(
-            layer_id, block, seen, lambda: self.progress.advance(self.bar, step)
+            layer_id,
+            block.experts,
+            seen,
+            lambda: self.progress.advance(self.bar, step),
+            lambda: [router_scores_of(block, each.inputs, spec) for each in seen],
         )
 
     def _outputs(self, layer_id: int, writer: HiddenWriter) -> Iterator[Tensor]:
@@ -297,21 +303,6 @@ def _known_losses(output: Path, info: StatsInfo) -> ExactSum | None:
     """
     gradients = load_gradients(output, info)
     return None if gradients is None else gradients.packed_loss()
-
-
-def _add_window(
-    stats: ExpertStats,
-    observation: WindowObservation,
-    form_losses: npt.NDArray[np.float64],
-) -> None:
-    """Add one window to the statistics of one layer; `form_losses` is [E, F]."""
-    stats.routed_tokens[0] += observation.routed_tokens
-    np.maximum(stats.max_output[0], observation.max_output, out=stats.max_output[0])
-    for name, values in observation.expert_sums.items():
-        stats.expert_sums[name].add(values, index=0)
-    stats.layer_sums["moe_square"].add(observation.moe_square, index=0)
-    stats.layer_sums["residual_square"].add(observation.residual_square, index=0)
-    stats.form_loss.add(form_losses, index=0)
 
 
 def _check_options(spec: ModelSpec, window_tokens: int, shard: tuple[int, int]) -> None:

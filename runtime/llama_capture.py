@@ -65,7 +65,17 @@ ARCHITECTURES = {
 _LOGITS, _RANKING = "ffn_moe_logits", "ffn_moe_argsort"
 _WEIGHTS, _NORMED, _SCALED = "ffn_moe_weights", "ffn_moe_weights_norm", "ffn_moe_weights_scaled"
 _EXPERTS = "ffn_moe_down"
-_FOREIGN = ("ffn_moe_logits_biased", "ffn_moe_down_biased", "ffn_moe_down_scaled")
+_FOREIGN = (
+    "ffn_moe_logits_biased",
+    "ffn_moe_weights_softmax",
+    "ffn_moe_up_clamped",
+    "ffn_moe_up_scaled",
+    "ffn_moe_gate_scaled",
+    "ffn_moe_down_scaled",
+    "ffn_moe_up_biased",
+    "ffn_moe_gate_biased",
+    "ffn_moe_down_biased",
+)
 """A graph with one of these computes more than the statistics know of."""
 
 
@@ -469,7 +479,7 @@ class _Api:
         Raises:
             CheckpointError: it has another size.
         """
-        values = np.empty(shape, dtype)
+        values: npt.NDArray[Any] = np.empty(shape, dtype)
         found_bytes = self._ggml.ggml_nbytes(tensor)
         if found_bytes != values.nbytes:
             raise CheckpointError(

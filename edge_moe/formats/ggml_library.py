@@ -38,7 +38,7 @@ def quantize_chunk(form: Form, weights: FloatArray, importance: FloatArray | Non
         importance = np.ascontiguousarray(importance, dtype=np.float32)
         _require_finite(form, "an importance", importance)
     packed = np.empty((rows, row_bytes), dtype=np.uint8)
-    written = library().ggml_quantize_chunk(
+    written = _library().ggml_quantize_chunk(
         form.ggml_type,
         weights.ctypes.data,
         packed.ctypes.data,
@@ -60,6 +60,15 @@ def is_installed() -> bool:
     return _path() is not None
 
 
+def library() -> ctypes.CDLL:
+    """The loaded library: the same one that llama.cpp uses.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    return _library()
+
+
 def _path() -> Path | None:
     """The library beside the package `llama_cpp`, found without importing it."""
     found = importlib.util.find_spec("llama_cpp")
@@ -71,12 +80,7 @@ def _path() -> Path | None:
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The loaded library; the same object as the one that llama.cpp uses.
-
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-    """
+def _library() -> ctypes.CDLL:
     path = _path()
     if path is None:
         raise MissingExtraError("llama-cpp-python", "gguf", "packing by libggml")
