@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-import edge_moe
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.block_sums import WindowObservation, add_window
 from edge_moe.converters.calibrated_packing import CalibratedPacker
@@ -29,6 +28,11 @@ from edge_moe.converters.calibration_memory import (
     calibration_terms,
     hidden_file_bytes,
     state_and_require_memory,
+)
+from edge_moe.converters.calibration_request import (
+    CalibrationRequest,
+    Fingerprints,
+    checked_forms,
 )
 from edge_moe.converters.calibration_work import (
     CalibrationWork,
@@ -43,30 +47,17 @@ from edge_moe.converters.progress import progress_bar
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.exact_sum import ExactSum
 from edge_moe.files import require_free_disk
-from edge_moe.formats import DROP, get_form
-from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
+from edge_moe.formats import DROP
+from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gradient_stats import load_gradients
 from edge_moe.plan import CalibrationOptions
 from edge_moe.runtime.session import load_tokenizer
-from edge_moe.spec import ModelSpec
-from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo, require_unfinished
+from edge_moe.stats import ExpertStats, StatsInfo, require_unfinished
 from edge_moe.tasks import (
-    task_argument,
-    task_label,
     task_windows,
     tokenizer_fingerprint,
     windows_fingerprint,
 )
-
-
-class CalibrationArguments(TypedDict, total=False):
-    """The keyword arguments of `calibrate`, for functions that hand them on."""
-
-    window_tokens: int
-    max_windows: int | None
-    shard: tuple[int, int]
-    forms: Sequence[str] | None
-    quantiser: str | None
 
 
 def calibrate(
@@ -124,39 +115,12 @@ def calibration_text(
         EdgeMoeError: bad model, text or option.
     """
     model = checkpoint.folder
-    _check_options(checkpoint.spec, window_tokens, shard)
-    quantiser = _quantiser(quantiser, shard, forms)
+    request = CalibrationRequest(tuple(tasks), window_tokens, max_windows, shard, forms, quantiser)
+    request.check(checkpoint.spec)
     tokenizer = load_tokenizer(model)
     windows = task_windows(tasks, "calibration", tokenizer, window_tokens, max_windows)
-    covered = _shard_windows(len(windows), shard)
-    texts = [windows[index] for index in covered]
-    info = StatsInfo(
-        version=STATS_VERSION,
-        edge_moe_version=edge_moe.__version__,
-        model_type=checkpoint.spec.model_type,
-        model_fingerprint=checkpoint.fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(model),
-        data_fingerprint=windows_fingerprint(windows),
-        tasks=tuple(task_label(task) for task in tasks),
-        window_tokens=window_tokens,
-        num_windows=len(windows),
-        windows=covered,
-        num_tokens=sum(map(len, texts)),
-        moe_layer_ids=checkpoint.spec.moe_layer_ids,
-        num_experts=checkpoint.spec.num_experts,
-        top_k=checkpoint.spec.top_k,
-        quantiser=quantiser,
-        forms=forms,
-        options=CalibrationOptions(
-            tasks=tuple(task_argument(task) for task in tasks),
-            window_tokens=window_tokens,
-            max_windows=max_windows,
-            forms=forms,
-            shards=(shard,),
-            quantiser=quantiser,
-        ),
-    )
-    return info, texts
+    fingerprints = Fingerprints(checkpoint.fingerprint, tokenizer_fingerprint(model))
+    return request.run_over(windows, checkpoint.spec, fingerprints)
 
 
 def text_packer(
@@ -303,66 +267,6 @@ def _known_losses(output: Path, info: StatsInfo) -> ExactSum | None:
     """
     gradients = load_gradients(output, info)
     return None if gradients is None else gradients.packed_loss()
-
-
-def _check_options(spec: ModelSpec, window_tokens: int, shard: tuple[int, int]) -> None:
-    if window_tokens > spec.max_position_embeddings:
-        raise InputError(
-            f"--window-tokens is {window_tokens}, more than the model's context of "
-            f"{spec.max_position_embeddings}: use a smaller window"
-        )
-    index, count = shard
-    if not 0 <= index < count:
-        raise InputError(
-            f"shard {index}/{count} does not exist: use 0/{count} to {count - 1}/{count}"
-        )
-
-
-def _quantiser(name: str | None, shard: tuple[int, int], forms: Sequence[str]) -> str:
-    """The quantiser to measure `forms` with.
-
-    Raises:
-        InputError: unknown, one that does not pack all of `forms`, or one that needs the whole text
-            with a shard of it.
-    """
-    if name is None:
-        return BEST_QUANTISER if shard[1] == 1 else "nearest"
-    quantiser = get_quantiser(name)
-    if quantiser.needs and shard[1] > 1:
-        raise InputError(
-            f"quantiser {name!r} needs the whole text at once, not shard {shard[0]}/{shard[1]}: "
-            "leave out --shard, or use --quantiser nearest"
-        )
-    others = [form for form in forms if not quantiser.packs(form)]
-    if others:
-        known = quantiser.forms or ()
-        raise InputError(
-            f"quantiser {name!r} packs {', '.join(known)}, not {', '.join(others)}: measure only "
-            f"those, --forms {known[0]}, or use another quantiser"
-        )
-    return name
-
-
-def _shard_windows(num_windows: int, shard: tuple[int, int]) -> tuple[int, ...]:
-    index, count = shard
-    covered = tuple(range(index, num_windows, count))
-    if not covered:
-        raise InputError(f"shard {index}/{count} is empty: the text has only {num_windows} windows")
-    return covered
-
-
-def checked_forms(spec: ModelSpec, forms: Sequence[str] | None) -> tuple[str, ...]:
-    """`drop` first, then the packed forms; each must fit the expert's shapes."""
-    if forms is None:
-        from edge_moe.candidates import candidate_forms
-
-        forms = candidate_forms(spec, "native")
-    packed = tuple(dict.fromkeys(form for form in forms if form != DROP))
-    for name in packed:
-        form = get_form(name)
-        form.row_bytes(spec.hidden_size)
-        form.row_bytes(spec.expert_width)
-    return (DROP, *packed)
 
 
 def _require_room(checkpoint: Checkpoint, info: StatsInfo, output: Path) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.block_sums import mix
-from edge_moe.converters.calibrate import calibration_text, checked_forms
+from edge_moe.converters.calibrate import calibration_text
 from edge_moe.converters.calibration_memory import hidden_file_bytes, state_and_require_memory
+from edge_moe.converters.calibration_request import checked_forms
 from edge_moe.converters.form_loss import CheckpointExperts, FormLosses
 from edge_moe.converters.gradient_memory import gradient_terms
 from edge_moe.converters.gradient_stream import BlockGradient, GradientStream, LayerGradients
