@@ -202,7 +202,7 @@ def build_problem(
         form_bytes=np.array([expert_bytes(form, *widths) for form in forms], np.int64),
         allowed=~supers[..., None] | np.array(at_least_4_bits),
         budget_bytes=expert_budget_bytes,
-        top_k=max(spec.top_k, spec.family.fewest_experts),
+        top_k=max(spec.top_k, spec.fewest_experts),
         num_groups=spec.router.num_groups,
         top_groups=spec.router.top_groups,
         scope=TARGET_RULES[target].scope,

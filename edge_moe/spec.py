@@ -14,6 +14,9 @@ from edge_moe.arch import FAMILIES, Family
 from edge_moe.errors import SpecError
 from edge_moe.files import read_json
 
+GGUF_PREFIX = "gguf:"
+"""`ModelSpec.model_type` of a GGUF file is this and llama.cpp's architecture: `gguf:qwen3moe`."""
+
 # letters used in shape comments: E experts, K top_k, H hidden_size, I expert_width, T tokens
 
 
@@ -83,6 +86,13 @@ class ModelSpec:
     router: RouterSpec
     has_module_names: bool = False
     """The checkpoint names MoE tensors as transformers does, not as the family's own files do."""
+    fewest_experts: int = 1
+    """A layer keeps at least this many, whatever top_k is."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """The model is a GGUF file: there is no `family`, and tensors have llama.cpp's names."""
+        return self.model_type.startswith(GGUF_PREFIX)
 
     @property
     def family(self) -> Family:
@@ -207,6 +217,7 @@ class ModelSpec:
             dtype=_dtype(config, source),
             hidden_act=str(config.get("hidden_act", "silu")),
             router=_router(read, config, family, num_experts, top_k),
+            fewest_experts=family.fewest_experts,
         )
 
 
