@@ -28,7 +28,7 @@ from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 from edge_moe.moments import LayerMoments
 from edge_moe.spec import ModelSpec
 
-_LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
+LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
 """Stored dtype -> forms that hold it without loss."""
 
 Exact = tuple[bool, bool, bool]
@@ -241,4 +241,4 @@ def round_trip(form_name: str, weights: Tensor, output: Tensor) -> None:
 
 def is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
     """Whether `form` holds what is stored in `parts` without loss."""
-    return all(form in _LOSSLESS.get(part.dtype, ()) for part in parts)
+    return all(form in LOSSLESS.get(part.dtype, ()) for part in parts)
