@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,11 +52,11 @@ class BlockNodes:
 
 
 # llama.cpp 0c1e57098, src/models/<architecture>.cpp; all call build_moe_ffn of src/llama-graph.cpp
-# with SwiGLU. `llama` names the sum of the routed experts again after the block.
+# with SwiGLU. `ffn_out` is something else in `llama`: the residual stream behind the block.
 ARCHITECTURES = {
     "qwen3moe": BlockNodes(output="ffn_moe_out"),
     "olmoe": BlockNodes(output="ffn_moe_out"),
-    "llama": BlockNodes(output="ffn_out"),
+    "llama": BlockNodes(output="ffn_moe_out"),
     "qwen2moe": BlockNodes(output="ffn_out"),
     "deepseek2": BlockNodes(output="ffn_out"),
 }
@@ -284,6 +284,7 @@ class LlamaCapture:
         if kind != self._nodes.names.hidden:
             return True
         layer_id = int(layer)
+        self._nodes.require_block(self._found, name)
         assert self._take is not None
         self._take(layer_id, self._tokens, self._block())
         self._found = {}
@@ -398,6 +399,19 @@ class _Nodes:
             return False
         self._missing.discard(name)
         return True
+
+    def require_block(self, found: Iterable[str], name: str) -> None:
+        """Refuse a layer that ends, with node `name`, before all its nodes were there.
+
+        Raises:
+            CheckpointError: names the first one.
+        """
+        missing = self._kinds.difference(found)
+        if missing:
+            raise CheckpointError(
+                f"llama.cpp's graph has no node {min(missing)!r} before {name!r}: this version of "
+                "llama-cpp-python is not known here, install 0.3.36"
+            )
 
     def require_all(self, path: Path) -> None:
         """Refuse a graph that lacks a node.
