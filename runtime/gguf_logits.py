@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from edge_moe.errors import InputError, MissingExtraError
 from edge_moe.measurement import usable_cores
+from edge_moe.runtime.llama_log import llama_log
 
 _GGML_TYPE_F32 = 0
 _VOCABULARY_CONTEXT_TOKENS = 8  # llama-cpp-python makes a context even for a vocabulary alone
@@ -139,17 +140,18 @@ def _load(path: Path, context_tokens: int, vocab_only: bool = False) -> Any:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give the path of a GGUF file")
     try:
-        return Llama(
-            str(path),
-            n_ctx=context_tokens,
-            n_batch=context_tokens,
-            n_threads=usable_cores(),
-            vocab_only=vocab_only,
-            logits_all=not vocab_only,
-            flash_attn=False,
-            type_k=_GGML_TYPE_F32,
-            type_v=_GGML_TYPE_F32,
-            verbose=False,
-        )
+        with llama_log():
+            return Llama(
+                str(path),
+                n_ctx=context_tokens,
+                n_batch=context_tokens,
+                n_threads=usable_cores(),
+                vocab_only=vocab_only,
+                logits_all=not vocab_only,
+                flash_attn=False,
+                type_k=_GGML_TYPE_F32,
+                type_v=_GGML_TYPE_F32,
+                verbose=False,
+            )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: llama.cpp cannot load it ({error}): export it again") from None

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from edge_moe.errors import CheckpointError, InputError, MissingExtraError, SpecError
 from edge_moe.formats import ggml_library
 from edge_moe.measurement import usable_cores
+from edge_moe.runtime.llama_log import llama_log
 from edge_moe.spec import ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
@@ -37,7 +38,6 @@ _LOGIT_BYTES = 2**27
 _FEWEST_TOKENS = 32
 _SMALLEST_SUM = np.float32(6.103515625e-5)
 """llama.cpp divides by no smaller sum of weights."""
-_LOG_ERROR = 4
 
 
 @dataclass(frozen=True)
@@ -187,12 +187,11 @@ class LlamaCapture:
         parameters.use_extra_bufts = False  # repacked weights would be a copy in memory
         overrides = self._overrides(architecture)
         parameters.kv_overrides = overrides
-        with self._api.errors() as errors:
+        with llama_log() as log:
             model = llama.llama_model_load_from_file(os.fsencode(self._path), parameters)
         if not model:
             raise InputError(
-                f"{self._path}: llama.cpp cannot load it ({errors.last}): download or export it "
-                "again"
+                f"{self._path}: llama.cpp cannot load it ({log.last}): download or export it again"
             )
         return model
 
@@ -221,13 +220,13 @@ class LlamaCapture:
         parameters.flash_attn_type = 0
         parameters.type_k = parameters.type_v = _GGML_TYPE_F32
         parameters.cb_eval = self._callback
-        with self._api.errors() as errors:
+        with llama_log() as log:
             context = llama.llama_init_from_model(self._model, parameters)
         if not context:
             self.close()
             raise InputError(
                 f"{self._path}: llama.cpp cannot run windows of {self._window_tokens} tokens "
-                f"({errors.last}): use smaller windows"
+                f"({log.last}): use smaller windows"
             )
         return context
 
@@ -246,7 +245,7 @@ class LlamaCapture:
                 batch.logits[index] = 1  # the last layer drops tokens whose logits nobody wants
             self._error = None
             self._nodes.restart()
-            with self._api.errors() as errors:
+            with llama_log() as log:
                 code = llama.llama_decode(self._context, batch)
         finally:
             llama.llama_batch_free(batch)
@@ -254,7 +253,7 @@ class LlamaCapture:
             raise self._error
         if code != 0:
             raise InputError(
-                f"{self._path}: llama.cpp stops with code {code} ({errors.last}): do the token ids "
+                f"{self._path}: llama.cpp stops with code {code} ({log.last}): do the token ids "
                 "belong to this file?"
             )
         self._nodes.require_all(self._path)
@@ -437,37 +436,11 @@ class _Nodes:
         return num_tokens, spec.hidden_size
 
 
-class _Errors:
-    """What llama.cpp says when something goes wrong."""
-
-    def __init__(self, llama: Any) -> None:
-        self._lines: list[str] = []
-        self._llama = llama
-        self.callback = llama.llama_log_callback(self._on_line)
-
-    @property
-    def last(self) -> str:
-        return self._lines[-1] if self._lines else "no reason given"
-
-    def _on_line(self, level: int, text: bytes, _data: object) -> None:
-        if level == _LOG_ERROR and text.strip():
-            self._lines.append(text.decode(errors="replace").strip())
-
-    def __enter__(self) -> Self:
-        self._lines.clear()
-        self._llama.llama_log_set(self.callback, ctypes.c_void_p(0))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """The callback stays: llama.cpp's own would print to the terminal."""
-
-
 class _Api:
     """The C functions that are used, of llama-cpp-python's two libraries."""
 
     def __init__(self, llama: Any) -> None:
         self.llama = llama
-        self._errors = _Errors(llama)
         ggml = ggml_library.library()
         ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
         ggml.ggml_get_name.restype = ctypes.c_char_p
@@ -477,9 +450,6 @@ class _Api:
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
             function.restype = None
         self._ggml = ggml
-
-    def errors(self) -> _Errors:
-        return self._errors
 
     def name(self, tensor: int) -> str:
         found: bytes = self._ggml.ggml_get_name(tensor)
@@ -508,16 +478,10 @@ class _Api:
         self._ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
 
 
-_loaded: list[_Api] = []
-"""One per process: llama.cpp keeps the log callback."""
-
-
 def _api(path: Path) -> _Api:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
     try:
         from llama_cpp import llama_cpp
     except ImportError:
         raise MissingExtraError("llama-cpp-python", "gguf", f"running {path}") from None
-    if not _loaded:
-        _loaded.append(_Api(llama_cpp))
-    return _loaded[0]
+    return _Api(llama_cpp)

@@ -94,7 +94,9 @@ def _add_keys(writer: Any, config: dict[str, Any], family: str) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
     count = next(
-        config[key] for key in ("n_routed_experts", "num_experts", "num_local_experts") if key in config
+        config[key]
+        for key in ("n_routed_experts", "num_experts", "num_local_experts")
+        if key in config
     )
     writer.add_expert_count(count)
     if "moe_intermediate_size" in config:
