@@ -69,6 +69,11 @@ class GgufModel:
         return self.parts[0]
 
     @property
+    def location(self) -> Path:
+        """The file that was opened."""
+        return self.path
+
+    @property
     def file_bytes(self) -> int:
         """Of all parts together."""
         return sum(part.total_bytes for part in self.parts)
@@ -92,10 +97,15 @@ class GgufModel:
         return tuple(info for info in self.tensors.values() if is_per_expert(info, count))
 
     @cached_property
-    def dense_bytes(self) -> int:
-        """Bytes of everything that is loaded but the routed experts' matrices."""
+    def dense_tensors(self) -> tuple[GgufTensorInfo, ...]:
+        """Everything that is loaded but the routed experts' matrices, in file order."""
         skipped = self.expert_tensors | self.unused_tensors
-        return sum(info.num_bytes for name, info in self.tensors.items() if name not in skipped)
+        return tuple(info for name, info in self.tensors.items() if name not in skipped)
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Bytes of `dense_tensors`."""
+        return sum(info.num_bytes for info in self.dense_tensors)
 
     @cached_property
     def total_parameters(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_moe.errors import InputError
-from edge_moe.formats import DROP, FORM_NAMES
+from edge_moe.formats import DROP, in_order
 from edge_moe.measurement import EvalResult, RunMeasurement, load_evals, load_runs
 from edge_moe.package import PLAN_NAME, Package, is_package
 from edge_moe.plan import MemoryTerm, Plan, Target
@@ -87,8 +87,7 @@ class ReportData:
         sizes = self.plan.form_bytes
         return [
             FormRow(form, every.count(form), every.count(form) * sizes.get(form, 0))
-            for form in FORM_NAMES
-            if form in every
+            for form in in_order(every)
         ]
 
     @cached_property
