@@ -44,6 +44,7 @@ from edge_moe.errors import CheckpointError
 from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP
 from edge_moe.gguf_model import GgufModel
+from edge_moe.offer import gguf_forms
 from edge_moe.runtime.gguf_logits import gguf_tokenizer
 from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture, check_architecture
 from edge_moe.spec import ModelSpec
@@ -67,7 +68,7 @@ def calibrate_gguf(
     Writes `output` (a folder) and returns what it holds; arguments and meaning are those of
     `calibrate`. A killed run goes on with the window or the layer it was at. The change of an
     expert in a form is measured against the file's own weights: a form that they are stored in
-    already costs nothing.
+    already costs nothing, and `forms` defaults to candidates that are smaller.
     Memory: `gguf_calibration_terms`. Disk: `spool_bytes` of all windows, while it runs.
 
     Raises:
@@ -81,7 +82,7 @@ def calibrate_gguf(
         window_tokens,
         max_windows,
         shard,
-        checked_forms(model.spec, forms),
+        checked_forms(model.spec, gguf_forms(model) if forms is None else forms),
         quantiser,
     )
     info, texts = gguf_calibration_text(model, request)

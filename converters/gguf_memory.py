@@ -12,7 +12,7 @@ from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.llama_capture import batch_tokens, num_slots
 
-_ALLOWANCE_BYTES = 160_000_000
+_ALLOWANCE_BYTES = 96_000_000
 """Libraries paged in by the first call, llama.cpp's vocabulary, allocator slack."""
 _PACK_BYTES_PER_WEIGHT = 64
 _CACHE_STEP_TOKENS = 256  # llama.cpp rounds its KV cache up to this
