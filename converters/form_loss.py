@@ -153,6 +153,9 @@ class FormLosses:
         routed: Sequence[tuple[Tensor, ...]],
     ) -> Iterator[FormChange]:
         """Each window is multiplied on its own."""
+        lossy = self._lossy_forms(layer_id, expert_id)
+        if not lossy:
+            return
         gate_up, down = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
         exact = [
             expert_output(experts, window.inputs[token], gate_up, down)
@@ -163,7 +166,7 @@ class FormLosses:
             moments = expert_moments(
                 *(experts, expert_id, windows), weighting=WEIGHTING, token_scores=self._scores
             )
-        for position, kept in self._lossy_forms(layer_id, expert_id).items():
+        for position, kept in lossy.items():
             self._store(self._forms[position], gate_up, down, moments)
             self._restore(gate_up, down, kept)
             for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):

@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILY_NAMES, make_tiny_checkpoint
+from peak_memory import deep_checkpoint, measure_peak, needs_proc
 from stopped_runs import stopping_at_rename
 from torch import Tensor
 
@@ -32,6 +33,7 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 from float32_gguf import ARCHITECTURES, float32_gguf  # noqa: E402
 from gguf_files import requantised  # noqa: E402
 
+from edge_moe.checkpoint import Checkpoint  # noqa: E402
 from edge_moe.cli import run as run_command  # noqa: E402
 from edge_moe.converters.calibrate import calibrate  # noqa: E402
 from edge_moe.converters.calibrate_gguf import calibrate_gguf  # noqa: E402
@@ -518,3 +520,27 @@ def test_the_command_calibrates_a_gguf_file(
 
 def test_every_architecture_of_the_table_is_tested() -> None:
     assert set(llama_capture.ARCHITECTURES) == set(ARCHITECTURES.values())
+
+
+MEASURED = """
+model, task, output, quantiser = sys.argv[1:]
+options = {"window_tokens": 128, "forms": ["q4_0"], "quantiser": quantiser}
+calibrate_gguf(Path(model), [task], Path(output), **options)
+"""
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("quantiser", ["nearest", "gptq_refit"])
+def test_memory_is_stated(quantiser: str, task: str, tmp_path: Path) -> None:
+    """Twelve layers of experts; pages of the mapped file count as memory here."""
+    folder = deep_checkpoint(tmp_path / "model")
+    whole_bytes = 4 * sum(info.num_bytes // 2 for info in Checkpoint(folder).tensors.values())
+    path, output = float32_gguf(folder, tmp_path / "model.gguf"), tmp_path / "stats"
+    imports = KILLED[: KILLED.index("model, task")]
+    peak = measure_peak(imports, MEASURED, path, task, output, quantiser)
+    info = ExpertStats.load(output).info
+    terms = gguf_calibration_terms(GgufModel(path), info.num_tokens, 128, quantiser)
+    stated_bytes = sum(term.num_bytes for term in terms)
+    assert peak.grown_bytes <= stated_bytes + path.stat().st_size
+    assert stated_bytes < 0.6 * whole_bytes
