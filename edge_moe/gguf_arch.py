@@ -170,9 +170,10 @@ class _Keys:
             raise self.fail(key, value, "an integer of at least 1")
         return value
 
-    def per_layer(self, key: str, num_layers: int, default: int) -> list[int]:
-        values = self._counts(key, default, 0)
-        return list(values) * num_layers if len(values) == 1 else list(values[:num_layers])
+    def mean(self, key: str, num_layers: int, default: int) -> tuple[int, int]:
+        """(sum over layers, number of layers): one number stands for all of them."""
+        values = self._counts(key, default, 0)[:num_layers]
+        return sum(values), len(values)
 
     def number(self, key: str) -> float | None:
         values = self._header.numbers(key)
@@ -196,13 +197,11 @@ def _kv_widths(keys: _Keys, hidden_size: int, heads: int, num_layers: int) -> tu
     With multi-head latent attention in its absorbed form (key_length_mla) only keys are cached.
     """
     head_width = max(hidden_size // heads, 1)
-    kv_heads = keys.per_layer("attention.head_count_kv", num_layers, heads)
-    all_kv_heads = sum(kv_heads)
-    key_width = all_kv_heads * keys.count("attention.key_length", head_width)
-    value_width = all_kv_heads * keys.count("attention.value_length", head_width)
+    kv_heads, layers = keys.mean("attention.head_count_kv", num_layers, heads)
+    key_width = kv_heads * keys.count("attention.key_length", head_width)
+    value_width = kv_heads * keys.count("attention.value_length", head_width)
     if keys.number("attention.key_length_mla") and keys.number("attention.value_length_mla"):
         value_width = 0
-    layers = max(len(kv_heads), 1)
     return -(-key_width // layers), -(-value_width // layers)
 
 

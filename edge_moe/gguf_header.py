@@ -50,6 +50,7 @@ _COMPONENTS = (
     ("attn", "attention"),
     ("ffn", "dense MLPs"),
 )
+DEFAULT_ALIGNMENT = 32
 _MAX_AXES = 4
 _MAX_NUMBERS = 4096
 """Longest array of numbers that is read whole: one per layer, of which llama.cpp allows 512."""
@@ -118,6 +119,12 @@ class GgufHeader:
     """First byte behind the header and its padding."""
     total_bytes: int
     """Size of the file."""
+
+    @property
+    def alignment(self) -> int:
+        """Tensors start at multiples of this."""
+        value = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        return value if isinstance(value, int) else DEFAULT_ALIGNMENT
 
     def number(self, key: str) -> int | None:
         """Metadata `{architecture}.{key}` as an int; None when absent or not one."""
@@ -335,7 +342,7 @@ def _architecture(reader: _Reader, metadata: dict[str, Value]) -> str:
 
 
 def _alignment(reader: _Reader, metadata: dict[str, Value]) -> int:
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise reader.fail(f"general.alignment is {alignment!r}, not a power of two")
     return alignment

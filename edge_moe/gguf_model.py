@@ -54,7 +54,7 @@ class GgufModel:
             info.name: info for part in self.parts for info in part.tensors
         }
         self._all_layers = expert_layers(self.tensors)
-        num_layers = self._count("block_count") - (header.number("nextn_predict_layers") or 0)
+        num_layers = self._num_layers()
         self.layers: dict[int, LayerTensors] = {
             layer_id: layer for layer_id, layer in self._all_layers.items() if layer_id < num_layers
         }
@@ -242,14 +242,15 @@ class GgufModel:
             )
         return values
 
-    def _count(self, key: str) -> int:
-        value = self.header.number(key)
-        if value is None or value < 1:
+    def _num_layers(self) -> int:
+        """Layers that are loaded: all but those for multi-token prediction."""
+        value, name = self.header.number("block_count"), f"{self.header.architecture}.block_count"
+        if value is None or not 1 <= value <= len(self.tensors):
             raise SpecError(
-                f"{self.path}: the key {self.header.architecture}.{key} is {value!r}, expected an "
-                "integer of at least 1: download or export the file again"
+                f"{self.path}: the key {name} is {value!r}, expected a number of layers that "
+                f"{len(self.tensors)} tensors can fill: download or export the file again"
             )
-        return value
+        return value - (self.header.number("nextn_predict_layers") or 0)
 
     def _shapes(self) -> GgufShapes:
         widths = {

@@ -1,7 +1,8 @@
 """Which tensors of a GGUF model hold one row or one matrix per routed expert.
 
 llama.cpp's names (src/llama-arch.cpp): `blk.N.ffn_{gate,up,gate_up,down}_exps` with `.weight`
-[E, ., .], `.bias` [E, .] and `.scale` [E]; the router `blk.N.ffn_gate_inp` with `.weight` [E, H]
+[E, ., .], `.bias` [E, .], `.scale` and
+`.input_scale` [E]; the router `blk.N.ffn_gate_inp` with `.weight` [E, H]
 and `.bias` [E]; its selection bias `blk.N.exp_probs_b` [E], in older files with `.bias`.
 """
 
@@ -16,13 +17,12 @@ from edge_moe.gguf_header import GgufTensorInfo
 
 EXPERT_MATRIX = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 _PER_EXPERT = re.compile(
-    r"blk\.(\d+)\.(?:ffn_(?:gate|up|down|gate_up)_exps\.(?:weight|bias|scale)"
+    r"blk\.(\d+)\.(?:ffn_(?:gate|up|down|gate_up)_exps\.(?:weight|bias|scale|input_scale)"
     r"|ffn_gate_inp\.(?:weight|bias)|exp_probs_b(?:\.bias|\.weight)?)"
 )
 _SELECTION_BIAS = re.compile(r"blk\.\d+\.exp_probs_b(?:\.bias|\.weight)?")
 _NOT_PER_EXPERT = re.compile(
-    r"blk\.\d+\.(?:ffn_gate_inp_shexp\..*|ffn_gate_inp\.scale|ffn_norm_exps\..*|.*_shexp\..*"
-    r"|ffn_(?:gate|up|down|gate_up)_exps\.input_scale)"
+    r"blk\.\d+\.(?:ffn_gate_inp_shexp\..*|ffn_gate_inp\.scale|ffn_norm_exps\..*|.*_shexp\..*)"
 )
 _LOOKS_PER_EXPERT = re.compile(r"blk\.\d+\..*(?:exp|gate_inp|router)")
 _ONE_BY_ONE = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down)\.\d+\.weight")

@@ -133,6 +133,8 @@ class Plan(_Model):
     """(layer_id, expert_id) protected from being dropped or stored below 4 bits."""
     form_bytes: dict[str, int] = {}
     """Bytes of one expert in every form that was considered, the 16-bit one included."""
+    stored_forms: list[str] = []
+    """[L] the form that each layer has in a source that is a GGUF; empty for a checkpoint."""
     limits: list[str]
     """What the target cannot express, in sentences."""
     warnings: list[str] = []

@@ -127,6 +127,7 @@ def make_plan(
         routed_share=_share_of_layer(stats.routed_tokens.astype(np.float64)),
         super_experts=_expert_keys(spec, supers),
         form_bytes=dict(zip(offer.forms, problem.form_bytes.tolist(), strict=True)),
+        stored_forms=list(offer.stored) if spec.is_gguf else [],
         limits=[*offer.limits, *_super_expert_limits(spec, supers, target)],
         warnings=[
             *_solver_warnings(solution),

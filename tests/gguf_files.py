@@ -64,6 +64,7 @@ def write_moe(
     tensors: Mapping[str, Array] | None = None,
     seed: int = 0,
     split_max_tensors: int = 0,
+    file_type: int | None = None,
 ) -> Path:
     """`keys` are added under the architecture's prefix (None leaves one out), `tensors` as F32."""
     import gguf
@@ -83,6 +84,8 @@ def write_moe(
     } | dict(keys or {})
     for key, value in known.items():
         _add_key(writer, f"{arch}.{key}", value)
+    if file_type is not None:
+        writer.add_file_type(file_type)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{index}" for index in range(64)])
     add(writer, "token_embd.weight", random.normal(size=(64, width)))

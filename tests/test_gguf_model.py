@@ -279,6 +279,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"keys": {"expert_count": 5}}, r"has shape \[4, 32, 32\], the metadata implies \[5, 32, 32\]"),
     ({"keys": {"embedding_length": 64}}, r"the metadata implies \[4, 32, 64\]"),
     ({"keys": {"block_count": 0}}, "block_count is 0"),
+    (
+        {"keys": {"block_count": 2**32 - 1}},
+        "block_count is 4294967295, expected a number of layers",
+    ),
     ({"keys": {"context_length": None}}, "context_length is None"),
     ({"keys": {"attention.head_count": [4, -1]}}, "attention.head_count is -1"),
     ({"keys": {"expert_group_count": 3}}, "do not divide into expert_group_count=3"),
