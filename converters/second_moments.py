@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_moe.converters.observe import RoutedWindow
+from edge_moe.converters.block_sums import RoutedWindow
 from edge_moe.runtime.moe_block import expert_inner
 
 Weighting = Literal["none", "gate", "gate_square"]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.formats import expert_bytes
 from edge_moe.plan import Device, MemoryTerm, Source, Target
+from edge_moe.source_model import SourceModel, StoredTensor
 from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes
 
@@ -39,7 +39,7 @@ PROCESS_TARGETS: tuple[Target, ...] = ("native", "hf")
 class Setting:
     """Where a model will run."""
 
-    checkpoint: Checkpoint
+    model: SourceModel
     target: Target
     device: Device
     context_tokens: int
@@ -49,9 +49,9 @@ class Setting:
     def bill(self, forms: Sequence[Sequence[str]]) -> list[MemoryTerm]:
         """Memory terms with experts in `forms` [L][E], or without any."""
         return memory_terms(
-            self.checkpoint.spec,
+            self.model.spec,
             forms=forms,
-            dense_bytes=dense_bytes(self.checkpoint, self.device, self.target),
+            dense_bytes=dense_bytes(self.model, self.device, self.target),
             context_tokens=self.context_tokens,
             device=self.device,
             target=self.target,
@@ -104,20 +104,22 @@ def memory_terms(
     ]
 
 
-def dense_bytes(checkpoint: Checkpoint, device: Device, target: Target) -> int:
+def dense_bytes(model: SourceModel, device: Device, target: Target) -> int:
     """Bytes of everything but routed experts, as the target's runtime holds it.
 
     The native runtime computes in float32 on a CPU, so every weight takes 4 bytes there. GGUF
     stores vectors and routers as float32 and matrices in the checkpoint's dtype. A tied lm_head is
-    not counted again.
+    not counted again. A model that is a GGUF already keeps its tensors as they are.
     """
-    spec = checkpoint.spec
+    spec = model.spec
+    if spec.is_gguf:
+        return sum(info.num_bytes for info in model.dense_tensors)
     itemsize = FLOAT32_BYTES if _computes_in_float32(device, target) else _DTYPE_BYTES[spec.dtype]
     routers = {
         name for layer_id in spec.moe_layer_ids for name in spec.router_tensor_names(layer_id)
     }
     total = 0
-    for info in checkpoint.dense_tensors:
+    for info in model.dense_tensors:
         if info.name == "lm_head.weight" and spec.tie_word_embeddings:
             continue
         is_float32 = target == "gguf" and (len(info.shape) < 2 or info.name in routers)
@@ -125,7 +127,7 @@ def dense_bytes(checkpoint: Checkpoint, device: Device, target: Target) -> int:
     return total
 
 
-def num_weights(info: TensorInfo) -> int:
+def num_weights(info: StoredTensor) -> int:
     """Number of elements of a tensor."""
     return prod(info.shape)
 

@@ -77,7 +77,8 @@ class Candidates:
     """The forms on offer, and what is missing."""
 
     forms: tuple[str, ...]
-    """`drop` first, then ascending in bytes; the last is 16-bit (for hf: the checkpoint's own)."""
+    """`drop` first, then ascending in bytes; the last is 16-bit (for hf: the checkpoint's own).
+    A GGUF model has no 16-bit one: its layers may stay as they are stored, see `edge_moe.offer`."""
     limits: tuple[str, ...]
     """What the target or the shapes rule out, in sentences."""
 
@@ -121,7 +122,8 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
             form = form if device == "cpu" else None
         if form is not None:
             forms.append(form)
-    forms.append(_widest(spec, target))
+    if not spec.is_gguf:  # whose layers may be kept as they are stored, and never grow
+        forms.append(_widest(spec, target))
     return Candidates(tuple(forms), tuple(limits))
 
 
@@ -131,6 +133,13 @@ def check_target(spec: ModelSpec, target: Target) -> None:
     Raises:
         TargetError: names the architecture, the reason and a target that works.
     """
+    if spec.is_gguf:
+        if target != "gguf":
+            raise TargetError(
+                f"a GGUF model can only be built as GGUF, not as {target}: use --target gguf, or "
+                "give the Hugging Face folder that it was made from"
+            )
+        return
     if target != "gguf":
         return
     family = spec.family

@@ -174,6 +174,11 @@ class Checkpoint:
         self.spec = spec.with_names_of(self.tensors)
         self._check_tensors(dense_shapes(self.spec, text_config(config), str(config_path)))
 
+    @property
+    def location(self) -> Path:
+        """What messages call the model."""
+        return self.folder
+
     @cached_property
     def is_fused(self) -> bool:
         """Experts are stored stacked, [E, 2I, H] and [E, H, I], instead of one by one."""

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from edge_moe.gguf_header import GgufHeader, read_gguf_header
+from edge_moe.gguf_header import GgufHeader, summed_bytes
+from edge_moe.gguf_split import read_parts
 from edge_moe.units import format_bytes
 
 
@@ -33,7 +34,7 @@ class GgufInspection(_Model):
     architecture: str
     name: str | None
     num_files: int
-    """Of a model split into several files; the bytes here are those of one."""
+    """Of a model split into several files; the bytes here are those of all."""
     num_layers: int | None
     num_experts: int | None
     top_k: int | None
@@ -51,19 +52,21 @@ class GgufInspection(_Model):
 
 
 def inspect_gguf(path: Path) -> GgufInspection:
-    """Read the header of `path`.
+    """Read the header of `path`, and of the other parts where it is the first of several.
 
     Raises:
-        CheckpointError: not GGUF, truncated, or damaged.
+        CheckpointError: not GGUF, truncated or damaged, or a part that is missing or another's.
     """
-    header = read_gguf_header(path)
-    tensor_bytes = sum(info.num_bytes for info in header.tensors)
-    parameters = sum(math.prod(info.shape) for info in header.tensors)
+    parts = read_parts(path)
+    header = parts[0]
+    tensors = [info for part in parts for info in part.tensors]
+    tensor_bytes = sum(info.num_bytes for info in tensors)
+    parameters = sum(math.prod(info.shape) for info in tensors)
     return GgufInspection(
         model=str(path),
         architecture=header.architecture,
         name=_text(header, "general.name"),
-        num_files=_split_count(header),
+        num_files=len(parts),
         num_layers=header.number("block_count"),
         num_experts=header.number("expert_count"),
         top_k=header.number("expert_used_count"),
@@ -71,13 +74,13 @@ def inspect_gguf(path: Path) -> GgufInspection:
         hidden_size=header.number("embedding_length"),
         expert_width=header.number("expert_feed_forward_length"),
         max_context_tokens=header.number("context_length"),
-        num_tensors=len(header.tensors),
+        num_tensors=len(tensors),
         total_parameters=parameters,
         tensor_bytes=tensor_bytes,
-        file_bytes=header.total_bytes,
+        file_bytes=sum(part.total_bytes for part in parts),
         bits_per_weight=8 * tensor_bytes / parameters if parameters else 0.0,
-        components=_shares(header.bytes_by_component()),
-        types=_shares(header.bytes_by_type()),
+        components=_shares(summed_bytes(tensors, lambda info: info.component)),
+        types=_shares(summed_bytes(tensors, lambda info: info.type_name)),
     )
 
 
@@ -88,11 +91,6 @@ def _shares(sizes: dict[str, int]) -> list[ByteShare]:
 def _text(header: GgufHeader, key: str) -> str | None:
     value = header.metadata.get(key)
     return value if isinstance(value, str) else None
-
-
-def _split_count(header: GgufHeader) -> int:
-    count = header.metadata.get("split.count")
-    return count if isinstance(count, int) and count > 0 else 1
 
 
 def print_gguf(found: GgufInspection, console: Console) -> None:
@@ -126,5 +124,5 @@ def _facts(found: GgufInspection) -> list[tuple[str, str]]:
     if found.max_context_tokens:
         facts.append(("context", f"up to {found.max_context_tokens:,} tokens"))
     if found.num_files > 1:
-        facts.append(("files", f"one of {found.num_files}; bytes are of this file only"))
+        facts.append(("files", str(found.num_files)))
     return facts

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from edge_moe.formats import DROP, FORM_NAMES, get_form
+from edge_moe.formats import DROP, form_label, in_order
 from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, SearchRecord
 from edge_moe.reproduce import command_line
 from edge_moe.search import MIXED_BITS, PLAN_NAME
@@ -93,7 +93,7 @@ def summarise_plan(plan: Plan, path: Path) -> PlanSummary:
 def form_counts(forms: Sequence[Sequence[str]]) -> dict[str, int]:
     """form -> number of experts, from fewest to most bits."""
     counts = Counter(form for row in forms for form in row)
-    return {form: counts[form] for form in FORM_NAMES if counts[form]}
+    return {form: counts[form] for form in in_order(counts)}
 
 
 def print_plan(plan: Plan, path: Path, console: Console) -> None:
@@ -147,7 +147,7 @@ def _forms_line(plan: Plan) -> str:
     for form, count in form_counts(plan.forms).items():
         one_expert = plan.form_bytes.get(form, 0)
         size = f" of {format_bytes(one_expert)}" if one_expert else ""
-        label = "dropped" if form == DROP else f"{form} ({get_form(form).label}{size})"
+        label = "dropped" if form == DROP else f"{form} ({form_label(form)}{size})"
         parts.append(f"{count} {label}")
     num_experts = sum(len(row) for row in plan.forms)
     protected = len(plan.super_experts)

@@ -19,6 +19,9 @@ from edge_moe.families import COMPOSITES, FAMILIES
 _ROOT, _NESTED_ROOT = "model.", "model.language_model."
 _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 
+GGUF_PREFIX = "gguf:"
+"""`ModelSpec.model_type` of a GGUF file is this and llama.cpp's architecture: `gguf:qwen3moe`."""
+
 # letters used in shape comments: E experts, K top_k, H hidden_size, I expert_width, T tokens
 
 
@@ -96,7 +99,7 @@ class ModelSpec:
     """The language model is part of a larger one: its tensors lie under `model.language_model.`,
     its values under `text_config`."""
     fewest_experts: int = 1
-    """A layer keeps at least this many."""
+    """A layer keeps at least this many, whatever top_k is."""
     num_sliding_layers: int = 0
     """Layers that cache the keys and values of `sliding_window` tokens only."""
     sliding_window: int = 0
@@ -110,6 +113,11 @@ class ModelSpec:
     """What the output matrix gives is divided by this."""
     logit_softcap: float = 0.0
     """Logits z become c tanh(z / c); 0 leaves them."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """The model is a GGUF file: there is no `family`, and tensors have llama.cpp's names."""
+        return self.model_type.startswith(GGUF_PREFIX)
 
     @property
     def family(self) -> Family:
