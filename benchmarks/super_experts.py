@@ -97,9 +97,7 @@ class ZeroPacker:
 
     def pack(self, layer_id: int, expert_id: int, form: str) -> ByteArray:
         """The flat record of an expert whose output is zero."""
-        return np.zeros(
-            expert_bytes(form, self._spec.hidden_size, self._spec.expert_width), np.uint8
-        )
+        return np.zeros(expert_bytes(form, *self._spec.expert_shape), np.uint8)
 
 
 def choose(max_output: npt.NDArray[np.float64], count: int) -> tuple[str, Experts]:

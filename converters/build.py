@@ -113,8 +113,8 @@ def _check_plan(plan: Plan, source: SourceModel) -> None:
 def _check_bill(plan: Plan, spec: ModelSpec) -> None:
     """Refuse a bill that the plan's own forms and budget contradict."""
     counts = Counter(form for row in plan.forms for form in row)
-    widths = spec.hidden_size, spec.expert_width
-    needed = sum(count * expert_bytes(form, *widths) for form, count in counts.items())
+    shape = spec.expert_shape
+    needed = sum(count * expert_bytes(form, *shape) for form, count in counts.items())
     stated = plan.term("experts").num_bytes
     if needed != stated:
         raise PlanError(

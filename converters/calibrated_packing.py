@@ -30,7 +30,7 @@ from edge_moe.converters.stacked_experts import run_stacked
 from edge_moe.formats.base import ByteArray
 from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.moe_block import EXPERT_STACKS
+from edge_moe.runtime.moe_block import MODULE_STACKS
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class CalibratedPacker:
                 self._biases = {
                     name: value.clone()
                     for name, value in experts.named_parameters()
-                    if name not in EXPERT_STACKS
+                    if name not in MODULE_STACKS
                 }
             for index, hidden in enumerate(self._hidden):
                 self._hidden[index] = self._stream.run(layer_id, hidden)

@@ -121,7 +121,7 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
                 f"target gguf: layer {layer_id} mixes the forms {', '.join(forms)}, but GGUF "
                 "stores a layer's experts in one form: plan again with --target gguf"
             )
-        if not form_fits(forms[0], spec.hidden_size, spec.expert_width):
+        if not form_fits(forms[0], *spec.expert_shape):
             raise TargetError(
                 f"target gguf: layer {layer_id} is planned as {forms[0]}, whose blocks of "
                 f"{get_form(forms[0]).block_size} do not divide {spec.hidden_size} and "
@@ -204,7 +204,7 @@ def _pack_projection(
     A packer packs whole experts, so each is packed once per projection.
     """
     spec = checkpoint.spec
-    sizes = expert_packed_bytes(form, spec.hidden_size, spec.expert_width)
+    sizes = expert_packed_bytes(form, *spec.expert_shape)
     part = slice(sum(sizes[:projection]), sum(sizes[: projection + 1]))
     for expert_id in expert_ids:
         if packer is not None:

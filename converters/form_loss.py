@@ -97,8 +97,8 @@ class FormLosses:
         self._quantiser = quantiser
         self._scores: Sequence[Tensor] | None = None
         self._forms = tuple(forms)
-        self._gate_up = torch.empty(2 * spec.expert_width, spec.hidden_size)
-        self._down = torch.empty(spec.hidden_size, spec.expert_width)
+        self._gate_up = torch.empty(spec.inner_rows, spec.expert_hidden)
+        self._down = torch.empty(spec.expert_hidden, spec.expert_width)
 
     def measure(
         self,
@@ -192,16 +192,17 @@ class FormLosses:
             round_trip(form, down, self._down)
             return
         known = {} if moments is None else moment_arguments(moments)
-        gate, up = gate_up.numpy().reshape(2, -1, gate_up.shape[1])
+        gate, up = np.split(gate_up.numpy(), [len(gate_up) - down.shape[1]])
         record = pack_expert_with(form, gate, up, down.numpy(), self._quantiser, **known)
-        stored = unpack_expert(form, record, *down.shape)
+        stored = unpack_expert(form, record, *self._source.spec.expert_shape)
         self._gate_up.numpy()[...] = np.concatenate(stored[:2])
         self._down.numpy()[...] = stored[2]
 
     def _restore(self, gate_up: Tensor, down: Tensor, kept: Exact) -> None:
         """Put back the projections that the form leaves as they are stored."""
-        width = down.shape[1]
-        for rows, is_kept in zip((slice(width), slice(width, None)), kept[:2], strict=True):
+        num_gates = len(gate_up) - down.shape[1]
+        parts = slice(num_gates), slice(num_gates, None)
+        for rows, is_kept in zip(parts, kept[:2], strict=True):
             if is_kept:
                 self._gate_up[rows] = gate_up[rows]
         if kept[2]:

@@ -31,7 +31,7 @@ from edge_moe.converters.gradient_work import GradientWork, gradient_work, requi
 from edge_moe.converters.observe import router_scores_of
 from edge_moe.converters.progress import progress_bar
 from edge_moe.converters.rerouting import weight_changes
-from edge_moe.errors import CheckpointError
+from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP
 from edge_moe.gradient_stats import (
@@ -71,6 +71,11 @@ def measure_gradients(
     require_no_gradients(output)
     checkpoint = Checkpoint(model)
     spec = checkpoint.spec
+    if spec.latent_width:
+        raise InputError(
+            f"{spec.model_type}'s experts work on a latent state of {spec.latent_width} values, "
+            "whose loss gradients are not measured: calibrate without --gradients"
+        )
     base, texts = calibration_text(
         checkpoint, tasks, window_tokens, max_windows, shard, checked_forms(spec, forms), quantiser
     )

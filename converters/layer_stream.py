@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edge_moe.checkpoint import FloatArray, TensorInfo, to_float32
+from edge_moe.converters.stacked_experts import empty_stacks, put_expert
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.runtime.model import fill_buffers
 from edge_moe.runtime.moe_block import EXPERT_STACKS, MoeBlock
 from edge_moe.spec import ModelSpec
 
-_STACK_NAMES = tuple(f"experts.{name}" for name in EXPERT_STACKS)
+_STACK_NAMES = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
 
 
 class LayerSource(Protocol):
@@ -238,17 +239,11 @@ class LayerStream:
     def _experts(self, layer_id: int) -> tuple[Tensor, Tensor]:
         """(gate_up_proj [E, 2I, H], down_proj [E, H, I]); the same memory for every layer."""
         spec = self._checkpoint.spec
-        num_experts, width, hidden = spec.num_experts, spec.expert_width, spec.hidden_size
         if self._expert_buffers is None:
-            self._expert_buffers = (
-                torch.empty(num_experts, 2 * width, hidden),
-                torch.empty(num_experts, hidden, width),
-            )
-        gate_up, down = (buffer.numpy() for buffer in self._expert_buffers)
-        for expert_id in range(num_experts):
-            gate_proj, up_proj, down_proj = self._checkpoint.expert(layer_id, expert_id)
-            gate_up[expert_id, :width], gate_up[expert_id, width:] = gate_proj, up_proj
-            down[expert_id] = down_proj
+            self._expert_buffers = empty_stacks(spec, spec.num_experts)
+        for expert_id in range(spec.num_experts):
+            expert = self._checkpoint.expert(layer_id, expert_id)
+            put_expert(self._expert_buffers, expert_id, expert)
         return self._expert_buffers
 
 

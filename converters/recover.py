@@ -121,6 +121,7 @@ def recover(
         raise InputError("nothing to recover: leave the routers or the branches on")
     shrunken, original = Package(package), Checkpoint(against)
     _check_origin(shrunken, original)
+    original.spec.require_plain_blocks("recovery")
     verify_resident(shrunken)
     text = split_text(tasks, load_tokenizer(package), shrunken, window_tokens, max_windows)
     chosen = (settings or TrainSettings()) if branches else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edge_moe.checkpoint import FloatArray, TensorInfo, to_float32
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.source_bytes import read_all
-from edge_moe.converters.stacked_experts import STACKED
+from edge_moe.converters.stacked_experts import STACKED, empty_stacks, put_expert
 from edge_moe.errors import InputError
 from edge_moe.formats import unpack_expert
 from edge_moe.package import Package
@@ -34,7 +34,8 @@ EXPERTS_IMPLEMENTATION = "grouped_mm"
 
 def experts_implementation(spec: ModelSpec) -> str:
     """What runs stacks [R, 2I, H] of the family: transformers' own where it lays them out so."""
-    return STACKED if spec.family.is_transposed else EXPERTS_IMPLEMENTATION
+    is_ours = spec.family.is_transposed or not spec.has_gate
+    return STACKED if is_ours else EXPERTS_IMPLEMENTATION
 
 
 BRANCHED_LAYER = "self_attn.o_proj"
@@ -65,7 +66,7 @@ class PackageSource:
         record = self._store.record(key)
         packed = np.empty(record.num_bytes, np.uint8)
         self._store.read_into(key, packed.data)
-        return unpack_expert(record.form, packed, self.spec.hidden_size, self.spec.expert_width)
+        return unpack_expert(record.form, packed, *self.spec.expert_shape)
 
     def close(self) -> None:
         """Close the files."""
@@ -87,15 +88,11 @@ class PackageStream(LayerStream):
 
 def stacked_experts(source: PackageSource, layer_id: int) -> tuple[Tensor, Tensor]:
     """(gate_up_proj [R, 2I, H], down_proj [R, H, I]) of one layer, float32."""
-    spec, num_rows = source.spec, source.num_rows(layer_id)
-    width = spec.expert_width
-    gate_up = torch.empty(num_rows, 2 * width, spec.hidden_size)
-    down = torch.empty(num_rows, spec.hidden_size, width)
+    num_rows = source.num_rows(layer_id)
+    stacks = empty_stacks(source.spec, num_rows)
     for row in range(num_rows):
-        gate_proj, up_proj, down_proj = source.expert(layer_id, row)
-        gate_up.numpy()[row, :width], gate_up.numpy()[row, width:] = gate_proj, up_proj
-        down.numpy()[row] = down_proj
-    return gate_up, down
+        put_expert(stacks, row, source.expert(layer_id, row))
+    return stacks
 
 
 def load_student(package: Package) -> Any:

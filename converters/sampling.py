@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.stacked_experts import run_stacked
+from edge_moe.converters.stacked_experts import empty_stacks, put_expert, run_stacked
 from edge_moe.converters.transforms.base import LayerSamples, LayerWeights
 from edge_moe.runtime.moe_block import MoeBlock
 
@@ -101,17 +101,12 @@ def read_weights(checkpoint: Checkpoint, layer_id: int) -> LayerWeights:
         CheckpointError: a tensor is missing, or holds NaN or infinity.
     """
     spec = checkpoint.spec
-    width, hidden = spec.expert_width, spec.hidden_size
-    gate_up = torch.empty(spec.num_experts, 2 * width, hidden)
-    down = torch.empty(spec.num_experts, hidden, width)
+    stacks = empty_stacks(spec, spec.num_experts)
     for expert_id in range(spec.num_experts):
-        gate_proj, up_proj, down_proj = checkpoint.expert(layer_id, expert_id)
-        gate_up[expert_id, :width] = torch.from_numpy(gate_proj)
-        gate_up[expert_id, width:] = torch.from_numpy(up_proj)
-        down[expert_id] = torch.from_numpy(down_proj)
+        put_expert(stacks, expert_id, checkpoint.expert(layer_id, expert_id))
     names = zip(spec.router_module_names(layer_id), spec.router_tensor_names(layer_id), strict=True)
     router = {name: torch.from_numpy(checkpoint.read(stored)) for name, stored in names}
-    return LayerWeights(gate_up, down, router)
+    return LayerWeights(*stacks, router)
 
 
 def _sampled_experts(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def _check_form(model: GgufModel, layer_id: int, form: str) -> None:
             f"target gguf: layer {layer_id} is planned as {form}, but edge-moe cannot pack "
             f"{unpackable[0]}, it only keeps it where a layer is stored in it: plan again"
         )
-    if not form_fits(form, spec.hidden_size, spec.expert_width):
+    if not form_fits(form, *spec.expert_shape):
         raise TargetError(
             f"target gguf: layer {layer_id} is planned as {form}, whose blocks do not divide "
             f"{spec.hidden_size} and {spec.expert_width}: plan again"

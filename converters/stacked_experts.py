@@ -12,10 +12,33 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from edge_moe.checkpoint import FloatArray
 from edge_moe.runtime.moe_block import expert_output
+from edge_moe.spec import ModelSpec
+
+Stacks = tuple[Tensor, Tensor]
+"""(gate_up_proj [E, 2I, H], down_proj [E, H, I]); [E, I, H] first where there is no gate."""
 
 STACKED = "edge_moe_stacked"
 """Name of the experts implementation."""
+
+
+def empty_stacks(spec: ModelSpec, num_experts: int) -> Stacks:
+    """Memory for as many experts, float32."""
+    hidden, width = spec.expert_hidden, spec.expert_width
+    return torch.empty(num_experts, spec.inner_rows, hidden), torch.empty(
+        num_experts, hidden, width
+    )
+
+
+def put_expert(
+    stacks: Stacks, place: int, expert: tuple[FloatArray, FloatArray, FloatArray]
+) -> None:
+    """Write (gate_proj, up_proj, down_proj) into row `place`; gate_proj may have no rows."""
+    gate, up, down = expert
+    gate_up = stacks[0].numpy()[place]
+    gate_up[: len(gate)], gate_up[len(gate) :] = gate, up
+    stacks[1].numpy()[place] = down
 
 
 def run_stacked(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

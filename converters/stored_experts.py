@@ -35,6 +35,7 @@ class StoredExperts:
 
     is_concatenated = True
     has_bias = False
+    has_gate = True
 
     def __init__(self, model: GgufModel, layer_id: int) -> None:
         self._model = model

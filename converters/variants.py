@@ -27,7 +27,7 @@ from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.loss_head import OutputHead
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.search_memory import BATCH_TOKENS, PACKED_LIMIT_BYTES
-from edge_moe.converters.stacked_experts import STACKED
+from edge_moe.converters.stacked_experts import STACKED, empty_stacks, put_expert
 from edge_moe.formats import DROP, unpack_expert
 from edge_moe.metrics import TokenScores
 from edge_moe.runtime.moe_block import EXPERT_STACKS, select_experts
@@ -63,7 +63,7 @@ class PackedExperts:
             self._add(key, self.packer.pack(layer_id, expert_id, form))
         self._records.move_to_end(key)
         spec = self._checkpoint.spec
-        return unpack_expert(form, self._records[key], spec.hidden_size, spec.expert_width)
+        return unpack_expert(form, self._records[key], *spec.expert_shape)
 
     def _add(self, key: tuple[int, int, str], record: npt.NDArray[np.uint8]) -> None:
         self._records[key] = record
@@ -178,16 +178,10 @@ class VariantScorer:
 
     def _experts(self, layer_id: int, row: _Row, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(gate_up_proj [R, 2I, H], down_proj [R, H, I]) of the kept experts."""
-        width, hidden = self._spec.expert_width, self._spec.hidden_size
-        gate_up, down = (
-            torch.empty(len(kept), 2 * width, hidden),
-            torch.empty(len(kept), hidden, width),
-        )
+        stacks = empty_stacks(self._spec, len(kept))
         for place, expert_id in enumerate(kept):
-            gate, up, last = self._packed.unpacked(layer_id, expert_id, row[expert_id])
-            gate_up.numpy()[place, :width], gate_up.numpy()[place, width:] = gate, up
-            down.numpy()[place] = last
-        return gate_up, down
+            put_expert(stacks, place, self._packed.unpacked(layer_id, expert_id, row[expert_id]))
+        return stacks
 
     def _compare(
         self, states: dict[_Path, list[Tensor]], paths: Mapping[str, _Path], whole: Sequence[Tensor]

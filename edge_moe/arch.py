@@ -38,8 +38,11 @@ class Family:
     """Checkpoint name of the norm after the last layer."""
     layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
 
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """On-disk names of gate_proj, up_proj, down_proj, under `experts.{expert}`."""
+    has_gate: bool = True
+    """Experts have a gate_proj beside up_proj."""
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """On-disk names of gate_proj, up_proj, down_proj, under `experts.{expert}`; the first is left
+    out where there is no gate."""
     stacked: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
     """On-disk names of all experts' gate and up, and down, where the family's files stack them."""
     is_transposed: bool = False
@@ -101,3 +104,10 @@ class Family:
     """llama.cpp architecture this project can export to; None where it cannot."""
     gguf_renormalises: bool | None = None
     """llama.cpp hard-codes renormalisation per architecture; an export must agree."""
+
+    @property
+    def has_plain_blocks(self) -> bool:
+        """Gated experts without biases under a router that knows its own bias, if it has one."""
+        is_plain = self.has_gate and not self.is_transposed and not self.logits_module
+        knows_bias = not self.selection_bias or self.selection_bias.startswith("gate.e_score")
+        return is_plain and knows_bias and self.score_function != "sparsemixer"

@@ -78,7 +78,7 @@ def memory_terms(
     positions whose logits are held at once: one, but a window's when quality is measured.
     """
     per_expert = {
-        form: expert_bytes(form, spec.hidden_size, spec.expert_width)
+        form: expert_bytes(form, *spec.expert_shape)
         for form in {form for row in forms for form in row}
     }
     experts = sum(per_expert[form] for row in forms for form in row)

@@ -94,14 +94,14 @@ def candidate_forms(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
 
 def full_expert_bytes(spec: ModelSpec, target: Target) -> int:
     """All experts in the target's largest form."""
-    largest = expert_bytes(candidate_forms(spec, target)[-1], spec.hidden_size, spec.expert_width)
+    largest = expert_bytes(candidate_forms(spec, target)[-1], *spec.expert_shape)
     return spec.num_moe_layers * spec.num_experts * largest
 
 
 def least_expert_bytes(spec: ModelSpec, target: Target) -> int:
     """No plan takes fewer bytes: top_k experts per layer in the target's smallest form."""
     smallest = candidate_forms(spec, target)[1]
-    one_bytes = expert_bytes(smallest, spec.hidden_size, spec.expert_width)
+    one_bytes = expert_bytes(smallest, *spec.expert_shape)
     return spec.num_moe_layers * spec.top_k * one_bytes
 
 
@@ -158,7 +158,7 @@ def check_target(spec: ModelSpec, target: Target) -> None:
 def _pick(spec: ModelSpec, class_name: str) -> tuple[str | None, list[str]]:
     """(the class's first form that fits or None, a sentence if it is not the preferred one)."""
     preferred, *_ = names = _CLASSES[class_name]
-    widths = spec.hidden_size, spec.expert_width
+    widths = spec.expert_shape
     chosen = next((name for name in names if form_fits(name, *widths)), None)
     if chosen == preferred:
         return chosen, []

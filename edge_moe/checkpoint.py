@@ -267,21 +267,28 @@ class Checkpoint:
         """
         if not self.is_fused:
             names = self.spec.expert_tensor_names(layer_id, expert_id)
-            return self.read(names[0]), self.read(names[1]), self.read(names[2])
+            *gates, up, down = (self.read(name) for name in names)
+            return gates[0] if gates else self._no_gate(), up, down
         gate_up_name, down_name = self.spec.fused_tensor_names(layer_id)
         gate_up = self._row_block(gate_up_name, expert_id)
         down = self._row_block(down_name, expert_id)
         if not self.has_contiguous_experts:  # [H, 2I], gate and up taking turns; [I, H]
             return _turned(gate_up[:, ::2]), _turned(gate_up[:, 1::2]), _turned(down)
+        if not self.spec.has_gate:
+            return self._no_gate(), gate_up, down
         gate, up = np.split(gate_up, 2)
         return gate, up, down
+
+    def _no_gate(self) -> FloatArray:
+        """The gate_proj of experts that have none: no rows."""
+        return np.empty((0, self.spec.expert_hidden), np.float32)
 
     def projection(self, layer_id: int, expert_id: int, index: int) -> FloatArray:
         """gate_proj, up_proj or down_proj of one expert (0, 1, 2), float32.
 
         Memory: as for `expert`, or one projection where they are stored on their own.
         """
-        if self.is_fused:
+        if self.is_fused or not self.spec.has_gate:
             return self.expert(layer_id, expert_id)[index]
         return self.read(self.spec.expert_tensor_names(layer_id, expert_id)[index])
 
@@ -299,7 +306,7 @@ class Checkpoint:
         return tuple(self._info(name).dtype for name in names)
 
     def expert_ranges(self, layer_id: int, expert_id: int) -> tuple[TensorInfo, ...]:
-        """Stored byte ranges of one expert: (gate_proj, up_proj, down_proj), stacked or not.
+        """Stored byte ranges of one expert: gate_proj if any, up_proj, down_proj, stacked or not.
 
         Raises:
             ValueError: `has_contiguous_experts` is false.
@@ -311,7 +318,9 @@ class Checkpoint:
             names = spec.expert_tensor_names(layer_id, expert_id)
             return tuple(self._info(name) for name in names)
         gate_up, down = (self._info(name) for name in spec.fused_tensor_names(layer_id))
-        shape = (spec.expert_width, spec.hidden_size)
+        if not spec.has_gate:
+            return rows_of(gate_up, expert_id), rows_of(down, expert_id)
+        shape = (spec.expert_width, spec.expert_hidden)
         part_bytes = gate_up.num_bytes // spec.num_experts // 2
         start = gate_up.offset + 2 * part_bytes * expert_id
         return (
@@ -393,11 +402,11 @@ class Checkpoint:
 
     def _expert_shapes(self, layer_id: int) -> dict[str, tuple[int, ...]]:
         spec = self.spec
-        up, down = (spec.expert_width, spec.hidden_size), (spec.hidden_size, spec.expert_width)
+        up, down = (spec.expert_width, spec.expert_hidden), (spec.expert_hidden, spec.expert_width)
         expected: dict[str, tuple[int, ...]] = {}
         if self.is_fused:
             gate_up_name, down_name = spec.fused_tensor_names(layer_id)
-            gate_up = 2 * up[0], up[1]
+            gate_up = spec.inner_rows, up[1]
             if not self.has_contiguous_experts:
                 gate_up, down = gate_up[::-1], down[::-1]
             expected[gate_up_name] = (spec.num_experts, *gate_up)
@@ -405,7 +414,7 @@ class Checkpoint:
         else:
             for expert_id in range(spec.num_experts):
                 names = spec.expert_tensor_names(layer_id, expert_id)
-                expected.update(zip(names, (up, up, down), strict=True))
+                expected.update(zip(names, (up, up, down)[-len(names) :], strict=True))
         return expected
 
     def _check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -417,6 +426,13 @@ class Checkpoint:
                     f"config.json implies {list(shape)}: one of the two files belongs to another "
                     "model or was edited; download both again"
                 )
+
+
+def rows_of(info: TensorInfo, index: int) -> TensorInfo:
+    """The range of `info[index]`."""
+    row_bytes = info.num_bytes // info.shape[0]
+    start = info.offset + index * row_bytes
+    return TensorInfo(info.name, info.path, info.dtype, info.shape[1:], start, row_bytes)
 
 
 def expert_axis(info: TensorInfo, num_experts: int) -> int | None:

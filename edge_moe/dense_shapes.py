@@ -93,7 +93,7 @@ def _routers(spec: ModelSpec, layer_id: int) -> Shapes:
 
 def _shared_experts(spec: ModelSpec, read: ConfigReader, layer_id: int) -> Shapes:
     family, hidden = spec.family, spec.hidden_size
-    if not spec.num_shared_experts:
+    if not spec.num_shared_experts or not spec.has_gate:
         return {}
     prefix = f"{spec.moe_prefix(layer_id)}.{family.shared_module}"
     if not family.shared_width_key:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from edge_moe.arch import Family
 from edge_moe.layer_rules import (
     after_first_dense,
+    by_hybrid_blocks,
     by_layer_types,
+    moe_blocks_of_hybrid,
     sparse_mlp_types,
     sparse_step,
     within_interval,
 )
-from edge_moe.recurrent import gated_delta_net, short_convolution
+from edge_moe.recurrent import gated_delta_net, mamba2, short_convolution
 
 _BLOCK_SPARSE = "model.layers.{layer}.block_sparse_moe"
 _ROUTED = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -385,6 +387,47 @@ FAMILIES: dict[str, Family] = {
             "attention_k_eq_v": True,
             "sliding_window": 16,
             "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "nemotron_h": Family(
+        architecture="NemotronHForCausalLM",
+        moe_prefix="backbone.layers.{layer}.mixer",
+        moe_module="model.layers.{layer}.mixer",
+        renames=(("backbone.", "model."),),
+        embedding="backbone.embeddings.weight",
+        final_norm="backbone.norm_f.weight",
+        layer_norms=("norm",),
+        has_gate=False,
+        projections=("up_proj", "down_proj"),
+        num_experts_keys=_ROUTED,
+        selection_bias="gate.e_score_correction_bias",
+        score_function="sigmoid",
+        fewest_experts=2,
+        attention="other",
+        moe_layers=moe_blocks_of_hybrid,
+        layer_memory=by_hybrid_blocks,
+        state_values=mamba2,
+        expert_width_keys=("moe_intermediate_size",),
+        shared_width_key="moe_shared_expert_intermediate_size",
+        config_defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 4096,
+            "norm_topk_prob": True,
+            "n_groups": 8,
+            "mlp_hidden_act": "relu2",
+        },
+        minimal={
+            "layers_block_type": ["mamba", "moe", "attention", "moe"],
+            "moe_latent_size": 32,
+            "moe_shared_expert_intermediate_size": 96,
+            "routed_scaling_factor": 1.5,
+            "head_dim": 32,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 32,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
         },
     ),
 }

@@ -239,9 +239,9 @@ def form_table(spec: ModelSpec) -> list[FormBytes]:
     """Every form but `drop` that fits the rows of this model's experts, fewest bytes first."""
     rows = []
     for name in FORM_NAMES:
-        if name == DROP or not form_fits(name, spec.hidden_size, spec.expert_width):
+        if name == DROP or not form_fits(name, *spec.expert_shape):
             continue
-        one_expert = expert_bytes(name, spec.hidden_size, spec.expert_width)
+        one_expert = expert_bytes(name, *spec.expert_shape)
         rows.append(
             FormBytes(
                 form=name,

@@ -13,8 +13,8 @@ from edge_moe.errors import SpecError
 
 LayerRule = Callable[[ConfigReader, int], tuple[int, ...]]
 """(config, number of layers) -> ids of the MoE layers, ascending."""
-Memory = Literal["full", "sliding", "state"]
-"""What a layer keeps of the past: all keys and values, those of a window, or a fixed state."""
+Memory = Literal["full", "sliding", "state", "none"]
+"""What a layer keeps of the past: all keys and values, a window of them, a fixed state, nothing."""
 MemoryRule = Callable[[ConfigReader, int], tuple[Memory, ...]]
 """(config, number of layers) -> one entry per layer."""
 
@@ -25,8 +25,8 @@ _MEMORY: dict[str, Memory] = {
     "linear_attention": "state",
     "mamba": "state",
     "conv": "state",
-    "moe": "state",
-    "mlp": "state",
+    "moe": "none",
+    "mlp": "none",
 }
 _PATTERN = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 """Nemotron-H's `hybrid_override_pattern`, one letter per layer."""

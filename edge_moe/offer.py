@@ -93,4 +93,4 @@ def gguf_forms(source: GgufModel, device: Device = "cpu") -> tuple[str, ...]:
 
 
 def _bytes(spec: ModelSpec, form: str) -> int:
-    return expert_bytes(form, spec.hidden_size, spec.expert_width)
+    return expert_bytes(form, *spec.expert_shape)

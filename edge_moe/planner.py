@@ -198,7 +198,7 @@ def build_problem(
 
     `supers` [L, E] are neither dropped nor stored below 4 bits, or stay as they are stored.
     """
-    widths = spec.hidden_size, spec.expert_width
+    shape = spec.expert_shape
     protected = np.array([form_bits(form) >= MINIMUM_BITS for form in forms])  # [F]
     if offer is not None:
         as_stored = [[form == own for form in forms] for own in offer.stored]
@@ -208,7 +208,7 @@ def build_problem(
         allowed &= offer.allowed[:, None]
     return Problem(
         loss=losses,
-        form_bytes=np.array([expert_bytes(form, *widths) for form in forms], np.int64),
+        form_bytes=np.array([expert_bytes(form, *shape) for form in forms], np.int64),
         allowed=allowed,
         budget_bytes=expert_budget_bytes,
         top_k=max(spec.top_k, spec.fewest_experts),

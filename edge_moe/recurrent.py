@@ -20,6 +20,14 @@ def gated_delta_net(read: ConfigReader) -> int:
     return convolution + value_heads * key_width * value_width
 
 
+def mamba2(read: ConfigReader) -> int:
+    """Nemotron-H: the convolution's window, and a matrix per head."""
+    heads, width = read.count("mamba_num_heads"), read.count("mamba_head_dim")
+    state = read.count("ssm_state_size")
+    channels = heads * width + 2 * read.count("n_groups", default=1) * state
+    return channels * read.count("conv_kernel", default=4) + heads * width * state
+
+
 def short_convolution(read: ConfigReader) -> int:
     """LFM2: the convolution's window."""
     return read.count("hidden_size") * read.count("conv_L_cache", default=3)

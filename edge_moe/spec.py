@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_moe.arch import Family
 from edge_moe.config_reader import TEXT_CONFIG, ConfigReader, read_config, text_config
-from edge_moe.errors import SpecError
+from edge_moe.errors import InputError, SpecError
 from edge_moe.families import COMPOSITES, FAMILIES
 
 _ROOT, _NESTED_ROOT = "model.", "model.language_model."
@@ -93,6 +93,8 @@ class ModelSpec:
     """`bfloat16`, `float16` or `float32`: the dtype that config.json states."""
     hidden_act: str
     router: RouterSpec
+    latent_width: int = 0
+    """Inputs and outputs of a routed expert, where they are projections of the hidden state."""
     has_module_names: bool = False
     """The checkpoint names MoE tensors as transformers does, not as the family's own files do."""
     is_nested: bool = False
@@ -123,6 +125,18 @@ class ModelSpec:
     def family(self) -> Family:
         return FAMILIES[self.model_type]
 
+    def require_plain_blocks(self, what: str) -> None:
+        """Refuse `what` for a family whose MoE blocks it was not written for.
+
+        Raises:
+            InputError: names the family.
+        """
+        if not self.family.has_plain_blocks:
+            raise InputError(
+                f"{what} does not know the MoE blocks of {self.model_type!r}: use `edge-moe plan` "
+                "and `edge-moe build`, which do"
+            )
+
     @property
     def num_moe_layers(self) -> int:
         return len(self.moe_layer_ids)
@@ -130,7 +144,27 @@ class ModelSpec:
     @property
     def expert_weights(self) -> int:
         """Number of weights in one routed expert (gate_proj + up_proj + down_proj)."""
-        return 3 * self.hidden_size * self.expert_width
+        return (2 + self.has_gate) * self.expert_hidden * self.expert_width
+
+    @property
+    def has_gate(self) -> bool:
+        """An expert multiplies gate_proj's and up_proj's outputs; else it has no gate_proj."""
+        return self.is_gguf or self.family.has_gate
+
+    @property
+    def expert_hidden(self) -> int:
+        """Width of what a routed expert takes and gives: hidden_size, or a latent one."""
+        return self.latent_width or self.hidden_size
+
+    @property
+    def inner_rows(self) -> int:
+        """Rows of gate_proj and up_proj together: 2I, or I without a gate."""
+        return (1 + self.has_gate) * self.expert_width
+
+    @property
+    def expert_shape(self) -> tuple[int, int, bool]:
+        """(H, I, whether there is a gate): what the arithmetic in `edge_moe.formats` asks for."""
+        return self.expert_hidden, self.expert_width, self.has_gate
 
     def kv_bytes_per_token(self, itemsize_bytes: int) -> int:
         """KV cache bytes that one more token takes, once every sliding window is full."""
@@ -160,15 +194,16 @@ class ModelSpec:
         """Path of the MoE block inside the transformers model."""
         return self.family.moe_module.format(layer=layer_id)
 
-    def expert_tensor_names(self, layer_id: int, expert_id: int) -> tuple[str, str, str]:
-        """Names of (gate_proj [I, H], up_proj [I, H], down_proj [H, I]) stored one by one."""
-        gate, up, down = self.family.projections
+    def expert_tensor_names(self, layer_id: int, expert_id: int) -> tuple[str, ...]:
+        """Names of gate_proj [I, H], where there is one, up_proj [I, H] and down_proj [H, I],
+        stored one by one."""
         prefix = f"{self.moe_prefix(layer_id)}.experts.{expert_id}"
-        return f"{prefix}.{gate}.weight", f"{prefix}.{up}.weight", f"{prefix}.{down}.weight"
+        return tuple(f"{prefix}.{name}.weight" for name in self.family.projections)
 
     def fused_tensor_names(self, layer_id: int) -> tuple[str, str]:
         """Names of (gate_up_proj [E, 2I, H], down_proj [E, H, I]) of stacked experts."""
-        module_names = "experts.gate_up_proj", "experts.down_proj"
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        module_names = f"experts.{first}", "experts.down_proj"
         names = module_names if self.has_module_names else self.family.stacked
         return f"{self.moe_prefix(layer_id)}.{names[0]}", f"{self.moe_prefix(layer_id)}.{names[1]}"
 
@@ -307,14 +342,15 @@ class ModelSpec:
             max_position_embeddings=read.count("max_position_embeddings"),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             dtype=_dtype(config, source),
-            hidden_act=str(config.get("hidden_act") or config.get("hidden_activation") or "silu"),
+            hidden_act=_activation(config),
             router=_router(read, config, family, num_experts, top_k),
             is_nested=is_nested,
+            latent_width=read.count("moe_latent_size", default=0, least=0),
             fewest_experts=family.fewest_experts,
             num_sliding_layers=memory.count("sliding"),
             sliding_window=read.count("sliding_window") if "sliding" in memory else 0,
             sliding_kv_width=2 * kv_heads * head_width if family.has_global_heads else 0,
-            num_state_layers=memory.count("state"),
+            num_state_layers=memory.count("state") + memory.count("none"),
             state_values=state_values * memory.count("state"),
             logit_divisor=read.number("logits_scaling") or 1.0,
             logit_softcap=read.number("final_logit_softcapping"),
@@ -337,9 +373,14 @@ def _check_refused(config: dict[str, Any], family: Family, source: str) -> None:
             )
 
 
+def _activation(config: dict[str, Any]) -> str:
+    keys = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+    return next((str(config[key]) for key in keys if config.get(key)), "silu")
+
+
 def _num_layers(read: ConfigReader) -> int:
-    blocks = read.items("layers_block_type")
-    return len(blocks) if blocks else read.count("num_hidden_layers")
+    pattern = read.items("layers_block_type") or read.text("hybrid_override_pattern")
+    return len(pattern) if pattern else read.count("num_hidden_layers")
 
 
 def _heads(read: ConfigReader, family: Family) -> tuple[int, int, int]:

@@ -223,7 +223,7 @@ class CheckpointStore(ExpertStore):
                 f"as {' and '.join(dtypes)}; edge-moe runs experts of one dtype, BF16, F16 or F32"
             )
         form = _FORM_OF_DTYPE[dtypes[0]]
-        return RecordInfo(form, expert_bytes(form, spec.hidden_size, spec.expert_width))
+        return RecordInfo(form, expert_bytes(form, *spec.expert_shape))
 
     def close(self) -> None:
         self._files.close()

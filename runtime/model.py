@@ -16,7 +16,7 @@ import torch
 from edge_moe.checkpoint import TensorInfo
 from edge_moe.errors import CheckpointError, PackageError, SpecError
 from edge_moe.package import RESIDENT_NAME, Package
-from edge_moe.runtime.moe_block import EXPERT_STACKS, MoeBlock
+from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock
 from edge_moe.spec import ModelSpec
 
 EXPERTS_IMPLEMENTATION = "edge_moe_paged"
@@ -206,7 +206,7 @@ def _require_complete(model: Any, folder: Path) -> None:
     left = [
         name
         for name, value in named
-        if value.is_meta and not (".experts." in name and name.endswith(EXPERT_STACKS))
+        if value.is_meta and not (".experts." in name and name.endswith(MODULE_STACKS))
     ]
     if left:
         raise CheckpointError(f"{folder}: {len(left)} dense tensors are missing, first {left[0]!r}")

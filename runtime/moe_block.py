@@ -16,7 +16,9 @@ from edge_moe.spec import ModelSpec
 
 _COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts")
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
-"""Parameters of an experts module that hold the routed experts' matrices."""
+"""What edge-moe calls an experts module's matrices; without a gate the first holds up_proj."""
+MODULE_STACKS = (*EXPERT_STACKS, "up_proj")
+"""Parameters of transformers' experts modules that hold them."""
 
 
 class MoeBlock:
@@ -134,7 +136,7 @@ def expert_inner(experts: Any, inputs: Tensor, gate_up: Tensor, row: int) -> Ten
         hidden = hidden.view(-1, 2, width).transpose(1, 2).reshape(-1, 2 * width)
     if experts.has_bias:
         hidden = hidden + experts.gate_up_proj_bias[row].to(hidden.dtype)
-    inner: Tensor = experts._apply_gate(hidden)
+    inner: Tensor = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     return inner
 
 

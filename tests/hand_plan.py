@@ -21,7 +21,7 @@ def hand_plan(
 ) -> Plan:
     """A plan with the given [L][E] forms, their true bytes, and made-up numbers elsewhere."""
     spec = checkpoint.spec
-    widths = spec.hidden_size, spec.expert_width
+    widths = spec.expert_shape
     fitting = [form for row in forms for form in row if form_fits(form, *widths)]
     experts = sum(expert_bytes(form, *widths) for form in fitting)
     rows = [list(row) for row in forms]

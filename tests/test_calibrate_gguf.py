@@ -265,7 +265,7 @@ def test_quantised_sums_by_hand(quantised: Path, task: str, tmp_path: Path) -> N
             weights = model.expert(layer_id, expert_id)
             for form, kept in (("q4_0", ()), ("q4_k", (0, 1)), ("q6_k", (2,))):
                 record = pack_expert(form, *weights)
-                parts = list(unpack_expert(form, record, spec.hidden_size, spec.expert_width))
+                parts = list(unpack_expert(form, record, *spec.expert_shape))
                 for part in kept:  # stored so already
                     parts[part] = weights[part]
                 gate, up, down = map(torch.from_numpy, parts)

@@ -20,6 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate
+from edge_moe.converters.gradient_loss import measure_gradients
+from edge_moe.converters.transform import transform
+from edge_moe.errors import InputError
 from edge_moe.families import COMPOSITES, FAMILIES
 from edge_moe.formats import DROP
 from edge_moe.inspect import inspect_model
@@ -227,3 +230,18 @@ def test_the_language_model_of_a_larger_one(
     assert bool(others) == bool(COMPOSITE_CONFIGS[family])
     for name in others:
         assert torch.equal(kept[name], model.state_dict()[name])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "minimax_m2", "gemma4_text", "phimoe"])
+def test_transforms_refuse_blocks_they_do_not_know(
+    family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"does not know the MoE blocks of '{family}'"):
+        transform(tiny_checkpoint(family), ["code"], tmp_path / "out", "prune", num_experts=4)
+
+
+def test_gradients_of_latent_experts_are_refused(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="calibrate without --gradients"):
+        measure_gradients(tiny_checkpoint("nemotron_h"), ["code"], tmp_path / "stats")

@@ -106,7 +106,7 @@ def packed_weights(
     spec = whole.spec
     gate, up = gate_up[expert_id].numpy().reshape(2, spec.expert_width, -1)
     packed = pack_expert(form, gate, up, down[expert_id].numpy())
-    parts = unpack_expert(form, packed, spec.hidden_size, spec.expert_width)
+    parts = unpack_expert(form, packed, *spec.expert_shape)
     gate_up[expert_id] = torch.from_numpy(np.concatenate(parts[:2]))
     down[expert_id] = torch.from_numpy(parts[2])
     return gate_up, down

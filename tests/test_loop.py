@@ -35,7 +35,7 @@ def _plan(folder: Path, stats: ExpertStats, expert_share: float) -> Plan:
         runtime=(10**8, "assumed"),
     )
     spec = checkpoint.spec
-    one = expert_bytes("bf16", spec.hidden_size, spec.expert_width)
+    one = expert_bytes("bf16", *spec.expert_shape)
     spared = round((1 - expert_share) * one * spec.num_experts * spec.num_moe_layers)
     return make_plan(
         *(checkpoint, stats, generous.total_bytes - spared),

@@ -82,29 +82,35 @@ def in_order(forms: Iterable[str]) -> list[str]:
     return sorted(set(forms), key=lambda name: (form_bits(name), known.get(name, 0), name))
 
 
-def form_fits(name: str, hidden_size: int, expert_width: int) -> bool:
+def form_fits(name: str, hidden_size: int, expert_width: int, has_gate: bool = True) -> bool:
     """Whether the rows of an expert's matrices are whole blocks of the form's types."""
     if name == DROP:
         return True
     gate, up, down = (_type(part).block_size for part in split_form(name))
-    return not (hidden_size % gate or hidden_size % up or expert_width % down)
+    gate_fits = not has_gate or hidden_size % gate == 0
+    return gate_fits and hidden_size % up == 0 and expert_width % down == 0
 
 
-def expert_packed_bytes(name: str, hidden_size: int, expert_width: int) -> tuple[int, int, int]:
-    """Bytes of (gate_proj [I, H], up_proj [I, H], down_proj [H, I]) in form `name`."""
+def expert_packed_bytes(
+    name: str, hidden_size: int, expert_width: int, has_gate: bool = True
+) -> tuple[int, int, int]:
+    """Bytes of (gate_proj [I, H], up_proj [I, H], down_proj [H, I]) in form `name`.
+
+    Experts without a gate have a gate_proj of no rows.
+    """
     if name == DROP:
         return 0, 0, 0
     gate, up, down = (_type(part) for part in split_form(name))
     return (
-        expert_width * gate.row_bytes(hidden_size),
+        expert_width * gate.row_bytes(hidden_size) if has_gate else 0,
         expert_width * up.row_bytes(hidden_size),
         hidden_size * down.row_bytes(expert_width),
     )
 
 
-def expert_bytes(name: str, hidden_size: int, expert_width: int) -> int:
+def expert_bytes(name: str, hidden_size: int, expert_width: int, has_gate: bool = True) -> int:
     """Bytes of one whole expert in form `name`."""
-    return sum(expert_packed_bytes(name, hidden_size, expert_width))
+    return sum(expert_packed_bytes(name, hidden_size, expert_width, has_gate))
 
 
 def pack_expert(name: str, gate: FloatArray, up: FloatArray, down: FloatArray) -> ByteArray:
@@ -118,7 +124,7 @@ def pack_expert(name: str, gate: FloatArray, up: FloatArray, down: FloatArray) -
 
 
 def unpack_expert(
-    name: str, record: ByteArray, hidden_size: int, expert_width: int
+    name: str, record: ByteArray, hidden_size: int, expert_width: int, has_gate: bool = True
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Inverse of `pack_expert`: (gate_proj [I, H], up_proj [I, H], down_proj [H, I]).
 
@@ -126,19 +132,22 @@ def unpack_expert(
         FormError: `record` has another length than the form implies.
         MissingExtraError: a type that only the extra `gguf` reads.
     """
-    sizes = expert_packed_bytes(name, hidden_size, expert_width)
+    sizes = expert_packed_bytes(name, hidden_size, expert_width, has_gate)
     if record.size != sum(sizes):
         raise FormError(f"an expert in form {name} takes {sum(sizes)} bytes, found {record.size}")
     pieces = np.split(record, np.cumsum(sizes)[:-1])
     up, down = (expert_width, hidden_size), (hidden_size, expert_width)
+    gate = up if has_gate else (0, hidden_size)
     matrices = [
         _unpack(part, piece, shape)
-        for part, piece, shape in zip(split_form(name), pieces, (up, up, down), strict=True)
+        for part, piece, shape in zip(split_form(name), pieces, (gate, up, down), strict=True)
     ]
     return matrices[0], matrices[1], matrices[2]
 
 
 def _unpack(part: str, piece: ByteArray, shape: tuple[int, int]) -> FloatArray:
+    if not shape[0]:
+        return np.empty(shape, np.float32)
     if part in FORM_NAMES:
         return get_form(part).unpack(piece.reshape(shape[0], -1), shape[1])
     return dequantise(part.upper(), piece.tobytes(), shape[0] * shape[1]).reshape(shape)
