@@ -28,14 +28,9 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.block_sums import WindowObservation, expert_output
 from edge_moe.converters.layer_stream import LayerStream
-from edge_moe.converters.observe import (
-    OBSERVE,
-    BlockObserver,
-    WindowObservation,
-    expert_output,
-    router_scores_of,
-)
+from edge_moe.converters.observe import OBSERVE, BlockObserver, router_scores_of
 from edge_moe.converters.second_moments import ExpertMoments, Weighting, expert_moments
 from edge_moe.demo import demo_model_dir
 from edge_moe.formats import unpack_expert

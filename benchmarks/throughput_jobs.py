@@ -19,8 +19,9 @@ from work_bounds import Work
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
-from edge_moe.converters.calibrate import calibrate, checked_forms
+from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+from edge_moe.converters.calibration_request import checked_forms
 from edge_moe.converters.form_loss import is_lossless
 from edge_moe.converters.recover import RecoveryReport, recover
 from edge_moe.converters.recover_text import TrainText, split_text

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.block_sums import expert_output
 from edge_moe.converters.calibration_memory import packing_terms
 from edge_moe.converters.layer_stream import LayerStream
-from edge_moe.converters.observe import OBSERVE, expert_output, router_scores_of
+from edge_moe.converters.observe import OBSERVE, router_scores_of
 from edge_moe.converters.second_moments import (
     WEIGHTING,
     ExpertMoments,

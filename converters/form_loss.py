@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.converters.block_sums import RoutedWindow, expert_inner, expert_output
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
-from edge_moe.converters.observe import (
-    RoutedWindow,
-    expert_inner,
-    expert_output,
-    router_scores_of,
-)
 from edge_moe.converters.second_moments import (
     WEIGHTING,
     ExpertMoments,
@@ -33,8 +28,34 @@ from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 from edge_moe.moments import LayerMoments
 from edge_moe.spec import ModelSpec
 
-_LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
+LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
 """Stored dtype -> forms that hold it without loss."""
+
+Exact = tuple[bool, bool, bool]
+"""Whether a form holds the stored (gate_proj, up_proj, down_proj) of an expert without loss."""
+
+
+class ExpertSource(Protocol):
+    """Where experts come from, and how they are stored there."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def exact_parts(self, layer_id: int, expert_id: int, form: str) -> Exact:
+        """Which projections of an expert stay as they are in `form`."""
+
+
+class CheckpointExperts:
+    """The experts of a Hugging Face checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.spec = checkpoint.spec
+
+    def exact_parts(self, layer_id: int, expert_id: int, form: str) -> Exact:
+        """All three or none: they are packed together."""
+        is_exact = is_lossless(form, self._checkpoint.expert_ranges(layer_id, expert_id))
+        return is_exact, is_exact, is_exact
 
 
 @dataclass(frozen=True)
@@ -67,13 +88,13 @@ class FormLosses:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, forms: Sequence[str], quantiser: str = "nearest"
+        self, source: ExpertSource, forms: Sequence[str], quantiser: str = "nearest"
     ) -> None:
         """`forms` in the order of the statistics' last axis."""
-        spec = checkpoint.spec
-        self._checkpoint = checkpoint
+        spec = source.spec
+        self._source = source
         self._quantiser = quantiser
-        self._scores: list[Tensor] | None = None
+        self._scores: Sequence[Tensor] | None = None
         self._forms = tuple(forms)
         self._gate_up = torch.empty(2 * spec.expert_width, spec.hidden_size)
         self._down = torch.empty(spec.hidden_size, spec.expert_width)
@@ -81,42 +102,47 @@ class FormLosses:
     def measure(
         self,
         layer_id: int,
-        block: Any,
+        experts: Any,
         windows: Sequence[RoutedWindow],
         on_expert: Callable[[], None],
+        scores: Callable[[], Sequence[Tensor]],
     ) -> npt.NDArray[np.float64]:
         """[windows, E, F] sum over routed tokens of (g |f - f_form|)**2; `drop` stays 0."""
-        num_experts = self._checkpoint.spec.num_experts
+        num_experts = self._source.spec.num_experts
         losses = np.zeros((len(windows), num_experts, len(self._forms)))
-        for each in self.changes(layer_id, block, windows, on_expert):
+        for each in self.changes(layer_id, experts, windows, on_expert, scores):
             losses[each.window, each.expert_id, each.form] = each.loss
         return losses
 
     def changes(
         self,
         layer_id: int,
-        block: Any,
+        experts: Any,
         windows: Sequence[RoutedWindow],
         on_expert: Callable[[], None],
+        scores: Callable[[], Sequence[Tensor]],
     ) -> Iterator[FormChange]:
-        """What every lossy packed form does to every expert of a MoE block on every window."""
+        """What every lossy packed form does to every expert of a MoE block on every window.
+
+        `experts` is transformers' experts module, or what looks like it; `scores` gives the
+        router's [T, E] on every window, and is asked where every token counts.
+        """
         if get_quantiser(self._quantiser).uses_every_token:
-            spec = self._checkpoint.spec
-            self._scores = [router_scores_of(block, window.inputs, spec) for window in windows]
-        for expert_id in range(self._checkpoint.spec.num_experts):
+            self._scores = scores()
+        for expert_id in range(self._source.spec.num_experts):
             routed = [(window.expert_ids == expert_id).nonzero(as_tuple=True) for window in windows]
             if any(len(token) for token, _ in routed):
-                yield from self._expert_changes(layer_id, block.experts, expert_id, windows, routed)
+                yield from self._expert_changes(layer_id, experts, expert_id, windows, routed)
             on_expert()
 
-    def _lossy_forms(self, layer_id: int, expert_id: int) -> list[int]:
-        """Positions of the forms that change this expert's stored weights."""
-        parts = self._checkpoint.expert_ranges(layer_id, expert_id)
-        return [
-            position
+    def _lossy_forms(self, layer_id: int, expert_id: int) -> dict[int, Exact]:
+        """Position of every form that changes this expert's stored weights -> what it keeps."""
+        kept = {
+            position: self._source.exact_parts(layer_id, expert_id, form)
             for position, form in enumerate(self._forms)
-            if form != DROP and not is_lossless(form, parts)
-        ]
+            if form != DROP
+        }
+        return {position: exact for position, exact in kept.items() if not all(exact)}
 
     def _expert_changes(
         self,
@@ -127,6 +153,9 @@ class FormLosses:
         routed: Sequence[tuple[Tensor, ...]],
     ) -> Iterator[FormChange]:
         """Each window is multiplied on its own."""
+        lossy = self._lossy_forms(layer_id, expert_id)
+        if not lossy:
+            return
         gate_up, down = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
         exact = [
             expert_output(experts, window.inputs[token], gate_up, down)
@@ -137,8 +166,9 @@ class FormLosses:
             moments = expert_moments(
                 *(experts, expert_id, windows), weighting=WEIGHTING, token_scores=self._scores
             )
-        for position in self._lossy_forms(layer_id, expert_id):
+        for position, kept in lossy.items():
             self._store(self._forms[position], gate_up, down, moments)
+            self._restore(gate_up, down, kept)
             for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):
                 stored = expert_output(experts, window.inputs[token], self._gate_up, self._down)
                 yield FormChange(
@@ -165,6 +195,15 @@ class FormLosses:
         self._gate_up.numpy()[...] = np.concatenate(stored[:2])
         self._down.numpy()[...] = stored[2]
 
+    def _restore(self, gate_up: Tensor, down: Tensor, kept: Exact) -> None:
+        """Put back the projections that the form leaves as they are stored."""
+        width = down.shape[1]
+        for rows, is_kept in zip((slice(width), slice(width, None)), kept[:2], strict=True):
+            if is_kept:
+                self._gate_up[rows] = gate_up[rows]
+        if kept[2]:
+            self._down.copy_(down)
+
 
 def add_moments(experts: Any, windows: Sequence[RoutedWindow], spec: ModelSpec) -> LayerMoments:
     """Second moments of every expert's inputs over the tokens that chose it.
@@ -172,10 +211,11 @@ def add_moments(experts: Any, windows: Sequence[RoutedWindow], spec: ModelSpec) 
     Cost per routed token: 4HI floating point operations; memory: one expert's tokens of a window.
     """
     moments = LayerMoments.zeros_of(spec)
-    for window in windows:
-        ids = window.expert_ids
-        for expert_id in np.unique(ids.numpy()).tolist():
-            inputs = window.inputs[(ids == expert_id).any(dim=1)]
+    for expert_id in range(spec.num_experts):
+        for window in windows:
+            inputs = window.inputs[(window.expert_ids == expert_id).any(dim=1)]
+            if not len(inputs):
+                continue
             inner = expert_inner(experts, inputs, experts.gate_up_proj[expert_id])
             moments.input_squares.add(_square_sums(inputs), index=expert_id)
             moments.inner_squares.add(_square_sums(inner), index=expert_id)
@@ -204,4 +244,4 @@ def round_trip(form_name: str, weights: Tensor, output: Tensor) -> None:
 
 def is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
     """Whether `form` holds what is stored in `parts` without loss."""
-    return all(form in _LOSSLESS.get(part.dtype, ()) for part in parts)
+    return all(form in LOSSLESS.get(part.dtype, ()) for part in parts)

@@ -21,13 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.calibrate import calibration_text, checked_forms
+from edge_moe.converters.block_sums import mix
+from edge_moe.converters.calibrate import calibration_text
 from edge_moe.converters.calibration_memory import hidden_file_bytes, state_and_require_memory
-from edge_moe.converters.form_loss import FormLosses
+from edge_moe.converters.calibration_request import checked_forms
+from edge_moe.converters.form_loss import CheckpointExperts, FormLosses
 from edge_moe.converters.gradient_memory import gradient_terms
 from edge_moe.converters.gradient_stream import BlockGradient, GradientStream, LayerGradients
 from edge_moe.converters.gradient_work import GradientWork, gradient_work, require_no_gradients
-from edge_moe.converters.observe import mix
+from edge_moe.converters.observe import router_scores_of
 from edge_moe.converters.progress import progress_bar
 from edge_moe.converters.rerouting import weight_changes
 from edge_moe.errors import CheckpointError
@@ -108,7 +110,7 @@ class _Run:
         self._stream = GradientStream(
             checkpoint, info, work, texts, lambda: self._progress.advance(self._bar)
         )
-        self._form_losses = FormLosses(checkpoint, info.forms, info.quantiser)
+        self._form_losses = FormLosses(CheckpointExperts(checkpoint), info.forms, info.quantiser)
 
     def finish(self) -> GradientStats:
         """The statistics of all layers."""
@@ -146,7 +148,7 @@ class _Run:
 
     def _measure(self, layer: LayerGradients) -> GradientStats:
         """All sums of one layer."""
-        stats = self._work.layer_zeros(layer.layer_id)
+        stats, spec = self._work.layer_zeros(layer.layer_id), self._checkpoint.spec
         kept = []
         for window in layer.windows:
             stats.gradient_square.add(float(window.gradient.double().square().sum()), index=0)
@@ -158,9 +160,10 @@ class _Run:
         step = self._num_windows * len(self._info.forms) / self._info.num_experts
         changes = self._form_losses.changes(
             layer.layer_id,
-            layer.block,
+            layer.block.experts,
             kept,
             lambda: self._progress.advance(self._bar, step),
+            lambda: [router_scores_of(layer.block, each.inputs, spec) for each in kept],
         )
         for each in changes:
             change = each.gates[:, None] * each.change

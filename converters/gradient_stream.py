@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.block_sums import expert_output
 from edge_moe.converters.calibration_work import HiddenWriter
 from edge_moe.converters.gradient_work import GradientWork
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.loss_head import LossHead
-from edge_moe.converters.observe import OBSERVE, BlockObserver, expert_output
+from edge_moe.converters.observe import OBSERVE, BlockObserver
 from edge_moe.converters.rerouting import Slots
 from edge_moe.gradient_stats import GradientInfo
 

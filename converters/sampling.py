@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.observe import expert_output
+from edge_moe.converters.block_sums import expert_output
 from edge_moe.converters.transforms.base import LayerSamples, LayerWeights
 from edge_moe.spec import ModelSpec
 

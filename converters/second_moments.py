@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_moe.converters.observe import RoutedWindow, expert_inner
+from edge_moe.converters.block_sums import RoutedWindow, expert_inner
 
 Weighting = Literal["none", "gate", "gate_square"]
 WEIGHTINGS: dict[Weighting, int] = {"none": 0, "gate": 1, "gate_square": 2}

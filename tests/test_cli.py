@@ -393,7 +393,6 @@ def test_the_folder_of_a_gguf_build_points_to_its_file(fails: Failure, tmp_path:
 @pytest.mark.parametrize(
     "command",
     [
-        ("calibrate", "--task", "code"),
         ("calibrate-skipping", "--task", "code"),
         ("patterns", "--stats", "code=stats"),
         ("transform", "--task", "code", "--method", "prune", "--experts", "4"),

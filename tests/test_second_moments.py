@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from edge_moe.converters.observe import WindowObservation  # noqa: E402
+from edge_moe.converters.block_sums import WindowObservation  # noqa: E402
 from edge_moe.converters.second_moments import (  # noqa: E402
     WEIGHTINGS,
     expert_moments,

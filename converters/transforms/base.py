@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_moe.converters.observe import expert_inner, expert_output
+from edge_moe.converters.block_sums import expert_inner, expert_output
 from edge_moe.errors import InputError
 from edge_moe.saliency import saliency
 from edge_moe.spec import ModelSpec

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edge_moe.commands.options import (
+    CalibratedModel,
     Output,
     Revision,
-    SourceModel,
     Tasks,
     parse_names,
     parse_shard,
     resumable,
     stderr,
 )
+from edge_moe.errors import InputError
+
+if TYPE_CHECKING:
+    from edge_moe.stats import ExpertStats
 
 
 def calibrate_command(
-    model: SourceModel,
+    model: CalibratedModel,
     task: Tasks,
     output: Output = Path("stats"),
     window_tokens: Annotated[int, typer.Option(help="Tokens per window of text.")] = 512,
@@ -56,7 +61,8 @@ def calibrate_command(
 ) -> None:
     """Measure every expert on task text, layer by layer. A killed run resumes by running again.
 
-    With --gradients a second pass measures what the language-model loss says about every expert.
+    A .gguf file runs on llama.cpp, as it is. With --gradients a second pass measures what the
+    language-model loss says about every expert; that needs a checkpoint.
     """
     from edge_moe.gradient_stats import GradientStats
     from edge_moe.hub import resolve_model
@@ -68,10 +74,7 @@ def calibrate_command(
     part = parse_shard(shard)
     names = parse_names(forms) if forms is not None else None
     folder = resolve_model(model, revision)
-    from edge_moe.converters.calibrate import calibrate
-    from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
-
-    measure = calibrate_with_gradients if gradients else calibrate
+    measure = _measurement(folder, gradients)
     with resumable():
         stats = measure(
             folder,
@@ -97,3 +100,24 @@ def calibrate_command(
         )
         return
     console.print(f"next: {command_line('plan', model, '--stats', output, '--budget', 'SIZE')}")
+
+
+def _measurement(model: Path, gradients: bool) -> Callable[..., ExpertStats]:
+    """The function that calibrates `model`.
+
+    Raises:
+        InputError: gradients of a GGUF file.
+    """
+    if model.suffix != ".gguf":
+        from edge_moe.converters.calibrate import calibrate
+        from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+
+        return calibrate_with_gradients if gradients else calibrate
+    if gradients:
+        raise InputError(
+            f"--gradients: llama.cpp does not run {model} backwards; leave the option out, or "
+            "calibrate the Hugging Face checkpoint that the file was made from"
+        )
+    from edge_moe.converters.calibrate_gguf import calibrate_gguf
+
+    return calibrate_gguf

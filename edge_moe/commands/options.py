@@ -47,6 +47,7 @@ def _model(kinds: str) -> Any:
 Model = Annotated[str, _model("Checkpoint folder, native package, .gguf file")]
 RunnableModel = Annotated[str, _model("Checkpoint folder, native package")]
 SourceModel = Annotated[str, _model("Hugging Face checkpoint folder")]
+CalibratedModel = Annotated[str, _model("Hugging Face checkpoint folder, .gguf file")]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)
 ]

@@ -104,6 +104,15 @@ def is_installed() -> bool:
     return _path() is not None
 
 
+def library() -> ctypes.CDLL:
+    """The loaded library: the same one that llama.cpp uses.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    return _library()
+
+
 def _path() -> Path | None:
     """The library beside the package `llama_cpp`, found without importing it."""
     found = importlib.util.find_spec("llama_cpp")
