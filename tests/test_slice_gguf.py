@@ -206,7 +206,7 @@ def test_llama_cpp_computes_the_masked_original(
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_every_family_is_sliced_as_its_checkpoint_is_pruned(family: str, tmp_path: Path) -> None:
     """Slicing the GGUF and pruning the Hugging Face folder first give the same file."""
-    config = {"q_lora_rank": 32} if family == "deepseek_v3" else {}
+    config: dict[str, Any] = {"q_lora_rank": 32} if family == "deepseek_v3" else {}
     checkpoint = Checkpoint(make_tiny_checkpoint(tmp_path / "source", family, **config))
     plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
     pruned = build(plan, tmp_path / "pruned", target="hf")
@@ -442,13 +442,15 @@ def test_a_source_that_shrinks_leaves_no_output(tmp_path: Path) -> None:
 
 
 def test_build_takes_the_file(tmp_path: Path) -> None:
-    path = write_moe(tmp_path / "m.gguf")
+    path = write_moe(tmp_path / "m.gguf", licence="apache-2.0")
     model = GgufModel(path)
     plan = stored_plan(model, [[0, 1, 2], [1, 2, 3]])
     output = build(plan, tmp_path / "out")
     assert {p.name for p in output.iterdir()} == {GGUF_NAME, "README.md", "plan.json"}
     assert GgufModel(output / GGUF_NAME).spec.num_experts == 3
-    assert "Every layer keeps 3 of its 4 experts" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "Every layer keeps 3 of its 4 experts" in card
+    assert 'base_model: "m.gguf"' in card and 'license: "apache-2.0"\n' in card
     other = write_moe(tmp_path / "other.gguf", seed=5)
     with pytest.raises(PlanError, match="has the fingerprint"):
         build(plan, tmp_path / "wrong", model=other)
