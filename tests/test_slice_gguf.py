@@ -14,7 +14,7 @@ import pytest
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from fake_stats import fake_stats
 from float32_gguf import float32_gguf
-from gguf_files import requantised, write_moe
+from gguf_files import requantised, write_gpt_oss, write_moe
 from hand_plan import hand_plan, uniform_forms
 from llama_worker import ask_llama
 
@@ -221,6 +221,24 @@ def test_every_family_is_sliced_as_its_checkpoint_is_pruned(family: str, tmp_pat
         assert content(info) == content(wanted.tensors[name]), name
     logits = ask_llama(path, tmp_path, IDS).logits
     assert logits.shape == (len(IDS), checkpoint.spec.vocab_size) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("type_name", ["MXFP4", "Q4_0", "IQ4_NL"])
+def test_a_quantised_slice_is_the_masked_file_bit_for_bit(
+    type_name: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """llama.cpp itself masks: gpt-oss routers have a bias, and hopeless experts are not chosen."""
+    tokenizer = tiny_checkpoint("qwen3_moe")
+    kept = [[0, 2, 3, 7], [1, 4, 5, 6]]
+    masked = {layer: [e for e in range(8) if e not in ids] for layer, ids in enumerate(kept)}
+    source = write_gpt_oss(tmp_path / "m.gguf", tokenizer, type_name, masked={})
+    wanted = write_gpt_oss(tmp_path / "masked.gguf", tokenizer, type_name, masked=masked)
+    model = GgufModel(source)
+    assert model.expert_biases(1, 7) is not None and model.spec.hidden_act == "swiglu_oai"
+    path = slice_gguf(stored_plan(model, kept), model, tmp_path / "sliced.gguf")
+    found, expected, whole = (ask_llama(p, tmp_path, IDS).logits for p in (path, wanted, source))
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found - whole).max() > 1e-2
 
 
 def test_a_quantised_mix_runs_and_keeps_the_tokenizer(demo_model: Path, tmp_path: Path) -> None:
