@@ -26,13 +26,13 @@ from edge_moe.errors import CheckpointError, InputError, MissingExtraError, Spec
 from edge_moe.formats import ggml_library
 from edge_moe.measurement import usable_cores
 from edge_moe.runtime.llama_log import llama_log
+from edge_moe.runtime.llama_probe import override_array, require_loadable
 from edge_moe.spec import ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
 
 _GGML_TYPE_F32 = 0
 _LOAD_MODE_MMAP = 1
-_OVERRIDE_INT = 0
 _LOGIT_BYTES = 2**27
 """llama.cpp keeps a row of logits per token of a batch: pieces of a window stay below this."""
 _FEWEST_TOKENS = 32
@@ -109,10 +109,10 @@ class LlamaCapture:
     """A GGUF file whose MoE blocks are watched. Runs on the CPU, weights mapped from the file."""
 
     def __init__(self, path: Path, spec: ModelSpec, architecture: str, window_tokens: int) -> None:
-        """Load `path`, which has been validated against `spec` (a damaged file ends the process).
+        """Load `path`, for which `require_capturable` holds (other files may end the process).
 
         Memory: the file, as pages that the system can drop; a float32 KV cache of `window_tokens`;
-        `capture_bytes`.
+        logits and activations of `batch_tokens`.
 
         Raises:
             InputError: an architecture that has not been tested, or llama.cpp refuses the file.
@@ -185,7 +185,7 @@ class LlamaCapture:
         parameters.n_gpu_layers = 0
         parameters.load_mode = _LOAD_MODE_MMAP
         parameters.use_extra_bufts = False  # repacked weights would be a copy in memory
-        overrides = self._overrides(architecture)
+        overrides = override_array(llama, metadata_overrides(architecture, self._spec))
         parameters.kv_overrides = overrides
         with llama_log() as log:
             model = llama.llama_model_load_from_file(os.fsencode(self._path), parameters)
@@ -194,21 +194,6 @@ class LlamaCapture:
                 f"{self._path}: llama.cpp cannot load it ({log.last}): download or export it again"
             )
         return model
-
-    def _overrides(self, architecture: str) -> Any:
-        """Ask for one expert more; files that leave the expert width out derive it from top_k."""
-        values = {
-            "expert_used_count": self._num_slots,
-            "expert_feed_forward_length": self._spec.expert_width,
-        }
-        if architecture in ("olmoe", "llama"):  # whose expert width is feed_forward_length
-            del values["expert_feed_forward_length"]
-        array = (self._api.llama.llama_model_kv_override * (len(values) + 1))()
-        for entry, (key, number) in zip(array, values.items(), strict=False):
-            entry.tag = _OVERRIDE_INT
-            entry.key = f"{architecture}.{key}".encode()
-            entry.value.val_i64 = number
-        return array
 
     def _make_context(self) -> Any:
         llama = self._api.llama
@@ -326,6 +311,28 @@ def num_slots(spec: ModelSpec) -> int:
 def batch_tokens(spec: ModelSpec, window_tokens: int) -> int:
     """Tokens that llama.cpp computes at a time."""
     return min(window_tokens, max(_FEWEST_TOKENS, _LOGIT_BYTES // (4 * spec.vocab_size)))
+
+
+def metadata_overrides(architecture: str, spec: ModelSpec) -> dict[str, int]:
+    """Ask for one expert more; files that leave the expert width out derive it from top_k."""
+    values = {f"{architecture}.expert_used_count": num_slots(spec)}
+    if architecture not in ("olmoe", "llama"):  # whose expert width is feed_forward_length
+        values[f"{architecture}.expert_feed_forward_length"] = spec.expert_width
+    return values
+
+
+def require_capturable(path: Path, spec: ModelSpec, architecture: str, window_tokens: int) -> None:
+    """Refuse what `LlamaCapture` cannot open, before it ends this process.
+
+    Raises:
+        SpecError: as for `check_architecture`.
+        InputError: llama.cpp refuses the file, or aborts on it.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    check_architecture(path, architecture, spec)
+    _api(path)
+    overrides = metadata_overrides(architecture, spec)
+    require_loadable(path, window_tokens, batch_tokens(spec, window_tokens), overrides)
 
 
 def real_gates(weights: FloatArray, spec: ModelSpec) -> FloatArray:
