@@ -50,7 +50,7 @@ from edge_moe.errors import (  # noqa: E402
 from edge_moe.formats import pack_expert, unpack_expert  # noqa: E402
 from edge_moe.gguf_model import GgufModel  # noqa: E402
 from edge_moe.moments import load_moments, merge_moments, moments_path  # noqa: E402
-from edge_moe.runtime import llama_capture  # noqa: E402
+from edge_moe.runtime import llama_capture, llama_graph  # noqa: E402
 from edge_moe.runtime.gguf_logits import gguf_tokenizer  # noqa: E402
 from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture  # noqa: E402
 from edge_moe.stats import ExpertStats  # noqa: E402
@@ -208,8 +208,8 @@ def test_a_window_in_pieces_is_the_same_window(
 ) -> None:
     path = case(name)[1]
     whole = run(path, task, tmp_path / "whole")
-    monkeypatch.setattr(llama_capture, "_LOGIT_BYTES", 1)
-    monkeypatch.setattr(llama_capture, "_FEWEST_TOKENS", 7)
+    monkeypatch.setattr(llama_graph, "_LOGIT_BYTES", 1)
+    monkeypatch.setattr(llama_graph, "_FEWEST_TOKENS", 7)
     pieces = run(path, task, tmp_path / "pieces")
     np.testing.assert_array_equal(pieces.routed_tokens, whole.routed_tokens)
     for key, total in whole.sums().items():
@@ -223,7 +223,8 @@ def test_watching_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -
     """One expert more and a weight of zero: to the last bit what the real top_k computes."""
     path = case("deepseek_v3")[1]
     blocks = captured(path, list(range(1, 31)))
-    monkeypatch.setattr(llama_capture, "num_slots", lambda spec: spec.top_k)
+    for module in (llama_capture, llama_graph):
+        monkeypatch.setattr(module, "num_slots", lambda spec: spec.top_k)
     plain = captured(path, list(range(1, 31)))
     assert blocks.keys() == plain.keys() and len(plain) == 2
     for layer_id, block in blocks.items():
@@ -403,7 +404,7 @@ def test_a_damaged_window_is_named(
 def test_an_architecture_that_is_not_tested_is_refused_by_name(
     case: Case, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(llama_capture.ARCHITECTURES, "olmoe")
+    monkeypatch.delitem(llama_graph.ARCHITECTURES, "olmoe")
     with pytest.raises(SpecError, match="not for 'olmoe': calibrate the Hugging Face checkpoint"):
         run(case("olmoe")[1], task, tmp_path / "stats")
     assert not (tmp_path / "stats").exists()
@@ -422,7 +423,7 @@ def test_a_graph_that_the_metadata_does_not_explain_is_refused(
         with pytest.raises(CheckpointError, match="'ffn_moe_weights_norm-0'.*does not explain"):
             capture.run([1, 2, 3], lambda *_: None)
     monkeypatch.setitem(
-        llama_capture.ARCHITECTURES, "qwen3moe", llama_capture.BlockNodes(output="unheard_of")
+        llama_graph.ARCHITECTURES, "qwen3moe", llama_graph.BlockNodes(output="unheard_of")
     )
     with pytest.raises(CheckpointError, match="no node 'unheard_of' before 'l_out-0'"):
         run(path, task, tmp_path / "stats")
@@ -552,7 +553,7 @@ def test_the_command_calibrates_a_gguf_file(
 
 
 def test_every_architecture_of_the_table_is_tested() -> None:
-    assert set(llama_capture.ARCHITECTURES) == set(ARCHITECTURES.values())
+    assert set(llama_graph.ARCHITECTURES) == set(ARCHITECTURES.values())
 
 
 MEASURED = """
