@@ -68,7 +68,8 @@ def calibrate_gguf(
     Writes `output` (a folder) and returns what it holds; arguments and meaning are those of
     `calibrate`. A killed run goes on with the window or the layer it was at. The change of an
     expert in a form is measured against the file's own weights: a form that they are stored in
-    already costs nothing, and `forms` defaults to candidates that are smaller.
+    already costs nothing, and `forms` defaults to candidates that are smaller. `quantiser` defaults
+    to `imatrix`, for which `build` needs the second moments alone and runs no text again.
     Memory: `gguf_calibration_terms`. Disk: `spool_bytes` of all windows, while it runs.
 
     Raises:
@@ -82,7 +83,7 @@ def calibrate_gguf(
         max_windows,
         shard,
         checked_forms(model.spec, gguf_forms(model) if forms is None else forms),
-        quantiser,
+        quantiser or _default_quantiser(shard),
     )
     request.check(model.spec)
     require_capturable(path, model.spec, model.header.architecture, window_tokens)
@@ -114,6 +115,11 @@ def gguf_calibration_text(
         )
     fingerprints = Fingerprints(model.fingerprint, model.tokenizer_fingerprint)
     return request.run_over(windows, model.spec, fingerprints)
+
+
+def _default_quantiser(shard: tuple[int, int]) -> str:
+    """Weighing columns needs the whole text."""
+    return "imatrix" if shard[1] == 1 else "nearest"
 
 
 class _Run:

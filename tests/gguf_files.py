@@ -62,11 +62,15 @@ def write_moe(
     merged: bool = False,
     keys: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Array] | None = None,
+    tensor_types: Mapping[str, str] | None = None,
     seed: int = 0,
     split_max_tensors: int = 0,
     file_type: int | None = None,
+    licence: str | None = None,
 ) -> Path:
-    """`keys` are added under the architecture's prefix (None leaves one out), `tensors` as F32."""
+    """`keys` are added under the architecture's prefix (None leaves one out), `tensors` as F32
+    or as `tensor_types` says.
+    """
     import gguf
 
     random = np.random.default_rng(seed)
@@ -86,6 +90,8 @@ def write_moe(
         _add_key(writer, f"{arch}.{key}", value)
     if file_type is not None:
         writer.add_file_type(file_type)
+    if licence is not None:
+        writer.add_license(licence)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{index}" for index in range(64)])
     add(writer, "token_embd.weight", random.normal(size=(64, width)))
@@ -103,7 +109,7 @@ def write_moe(
         add(writer, f"{prefix}_down_exps.weight", matrix[2], down)
         add(writer, f"blk.{layer}.attn_norm.weight", np.ones(width))
     for name, values in (tensors or {}).items():
-        add(writer, name, values)
+        add(writer, name, values, (tensor_types or {}).get(name, "F32"))
     finish(writer)
     return path
 

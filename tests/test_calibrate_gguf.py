@@ -545,7 +545,7 @@ def test_the_command_calibrates_a_gguf_file(
     options = ["--task", task, "--window-tokens", "32", "--forms", "q8_0", "-o", str(output)]
     assert run_command(["calibrate", str(path), *options]) == 0
     printed = " ".join(capsys.readouterr().err.split())
-    assert "2 layers x 8 experts, forms drop, q8_0, packed by gptq_refit" in printed
+    assert "2 layers x 8 experts, forms drop, q8_0, packed by imatrix" in printed
     assert ExpertStats.load(output).info.model_fingerprint == GgufModel(path).fingerprint
     assert run_command(["calibrate", str(path), "--gradients", "--task", task]) == 2
     message = " ".join(capsys.readouterr().err.split())

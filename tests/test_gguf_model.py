@@ -317,6 +317,19 @@ def test_rows_that_are_not_whole_blocks_cannot_be_sliced(tmp_path: Path) -> None
         GgufModel(path)
 
 
+def test_a_quantised_row_per_expert_cannot_be_sliced(tmp_path: Path) -> None:
+    path = write_moe(
+        *(tmp_path / "m.gguf", "glm4moe"),
+        types=("F32",) * 3,
+        width=32,
+        num_experts=32,
+        tensors={"blk.0.exp_probs_b.bias": np.ones(32)},
+        tensor_types={"blk.0.exp_probs_b.bias": "Q8_0"},
+    )
+    with pytest.raises(CheckpointError, match=r"no whole number of blocks of 32: store .* as F32"):
+        GgufModel(path)
+
+
 def test_nan_is_noticed(tmp_path: Path) -> None:
     path = write_moe(tmp_path / "m.gguf", types=("F32",) * 3, width=32)
     model = GgufModel(path)

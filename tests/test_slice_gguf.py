@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import TinyCheckpoint
+from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
+from fake_stats import fake_stats
+from float32_gguf import float32_gguf
 from gguf_files import requantised, write_moe
 from hand_plan import hand_plan, uniform_forms
 from llama_worker import ask_llama
@@ -32,8 +34,10 @@ from edge_moe.formats import DROP, split_form
 from edge_moe.formats.quantise import pack_matrix
 from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_model import GgufModel, read_range
+from edge_moe.moments import LayerMoments, moments_path
 from edge_moe.offer import stored_forms
 from edge_moe.plan import CalibrationOptions, Plan
+from edge_moe.planner import stats_fingerprint
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp", reason="needs libggml")
@@ -199,6 +203,26 @@ def test_llama_cpp_computes_the_masked_original(
     np.testing.assert_array_equal(ask_llama(all_kept, tmp_path, IDS).logits, unsliced)
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_family_is_sliced_as_its_checkpoint_is_pruned(family: str, tmp_path: Path) -> None:
+    """Slicing the GGUF and pruning the Hugging Face folder first give the same file."""
+    config: dict[str, Any] = {"q_lora_rank": 32} if family == "deepseek_v3" else {}
+    checkpoint = Checkpoint(make_tiny_checkpoint(tmp_path / "source", family, **config))
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
+    pruned = build(plan, tmp_path / "pruned", target="hf")
+    wanted = GgufModel(float32_gguf(pruned, tmp_path / "wanted.gguf"))
+    model = GgufModel(float32_gguf(checkpoint.folder, tmp_path / "whole.gguf"))
+    kept = [plan.kept(row) for row in plan.forms]
+    path = slice_gguf(stored_plan(model, kept), model, tmp_path / "sliced.gguf")
+    found = GgufModel(path)
+    assert found.spec == wanted.spec
+    assert set(found.tensors) == set(wanted.tensors)
+    for name, info in found.tensors.items():
+        assert content(info) == content(wanted.tensors[name]), name
+    logits = ask_llama(path, tmp_path, IDS).logits
+    assert logits.shape == (len(IDS), checkpoint.spec.vocab_size) and np.isfinite(logits).all()
+
+
 def test_a_quantised_mix_runs_and_keeps_the_tokenizer(demo_model: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(demo_model)
     num_experts = checkpoint.spec.num_experts
@@ -263,7 +287,7 @@ def test_an_importance_matrix_is_used_column_by_column(tmp_path: Path) -> None:
         tasks=("code",), window_tokens=1, max_windows=1, forms=("q4_k",), quantiser="imatrix"
     )
     plan = plan.model_copy(update={"calibration": options})
-    with pytest.raises(InputError, match="needs the squares or hessian"):
+    with pytest.raises(InputError, match="give their folder with --stats"):
         slice_gguf(plan, model, tmp_path / "none.gguf")
     assert not list(tmp_path.glob("*none*"))
     random = np.random.default_rng(4)
@@ -281,6 +305,37 @@ def test_an_importance_matrix_is_used_column_by_column(tmp_path: Path) -> None:
     wanted = pack_matrix("q4_k", weights, quantiser="imatrix", input_squares=squares[1, 3, 1])
     assert rows(found.tensors["blk.1.ffn_down_exps.weight"], [3]) == wanted.tobytes()
     assert wanted.tobytes() != pack_matrix("q4_k", weights).tobytes()
+
+
+def test_the_calibrations_moments_are_used(tmp_path: Path) -> None:
+    model = GgufModel(write_moe(tmp_path / "m.gguf", types=("Q8_0",) * 3))
+    stats = fake_stats(model, (DROP, "q4_k"))
+    folder = tmp_path / "stats"
+    stats.save(folder)
+    random = np.random.default_rng(5)
+    for layer in (0, 1):
+        moments = LayerMoments.zeros_of(model.spec)
+        moments.input_squares.add(random.uniform(0, 9, (4, 256)))
+        moments.inner_squares.add(random.uniform(0, 9, (4, 256)))
+        moments.save(moments_path(folder, layer))
+    options = CalibrationOptions(
+        tasks=("code",), window_tokens=1, max_windows=1, forms=("q4_k",), quantiser="imatrix"
+    )
+    changes = {"calibration": options, "stats_fingerprint": stats_fingerprint(stats)}
+    plan = hand_plan(model, [["q4_k"] * 4] * 2, "gguf").model_copy(update=changes)
+    output = build(plan, tmp_path / "out", stats=folder) / GGUF_NAME
+    found = GgufModel(output)
+    inner = LayerMoments.load(moments_path(folder, 1)).inner_squares.values()[2]
+    wanted = pack_matrix("q4_k", model.expert(1, 2)[2], quantiser="imatrix", input_squares=inner)
+    assert rows(found.tensors["blk.1.ffn_down_exps.weight"], [2]) == wanted.tobytes()
+    other = plan.model_copy(update={"stats_fingerprint": "0" * 64})
+    with pytest.raises(PlanError, match="made with other statistics"):
+        build(other, tmp_path / "other", stats=folder)
+    hessian = options.model_copy(update={"quantiser": "gptq_refit"})
+    with pytest.raises(TargetError, match="calibrate with --quantiser imatrix or nearest"):
+        build(plan.model_copy(update={"calibration": hessian}), tmp_path / "x", stats=folder)
+    kept = keep_all(model).model_copy(update={"calibration": hessian})
+    build(kept, tmp_path / "kept")  # nothing is packed: nothing is needed
 
 
 def test_scales_stay_apart_from_weights_that_are_packed_anew(tmp_path: Path) -> None:
@@ -387,13 +442,15 @@ def test_a_source_that_shrinks_leaves_no_output(tmp_path: Path) -> None:
 
 
 def test_build_takes_the_file(tmp_path: Path) -> None:
-    path = write_moe(tmp_path / "m.gguf")
+    path = write_moe(tmp_path / "m.gguf", licence="apache-2.0")
     model = GgufModel(path)
     plan = stored_plan(model, [[0, 1, 2], [1, 2, 3]])
     output = build(plan, tmp_path / "out")
     assert {p.name for p in output.iterdir()} == {GGUF_NAME, "README.md", "plan.json"}
     assert GgufModel(output / GGUF_NAME).spec.num_experts == 3
-    assert "Every layer keeps 3 of its 4 experts" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "Every layer keeps 3 of its 4 experts" in card
+    assert 'base_model: "m.gguf"' in card and 'license: "apache-2.0"\n' in card
     other = write_moe(tmp_path / "other.gguf", seed=5)
     with pytest.raises(PlanError, match="has the fingerprint"):
         build(plan, tmp_path / "wrong", model=other)
