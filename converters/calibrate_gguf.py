@@ -46,7 +46,7 @@ from edge_moe.formats import DROP
 from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import gguf_forms
 from edge_moe.runtime.gguf_logits import gguf_tokenizer
-from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture, check_architecture
+from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture, require_capturable
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats, StatsInfo, require_unfinished
 from edge_moe.tasks import task_windows
@@ -77,7 +77,6 @@ def calibrate_gguf(
     """
     require_unfinished(output)
     model = GgufModel(path)
-    check_architecture(path, model.header.architecture, model.spec)
     request = CalibrationRequest(
         tuple(tasks),
         window_tokens,
@@ -86,6 +85,8 @@ def calibrate_gguf(
         checked_forms(model.spec, gguf_forms(model) if forms is None else forms),
         quantiser or _default_quantiser(shard),
     )
+    request.check(model.spec)
+    require_capturable(path, model.spec, model.header.architecture, window_tokens)
     info, texts = gguf_calibration_text(model, request)
     lengths = [len(text) for text in texts]
     terms = gguf_calibration_terms(model, info.num_tokens, max(lengths), info.quantiser)

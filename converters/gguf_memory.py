@@ -10,7 +10,7 @@ from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.llama_capture import batch_tokens, num_slots
+from edge_moe.runtime.llama_graph import batch_tokens, num_slots
 
 _ALLOWANCE_BYTES = 96_000_000
 """Libraries paged in by the first call, llama.cpp's vocabulary, allocator slack."""
