@@ -17,6 +17,8 @@ from float32_gguf import float32_gguf
 from gguf_files import requantised, write_gpt_oss, write_moe
 from hand_plan import hand_plan, uniform_forms
 from llama_worker import ask_llama
+from peak_memory import measure_peak, needs_proc
+from slice_gguf import synthetic_gguf
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters import copy_range
@@ -454,6 +456,33 @@ def test_a_source_that_shrinks_leaves_no_output(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="ended early"):
         slice_gguf(plan, model, tmp_path / "out.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@needs_proc
+@pytest.mark.parametrize("way", ["_in_kernel", "_by_buffer"])
+def test_memory_does_not_grow_with_the_file(way: str, tmp_path: Path) -> None:
+    path = synthetic_gguf(tmp_path / "m.gguf", 120_000_000)
+    model = GgufModel(path)
+    kept = [list(range(0, 128, 2))] * model.spec.num_moe_layers
+    plan_path = tmp_path / "plan.json"
+    stored_plan(model, kept).save(plan_path)
+    imports = """
+import sys
+from pathlib import Path
+from edge_moe.converters import copy_range
+from edge_moe.converters.slice_gguf import slice_gguf
+from edge_moe.gguf_model import GgufModel
+from edge_moe.plan import Plan
+plan, model = Plan.load(Path(sys.argv[1])), GgufModel(Path(sys.argv[2]))
+def refuse(*_):
+    raise OSError(18, "another device")
+if sys.argv[4] == "_by_buffer":
+    copy_range._in_kernel = copy_range._send = refuse
+"""
+    work = "slice_gguf(plan, model, Path(sys.argv[3]))"
+    peak = measure_peak(imports, work, plan_path, path, tmp_path / "out.gguf", way)
+    assert (tmp_path / "out.gguf").stat().st_size > 50_000_000
+    assert peak.grown_bytes < (30_000_000 if way == "_by_buffer" else 16_000_000)
 
 
 # ---------------------------------------------------------------------------- build
