@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
+from conftest import TinyCheckpoint, make_tiny_checkpoint
 from fake_stats import fake_stats
-from float32_gguf import float32_gguf
+from float32_gguf import ARCHITECTURES, float32_gguf
 from gguf_files import requantised, write_gpt_oss, write_moe
 from hand_plan import hand_plan, uniform_forms
 from llama_worker import ask_llama
@@ -205,7 +205,7 @@ def test_llama_cpp_computes_the_masked_original(
     np.testing.assert_array_equal(ask_llama(all_kept, tmp_path, IDS).logits, unsliced)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_every_family_is_sliced_as_its_checkpoint_is_pruned(family: str, tmp_path: Path) -> None:
     """Slicing the GGUF and pruning the Hugging Face folder first give the same file."""
     config: dict[str, Any] = {"q_lora_rank": 32} if family == "deepseek_v3" else {}
