@@ -137,7 +137,9 @@ class _Run:
         self._info = info
         self._work = work
         self._texts = texts
-        self._form_losses = FormLosses(GgufExperts(model), info.forms, info.quantiser)
+        self._form_losses = FormLosses(
+            GgufExperts(model), info.forms, info.quantiser, prefers_squares=True
+        )
         self._progress = progress_bar()
         num_layers = self._spec.num_moe_layers
         total = num_layers * len(texts) * len(info.forms)

@@ -47,13 +47,15 @@ from edge_moe.errors import (  # noqa: E402
     SpecError,
     StatsError,
 )
-from edge_moe.formats import pack_expert, unpack_expert  # noqa: E402
+from edge_moe.formats import get_form, pack_expert, unpack_expert  # noqa: E402
+from edge_moe.formats.quantise import pack_matrix  # noqa: E402
 from edge_moe.gguf_model import GgufModel  # noqa: E402
 from edge_moe.moments import load_moments, merge_moments, moments_path  # noqa: E402
 from edge_moe.runtime import llama_capture, llama_graph  # noqa: E402
 from edge_moe.runtime.gguf_logits import gguf_tokenizer  # noqa: E402
 from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture  # noqa: E402
 from edge_moe.stats import ExpertStats  # noqa: E402
+from edge_moe.tasks import task_windows  # noqa: E402
 
 TEXT = "def f(x):\n    return x + 1\n\nIt was the best of times, it was the worst of times.\n" * 3
 FORMS = ("q8_0", "q4_0", "bf16")
@@ -187,7 +189,7 @@ def test_the_settings_are_those_of_the_checkpoint_but_for_the_model(
     assert found.tokenizer_fingerprint == model.tokenizer_fingerprint
 
 
-@pytest.mark.parametrize("quantiser", ["gptq_refit", "gptq_refit_all", "imatrix"])
+@pytest.mark.parametrize("quantiser", ["gptq_refit", "gptq_refit_all"])
 def test_quantisers_that_know_the_text_agree_with_transformers(
     quantiser: str, case: Case, task: str, tmp_path: Path
 ) -> None:
@@ -310,6 +312,44 @@ def test_a_form_that_the_file_has_costs_nothing(case: Case, task: str, tmp_path:
     assert not losses[..., stats.form_index("q8_0")].any()
     assert not losses[..., stats.form_index("f32")].any()
     assert (losses[..., stats.form_index("q4_0")] > 0).all()
+
+
+@pytest.mark.parametrize("quantiser", ["imatrix", "refit"])
+def test_losses_are_those_of_what_build_packs(
+    quantiser: str, quantised: Path, task: str, tmp_path: Path
+) -> None:
+    """By the second moments in the statistics, and nothing else of the text."""
+    stats = run(quantised, task, tmp_path / "stats", forms=("q3_k",), quantiser=quantiser)
+    model, losses = GgufModel(quantised), stats.form_loss.values()[0, :, 1]
+    with gguf_tokenizer(quantised) as tokenizer:
+        windows = task_windows([task], "calibration", tokenizer, WINDOW_TOKENS)
+    seen: list[BlockCapture] = []
+
+    def take(layer_id: int, _: slice, block: BlockCapture) -> None:
+        if layer_id == 0:
+            seen.append(block)
+
+    with LlamaCapture(quantised, model.spec, "qwen3moe", WINDOW_TOKENS) as capture:
+        for window in windows:
+            capture.run(window, take)
+    moments = load_moments(tmp_path / "stats", 0, model.spec)
+    for expert_id in range(model.spec.num_experts):
+        outer, inner = moments.of_expert(expert_id)
+        weights = model.expert(0, expert_id)
+        gate, up, down = (
+            torch.from_numpy(get_form("q3_k").unpack(packed, matrix.shape[1]))
+            for matrix, squares in zip(weights, (outer, outer, inner), strict=True)
+            for packed in [pack_matrix("q3_k", matrix, quantiser=quantiser, input_squares=squares)]
+        )
+        total = 0.0
+        for block in seen:
+            token, slot = np.nonzero(block.expert_ids[:, : model.spec.top_k] == expert_id)
+            inputs = torch.from_numpy(block.inputs[token])
+            exact = output_of(model, 0, expert_id, inputs)
+            change = F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down) - exact
+            gates = torch.from_numpy(block.gates[token, slot]).double()
+            total += float((gates * change.double().norm(dim=1)).square().sum())
+        np.testing.assert_allclose(losses[expert_id], total, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------- shards, kills
