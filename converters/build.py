@@ -38,12 +38,14 @@ def build(
     *,
     model: Path | None = None,
     target: Target | None = None,
+    stats: Path | None = None,
 ) -> Path:
     """Build what `plan` says into the new folder `output`, which is returned.
 
     The source is `model`, or else `plan.model` (a folder, a .gguf file or a hub id); `target`
-    overrides the plan's. A build that was killed resumes when the same call is made again, with the
-    same bytes as a result. `output` appears when it is complete, never before.
+    overrides the plan's. `stats` are the plan's statistics, whose moments weigh columns where the
+    types of a .gguf file change. A build that was killed resumes when the same call is made again,
+    with the same bytes as a result. `output` appears when it is complete, never before.
 
     Raises:
         PlanError: the plan was made from another checkpoint.
@@ -64,7 +66,7 @@ def build(
     plan = rebill(plan, source, target)
     with build_folder(output, _build_fingerprint(plan, target)) as work:
         if isinstance(source, GgufModel):
-            _slice(plan, source, work)
+            _slice(plan, source, work, stats)
         elif target == "native":
             export_native(plan, source, work, _packer(plan, source))
         elif target == "hf":
@@ -148,10 +150,12 @@ def _build_fingerprint(plan: Plan, target: Target) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _slice(plan: Plan, source: GgufModel, work: BuildFolder) -> None:
+def _slice(plan: Plan, source: GgufModel, work: BuildFolder, stats: Path | None) -> None:
+    from edge_moe.converters.expert_squares import stored_squares
     from edge_moe.converters.slice_gguf import slice_gguf
 
-    path = slice_gguf(plan, source, work.path / GGUF_NAME)
+    squares = None if stats is None else stored_squares(stats, plan, source.spec)
+    path = slice_gguf(plan, source, work.path / GGUF_NAME, squares)
     _finish_gguf(plan, source, work, source.file_bytes, path)
 
 

@@ -46,7 +46,7 @@ from edge_moe.formats import DROP
 from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import gguf_forms
 from edge_moe.runtime.gguf_logits import gguf_tokenizer
-from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture, check_architecture
+from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture, require_capturable
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats, StatsInfo, require_unfinished
 from edge_moe.tasks import task_windows
@@ -68,7 +68,8 @@ def calibrate_gguf(
     Writes `output` (a folder) and returns what it holds; arguments and meaning are those of
     `calibrate`. A killed run goes on with the window or the layer it was at. The change of an
     expert in a form is measured against the file's own weights: a form that they are stored in
-    already costs nothing, and `forms` defaults to candidates that are smaller.
+    already costs nothing, and `forms` defaults to candidates that are smaller. `quantiser` defaults
+    to `imatrix`, for which `build` needs the second moments alone and runs no text again.
     Memory: `gguf_calibration_terms`. Disk: `spool_bytes` of all windows, while it runs.
 
     Raises:
@@ -76,15 +77,16 @@ def calibrate_gguf(
     """
     require_unfinished(output)
     model = GgufModel(path)
-    check_architecture(path, model.header.architecture, model.spec)
     request = CalibrationRequest(
         tuple(tasks),
         window_tokens,
         max_windows,
         shard,
         checked_forms(model.spec, gguf_forms(model) if forms is None else forms),
-        quantiser,
+        quantiser or _default_quantiser(shard),
     )
+    request.check(model.spec)
+    require_capturable(path, model.spec, model.header.architecture, window_tokens)
     info, texts = gguf_calibration_text(model, request)
     lengths = [len(text) for text in texts]
     terms = gguf_calibration_terms(model, info.num_tokens, max(lengths), info.quantiser)
@@ -115,6 +117,11 @@ def gguf_calibration_text(
     return request.run_over(windows, model.spec, fingerprints)
 
 
+def _default_quantiser(shard: tuple[int, int]) -> str:
+    """Weighing columns needs the whole text."""
+    return "imatrix" if shard[1] == 1 else "nearest"
+
+
 class _Run:
     """The windows that are not run yet, then the layers that are not measured yet."""
 
@@ -130,7 +137,9 @@ class _Run:
         self._info = info
         self._work = work
         self._texts = texts
-        self._form_losses = FormLosses(GgufExperts(model), info.forms, info.quantiser)
+        self._form_losses = FormLosses(
+            GgufExperts(model), info.forms, info.quantiser, prefers_squares=True
+        )
         self._progress = progress_bar()
         num_layers = self._spec.num_moe_layers
         total = num_layers * len(texts) * len(info.forms)

@@ -89,12 +89,23 @@ class FormLosses:
     """
 
     def __init__(
-        self, source: ExpertSource, forms: Sequence[str], quantiser: str = "nearest"
+        self,
+        source: ExpertSource,
+        forms: Sequence[str],
+        quantiser: str = "nearest",
+        *,
+        prefers_squares: bool = False,
     ) -> None:
-        """`forms` in the order of the statistics' last axis."""
+        """`forms` in the order of the statistics' last axis.
+
+        With `prefers_squares` a quantiser that can do without hessians gets what statistics keep,
+        see `LayerMoments`, as from a builder that does not run the text again.
+        """
         spec = source.spec
         self._source = source
         self._quantiser = quantiser
+        needs = get_quantiser(quantiser).needs
+        self._takes_squares = prefers_squares and "squares" in needs
         self._scores: Sequence[Tensor] | None = None
         self._forms = tuple(forms)
         self._gate_up = torch.empty(spec.inner_rows, spec.expert_hidden)
@@ -165,7 +176,10 @@ class FormLosses:
         moments = None
         if get_quantiser(self._quantiser).needs:
             moments = expert_moments(
-                *(experts, expert_id, windows), weighting=WEIGHTING, token_scores=self._scores
+                *(experts, expert_id, windows),
+                weighting="none" if self._takes_squares else WEIGHTING,
+                token_scores=self._scores,
+                with_hessians=not self._takes_squares,
             )
         for position, kept in lossy.items():
             self._store(self._forms[position], gate_up, down, moments)

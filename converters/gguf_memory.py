@@ -10,7 +10,7 @@ from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.llama_capture import batch_tokens, num_slots
+from edge_moe.runtime.llama_graph import batch_tokens, num_slots
 
 _ALLOWANCE_BYTES = 96_000_000
 """Libraries paged in by the first call, llama.cpp's vocabulary, allocator slack."""
@@ -70,7 +70,7 @@ def _measuring(
     window       4 W (12H + 6I), and 4 W (7k + E) of one window being summed, twice
     experts      one expert read, dequantised, in the form, and its chunk being packed;
                  32 E (H + I) of moments
-    hessians     where `quantiser` needs them: 4 (H^2 + I^2), and 24 max(H, I)^2
+    hessians     where `quantiser` cannot do without: 4 (H^2 + I^2), and 24 max(H, I)^2
     """
     spec = model.spec
     hidden, width, top_k = spec.hidden_size, spec.expert_width, spec.top_k
@@ -82,6 +82,7 @@ def _measuring(
         + 32 * spec.num_experts * (hidden + width)
         + _PACK_BYTES_PER_WEIGHT * PACK_CHUNK_WEIGHTS,
     }
-    if get_quantiser(quantiser).needs:
+    needs = get_quantiser(quantiser).needs
+    if needs and "squares" not in needs:
         terms["hessians"] = 4 * (hidden**2 + width**2) + 24 * max(hidden, width) ** 2
     return terms

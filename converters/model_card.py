@@ -119,7 +119,7 @@ def model_card(
     return _CARD.substitute(
         base_yaml=json.dumps(base),
         base=base,
-        carried=carried_front_matter(_card_of(source)),
+        carried=_front_matter(source),
         library=_LIBRARIES[target],
         tags="\n".join(f"- {json.dumps(tag)}" for tag in _tags(plan)),
         name=name,
@@ -204,10 +204,13 @@ def _usage(name: str, target: Target) -> str:
     }[target]
 
 
-def _card_of(source: Checkpoint | GgufModel) -> Path:
-    """The model card of the source's folder."""
-    folder = source.path.parent if isinstance(source, GgufModel) else source.folder
-    return folder / "README.md"
+def _front_matter(source: Checkpoint | GgufModel) -> str:
+    """Licence and language lines of the card in the source's folder, or a GGUF's own licence."""
+    if not isinstance(source, GgufModel):
+        return carried_front_matter(source.folder / "README.md")
+    licence = source.header.metadata.get("general.license")
+    stated = f"license: {json.dumps(licence)}\n" if isinstance(licence, str) else ""
+    return carried_front_matter(source.path.parent / "README.md") or stated
 
 
 def _notes(plan: Plan, source: Checkpoint | GgufModel) -> list[str]:
@@ -222,6 +225,6 @@ def _notes(plan: Plan, source: Checkpoint | GgufModel) -> list[str]:
             f"{len(source.unused_tensors)} tensors of multi-token prediction layers were left "
             "out: they hold experts of their own, and plain decoding does not use them."
         )
-    if not carried_front_matter(_card_of(source)):
+    if not _front_matter(source):
         notes.append("The source folder had no model card: its licence is not repeated here.")
     return notes or ["None."]

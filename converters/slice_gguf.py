@@ -29,11 +29,11 @@ from edge_moe.converters.gguf_raw import (
 )
 from edge_moe.converters.model_card import plan_fingerprint
 from edge_moe.converters.progress import byte_progress
-from edge_moe.errors import TargetError
+from edge_moe.errors import InputError, TargetError
 from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.formats import FORM_NAMES, form_fits, split_form
 from edge_moe.formats.dequantise import dequantise
-from edge_moe.formats.quantise import pack_matrix
+from edge_moe.formats.quantise import get_quantiser, pack_matrix
 from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_model import GgufModel, read_range
 from edge_moe.gguf_split import SPLIT_KEYS
@@ -75,13 +75,16 @@ def slice_gguf(
     """Write `plan` to the file `output`, which appears when it is complete; returns `output`.
 
     Raises:
-        TargetError: one GGUF file cannot hold the plan.
+        TargetError: one GGUF file cannot hold the plan, or it is packed in a way that needs the
+            calibration text again.
+        InputError: types change, and the plan's quantiser needs `squares`.
         DiskSpaceError: too little free space, before anything is written.
         CheckpointError: a source that was damaged or truncated since it was opened.
-        InputError: the plan's quantiser needs `squares`.
     """
     check_slice(plan, model)
     cuts = _cuts(plan, model)
+    if not all(cut.is_copied for cut in cuts):
+        _check_quantiser(plan, squares)
     alignment = model.header.alignment
     tensors = [cut.tensor for cut in cuts]
     header = header_bytes(_keys(plan, model, cuts), tensors, alignment)
@@ -143,6 +146,21 @@ def check_slice(plan: Plan, model: GgufModel) -> None:
         raise TargetError(
             f"target gguf: layers keep {min(counts)} to {max(counts)} experts, but GGUF holds one "
             "count for all: plan again with --target gguf"
+        )
+
+
+def _check_quantiser(plan: Plan, squares: InputSquares | None) -> None:
+    needs = get_quantiser(plan.quantiser).needs
+    if needs and "squares" not in needs:
+        raise TargetError(
+            f"target gguf: the plan's losses were measured with the quantiser {plan.quantiser!r}, "
+            "which would have to run the calibration text through the GGUF again: calibrate with "
+            "--quantiser imatrix or nearest, and plan again"
+        )
+    if needs and squares is None:
+        raise InputError(
+            f"the plan gives layers other types, packed by {plan.quantiser}, which weighs columns "
+            "by the calibration's moments: give their folder with --stats"
         )
 
 

@@ -240,6 +240,16 @@ class _Reader:
                 f"{remaining_bytes} are left"
             )
 
+    def _skip_strings(self, count: int) -> None:
+        """Walk over `count` strings: a vocabulary has hundreds of thousands."""
+        handle, at = self._handle, self._handle.tell()
+        for _ in range(count):
+            raw = handle.read(8)
+            at += 8 + int.from_bytes(raw, "little")
+            if len(raw) < 8 or at > self.file_bytes:
+                raise self.fail(f"truncated: a string that should end at byte {at}")
+            handle.seek(at)
+
     def scalar(self, code: str) -> int | float | bool:
         value: int | float | bool = struct.unpack(code, self.take(struct.calcsize(code)))[0]
         return value
@@ -285,8 +295,7 @@ class _Reader:
         if kind in _SCALARS:
             self.skip((count - kept) * item_bytes)
         elif kind == _STRING:
-            for _ in range(count - kept):
-                self.skip(self.u64())
+            self._skip_strings(count - kept)
         else:
             for _ in range(count - kept):
                 self.value(kind, nesting)

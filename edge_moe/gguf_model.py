@@ -38,8 +38,8 @@ Types = tuple[str, str, str]
 class GgufModel:
     """A GGUF file, or the first part of a split one."""
 
-    def __init__(self, path: Path) -> None:
-        """Open `path`, reading headers only.
+    def __init__(self, path: Path, parts: tuple[GgufHeader, ...] | None = None) -> None:
+        """Open `path`, reading headers only. `parts` are its headers where they were already read.
 
         Raises:
             CheckpointError: missing, truncated or damaged, a part that is missing, or tensors that
@@ -47,7 +47,7 @@ class GgufModel:
             SpecError: an architecture without a known mixture of experts, or keys that lie.
         """
         self.path = path
-        self.parts: tuple[GgufHeader, ...] = read_parts(path)
+        self.parts: tuple[GgufHeader, ...] = parts or read_parts(path)
         header = self.header
         gguf_arch(header)
         self.tensors: dict[str, GgufTensorInfo] = {

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from edge_moe.errors import EdgeMoeError
 from edge_moe.gguf_header import GgufHeader, summed_bytes
+from edge_moe.gguf_model import GgufModel
 from edge_moe.gguf_split import read_parts
+from edge_moe.offer import stored_forms
 from edge_moe.units import format_bytes
 
 
@@ -49,6 +53,12 @@ class GgufInspection(_Model):
     bits_per_weight: float
     components: list[ByteShare]
     types: list[ByteShare]
+    router: str | None
+    """How experts are chosen and weighted; None where `limits` says why nobody knows."""
+    expert_forms: dict[str, int]
+    """Form that a layer's experts are stored in -> number of layers."""
+    limits: list[str]
+    """Why it cannot be planned from, in sentences."""
 
 
 def inspect_gguf(path: Path) -> GgufInspection:
@@ -81,7 +91,20 @@ def inspect_gguf(path: Path) -> GgufInspection:
         bits_per_weight=8 * tensor_bytes / parameters if parameters else 0.0,
         components=_shares(summed_bytes(tensors, lambda info: info.component)),
         types=_shares(summed_bytes(tensors, lambda info: info.type_name)),
+        **_as_source(path, parts),
     )
+
+
+def _as_source(path: Path, parts: tuple[GgufHeader, ...]) -> dict[str, Any]:
+    """What planning needs to know of the file, or why it cannot."""
+    if parts[0].number("expert_count") is None:
+        return {"router": None, "expert_forms": {}, "limits": []}
+    try:
+        model = GgufModel(path, parts)
+    except EdgeMoeError as error:
+        return {"router": None, "expert_forms": {}, "limits": [str(error)]}
+    forms = Counter(stored_forms(model))
+    return {"router": model.spec.router.describe(), "expert_forms": dict(forms), "limits": []}
 
 
 def _shares(sizes: dict[str, int]) -> list[ByteShare]:
@@ -99,6 +122,8 @@ def print_gguf(found: GgufInspection, console: Console) -> None:
     console.print(" ".join(title.split()), style="bold", markup=False)
     for name, value in _facts(found):
         console.print(f"  {name:<12}{value}", markup=False)
+    for sentence in found.limits:
+        console.print(f"limit: not a source for plan: {sentence}", style="yellow", markup=False)
     for heading, shares in (("component", found.components), ("type", found.types)):
         table = Table(box=None, pad_edge=False)
         table.add_column(heading)
@@ -117,6 +142,10 @@ def _facts(found: GgufInspection) -> list[tuple[str, str]]:
         if found.num_shared_experts:
             experts += f", {found.num_shared_experts} shared"
         facts.append(("experts", experts))
+        if found.router:
+            facts.append(("router", found.router))
+            counts = found.expert_forms.items()
+            facts.append(("stored as", ", ".join(f"{form} ({n} layers)" for form, n in counts)))
     else:
         facts.append(("experts", "none: not a mixture of experts"))
     size = f"{found.total_parameters:,} parameters, {found.bits_per_weight:.3g} bits each"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from edge_moe.formats import DROP, form_label, in_order
 from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, SearchRecord
-from edge_moe.reproduce import command_line
+from edge_moe.reproduce import command_line, stats_options
 from edge_moe.search import MIXED_BITS, PLAN_NAME
 from edge_moe.trials import SELECTION_RULE
 from edge_moe.units import format_bytes
@@ -118,7 +118,8 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
         for sentence in sentences:
             console.print(f"{heading}: {sentence}", style="yellow", markup=False)
     if plan.target != "onnx":  # its limits say that it cannot be built
-        console.print(f"next: {command_line('build', path, '-o', 'OUT')}", markup=False)
+        line = command_line("build", path, "-o", "OUT", *stats_options(plan, "STATS"))
+        console.print(f"next: {line}", markup=False)
 
 
 def _terms_table(plan: Plan) -> Table:

@@ -43,7 +43,7 @@ def find_rivals(
     draws = [random_retention(problem, expert_bytes, seed) for seed in RANDOM_SEEDS]
     drawn = [draw for draw in draws if draw is not None]
     if drawn:
-        found.append(_random_rival(drawn, forms))
+        found.append(_random_rival(drawn, forms, whole_names(problem, forms)))
     present = {rival.name for rival in found}
     missing = [
         f"Rival {name!r} does not exist at {format_bytes(expert_bytes)} of experts: "
@@ -60,7 +60,7 @@ def _best_of_each_kind(
     """Rival's name -> (its best choice if one fits, note)."""
     widest = len(forms) - 1
     pruned = _best_of(problem.whole_or_dropped(expert_bytes))
-    kept_forms = ", ".join(forms[index] for index in np.unique(problem.whole_form))
+    kept_forms = whole_names(problem, forms)
     found = {"prune only": (pruned, f"kept experts in {kept_forms}, the rest dropped")}
     if widest == 1:  # the target cannot quantise
         return found
@@ -155,7 +155,12 @@ def _rival(name: str, solution: Solution, forms: Sequence[str], note: str) -> Ri
     )
 
 
-def _random_rival(drawn: Sequence[Solution], forms: Sequence[str]) -> Rival:
-    note = f"mean loss of {len(drawn)} draws of whole experts in {forms[-1]}; forms of the first"
+def whole_names(problem: Problem, forms: Sequence[str]) -> str:
+    """The forms that whole experts have: one, or several where a GGUF's layers differ."""
+    return ", ".join(forms[index] for index in np.unique(problem.whole_form))
+
+
+def _random_rival(drawn: Sequence[Solution], forms: Sequence[str], whole: str) -> Rival:
+    note = f"mean loss of {len(drawn)} draws of whole experts in {whole}; forms of the first"
     rival = _rival(RANDOM_NAME, drawn[0], forms, note)
     return rival.model_copy(update={"loss": float(np.mean([draw.loss for draw in drawn]))})

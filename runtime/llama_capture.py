@@ -11,9 +11,8 @@ where no further expert can be chosen.
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,61 +21,30 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.errors import CheckpointError, InputError, MissingExtraError, SpecError
-from edge_moe.formats import ggml_library
+from edge_moe.errors import InputError
 from edge_moe.measurement import usable_cores
+from edge_moe.runtime.llama_api import llama_api
+from edge_moe.runtime.llama_graph import (
+    ARCHITECTURES,
+    EXPERTS,
+    LOGITS,
+    RANKING,
+    WEIGHTS,
+    GraphNodes,
+    batch_tokens,
+    check_architecture,
+    metadata_overrides,
+    num_slots,
+    real_gates,
+)
 from edge_moe.runtime.llama_log import llama_log
+from edge_moe.runtime.llama_probe import override_array, require_loadable
 from edge_moe.spec import ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
 
 _GGML_TYPE_F32 = 0
 _LOAD_MODE_MMAP = 1
-_OVERRIDE_INT = 0
-_LOGIT_BYTES = 2**27
-"""llama.cpp keeps a row of logits per token of a batch: pieces of a window stay below this."""
-_FEWEST_TOKENS = 32
-_SMALLEST_SUM = np.float32(6.103515625e-5)
-"""llama.cpp divides by no smaller sum of weights."""
-
-
-@dataclass(frozen=True)
-class BlockNodes:
-    """How the graph of one architecture names what goes into a MoE block and what comes out."""
-
-    output: str
-    """Sum of the routed and the shared experts."""
-    inputs: str = "ffn_norm"
-    hidden: str = "l_out"
-    """The hidden state after the layer."""
-
-
-# llama.cpp 0c1e57098, src/models/<architecture>.cpp; all call build_moe_ffn of src/llama-graph.cpp
-# with SwiGLU. `ffn_out` is something else in `llama`: the residual stream behind the block.
-ARCHITECTURES = {
-    "qwen3moe": BlockNodes(output="ffn_moe_out"),
-    "olmoe": BlockNodes(output="ffn_moe_out"),
-    "llama": BlockNodes(output="ffn_moe_out"),
-    "qwen2moe": BlockNodes(output="ffn_out"),
-    "deepseek2": BlockNodes(output="ffn_out"),
-}
-
-# nodes of build_moe_ffn
-_LOGITS, _RANKING = "ffn_moe_logits", "ffn_moe_argsort"
-_WEIGHTS, _NORMED, _SCALED = "ffn_moe_weights", "ffn_moe_weights_norm", "ffn_moe_weights_scaled"
-_EXPERTS = "ffn_moe_down"
-_FOREIGN = (
-    "ffn_moe_logits_biased",
-    "ffn_moe_weights_softmax",
-    "ffn_moe_up_clamped",
-    "ffn_moe_up_scaled",
-    "ffn_moe_gate_scaled",
-    "ffn_moe_down_scaled",
-    "ffn_moe_up_biased",
-    "ffn_moe_gate_biased",
-    "ffn_moe_down_biased",
-)
-"""A graph with one of these computes more than the statistics know of."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +77,10 @@ class LlamaCapture:
     """A GGUF file whose MoE blocks are watched. Runs on the CPU, weights mapped from the file."""
 
     def __init__(self, path: Path, spec: ModelSpec, architecture: str, window_tokens: int) -> None:
-        """Load `path`, which has been validated against `spec` (a damaged file ends the process).
+        """Load `path`, for which `require_capturable` holds (other files may end the process).
 
         Memory: the file, as pages that the system can drop; a float32 KV cache of `window_tokens`;
-        `capture_bytes`.
+        logits and activations of `batch_tokens`.
 
         Raises:
             InputError: an architecture that has not been tested, or llama.cpp refuses the file.
@@ -121,9 +89,9 @@ class LlamaCapture:
         check_architecture(path, architecture, spec)
         self._path = path
         self._spec = spec
-        self._api = _api(path)
+        self._api = llama_api(path)
         self._num_slots = num_slots(spec)
-        self._nodes = _Nodes(ARCHITECTURES[architecture], spec)
+        self._nodes = GraphNodes(ARCHITECTURES[architecture], spec)
         self._batch_tokens = batch_tokens(spec, window_tokens)
         self._window_tokens = window_tokens
         self._found: dict[str, npt.NDArray[Any]] = {}
@@ -185,7 +153,7 @@ class LlamaCapture:
         parameters.n_gpu_layers = 0
         parameters.load_mode = _LOAD_MODE_MMAP
         parameters.use_extra_bufts = False  # repacked weights would be a copy in memory
-        overrides = self._overrides(architecture)
+        overrides = override_array(llama, metadata_overrides(architecture, self._spec))
         parameters.kv_overrides = overrides
         with llama_log() as log:
             model = llama.llama_model_load_from_file(os.fsencode(self._path), parameters)
@@ -194,21 +162,6 @@ class LlamaCapture:
                 f"{self._path}: llama.cpp cannot load it ({log.last}): download or export it again"
             )
         return model
-
-    def _overrides(self, architecture: str) -> Any:
-        """Ask for one expert more; files that leave the expert width out derive it from top_k."""
-        values = {
-            "expert_used_count": self._num_slots,
-            "expert_feed_forward_length": self._spec.expert_width,
-        }
-        if architecture in ("olmoe", "llama"):  # whose expert width is feed_forward_length
-            del values["expert_feed_forward_length"]
-        array = (self._api.llama.llama_model_kv_override * (len(values) + 1))()
-        for entry, (key, number) in zip(array, values.items(), strict=False):
-            entry.tag = _OVERRIDE_INT
-            entry.key = f"{architecture}.{key}".encode()
-            entry.value.val_i64 = number
-        return array
 
     def _make_context(self) -> Any:
         llama = self._api.llama
@@ -276,7 +229,7 @@ class LlamaCapture:
         num_tokens = self._tokens.stop - self._tokens.start
         kind, _, layer = name.rpartition("-")
         shape = self._nodes.shape(kind, num_tokens)
-        dtype = np.int32 if kind == _RANKING else np.float32
+        dtype = np.int32 if kind == RANKING else np.float32
         self._found[kind] = self._api.read(tensor, name, shape, dtype, self._path)
         if kind == self._nodes.final_weights:
             self._set_gates(tensor)
@@ -297,7 +250,7 @@ class LlamaCapture:
             self._gates = shares
             return
         gates = np.zeros_like(shares)
-        gates[:, :top_k] = real_gates(self._found[_WEIGHTS][:, :top_k], self._spec)
+        gates[:, :top_k] = real_gates(self._found[WEIGHTS][:, :top_k], self._spec)
         self._api.write(tensor, gates)
         self._gates = gates[:, :top_k]
 
@@ -306,182 +259,25 @@ class LlamaCapture:
         assert self._gates is not None
         return BlockCapture(
             inputs=found[names.inputs],
-            logits=found[_LOGITS],
-            expert_ids=found[_RANKING][:, : self._num_slots],
+            logits=found[LOGITS],
+            expert_ids=found[RANKING][:, : self._num_slots],
             gates=self._gates,
             shares=found[self._nodes.final_weights],
-            outputs=found[_EXPERTS],
+            outputs=found[EXPERTS],
             block_output=found[names.output],
             hidden=found[names.hidden],
         )
 
 
-def num_slots(spec: ModelSpec) -> int:
-    """K: one more than top_k where the router could choose another expert."""
-    router = spec.router
-    eligible = router.top_groups * (spec.num_experts // router.num_groups)
-    return min(spec.top_k + 1, eligible)
-
-
-def batch_tokens(spec: ModelSpec, window_tokens: int) -> int:
-    """Tokens that llama.cpp computes at a time."""
-    return min(window_tokens, max(_FEWEST_TOKENS, _LOGIT_BYTES // (4 * spec.vocab_size)))
-
-
-def real_gates(weights: FloatArray, spec: ModelSpec) -> FloatArray:
-    """[T, k] scores of the chosen experts -> the weights llama.cpp multiplies with, in float32."""
-    gates = weights
-    if spec.router.renormalises:
-        sums = weights.sum(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
-        gates = gates / np.maximum(sums, _SMALLEST_SUM)
-    if spec.router.scale != 1.0:
-        gates = gates * np.float32(spec.router.scale)
-    return gates
-
-
-def check_architecture(path: Path, architecture: str, spec: ModelSpec) -> None:
-    """Refuse what has not been tested.
+def require_capturable(path: Path, spec: ModelSpec, architecture: str, window_tokens: int) -> None:
+    """Refuse what `LlamaCapture` cannot open, before it ends this process.
 
     Raises:
-        SpecError: names the architecture or the activation function.
+        SpecError: as for `check_architecture`.
+        InputError: llama.cpp refuses the file, or aborts on it.
+        MissingExtraError: llama-cpp-python is not installed.
     """
-    if architecture not in ARCHITECTURES:
-        raise SpecError(
-            f"{path}: calibration on llama.cpp is tested for {', '.join(ARCHITECTURES)}, not for "
-            f"{architecture!r}: calibrate the Hugging Face checkpoint"
-        )
-    if spec.hidden_act != "silu":
-        raise SpecError(
-            f"{path}: calibration on llama.cpp knows experts with SwiGLU (silu), not "
-            f"{spec.hidden_act!r}: calibrate the Hugging Face checkpoint"
-        )
-
-
-class _Nodes:
-    """Which nodes of the graph are wanted, and whether the graph is the expected one."""
-
-    def __init__(self, names: BlockNodes, spec: ModelSpec) -> None:
-        self.names = names
-        self._spec = spec
-        self._slots = num_slots(spec)
-        router = spec.router
-        self.final_weights = _NORMED if router.renormalises else _WEIGHTS
-        if router.scale != 1.0:
-            self.final_weights = _SCALED
-        kinds = {names.inputs, _LOGITS, _RANKING, _WEIGHTS, self.final_weights, _EXPERTS}
-        self._kinds = {*kinds, names.output, names.hidden}
-        unexpected = {_NORMED, _SCALED, *_FOREIGN} - self._kinds
-        if router.renormalises:
-            unexpected.discard(_NORMED)
-        self._unexpected = unexpected
-        self._wanted = {
-            f"{kind}-{layer_id}" for layer_id in spec.moe_layer_ids for kind in self._kinds
-        }
-        self._missing: set[str] = set()
-
-    def restart(self) -> None:
-        """A new graph is about to be computed."""
-        self._missing = set(self._wanted)
-
-    def wants(self, name: str) -> bool:
-        """Whether the node is needed.
-
-        Raises:
-            CheckpointError: the graph computes what the metadata does not say.
-        """
-        if name.rpartition("-")[0] in self._unexpected:
-            raise CheckpointError(
-                f"llama.cpp's graph has a node {name!r}, which the model's metadata does not "
-                f"explain ({self._spec.router.describe()}): calibrate the Hugging Face checkpoint"
-            )
-        if name not in self._wanted:
-            return False
-        self._missing.discard(name)
-        return True
-
-    def require_block(self, found: Iterable[str], name: str) -> None:
-        """Refuse a layer that ends, with node `name`, before all its nodes were there.
-
-        Raises:
-            CheckpointError: names the first one.
-        """
-        missing = self._kinds.difference(found)
-        if missing:
-            raise CheckpointError(
-                f"llama.cpp's graph has no node {min(missing)!r} before {name!r}: this version of "
-                "llama-cpp-python is not known here, install 0.3.36"
-            )
-
-    def require_all(self, path: Path) -> None:
-        """Refuse a graph that lacks a node.
-
-        Raises:
-            CheckpointError: names the first one.
-        """
-        if self._missing:
-            raise CheckpointError(
-                f"{path}: llama.cpp's graph has no node {min(self._missing)!r}: this version of "
-                "llama-cpp-python is not known here, install 0.3.36"
-            )
-
-    def shape(self, kind: str, num_tokens: int) -> tuple[int, ...]:
-        """numpy's shape of a node."""
-        spec = self._spec
-        if kind in (_LOGITS, _RANKING):
-            return num_tokens, spec.num_experts
-        if kind in (_WEIGHTS, _NORMED, _SCALED):
-            return num_tokens, self._slots
-        if kind == _EXPERTS:
-            return num_tokens, self._slots, spec.hidden_size
-        return num_tokens, spec.hidden_size
-
-
-class _Api:
-    """The C functions that are used, of llama-cpp-python's two libraries."""
-
-    def __init__(self, llama: Any) -> None:
-        self.llama = llama
-        ggml = ggml_library.library()
-        ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
-        ggml.ggml_get_name.restype = ctypes.c_char_p
-        ggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
-        ggml.ggml_nbytes.restype = ctypes.c_size_t
-        for function in (ggml.ggml_backend_tensor_get, ggml.ggml_backend_tensor_set):
-            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-            function.restype = None
-        self._ggml = ggml
-
-    def name(self, tensor: int) -> str:
-        found: bytes = self._ggml.ggml_get_name(tensor)
-        return found.decode(errors="replace")
-
-    def read(
-        self, tensor: int, name: str, shape: tuple[int, ...], dtype: type, path: Path
-    ) -> npt.NDArray[Any]:
-        """A copy of a contiguous node.
-
-        Raises:
-            CheckpointError: it has another size.
-        """
-        values: npt.NDArray[Any] = np.empty(shape, dtype)
-        found_bytes = self._ggml.ggml_nbytes(tensor)
-        if found_bytes != values.nbytes:
-            raise CheckpointError(
-                f"{path}: llama.cpp's node {name!r} has {found_bytes} bytes, expected "
-                f"{values.nbytes} for {list(shape)}: the file's metadata does not describe it"
-            )
-        self._ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
-        return values
-
-    def write(self, tensor: int, values: npt.NDArray[Any]) -> None:
-        """Replace what a node holds; same bytes."""
-        self._ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
-
-
-def _api(path: Path) -> _Api:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
-    try:
-        from llama_cpp import llama_cpp
-    except ImportError:
-        raise MissingExtraError("llama-cpp-python", "gguf", f"running {path}") from None
-    return _Api(llama_cpp)
+    check_architecture(path, architecture, spec)
+    llama_api(path)
+    overrides = metadata_overrides(architecture, spec)
+    require_loadable(path, window_tokens, batch_tokens(spec, window_tokens), overrides)

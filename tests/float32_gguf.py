@@ -25,16 +25,23 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
 }
 _PROJECTIONS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_MERGED = ("ffn_gate_up_exps", "ffn_down_exps")
 
 
-def float32_gguf(folder: Path, output: Path) -> Path:
-    """Write the checkpoint `folder` to the file `output`, everything in float32."""
+def float32_gguf(
+    folder: Path, output: Path, *, merged: bool = False, split_max_tensors: int = 0
+) -> Path:
+    """Write the checkpoint `folder` to the file `output`, everything in float32.
+
+    `merged` stores gate_proj and up_proj in one tensor. A split file is written beside `output`,
+    and its first part returned.
+    """
     import gguf
 
     checkpoint, config = Checkpoint(folder), read_config(folder)
     spec = checkpoint.spec
     arch = ARCHITECTURES[spec.model_type]
-    writer = gguf.GGUFWriter(output, arch)
+    writer = gguf.GGUFWriter(output, arch, split_max_tensors=split_max_tensors)
     _add_keys(writer, config, spec.model_type)
     add_vocabulary(writer, read_vocabulary(folder, spec.vocab_size))
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -46,15 +53,16 @@ def float32_gguf(folder: Path, output: Path) -> Path:
             writer.add_tensor(found, np.ascontiguousarray(values))
     for layer_id in spec.moe_layer_ids:
         experts = [checkpoint.expert(layer_id, e) for e in range(spec.num_experts)]
-        for part, name in enumerate(_PROJECTIONS):
-            writer.add_tensor(
-                f"blk.{layer_id}.{name}.weight", np.stack([expert[part] for expert in experts])
-            )
+        stacks = [np.stack(matrices) for matrices in zip(*experts, strict=True)]
+        if merged:
+            stacks[:2] = [np.concatenate(stacks[:2], axis=1)]
+        for name, stack in zip(_MERGED if merged else _PROJECTIONS, stacks, strict=True):
+            writer.add_tensor(f"blk.{layer_id}.{name}.weight", stack)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return output
+    return min(output.parent.glob(f"{output.stem}-00001-of-*.gguf"), default=output)
 
 
 def _dense(name: str, values: Array, config: dict[str, Any]) -> list[tuple[str, Array]]:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_moe.converters.gguf_metadata import add_vocabulary
+from edge_moe.converters.gguf_tokenizer import read_vocabulary
 from edge_moe.formats.ggml_library import quantize_chunk
 from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME
 from edge_moe.gguf_header import read_gguf_header
@@ -62,11 +64,15 @@ def write_moe(
     merged: bool = False,
     keys: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Array] | None = None,
+    tensor_types: Mapping[str, str] | None = None,
     seed: int = 0,
     split_max_tensors: int = 0,
     file_type: int | None = None,
+    licence: str | None = None,
 ) -> Path:
-    """`keys` are added under the architecture's prefix (None leaves one out), `tensors` as F32."""
+    """`keys` are added under the architecture's prefix (None leaves one out), `tensors` as F32
+    or as `tensor_types` says.
+    """
     import gguf
 
     random = np.random.default_rng(seed)
@@ -86,6 +92,8 @@ def write_moe(
         _add_key(writer, f"{arch}.{key}", value)
     if file_type is not None:
         writer.add_file_type(file_type)
+    if licence is not None:
+        writer.add_license(licence)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{index}" for index in range(64)])
     add(writer, "token_embd.weight", random.normal(size=(64, width)))
@@ -103,7 +111,7 @@ def write_moe(
         add(writer, f"{prefix}_down_exps.weight", matrix[2], down)
         add(writer, f"blk.{layer}.attn_norm.weight", np.ones(width))
     for name, values in (tensors or {}).items():
-        add(writer, name, values)
+        add(writer, name, values, (tensor_types or {}).get(name, "F32"))
     finish(writer)
     return path
 
@@ -139,3 +147,64 @@ def requantised(source: Path, output: Path, types: Mapping[str, str]) -> Path:
         add(writer, info.name, model.read(info.name), chosen or info.type_name)
     finish(writer)
     return output
+
+
+def write_gpt_oss(
+    path: Path, tokenizer: Path, expert_type: str = "MXFP4", *, masked: Mapping[int, list[int]]
+) -> Path:
+    """A random gpt-oss that llama.cpp runs: 2 layers, 8 experts, top-2, biases everywhere.
+
+    The router never chooses the experts `masked` of a layer: their bias is hopeless.
+    """
+    import gguf
+
+    random = np.random.default_rng(6)
+    width, heads, kv_heads, head_width, num_experts = 64, 4, 2, 16, 8
+    writer = gguf.GGUFWriter(path, "gpt-oss")
+    keys = {
+        "block_count": 2,
+        "context_length": 512,
+        "embedding_length": width,
+        "feed_forward_length": width,
+        "expert_feed_forward_length": width,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": head_width,
+        "attention.value_length": head_width,
+        "attention.sliding_window": 16,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 10000.0,
+        "expert_count": num_experts,
+        "expert_used_count": 2,
+    }
+    for key, value in keys.items():
+        _add_key(writer, f"gpt-oss.{key}", value)
+    vocabulary = read_vocabulary(tokenizer, 320)
+    add_vocabulary(writer, vocabulary)
+
+    def weight(name: str, *shape: int, scale: float = 0.1, type_name: str = "F32") -> None:
+        add(writer, name, random.normal(size=shape) * scale, type_name)
+
+    weight("token_embd.weight", 320, width, scale=1.0)
+    weight("output.weight", 320, width)
+    add(writer, "output_norm.weight", np.ones(width))
+    for layer in range(2):
+        prefix = f"blk.{layer}"
+        add(writer, f"{prefix}.attn_norm.weight", np.ones(width))
+        add(writer, f"{prefix}.post_attention_norm.weight", np.ones(width))
+        for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            weight(f"{prefix}.attn_{name}.weight", rows * head_width, width)
+            weight(f"{prefix}.attn_{name}.bias", rows * head_width)
+        weight(f"{prefix}.attn_output.weight", width, heads * head_width)
+        weight(f"{prefix}.attn_output.bias", width)
+        weight(f"{prefix}.attn_sinks.weight", heads)
+        weight(f"{prefix}.ffn_gate_inp.weight", num_experts, width, scale=0.5)
+        bias = random.normal(size=num_experts)
+        bias[masked.get(layer, [])] = -1e9
+        add(writer, f"{prefix}.ffn_gate_inp.bias", bias)
+        for part in ("gate", "up", "down"):
+            name = f"{prefix}.ffn_{part}_exps"
+            weight(f"{name}.weight", num_experts, width, width, scale=0.2, type_name=expert_type)
+            weight(f"{name}.bias", num_experts, width)
+    finish(writer)
+    return path

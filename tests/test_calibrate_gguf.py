@@ -47,13 +47,15 @@ from edge_moe.errors import (  # noqa: E402
     SpecError,
     StatsError,
 )
-from edge_moe.formats import pack_expert, unpack_expert  # noqa: E402
+from edge_moe.formats import get_form, pack_expert, unpack_expert  # noqa: E402
+from edge_moe.formats.quantise import pack_matrix  # noqa: E402
 from edge_moe.gguf_model import GgufModel  # noqa: E402
 from edge_moe.moments import load_moments, merge_moments, moments_path  # noqa: E402
-from edge_moe.runtime import llama_capture  # noqa: E402
+from edge_moe.runtime import llama_capture, llama_graph  # noqa: E402
 from edge_moe.runtime.gguf_logits import gguf_tokenizer  # noqa: E402
 from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture  # noqa: E402
 from edge_moe.stats import ExpertStats  # noqa: E402
+from edge_moe.tasks import task_windows  # noqa: E402
 
 TEXT = "def f(x):\n    return x + 1\n\nIt was the best of times, it was the worst of times.\n" * 3
 FORMS = ("q8_0", "q4_0", "bf16")
@@ -187,7 +189,7 @@ def test_the_settings_are_those_of_the_checkpoint_but_for_the_model(
     assert found.tokenizer_fingerprint == model.tokenizer_fingerprint
 
 
-@pytest.mark.parametrize("quantiser", ["gptq_refit", "gptq_refit_all", "imatrix"])
+@pytest.mark.parametrize("quantiser", ["gptq_refit", "gptq_refit_all"])
 def test_quantisers_that_know_the_text_agree_with_transformers(
     quantiser: str, case: Case, task: str, tmp_path: Path
 ) -> None:
@@ -208,8 +210,8 @@ def test_a_window_in_pieces_is_the_same_window(
 ) -> None:
     path = case(name)[1]
     whole = run(path, task, tmp_path / "whole")
-    monkeypatch.setattr(llama_capture, "_LOGIT_BYTES", 1)
-    monkeypatch.setattr(llama_capture, "_FEWEST_TOKENS", 7)
+    monkeypatch.setattr(llama_graph, "_LOGIT_BYTES", 1)
+    monkeypatch.setattr(llama_graph, "_FEWEST_TOKENS", 7)
     pieces = run(path, task, tmp_path / "pieces")
     np.testing.assert_array_equal(pieces.routed_tokens, whole.routed_tokens)
     for key, total in whole.sums().items():
@@ -223,7 +225,8 @@ def test_watching_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -
     """One expert more and a weight of zero: to the last bit what the real top_k computes."""
     path = case("deepseek_v3")[1]
     blocks = captured(path, list(range(1, 31)))
-    monkeypatch.setattr(llama_capture, "num_slots", lambda spec: spec.top_k)
+    for module in (llama_capture, llama_graph):
+        monkeypatch.setattr(module, "num_slots", lambda spec: spec.top_k)
     plain = captured(path, list(range(1, 31)))
     assert blocks.keys() == plain.keys() and len(plain) == 2
     for layer_id, block in blocks.items():
@@ -233,6 +236,21 @@ def test_watching_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -
         np.testing.assert_array_equal(block.block_output, other.block_output)
         np.testing.assert_array_equal(block.gates, other.gates)
         np.testing.assert_array_equal(block.outputs[:, :-1], other.outputs)
+
+
+@pytest.mark.parametrize("options", [{"merged": True}, {"split_max_tensors": 9}])
+def test_other_ways_to_store_the_same_model(
+    options: dict[str, Any], case: Case, task: str, tmp_path: Path
+) -> None:
+    folder, path = case("deepseek_v3")
+    other = float32_gguf(folder, tmp_path / "other.gguf", **options)
+    wanted, found = run(path, task, tmp_path / "wanted"), run(other, task, tmp_path / "found")
+    assert len(GgufModel(other).parts) == (6 if "split_max_tensors" in options else 1)
+    assert found.info.tokenizer_fingerprint == wanted.info.tokenizer_fingerprint
+    assert found.info.model_fingerprint != wanted.info.model_fingerprint
+    np.testing.assert_array_equal(found.routed_tokens, wanted.routed_tokens)
+    for key, total in wanted.sums().items():
+        np.testing.assert_array_equal(found.sums()[key].limbs(), total.limbs(), err_msg=key)
 
 
 # ---------------------------------------------------------------------------- quantised
@@ -294,6 +312,44 @@ def test_a_form_that_the_file_has_costs_nothing(case: Case, task: str, tmp_path:
     assert not losses[..., stats.form_index("q8_0")].any()
     assert not losses[..., stats.form_index("f32")].any()
     assert (losses[..., stats.form_index("q4_0")] > 0).all()
+
+
+@pytest.mark.parametrize("quantiser", ["imatrix", "refit"])
+def test_losses_are_those_of_what_build_packs(
+    quantiser: str, quantised: Path, task: str, tmp_path: Path
+) -> None:
+    """By the second moments in the statistics, and nothing else of the text."""
+    stats = run(quantised, task, tmp_path / "stats", forms=("q3_k",), quantiser=quantiser)
+    model, losses = GgufModel(quantised), stats.form_loss.values()[0, :, 1]
+    with gguf_tokenizer(quantised) as tokenizer:
+        windows = task_windows([task], "calibration", tokenizer, WINDOW_TOKENS)
+    seen: list[BlockCapture] = []
+
+    def take(layer_id: int, _: slice, block: BlockCapture) -> None:
+        if layer_id == 0:
+            seen.append(block)
+
+    with LlamaCapture(quantised, model.spec, "qwen3moe", WINDOW_TOKENS) as capture:
+        for window in windows:
+            capture.run(window, take)
+    moments = load_moments(tmp_path / "stats", 0, model.spec)
+    for expert_id in range(model.spec.num_experts):
+        outer, inner = moments.of_expert(expert_id)
+        weights = model.expert(0, expert_id)
+        gate, up, down = (
+            torch.from_numpy(get_form("q3_k").unpack(packed, matrix.shape[1]))
+            for matrix, squares in zip(weights, (outer, outer, inner), strict=True)
+            for packed in [pack_matrix("q3_k", matrix, quantiser=quantiser, input_squares=squares)]
+        )
+        total = 0.0
+        for block in seen:
+            token, slot = np.nonzero(block.expert_ids[:, : model.spec.top_k] == expert_id)
+            inputs = torch.from_numpy(block.inputs[token])
+            exact = output_of(model, 0, expert_id, inputs)
+            change = F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down) - exact
+            gates = torch.from_numpy(block.gates[token, slot]).double()
+            total += float((gates * change.double().norm(dim=1)).square().sum())
+        np.testing.assert_allclose(losses[expert_id], total, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------- shards, kills
@@ -388,7 +444,7 @@ def test_a_damaged_window_is_named(
 def test_an_architecture_that_is_not_tested_is_refused_by_name(
     case: Case, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(llama_capture.ARCHITECTURES, "olmoe")
+    monkeypatch.delitem(llama_graph.ARCHITECTURES, "olmoe")
     with pytest.raises(SpecError, match="not for 'olmoe': calibrate the Hugging Face checkpoint"):
         run(case("olmoe")[1], task, tmp_path / "stats")
     assert not (tmp_path / "stats").exists()
@@ -407,9 +463,27 @@ def test_a_graph_that_the_metadata_does_not_explain_is_refused(
         with pytest.raises(CheckpointError, match="'ffn_moe_weights_norm-0'.*does not explain"):
             capture.run([1, 2, 3], lambda *_: None)
     monkeypatch.setitem(
-        llama_capture.ARCHITECTURES, "qwen3moe", llama_capture.BlockNodes(output="unheard_of")
+        llama_graph.ARCHITECTURES, "qwen3moe", llama_graph.BlockNodes(output="unheard_of")
     )
     with pytest.raises(CheckpointError, match="no node 'unheard_of' before 'l_out-0'"):
+        run(path, task, tmp_path / "stats")
+    assert not (tmp_path / "stats").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "number", "reason"),
+    [("rope.dimension_count", 8, "GGML_ASSERT"), ("attention.head_count", 3, "cannot load it")],
+)
+def test_a_file_that_llama_cpp_aborts_on_is_refused(
+    key: str, number: int, reason: str, case: Case, task: str, tmp_path: Path
+) -> None:
+    import gguf
+
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(case("qwen3_moe")[1].read_bytes())
+    field = gguf.GGUFReader(path, "r+").fields[f"qwen3moe.{key}"]
+    field.parts[field.data[0]][0] = number
+    with pytest.raises(InputError, match=reason):
         run(path, task, tmp_path / "stats")
     assert not (tmp_path / "stats").exists()
 
@@ -511,7 +585,7 @@ def test_the_command_calibrates_a_gguf_file(
     options = ["--task", task, "--window-tokens", "32", "--forms", "q8_0", "-o", str(output)]
     assert run_command(["calibrate", str(path), *options]) == 0
     printed = " ".join(capsys.readouterr().err.split())
-    assert "2 layers x 8 experts, forms drop, q8_0, packed by gptq_refit" in printed
+    assert "2 layers x 8 experts, forms drop, q8_0, packed by imatrix" in printed
     assert ExpertStats.load(output).info.model_fingerprint == GgufModel(path).fingerprint
     assert run_command(["calibrate", str(path), "--gradients", "--task", task]) == 2
     message = " ".join(capsys.readouterr().err.split())
@@ -519,7 +593,7 @@ def test_the_command_calibrates_a_gguf_file(
 
 
 def test_every_architecture_of_the_table_is_tested() -> None:
-    assert set(llama_capture.ARCHITECTURES) == set(ARCHITECTURES.values())
+    assert set(llama_graph.ARCHITECTURES) == set(ARCHITECTURES.values())
 
 
 MEASURED = """
@@ -531,16 +605,15 @@ calibrate_gguf(Path(model), [task], Path(output), **options)
 
 @pytest.mark.slow
 @needs_proc
-@pytest.mark.parametrize("quantiser", ["nearest", "gptq_refit"])
-def test_memory_is_stated(quantiser: str, task: str, tmp_path: Path) -> None:
+def test_memory_is_stated(task: str, tmp_path: Path) -> None:
     """Twelve layers of experts; pages of the mapped file count as memory here."""
     folder = deep_checkpoint(tmp_path / "model")
     whole_bytes = 4 * sum(info.num_bytes // 2 for info in Checkpoint(folder).tensors.values())
     path, output = float32_gguf(folder, tmp_path / "model.gguf"), tmp_path / "stats"
     imports = KILLED[: KILLED.index("model, task")]
-    peak = measure_peak(imports, MEASURED, path, task, output, quantiser)
+    peak = measure_peak(imports, MEASURED, path, task, output, "nearest")
     info = ExpertStats.load(output).info
-    terms = gguf_calibration_terms(GgufModel(path), info.num_tokens, 128, quantiser)
+    terms = gguf_calibration_terms(GgufModel(path), info.num_tokens, 128, "nearest")
     stated_bytes = sum(term.num_bytes for term in terms)
     assert peak.grown_bytes <= stated_bytes + path.stat().st_size
     assert stated_bytes < 0.6 * whole_bytes

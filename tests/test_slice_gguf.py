@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import TinyCheckpoint
-from gguf_files import requantised, write_moe
+from conftest import TinyCheckpoint, make_tiny_checkpoint
+from fake_stats import fake_stats
+from float32_gguf import ARCHITECTURES, float32_gguf
+from gguf_files import requantised, write_gpt_oss, write_moe
 from hand_plan import hand_plan, uniform_forms
 from llama_worker import ask_llama
+from peak_memory import measure_peak, needs_proc
+from slice_gguf import synthetic_gguf
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters import copy_range
@@ -32,8 +36,10 @@ from edge_moe.formats import DROP, split_form
 from edge_moe.formats.quantise import pack_matrix
 from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_model import GgufModel, read_range
+from edge_moe.moments import LayerMoments, moments_path
 from edge_moe.offer import stored_forms
 from edge_moe.plan import CalibrationOptions, Plan
+from edge_moe.planner import stats_fingerprint
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp", reason="needs libggml")
@@ -199,6 +205,44 @@ def test_llama_cpp_computes_the_masked_original(
     np.testing.assert_array_equal(ask_llama(all_kept, tmp_path, IDS).logits, unsliced)
 
 
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_every_family_is_sliced_as_its_checkpoint_is_pruned(family: str, tmp_path: Path) -> None:
+    """Slicing the GGUF and pruning the Hugging Face folder first give the same file."""
+    config: dict[str, Any] = {"q_lora_rank": 32} if family == "deepseek_v3" else {}
+    checkpoint = Checkpoint(make_tiny_checkpoint(tmp_path / "source", family, **config))
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
+    pruned = build(plan, tmp_path / "pruned", target="hf")
+    wanted = GgufModel(float32_gguf(pruned, tmp_path / "wanted.gguf"))
+    model = GgufModel(float32_gguf(checkpoint.folder, tmp_path / "whole.gguf"))
+    kept = [plan.kept(row) for row in plan.forms]
+    path = slice_gguf(stored_plan(model, kept), model, tmp_path / "sliced.gguf")
+    found = GgufModel(path)
+    assert found.spec == wanted.spec
+    assert set(found.tensors) == set(wanted.tensors)
+    for name, info in found.tensors.items():
+        assert content(info) == content(wanted.tensors[name]), name
+    logits = ask_llama(path, tmp_path, IDS).logits
+    assert logits.shape == (len(IDS), checkpoint.spec.vocab_size) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("type_name", ["MXFP4", "Q4_0", "IQ4_NL"])
+def test_a_quantised_slice_is_the_masked_file_bit_for_bit(
+    type_name: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """llama.cpp itself masks: gpt-oss routers have a bias, and hopeless experts are not chosen."""
+    tokenizer = tiny_checkpoint("qwen3_moe")
+    kept = [[0, 2, 3, 7], [1, 4, 5, 6]]
+    masked = {layer: [e for e in range(8) if e not in ids] for layer, ids in enumerate(kept)}
+    source = write_gpt_oss(tmp_path / "m.gguf", tokenizer, type_name, masked={})
+    wanted = write_gpt_oss(tmp_path / "masked.gguf", tokenizer, type_name, masked=masked)
+    model = GgufModel(source)
+    assert model.expert_biases(1, 7) is not None and model.spec.hidden_act == "swiglu_oai"
+    path = slice_gguf(stored_plan(model, kept), model, tmp_path / "sliced.gguf")
+    found, expected, whole = (ask_llama(p, tmp_path, IDS).logits for p in (path, wanted, source))
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found - whole).max() > 1e-2
+
+
 def test_a_quantised_mix_runs_and_keeps_the_tokenizer(demo_model: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(demo_model)
     num_experts = checkpoint.spec.num_experts
@@ -263,7 +307,7 @@ def test_an_importance_matrix_is_used_column_by_column(tmp_path: Path) -> None:
         tasks=("code",), window_tokens=1, max_windows=1, forms=("q4_k",), quantiser="imatrix"
     )
     plan = plan.model_copy(update={"calibration": options})
-    with pytest.raises(InputError, match="needs the squares or hessian"):
+    with pytest.raises(InputError, match="give their folder with --stats"):
         slice_gguf(plan, model, tmp_path / "none.gguf")
     assert not list(tmp_path.glob("*none*"))
     random = np.random.default_rng(4)
@@ -281,6 +325,37 @@ def test_an_importance_matrix_is_used_column_by_column(tmp_path: Path) -> None:
     wanted = pack_matrix("q4_k", weights, quantiser="imatrix", input_squares=squares[1, 3, 1])
     assert rows(found.tensors["blk.1.ffn_down_exps.weight"], [3]) == wanted.tobytes()
     assert wanted.tobytes() != pack_matrix("q4_k", weights).tobytes()
+
+
+def test_the_calibrations_moments_are_used(tmp_path: Path) -> None:
+    model = GgufModel(write_moe(tmp_path / "m.gguf", types=("Q8_0",) * 3))
+    stats = fake_stats(model, (DROP, "q4_k"))
+    folder = tmp_path / "stats"
+    stats.save(folder)
+    random = np.random.default_rng(5)
+    for layer in (0, 1):
+        moments = LayerMoments.zeros_of(model.spec)
+        moments.input_squares.add(random.uniform(0, 9, (4, 256)))
+        moments.inner_squares.add(random.uniform(0, 9, (4, 256)))
+        moments.save(moments_path(folder, layer))
+    options = CalibrationOptions(
+        tasks=("code",), window_tokens=1, max_windows=1, forms=("q4_k",), quantiser="imatrix"
+    )
+    changes = {"calibration": options, "stats_fingerprint": stats_fingerprint(stats)}
+    plan = hand_plan(model, [["q4_k"] * 4] * 2, "gguf").model_copy(update=changes)
+    output = build(plan, tmp_path / "out", stats=folder) / GGUF_NAME
+    found = GgufModel(output)
+    inner = LayerMoments.load(moments_path(folder, 1)).inner_squares.values()[2]
+    wanted = pack_matrix("q4_k", model.expert(1, 2)[2], quantiser="imatrix", input_squares=inner)
+    assert rows(found.tensors["blk.1.ffn_down_exps.weight"], [2]) == wanted.tobytes()
+    other = plan.model_copy(update={"stats_fingerprint": "0" * 64})
+    with pytest.raises(PlanError, match="made with other statistics"):
+        build(other, tmp_path / "other", stats=folder)
+    hessian = options.model_copy(update={"quantiser": "gptq_refit"})
+    with pytest.raises(TargetError, match="calibrate with --quantiser imatrix or nearest"):
+        build(plan.model_copy(update={"calibration": hessian}), tmp_path / "x", stats=folder)
+    kept = keep_all(model).model_copy(update={"calibration": hessian})
+    build(kept, tmp_path / "kept")  # nothing is packed: nothing is needed
 
 
 def test_scales_stay_apart_from_weights_that_are_packed_anew(tmp_path: Path) -> None:
@@ -383,17 +458,46 @@ def test_a_source_that_shrinks_leaves_no_output(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@needs_proc
+@pytest.mark.parametrize("way", ["_in_kernel", "_by_buffer"])
+def test_memory_does_not_grow_with_the_file(way: str, tmp_path: Path) -> None:
+    path = synthetic_gguf(tmp_path / "m.gguf", 120_000_000)
+    model = GgufModel(path)
+    kept = [list(range(0, 128, 2))] * model.spec.num_moe_layers
+    plan_path = tmp_path / "plan.json"
+    stored_plan(model, kept).save(plan_path)
+    imports = """
+import sys
+from pathlib import Path
+from edge_moe.converters import copy_range
+from edge_moe.converters.slice_gguf import slice_gguf
+from edge_moe.gguf_model import GgufModel
+from edge_moe.plan import Plan
+plan, model = Plan.load(Path(sys.argv[1])), GgufModel(Path(sys.argv[2]))
+def refuse(*_):
+    raise OSError(18, "another device")
+if sys.argv[4] == "_by_buffer":
+    copy_range._in_kernel = copy_range._send = refuse
+"""
+    work = "slice_gguf(plan, model, Path(sys.argv[3]))"
+    peak = measure_peak(imports, work, plan_path, path, tmp_path / "out.gguf", way)
+    assert (tmp_path / "out.gguf").stat().st_size > 50_000_000
+    assert peak.grown_bytes < (30_000_000 if way == "_by_buffer" else 16_000_000)
+
+
 # ---------------------------------------------------------------------------- build
 
 
 def test_build_takes_the_file(tmp_path: Path) -> None:
-    path = write_moe(tmp_path / "m.gguf")
+    path = write_moe(tmp_path / "m.gguf", licence="apache-2.0")
     model = GgufModel(path)
     plan = stored_plan(model, [[0, 1, 2], [1, 2, 3]])
     output = build(plan, tmp_path / "out")
     assert {p.name for p in output.iterdir()} == {GGUF_NAME, "README.md", "plan.json"}
     assert GgufModel(output / GGUF_NAME).spec.num_experts == 3
-    assert "Every layer keeps 3 of its 4 experts" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "Every layer keeps 3 of its 4 experts" in card
+    assert 'base_model: "m.gguf"' in card and 'license: "apache-2.0"\n' in card
     other = write_moe(tmp_path / "other.gguf", seed=5)
     with pytest.raises(PlanError, match="has the fingerprint"):
         build(plan, tmp_path / "wrong", model=other)

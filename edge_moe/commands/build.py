@@ -24,7 +24,15 @@ def build_command(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The checkpoint, where it has moved since.", show_default=False),
+        typer.Option(help="The model, where it has moved since.", show_default=False),
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            help="The plan's statistics: what a .gguf file's experts are packed by where the plan "
+            "gives them other types.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Build what a plan says, streaming. A killed build resumes by running it again."""
@@ -42,7 +50,9 @@ def build_command(
     from edge_moe.converters.build import build
 
     with resumable():
-        path = build(loaded, output, model=folder, target=target.value if target else None)
+        path = build(
+            loaded, output, model=folder, target=target.value if target else None, stats=stats
+        )
     num_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
     console = stderr()
     console.print(f"{path}: {format_bytes(num_bytes)}")

@@ -11,12 +11,12 @@ import typer
 
 from edge_moe.commands.options import (
     DEFAULT_SEARCH_SECONDS,
+    CalibratedModel,
     DeviceName,
     Json,
     Output,
     Revision,
     SearchSeconds,
-    SourceModel,
     TargetName,
     stderr,
     stdout,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    model: SourceModel,
+    model: CalibratedModel,
     stats: Annotated[
         Path, typer.Option(help="Statistics folder of `edge-moe calibrate`.", show_default=False)
     ],
