@@ -302,9 +302,10 @@ class ModelSpec:
             config = {**default, **text_config(config)}
         model_type = str(config.get("model_type"))
         if model_type not in FAMILIES:
+            known = ", ".join(sorted({*FAMILIES, *COMPOSITES}))
             raise SpecError(
                 f"{source}: architecture {model_type!r} is not supported; "
-                f"supported are {', '.join(sorted(FAMILIES))}: give a model of one of these"
+                f"supported are {known}: give a model of one of these"
             )
         family = FAMILIES[model_type]
         config = {**family.config_defaults, **config}

@@ -185,7 +185,14 @@ def test_neuron_score_is_the_second_order_of_a_quadratic_loss() -> None:
         first, second = both.chunk(2, dim=-1)
         return nn.functional.silu(first) * second
 
-    experts = SimpleNamespace(gate_up_proj=gate_up, down_proj=down, _apply_gate=apply_gate)
+    experts = SimpleNamespace(
+        gate_up_proj=gate_up,
+        down_proj=down,
+        _apply_gate=apply_gate,
+        is_concatenated=True,
+        has_bias=False,
+        has_gate=True,
+    )
     inputs = torch.randn(1, 4, generator=draw)
     hidden = apply_gate(inputs @ gate_up[0].T)[0]
     output = down[0] @ hidden
