@@ -11,10 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.plan import MemoryTerm
+from edge_moe.tensor_info import TensorInfo
 from edge_moe.units import format_bytes
 
 PACK_CHUNK_WEIGHTS = 2**17

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from edge_moe.candidates import check_target
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.gguf_metadata import (
     add_metadata,
     add_vocabulary,
@@ -36,6 +36,7 @@ from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.formats import expert_packed_bytes, form_fits, get_form
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import TensorInfo
 
 _HEADER_BYTES = 64 * 2**20  # generous: vocabulary, merges, tensor names, alignment
 _FORM_OF_DTYPE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}

@@ -445,11 +445,7 @@ def _num_shared_experts(read: ConfigReader, family: Family) -> int:
 
 def _dtype(config: dict[str, Any], source: str) -> str:
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise SpecError(
-            f"{source}: the checkpoint is already quantised ({method}); "
-            "give edge-moe the original bf16, f16 or f32 checkpoint"
-        )
+        return "bfloat16"  # what `edge_moe.packed_tensors` makes of packed tensors
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise SpecError(f"{source}: dtype is {dtype!r}, expected bfloat16, float16 or float32")
