@@ -122,6 +122,11 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
                 f"target gguf: layer {layer_id} mixes the forms {', '.join(forms)}, but GGUF "
                 "stores a layer's experts in one form: plan again with --target gguf"
             )
+        if get_form(forms[0]).ggml_type is None:
+            raise TargetError(
+                f"target gguf: layer {layer_id} is planned as {forms[0]}, which ggml does not know: "
+                "plan again with --target gguf"
+            )
         if not form_fits(forms[0], spec.hidden_size, spec.expert_width):
             raise TargetError(
                 f"target gguf: layer {layer_id} is planned as {forms[0]}, whose blocks of "

@@ -206,7 +206,7 @@ def describe_terms(terms: Sequence[MemoryTerm]) -> str:
 
 
 def _computes_in_float32(device: Device, target: Target) -> bool:
-    return target == "native" and device == "cpu"
+    return target == "onnx" or (target == "native" and device == "cpu")
 
 
 def _workspace_bytes(

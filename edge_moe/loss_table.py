@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe.errors import StatsError
-from edge_moe.formats import DROP
+from edge_moe.formats import DROP, EXACT
 from edge_moe.gradient_stats import FormCost, GradientStats
 from edge_moe.stats import ExpertStats
 
@@ -161,7 +161,7 @@ def _change_table(
     for index, form in enumerate(forms):
         if form == DROP:
             table[..., index] = _drop_loss(stats, measured, drop)
-        elif form != source_form:
+        elif form not in (source_form, EXACT):
             table[..., index] = measured[..., stats.form_index(form)]
     return table
 

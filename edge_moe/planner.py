@@ -20,7 +20,7 @@ from edge_moe.budget import (
 from edge_moe.candidates import SOURCE_FORMS, TARGET_RULES, find_candidates
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, StatsError
-from edge_moe.formats import DROP, expert_bytes, get_form
+from edge_moe.formats import DROP, EXACT, expert_bytes, get_form
 from edge_moe.gradient_stats import FormCost, GradientStats
 from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
 from edge_moe.optimise import solve
@@ -236,13 +236,13 @@ def _check_stats(checkpoint: Checkpoint, stats: ExpertStats) -> None:
 def _find_offer(spec: ModelSpec, stats: ExpertStats, target: Target, device: Device) -> _Offer:
     """Candidates whose loss was measured; `drop` must be, and something to keep."""
     candidates = find_candidates(spec, target, device)
-    known = {*stats.info.forms, SOURCE_FORMS[spec.dtype]}
+    known = {*stats.info.forms, SOURCE_FORMS[spec.dtype], EXACT}
     forms = tuple(form for form in candidates.forms if form in known)
     if forms[:1] != (DROP,) or len(forms) < 2:
         raise StatsError(
             f"the statistics hold losses for {', '.join(stats.info.forms) or 'no form'}; "
             f"target {target} needs {DROP} and one of {', '.join(candidates.forms[1:])}: "
-            "calibrate again"
+            f"calibrate again with --target {target}"
         )
     unmeasured = [
         f"{form} was not measured in this calibration: not offered."
