@@ -15,10 +15,11 @@ from edge_moe.converters.model_card import SizeRow, model_card, plan_fingerprint
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
-from edge_moe.errors import PlanError, TargetError
+from edge_moe.errors import InputError, PlanError
 from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
 from edge_moe.formats.quantise import get_quantiser
+from edge_moe.onnx_folder import OnnxOptions
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, Target
 from edge_moe.rebill import rebill
@@ -34,45 +35,44 @@ def build(
     *,
     model: Path | None = None,
     target: Target | None = None,
+    onnx: OnnxOptions | None = None,
 ) -> Path:
     """Build what `plan` says into the new folder `output`, which is returned.
 
     The checkpoint is `model`, or else `plan.model` (a folder or a hub id); `target` overrides the
-    plan's. A build that was killed resumes when the same call is made again, with the same bytes
+    plan's; `onnx` holds options of that target. A build that was killed resumes when the same call is made again, with the same bytes
     as a result. `output` appears when it is complete, never before.
 
     Raises:
         PlanError: the plan was made from another checkpoint.
         TargetError: the target cannot express the plan.
         BudgetError: the plan was made for another target, and does not fit its budget in this one.
-        InputError: `output` exists already.
+        InputError: `output` exists already, or options of another target were given.
         DiskSpaceError: too little free space.
         CheckpointError: weights that are missing, damaged, NaN or infinite.
     """
     target = target or plan.target
-    _check_target(target)
+    if onnx is not None and target != "onnx":
+        raise InputError(f"target {target} has no ONNX options: leave them out")
     require_new_output(output)
     checkpoint = Checkpoint(model or _resolve(plan.model))
     _check_plan(plan, checkpoint)
     if target == "hf":
         check_hf(plan, checkpoint.spec)
     plan = rebill(plan, checkpoint, target)
-    with build_folder(output, _build_fingerprint(plan, target)) as work:
+    with build_folder(output, _build_fingerprint(plan, target, onnx)) as work:
         if target == "native":
             export_native(plan, checkpoint, work, _packer(plan, checkpoint))
         elif target == "hf":
             export_hf(plan, checkpoint, work)
+        elif target == "onnx":
+            from edge_moe.converters.onnx.export import export_onnx
+
+            options = onnx or OnnxOptions()
+            export_onnx(plan, checkpoint, work, _packer(plan, checkpoint), options)
         else:
             _build_gguf(plan, checkpoint, work)
     return output
-
-
-def _check_target(target: Target) -> None:
-    if target not in ("native", "hf", "gguf"):
-        raise TargetError(
-            f"target {target} cannot be built yet: use --target native, --target gguf or "
-            "--target hf"
-        )
 
 
 def _resolve(model: str) -> Path:
@@ -135,9 +135,9 @@ def _packer(plan: Plan, checkpoint: Checkpoint) -> Packer:
     return packer
 
 
-def _build_fingerprint(plan: Plan, target: Target) -> str:
+def _build_fingerprint(plan: Plan, target: Target, onnx: OnnxOptions | None) -> str:
     """Equal for builds of one output whose bytes are equal."""
-    parts = (__version__, plan_fingerprint(plan), target)
+    parts = (__version__, plan_fingerprint(plan), target, *([repr(onnx)] if onnx else []))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
