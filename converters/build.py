@@ -40,8 +40,9 @@ def build(
     """Build what `plan` says into the new folder `output`, which is returned.
 
     The checkpoint is `model`, or else `plan.model` (a folder or a hub id); `target` overrides the
-    plan's; `onnx` holds options of that target. A build that was killed resumes when the same call is made again, with the same bytes
-    as a result. `output` appears when it is complete, never before.
+    plan's; `onnx` holds options of that target. A build that was killed resumes when the same call
+    is made again, with the same bytes as a result. `output` appears when it is complete, never
+    before.
 
     Raises:
         PlanError: the plan was made from another checkpoint.
@@ -68,8 +69,8 @@ def build(
         elif target == "onnx":
             from edge_moe.converters.onnx.export import export_onnx
 
-            options = onnx or OnnxOptions()
-            export_onnx(plan, checkpoint, work, _packer(plan, checkpoint), options)
+            packer = _packer(plan, checkpoint)
+            export_onnx(plan, checkpoint, work, packer, onnx or OnnxOptions())
         else:
             _build_gguf(plan, checkpoint, work)
     return output

@@ -124,8 +124,8 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
             )
         if get_form(forms[0]).ggml_type is None:
             raise TargetError(
-                f"target gguf: layer {layer_id} is planned as {forms[0]}, which ggml does not know: "
-                "plan again with --target gguf"
+                f"target gguf: layer {layer_id} is planned as {forms[0]}, which ggml does not "
+                "know: plan again with --target gguf"
             )
         if not form_fits(forms[0], spec.hidden_size, spec.expert_width):
             raise TargetError(

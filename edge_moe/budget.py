@@ -83,7 +83,7 @@ def memory_terms(
     }
     experts = sum(per_expert[form] for row in forms for form in row)
     kv_itemsize = kv_itemsize_bytes(spec, device, target)
-    kv_bytes = context_tokens * spec.kv_bytes_per_token(kv_itemsize)
+    kv_bytes = context_tokens * _cached_values(spec, target) * kv_itemsize
     kv_note = f"{context_tokens} tokens, {kv_itemsize} bytes per value"
     return [
         MemoryTerm(
@@ -107,7 +107,8 @@ def memory_terms(
 def dense_bytes(checkpoint: Checkpoint, device: Device, target: Target) -> int:
     """Bytes of everything but routed experts, as the target's runtime holds it.
 
-    The native runtime computes in float32 on a CPU, so every weight takes 4 bytes there. GGUF
+    The native runtime on a CPU and the ONNX graph compute in float32: every weight takes 4 bytes.
+    GGUF
     stores vectors and routers as float32 and matrices in the checkpoint's dtype. A tied lm_head is
     not counted again.
     """
@@ -131,7 +132,7 @@ def num_weights(info: TensorInfo) -> int:
 
 
 def kv_itemsize_bytes(spec: ModelSpec, device: Device, target: Target) -> int:
-    """Bytes per cached value: native on a CPU float32, hf the checkpoint's dtype, else 16 bits."""
+    """Bytes per cached value: native on a CPU and onnx 4, hf the checkpoint's dtype, else 2."""
     if _computes_in_float32(device, target):
         return FLOAT32_BYTES
     if target == "hf":
@@ -203,6 +204,16 @@ def non_expert_bytes(terms: Sequence[MemoryTerm]) -> int:
 def describe_terms(terms: Sequence[MemoryTerm]) -> str:
     """`dense weights 1.20 GB + KV cache 403 MB + ...`."""
     return " + ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
+
+
+def _cached_values(spec: ModelSpec, target: Target) -> int:
+    """Values that a token takes in the KV cache of all layers.
+
+    The ONNX graph caches latent attention expanded: keys of all heads, and values as wide as them.
+    """
+    if target == "onnx" and spec.expanded_kv_width:
+        return spec.num_layers * 2 * spec.query_width
+    return spec.kv_bytes_per_token(1)
 
 
 def _computes_in_float32(device: Device, target: Target) -> bool:

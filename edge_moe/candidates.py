@@ -168,9 +168,7 @@ def _check_onnx(spec: ModelSpec) -> None:
         )
 
 
-def _pick(
-    spec: ModelSpec, class_name: str, names: tuple[str, ...]
-) -> tuple[str | None, list[str]]:
+def _pick(spec: ModelSpec, class_name: str, names: tuple[str, ...]) -> tuple[str | None, list[str]]:
     """(the class's first form that fits or None, a sentence if it is not the preferred one)."""
     preferred = names[0]
     widths = spec.hidden_size, spec.expert_width

@@ -16,7 +16,7 @@ class OnnxOptions:
 
     is_exact: bool = False
     """4-bit experts multiply with float32 activations. Otherwise these are rounded to 8 bits too,
-    as llama.cpp does: on a CPU six times faster, and the output differs by under 1 %."""
+    as llama.cpp does: on a CPU several times faster, for 1 to 3 % of the output."""
     with_standard: bool = False
     """Write `STANDARD_NAME` as well."""
 

@@ -117,8 +117,7 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
     for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
         for sentence in sentences:
             console.print(f"{heading}: {sentence}", style="yellow", markup=False)
-    if plan.target != "onnx":  # its limits say that it cannot be built
-        console.print(f"next: {command_line('build', path, '-o', 'OUT')}", markup=False)
+    console.print(f"next: {command_line('build', path, '-o', 'OUT')}", markup=False)
 
 
 def _terms_table(plan: Plan) -> Table:

@@ -192,18 +192,14 @@ class ExpertFile(DataFile):
                 blocks = () if kind.row_blocks else (width // kind.block_size,)
                 code_bytes = width * kind.bits // 8
                 codes = self.place(f"{prefix}.fc{index}", "UINT8", (count, row_count, code_bytes))
-                scales = self.place(
-                    f"{prefix}.scales{index}", "FLOAT", (count, row_count, *blocks)
-                )
+                scales = self.place(f"{prefix}.scales{index}", "FLOAT", (count, row_count, *blocks))
                 placed.append((codes, scales))
             (fc1, scales1), (fc2, scales2) = placed
             stack = ExpertStack(form, ids, router_rows, fc1, fc2, scales1, scales2)
         self.stacks.append(stack)
         return stack
 
-    def write(
-        self, packer: Packer, hidden_size: int, work: BuildFolder, advance: Advance
-    ) -> None:
+    def write(self, packer: Packer, hidden_size: int, work: BuildFolder, advance: Advance) -> None:
         """Write the file, unless an earlier build did. Memory: one expert, packed and in float32.
 
         Raises:
@@ -226,7 +222,7 @@ class ExpertFile(DataFile):
 
 
 def _write_at(descriptor: int, data: npt.NDArray[np.generic], offset: int) -> None:
-    view = memoryview(np.ascontiguousarray(data)).cast("B")
+    view = memoryview(np.ascontiguousarray(data).tobytes())
     while view:  # pwrite stops at 2 GiB
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written

@@ -37,6 +37,7 @@ from edge_moe.errors import TargetError
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
 
+_HEAD_UNIT = 16
 _LATENT_EPSILON = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps says
 
 
@@ -166,8 +167,10 @@ class Decoder:
         key = op("Concat", [turned, rest], axis=-1)
         padding = constant([0, 0, 0, 0, 0, 0, 0, width - value_width])
         value = op("Pad", [value, padding, constant(0.0, np.float32)])
-        flat = (operations.reshape(part, 0, 0, count * width) for part in (query, key, value))
-        mixed = operations.attention(*flat, layer_id, self.heads)
+        query, key, value = (
+            operations.reshape(part, 0, 0, count * width) for part in (query, key, value)
+        )
+        mixed = operations.attention(query, key, value, layer_id, self.heads)
         mixed, _ = operations.split(
             operations.reshape(mixed, 0, 0, count, width), (value_width, width - value_width)
         )
@@ -288,8 +291,14 @@ def check_config(spec: ModelSpec, config: Any) -> None:
     """Refuse what the graph cannot compute.
 
     Raises:
-        TargetError: attention to a window of the text.
+        TargetError: attention to a window of the text, or heads of an odd width.
     """
+    width = spec.query_width // spec.num_attention_heads
+    if width % _HEAD_UNIT:
+        raise TargetError(
+            f"target onnx: heads are {width} wide, onnxruntime's rotary attention needs a multiple "
+            f"of {_HEAD_UNIT}: use --target native"
+        )
     window = getattr(config, "sliding_window", None)
     is_used = getattr(config, "use_sliding_window", True)
     if window and is_used and window < spec.max_position_embeddings:

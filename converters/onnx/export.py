@@ -34,6 +34,7 @@ from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec, read_config
 
 DENSE_NAME = "model-dense.data"
+DEFAULT_OPTIONS = OnnxOptions()
 _SMALL_FILES_BYTES = 2**20  # plan, model card, genai_config.json
 
 
@@ -42,7 +43,7 @@ def export_onnx(
     checkpoint: Checkpoint,
     work: BuildFolder,
     packer: Packer | None = None,
-    options: OnnxOptions = OnnxOptions(),
+    options: OnnxOptions = DEFAULT_OPTIONS,
 ) -> None:
     """Write the folder into `work`.
 

@@ -174,9 +174,7 @@ class StandardOperations(Operations):
             value, kept = self.split(value, (rotary, rest))
         if heads.is_interleaved:
             pairs = self.reshape(value, 0, 0, 0, rotary // 2, 2)
-            first, second = (
-                op("Gather", [pairs, self.graph.constant(i)], axis=4) for i in (0, 1)
-            )
+            first, second = (op("Gather", [pairs, self.graph.constant(i)], axis=4) for i in (0, 1))
         else:
             first, second = self.split(value, (rotary // 2, rotary // 2))
         cos, sin = self._rotation

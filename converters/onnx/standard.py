@@ -1,10 +1,14 @@
 """The experts of a layer without contrib operations: one If per expert, over the same bytes.
 
 For validation. Codes are read as UINT2, UINT4 or UINT8 and dequantised to float32 inside the branch
-of an expert that was chosen, so results do not hang on any kernel of QMoE.
+of an expert that was chosen, so results do not hang on any kernel of QMoE. Products are written as
+matrix [outputs, inputs] times tokens [inputs, n]: the other way round onnxruntime 1.32 turns them
+into MatMulNBits, and fails on weights that come from outside of the branch.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -49,13 +53,14 @@ def _add_expert(
     graph = operations.graph
     op, constant = graph.op, graph.constant
     positions = op("Transpose", [op("NonZero", [column])], perm=[1, 0])  # [n, 1]
-    inputs = op("GatherND", [tokens, positions])  # [n, H]
+    inputs = op("Transpose", [op("GatherND", [tokens, positions])], perm=[1, 0])  # [H, n]
     width = stack.fc1.shape[1] // 2
     fc1 = _matrix(operations, stack, stack.fc1, stack.scales1, index)
     fc2 = _matrix(operations, stack, stack.fc2, stack.scales2, index)
-    pairs = op("Reshape", [op("MatMul", [inputs, fc1]), constant([-1, width, 2])])
-    gate, up = (op("Gather", [pairs, constant(half)], axis=2) for half in (0, 1))
-    output = op("MatMul", [operations.silu_gated(gate, up), fc2])
+    pairs = op("Reshape", [op("MatMul", [fc1, inputs]), constant([width, 2, -1])])
+    gate, up = (op("Gather", [pairs, constant(half)], axis=1) for half in (0, 1))  # [I, n]
+    output = op("MatMul", [fc2, operations.silu_gated(gate, up)])
+    output = op("Transpose", [output], perm=[1, 0])  # [n, H]
     scale = op("Unsqueeze", [op("GatherND", [column, positions]), constant([1])])
     return op("ScatterND", [total, positions, op("Mul", [output, scale])], reduction="add")
 
@@ -67,24 +72,17 @@ def _matrix(
     scales: StoredTensor | None,
     index: int,
 ) -> str:
-    """One expert's matrix transposed, [inputs, outputs] float32."""
+    """One expert's matrix [outputs, inputs], float32."""
     graph, form = operations.graph, stack.integer_form
     num_rows = stored.shape[1]
     if form is None or scales is None:
-        matrix = graph.weight(stored.item(index, "", "FLOAT", stored.shape[1:]))
-        return graph.op("Transpose", [matrix], perm=[1, 0])
+        return graph.weight(stored.item(index, "", "FLOAT", stored.shape[1:]))
     width = stored.shape[2] * 8 // form.bits
     kind = _CODE_TYPES[form.bits]
     codes = graph.weight(stored.item(index, ".codes", kind, (num_rows, width)))
     steps = graph.weight(scales.item(index, "", "FLOAT", scales.shape[1:]))
-    zero = _zero_points(operations, kind, scales.shape[1:], 2 ** (form.bits - 1))
-    blocks = {"axis": 0} if form.row_blocks else {"axis": 1, "block_size": form.block_size}
-    matrix = graph.op("DequantizeLinear", [codes, steps, zero], **blocks)
-    return graph.op("Transpose", [matrix], perm=[1, 0])
-
-
-def _zero_points(
-    operations: Operations, kind: str, shape: tuple[int, ...], value: int
-) -> str:
-    """`value` for every block, as codes are stored."""
-    return operations.graph.fill(kind, shape, value)
+    zero = graph.fill(kind, scales.shape[1:], 2 ** (form.bits - 1))
+    blocks: dict[str, Any] = (
+        {"axis": 0} if form.row_blocks else {"axis": 1, "block_size": form.block_size}
+    )
+    return graph.op("DequantizeLinear", [codes, steps, zero], **blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,14 @@ from edge_moe.commands.options import (
     Output,
     Revision,
     SourceModel,
+    TargetName,
     Tasks,
     parse_names,
     parse_shard,
     resumable,
     stderr,
 )
+from edge_moe.errors import InputError
 
 
 def calibrate_command(
@@ -36,6 +39,10 @@ def calibrate_command(
             help="Forms to measure, comma separated; else one per class of bits.",
             show_default=False,
         ),
+    ] = None,
+    target: Annotated[
+        TargetName | None,
+        typer.Option(help="Measure the forms that this target offers.", show_default=False),
     ] = None,
     quantiser: Annotated[
         str | None,
@@ -66,8 +73,8 @@ def calibrate_command(
     if not gradients or GradientStats.settings_path(output).exists():
         require_unfinished(output)
     part = parse_shard(shard)
-    names = parse_names(forms) if forms is not None else None
     folder = resolve_model(model, revision)
+    names = _forms(forms, target, folder)
     from edge_moe.converters.calibrate import calibrate
     from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 
@@ -97,3 +104,15 @@ def calibrate_command(
         )
         return
     console.print(f"next: {command_line('plan', model, '--stats', output, '--budget', 'SIZE')}")
+
+
+def _forms(forms: str | None, target: TargetName | None, folder: Path) -> Sequence[str] | None:
+    """The forms to measure; None leaves the choice to `calibrate`."""
+    from edge_moe.candidates import candidate_forms
+    from edge_moe.spec import ModelSpec
+
+    if forms is not None and target is not None:
+        raise InputError("--forms and --target both name forms to measure: give one of them")
+    if target is None:
+        return parse_names(forms) if forms is not None else None
+    return candidate_forms(ModelSpec.from_file(folder / "config.json"), target.value)

@@ -1,8 +1,9 @@
 """Storage forms of an expert. A pruned expert is an expert at zero bits: `drop` is a form too.
 
 Most packed forms are ggml block layouts, so the native package, GGUF files and kernels share one
-family; `int2_*`, `int4_*` and `int8_row` are those of ONNX Runtime. A form packs along rows: gate_proj and up_proj have rows of hidden_size weights, down_proj
-has rows of expert_width weights, and both widths must be multiples of the form's block.
+family; `int2_*`, `int4_*` and `int8_row` are those of ONNX Runtime. A form packs along rows:
+gate_proj and up_proj have rows of hidden_size weights, down_proj has rows of expert_width weights,
+and both widths must be multiples of the form's block.
 """
 
 from edge_moe.formats.base import (
