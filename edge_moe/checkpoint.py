@@ -24,6 +24,7 @@ import numpy.typing as npt
 from edge_moe.dense_shapes import dense_shapes
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import os_problem, read_json
+from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.spec import ModelSpec, read_config
 
 FloatArray = npt.NDArray[np.float32]
@@ -377,6 +378,11 @@ def _weight_files(folder: Path) -> list[Path]:
         single = folder / "model.safetensors"
         if single.exists():
             return [single]
+        if is_onnx_folder(folder):
+            raise InputError(
+                f"{folder} holds an ONNX decoder, which only run and eval read: give the Hugging "
+                "Face folder that it was made from"
+            )
         raise CheckpointError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json: "
             "edge-moe reads safetensors checkpoints"

@@ -1,8 +1,8 @@
 """ONNX folders: logits of transformers' model with the same weights, layouts, refusals, resuming.
 
 Tolerances: onnxruntime's float32, 4-bit (accuracy_level 0), 2-bit without lookup tables and 8-bit
-row-wise kernels are exact but for the order of sums, 1e-6 here. Rounding activations to 8 bits changes
-the logits of these random models by 2 to 3 %; for 2 bits the fast kernel always does it.
+row-wise kernels are exact but for the order of sums, 1e-6 here. Rounding activations to 8 bits
+changes the logits of these random models by 2 to 3 %; for 2 bits the fast kernel always does it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("edge_moe", "converters", "profiles", "runtime")
+SOURCES = ("edge_moe", "converters", "optimum", "profiles", "runtime")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 pytestmark = pytest.mark.slow
