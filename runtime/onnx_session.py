@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edge_moe.budget import ONNX_LIBRARY_BYTES
 from edge_moe.errors import InputError, TargetError
 from edge_moe.files import read_json
 from edge_moe.formats import DROP, EXACT
 from edge_moe.measurement import usable_cores
-from edge_moe.onnx_folder import MODEL_NAME
+from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME
+from edge_moe.overhead import known_overhead, tokenizer_bytes
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Device, MemoryTerm, Plan
 from edge_moe.runtime.allotment import context_length
@@ -50,7 +52,13 @@ class OnnxSession:
     """The interface of `runtime.session.Session` that running, chatting and evaluating need."""
 
     def __init__(
-        self, folder: Path, plan: Plan, network: Any, context_tokens: int, device: Device
+        self,
+        folder: Path,
+        plan: Plan,
+        runtime: Any,
+        network: Any,
+        context_tokens: int,
+        device: Device,
     ) -> None:
         """Use `OnnxSession.open`."""
         self.folder = folder
@@ -63,7 +71,10 @@ class OnnxSession:
         self.warnings: list[str] = []
         self.measured_terms: dict[str, int] = {}
         self._plan = plan
+        self._runtime = runtime
         self._network = network
+        self._head: Any = None
+        """Opened by the first `logits`."""
 
     @classmethod
     def open(
@@ -83,8 +94,8 @@ class OnnxSession:
         context = context_length(spec, context_tokens)
         where: Device = "cuda" if device == "cuda" else "cpu"
         _check_device(folder, plan, where)
-        network = _load(runtime, folder, where)
-        session = cls(folder, plan, network, context, where)
+        network = _load(runtime, folder / MODEL_NAME, where)
+        session = cls(folder, plan, runtime, network, context, where)
         session.load_seconds = time.perf_counter() - start
         return session
 
@@ -122,6 +133,8 @@ class OnnxSession:
         Raises:
             InputError: more tokens than the context holds.
         """
+        if self._head is None:
+            self._head = _load(self._runtime, self.folder / HEAD_NAME, self.device.type)
         return self._loop().logits(token_ids, self.spec.vocab_size)
 
     @property
@@ -144,8 +157,16 @@ class OnnxSession:
         return set(found) if isinstance(found, list) else {found}
 
     def memory(self) -> list[MemoryTerm]:
-        """The plan's bill."""
-        return list(self._plan.terms)
+        """The plan's bill with this process, which holds torch and transformers, as the runtime."""
+        overhead, source = known_overhead(self.spec.model_type, "cpu")
+        num_bytes = overhead + tokenizer_bytes(self.folder) + ONNX_LIBRARY_BYTES
+        runtime = MemoryTerm(
+            name="runtime",
+            num_bytes=num_bytes,
+            source="assumed",
+            note=f"this Python process with onnxruntime; without it {source}",
+        )
+        return [runtime if term.name == "runtime" else term for term in self._plan.terms]
 
     def statistics(self) -> None:
         """onnxruntime pages nothing that could be counted."""
@@ -153,12 +174,12 @@ class OnnxSession:
 
     def close(self) -> None:
         """Let go of the model."""
-        self._network = None
+        self._network = self._head = None
 
     def _loop(self) -> _OnnxLoop:
         if self._network is None:
             raise RuntimeError("the session is closed")
-        return _OnnxLoop(self._network, self.context_tokens, self.device.type)
+        return _OnnxLoop(self._network, self._head, self.context_tokens, self.device.type)
 
     def __enter__(self) -> OnnxSession:
         return self
@@ -170,9 +191,11 @@ class OnnxSession:
 class _OnnxLoop(TokenLoop):
     """A sequence through onnxruntime."""
 
-    def __init__(self, network: Any, context_tokens: int, device: Device) -> None:
+    def __init__(self, network: Any, head: Any, context_tokens: int, device: Device) -> None:
+        """`head` gives the logits of all positions; needed for `keep_all` only."""
         super().__init__(context_tokens)
         self._network = network
+        self._head = head
         self._device = device
         self._cache = {
             value.name: _buffer(value.shape, context_tokens, device)
@@ -190,12 +213,13 @@ class _OnnxLoop(TokenLoop):
             binding.bind_ortvalue_input(name, buffer)
             present = name.replace("past_key_values.", "present.")
             binding.bind_ortvalue_output(present, buffer)
-        binding.bind_output("logits")
+        binding.bind_output("hidden_states" if keep_all else "logits")
         self._network.run_with_iobinding(binding)
         self.num_tokens = total
         output: npt.NDArray[np.float32] = binding.get_outputs()[-1].numpy()
-        logits = torch.from_numpy(output[0])
-        return logits if keep_all else logits[-1:]
+        if keep_all:
+            (output,) = self._head.run(["logits"], {"hidden_states": output})
+        return torch.from_numpy(output[0])
 
     def cache_bytes(self) -> int:
         """Of the tokens so far: later rows of the buffers were not touched."""
@@ -231,8 +255,8 @@ def _check_device(folder: Path, plan: Plan, device: Device) -> None:
         )
 
 
-def _load(runtime: Any, folder: Path, device: Device) -> Any:
-    """An InferenceSession on `device`.
+def _load(runtime: Any, path: Path, device: Device) -> Any:
+    """An InferenceSession of one graph on `device`.
 
     Raises:
         InputError: the files are damaged, or the device is not there.
@@ -242,7 +266,6 @@ def _load(runtime: Any, folder: Path, device: Device) -> Any:
     options.log_severity_level = _QUIET
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = PROVIDERS[device]
-    path = folder / MODEL_NAME
     if wanted not in runtime.get_available_providers():
         raise InputError(
             f"device {device} was asked for, but this build of onnxruntime has no {wanted}: "

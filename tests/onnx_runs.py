@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.formats import DROP, pack_expert, unpack_expert
+from edge_moe.onnx_folder import HEAD_NAME
 from edge_moe.plan import Plan
 
 FloatArray = npt.NDArray[np.float32]
@@ -25,7 +26,10 @@ def decode(path: Path, num_steps: int = 6) -> tuple[npt.NDArray[np.int64], Float
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session, head = (
+        onnxruntime.InferenceSession(str(each), options, providers=["CPUExecutionProvider"])
+        for each in (path, path.with_name(HEAD_NAME))
+    )
     names = [output.name for output in session.get_outputs()]
     past = {
         value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
@@ -37,7 +41,11 @@ def decode(path: Path, num_steps: int = 6) -> tuple[npt.NDArray[np.int64], Float
     for _ in range(num_steps):
         feeds = {"input_ids": new, "attention_mask": np.ones_like(tokens), **past}
         found = dict(zip(names, session.run(None, feeds), strict=True))
-        parts.append(found["logits"][0])
+        logits = found["logits"]
+        if "hidden_states" in found:
+            (logits,) = head.run(None, {"hidden_states": found["hidden_states"]})
+            assert np.array_equal(logits[:, -1:].argmax(-1), found["logits"].argmax(-1))
+        parts.append(logits[0])
         new = found["logits"][:, -1:].argmax(-1)
         tokens = np.concatenate([tokens, new], axis=1)
         past = {name: found[name.replace("past_key_values", "present")] for name in past}

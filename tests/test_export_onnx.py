@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import fused_copy, hand_plan, random_forms, tree, uniform_forms
+from peak_memory import deep_checkpoint, measure_peak, needs_proc
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -352,3 +353,28 @@ def test_genai_config_holds_the_special_tokens(
     model = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
     assert model["eos_token_id"] == [0, 7] and model["type"] == "decoder"
     assert model["decoder"]["num_key_value_heads"] == 4
+
+
+@needs_proc
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A source of 300 MB; float32 experts would be 600 MB, one of them is 3 MB."""
+    source = deep_checkpoint(tmp_path / "source")
+    checkpoint = Checkpoint(source)
+    forms = random_forms(checkpoint, ("f32", "int8_row"))
+    hand_plan(checkpoint, forms, "onnx").save(tmp_path / "plan.json")
+    peak = measure_peak(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import onnx, onnx.helper, onnx.numpy_helper\n"
+        "from transformers import AutoConfig, OlmoeConfig\n"
+        "from edge_moe.converters.build import build\n"
+        "from edge_moe.converters.onnx import export\n"
+        "from edge_moe.plan import Plan\n",
+        "build(Plan.load(Path(sys.argv[1])), Path(sys.argv[2]))",
+        tmp_path / "plan.json",
+        tmp_path / "out",
+    )
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert written > 250 * 10**6
+    assert peak.grown_bytes < 64 * 10**6, peak.grown_bytes

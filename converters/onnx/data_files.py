@@ -15,8 +15,9 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.checkpoint import TensorInfo
+from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.converters.packer import Packer
+from edge_moe.converters.packing import expert_records
 from edge_moe.converters.progress import Advance
 from edge_moe.converters.source_bytes import read_float32
 from edge_moe.converters.staging import BuildFolder
@@ -26,7 +27,7 @@ from edge_moe.formats.base import ByteArray
 from edge_moe.formats.integers import IntegerForm
 
 _PAGE_BYTES, _GRANULARITY_BYTES, _LARGE_BYTES = 4096, 65536, 2**20
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 2 * 2**20
 _ITEMSIZE_BYTES = {"FLOAT": 4, "UINT8": 1}
 
 Chunks = Callable[[], Iterator[bytes]]
@@ -126,7 +127,7 @@ def array_chunks(make: Callable[[int, int], npt.NDArray[np.float32]], num_rows: 
 
 
 def _row_blocks(info: TensorInfo) -> Iterator[TensorInfo]:
-    """`info` cut along its first axis into pieces of at most 8 MiB, or of one row."""
+    """`info` cut along its first axis into pieces of at most 2 MiB, or of one row."""
     num_rows = info.shape[0] if info.shape else 1
     row_bytes = info.num_bytes // num_rows
     step = max(1, _CHUNK_BYTES // max(1, row_bytes))
@@ -199,8 +200,10 @@ class ExpertFile(DataFile):
         self.stacks.append(stack)
         return stack
 
-    def write(self, packer: Packer, hidden_size: int, work: BuildFolder, advance: Advance) -> None:
-        """Write the file, unless an earlier build did. Memory: one expert, packed and in float32.
+    def write(
+        self, checkpoint: Checkpoint, packer: Packer, work: BuildFolder, advance: Advance
+    ) -> None:
+        """Write the file, unless an earlier build did. Memory: `packing.packing_peak_bytes`.
 
         Raises:
             CheckpointError: NaN, infinity, or a file that ends early.
@@ -208,11 +211,14 @@ class ExpertFile(DataFile):
         if work.finished(self.name) is not None:
             advance(self.num_bytes)
             return
+        hidden_size = checkpoint.spec.hidden_size
         with atomic_path(work.path / self.name) as temporary, temporary.open("wb") as handle:
             handle.truncate(self.num_bytes)
             for stack in self.stacks:
-                for index, expert_id in enumerate(stack.expert_ids):
-                    record = packer.pack(self.layer_id, expert_id, stack.form)
+                experts = [(expert_id, stack.form) for expert_id in stack.expert_ids]
+                records = expert_records(checkpoint, self.layer_id, experts, packer)
+                for index, chunks in enumerate(records):
+                    record = np.frombuffer(b"".join(chunks), np.uint8)
                     for stored, data in _node_arrays(stack, record, hidden_size):
                         item_bytes = stored.length // stored.shape[0]
                         assert data.nbytes == item_bytes

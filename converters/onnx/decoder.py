@@ -22,7 +22,7 @@ from edge_moe.converters.onnx.data_files import (
     float32_chunks,
 )
 from edge_moe.converters.onnx.experts import ExpertLayer, contrib_experts
-from edge_moe.converters.onnx.graph import Graph
+from edge_moe.converters.onnx.graph import MICROSOFT, Graph
 from edge_moe.converters.onnx.operations import (
     ContribOperations,
     Heads,
@@ -77,6 +77,9 @@ class Decoder:
     def graph(self, *, is_standard: bool) -> Graph:
         """The whole decoder; every weight has its place in the files afterwards.
 
+        Logits are those of the last position, and of all in standard operations: a prompt's would
+        take vocabulary x tokens x 4 bytes.
+
         Raises:
             TargetError: the checkpoint holds tensors that the graph has no place for.
         """
@@ -89,11 +92,26 @@ class Decoder:
         for layer_id in range(spec.num_layers):
             stream = self._layer(operations, layer_id, stream)
         stream = operations.rms_norm(stream, self._weight("model.norm"), self.config.rms_norm_eps)
-        head = embedding if spec.tie_word_embeddings else self._weight("lm_head")
-        graph.op("Identity", [operations.linear(stream, head)], name="logits")
+        if not is_standard:
+            graph.op("Identity", [stream], name="hidden_states")
+            stream = graph.op("Gather", [stream, graph.constant([-1])], axis=1)  # [b, 1, H]
+        graph.op("Identity", [operations.linear(stream, self._head())], name="logits")
         self._declare_outputs(graph)
         self._require_all_used()
         return graph
+
+    def head_graph(self) -> Graph:
+        """Hidden states of any positions -> their logits."""
+        spec, graph = self.checkpoint.spec, Graph(is_standard=False)
+        hidden = graph.input("hidden_states", "FLOAT", ["batch", "positions", spec.hidden_size])
+        inputs = [hidden, graph.weight(self._head())]
+        graph.ops("FusedMatMul", inputs, ["logits"], domain=MICROSOFT, transB=1)
+        graph.output("logits", "FLOAT", ["batch", "positions", spec.vocab_size])
+        return graph
+
+    def _head(self) -> StoredTensor:
+        is_tied = self.checkpoint.spec.tie_word_embeddings
+        return self._weight("model.embed_tokens" if is_tied else "lm_head")
 
     def _layer(self, operations: Operations, layer_id: int, stream: str) -> str:
         prefix, epsilon = f"model.layers.{layer_id}", self.config.rms_norm_eps
@@ -264,7 +282,11 @@ class Decoder:
 
     def _declare_outputs(self, graph: Graph) -> None:
         spec = self.checkpoint.spec
-        graph.output("logits", "FLOAT", ["batch", "new_tokens", spec.vocab_size])
+        if graph.is_standard:
+            graph.output("logits", "FLOAT", ["batch", "new_tokens", spec.vocab_size])
+        else:
+            graph.output("logits", "FLOAT", ["batch", 1, spec.vocab_size])
+            graph.output("hidden_states", "FLOAT", ["batch", "new_tokens", spec.hidden_size])
         for name in cache_names("present", spec.num_layers):
             graph.output(
                 name, "FLOAT", ["batch", self.heads.num_kv, "all_tokens", self.heads.width]

@@ -1,12 +1,13 @@
 """Write a plan as a folder for onnxruntime, continuing where a killed build stopped.
 
     model.onnx                      the graph: a few hundred kilobytes
+    model_head.onnx                 logits of every position of its hidden states, for scoring
     model-dense.data                everything but routed experts, in float32
     experts-00001.data, ...         one file per MoE layer
     model_standard.onnx             on request: the same bytes through standard operations
     genai_config.json, plan.json, config.json, tokenizer files, README.md
 
-Peak memory: one expert in float32 and packed, or an 8 MiB chunk of a dense tensor in float32.
+Peak memory: `packing.packing_peak_bytes`, a few experts in float32 and packed, or a 2 MiB chunk of a dense tensor in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from edge_moe.errors import SpecError, TargetError
 from edge_moe.files import atomic_path, require_free_disk, write_text
 from edge_moe.formats import EXACT, form_fits, get_form
 from edge_moe.formats.integers import IntegerForm
-from edge_moe.onnx_folder import MODEL_NAME, STANDARD_NAME, OnnxOptions
+from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME, STANDARD_NAME, OnnxOptions
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec, read_config
@@ -61,21 +62,21 @@ def export_onnx(
     dense = DenseFile(DENSE_NAME)
     config = _transformers_config(checkpoint)
     decoder = Decoder(plan, checkpoint, config, dense, experts, options.is_exact)
-    graphs = {MODEL_NAME: serialised(decoder.graph(is_standard=False).model(), MODEL_NAME)}
+    graphs = {MODEL_NAME: decoder.graph(is_standard=False), HEAD_NAME: decoder.head_graph()}
     if options.with_standard:
-        model = decoder.graph(is_standard=True).model()
-        graphs[STANDARD_NAME] = serialised(model, STANDARD_NAME)
+        graphs[STANDARD_NAME] = decoder.graph(is_standard=True)
+    protobufs = {key: serialised(graph.model(), key) for key, graph in graphs.items()}
     total_bytes = dense.num_bytes + sum(file.num_bytes for file in experts.values())
     small_bytes = sidecar_bytes(checkpoint.folder) + _SMALL_FILES_BYTES
-    needed_bytes = total_bytes + small_bytes + sum(map(len, graphs.values()))
+    needed_bytes = total_bytes + small_bytes + sum(map(len, protobufs.values()))
     require_free_disk(work.output.parent, needed_bytes - work.written_bytes(), f"output {name}")
     copy_sidecar(checkpoint.folder, work.path)
     packer = packer or PlainPacker(checkpoint)
     with byte_progress(f"build {name}", total_bytes) as advance:
         dense.write(work, advance)
         for file in experts.values():
-            file.write(packer, spec.hidden_size, work, advance)
-    for graph_name, data in graphs.items():
+            file.write(checkpoint, packer, work, advance)
+    for graph_name, data in protobufs.items():
         with atomic_path(work.path / graph_name) as temporary:
             temporary.write_bytes(data)
     plain = read_config(checkpoint.folder / CONFIG_NAME)

@@ -103,7 +103,9 @@ def calibrate_command(
             f"next, with every shard: {command_line('stats', 'merge', 'OUT', output)} ..."
         )
         return
-    console.print(f"next: {command_line('plan', model, '--stats', output, '--budget', 'SIZE')}")
+    options = ("--target", target.value) if target is not None else ()
+    plan = command_line("plan", model, "--stats", output, *options, "--budget", "SIZE")
+    console.print(f"next: {plan}")
 
 
 def _forms(forms: str | None, target: TargetName | None, folder: Path) -> Sequence[str] | None:
