@@ -121,7 +121,14 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
     check_target(spec, target)
     rules = TARGET_RULES[target]
     forms, limits = [DROP], list(rules.limits)
-    for name, choices in rules.classes.items():
+    classes = rules.classes
+    if target == "onnx" and device == "cuda":
+        classes = {}
+        limits.append(
+            "onnxruntime computes integer experts in a float32 graph on the CPU only: on cuda they "
+            "are not offered."
+        )
+    for name, choices in classes.items():
         form, sentences = _pick(spec, name, choices)
         limits += sentences
         if form in _LLAMA_CPU_ONLY and target == "gguf":

@@ -95,6 +95,12 @@ def test_onnx_offers_the_integer_forms_of_qmoe() -> None:
     assert narrow == ("drop", "int2_b32", "int4_b32", "int8_row", "f32")
 
 
+def test_onnx_has_no_integer_experts_on_cuda() -> None:
+    found = find_candidates(spec(), "onnx", "cuda")
+    assert found.forms == ("drop", "f32")
+    assert any("on the CPU only" in line for line in found.limits)
+
+
 def test_onnx_refuses_activations_that_its_moe_does_not_compute() -> None:
     with pytest.raises(TargetError, match="with silu, this checkpoint has gelu"):
         candidate_forms(replace(spec(), hidden_act="gelu"), "onnx")

@@ -200,6 +200,27 @@ def test_group_columns_of_a_pruned_router(tiny_checkpoint: TinyCheckpoint) -> No
     assert groups.tolist() == [0, 0, 0, 1, 1]
 
 
+def operations(graph: Any) -> Iterator[tuple[str, str]]:
+    """(domain, operation) of every node, branches included."""
+    for node in graph.node:
+        yield node.domain, node.op_type
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from operations(attribute.g)
+
+
+def test_the_standard_graph_is_onnx_alone(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    import onnx
+
+    folder = tiny_checkpoint("deepseek_v3")
+    forms = random_forms(Checkpoint(folder), ("int2_b64", "int4_b64", "int8_row", "f32"))
+    export(folder, forms, tmp_path / "out", EXACT)
+    onnx.checker.check_model(str(tmp_path / "out" / STANDARD_NAME), full_check=True)
+    found = set(operations(onnx.load(tmp_path / "out" / STANDARD_NAME).graph))
+    assert {domain for domain, _ in found} == {""}
+    assert ("", "If") in found and ("", "DequantizeLinear") in found
+
+
 def test_layout_can_be_mapped(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     import onnx
 

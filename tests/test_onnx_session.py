@@ -22,6 +22,7 @@ from edge_moe.cli import run  # noqa: E402
 from edge_moe.converters.build import build  # noqa: E402
 from edge_moe.errors import InputError, MissingExtraError, TargetError  # noqa: E402
 from edge_moe.onnx_folder import OnnxOptions  # noqa: E402
+from edge_moe.plan import Plan  # noqa: E402
 from edge_moe.runtime import onnx_library  # noqa: E402
 from edge_moe.runtime.evaluate import evaluate, open_model  # noqa: E402
 from edge_moe.runtime.onnx_session import OnnxSession  # noqa: E402
@@ -178,3 +179,34 @@ def test_commands_that_need_the_source_say_so(
 ) -> None:
     assert run(["inspect", str(folders["onnx"])]) == 2
     assert "holds an ONNX decoder, which only run and eval read" in capsys.readouterr().err
+
+
+def test_the_loop_on_the_command_line(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """calibrate, plan, build, run and eval with --target onnx; the plan's forms are its own."""
+    source, stats = str(tiny_checkpoint("qwen3_moe")), str(tmp_path / "stats")
+    plan, output = str(tmp_path / "plan.json"), str(tmp_path / "out")
+    few = ["--max-windows", "2", "--window-tokens", "64"]
+    assert run(["calibrate", source, "--task", "code", "--target", "onnx", "-o", stats, *few]) == 0
+    command = ["plan", source, "--stats", stats, "--target", "onnx", "-o", plan, "--no-search"]
+    assert run([*command, "--budget", "1GB"]) == 0
+    whole = Plan.load(Path(plan))
+    budget_bytes = whole.total_bytes - whole.term("experts").num_bytes * 7 // 8
+    assert run([*command, "--budget", f"{budget_bytes}B"]) == 0
+    forms = {form for row in Plan.load(Path(plan)).forms for form in row}
+    assert forms <= {"drop", "int2_b64", "int4_b64", "int8_row", "f32"} and len(forms) > 1
+    assert run(["build", plan, "-o", output, "--onnx-exact", "--onnx-standard"]) == 0
+    assert "edge-moe run" in capsys.readouterr().err
+    assert run(["run", output, "--prompt", "def", "--raw", "--max-new-tokens", "3"]) == 0
+    assert run(["eval", output, "--against", source, "--task", "code", *few]) == 0
+    assert "KLD" in capsys.readouterr().out
+
+
+def test_forms_or_a_target_but_not_both(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["calibrate", str(tiny_checkpoint("olmoe")), "--task", "code"]
+    command += ["-o", str(tmp_path / "stats")]
+    assert run([*command, "--target", "onnx", "--forms", "q8_0"]) == 2
+    assert "give one of them" in capsys.readouterr().err

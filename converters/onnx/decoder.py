@@ -63,15 +63,17 @@ class Decoder:
             for layer_id, row in zip(self.plan.moe_layer_ids, self.plan.forms, strict=True)
         }
         width = spec.query_width // spec.num_attention_heads
+        self._rotary = read_rotary(
+            self.config, self.config.qk_rope_head_dim if is_latent else width
+        )
         self.heads = Heads(
             num_query=spec.num_attention_heads,
             num_kv=spec.num_kv_heads,
             width=width,
-            rotary_width=self.config.qk_rope_head_dim if is_latent else width,
+            rotary_width=self._rotary.width,
             is_interleaved=is_latent and bool(self.config.rope_interleave),
             scale=_scale(self.config, width),
         )
-        self._rotary = read_rotary(self.config, self.heads.rotary_width)
         self._used: set[str] = set()
 
     def graph(self, *, is_standard: bool) -> Graph:

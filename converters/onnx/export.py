@@ -7,7 +7,8 @@
     model_standard.onnx             on request: the same bytes through standard operations
     genai_config.json, plan.json, config.json, tokenizer files, README.md
 
-Peak memory: `packing.packing_peak_bytes`, a few experts in float32 and packed, or a 2 MiB chunk of a dense tensor in float32.
+Peak memory: `packing.packing_peak_bytes`, one expert per core in float32 and packed, or a 2 MiB
+chunk of a dense tensor in float32.
 """
 
 from __future__ import annotations
