@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -73,8 +72,12 @@ def calibrate_command(
     if not gradients or GradientStats.settings_path(output).exists():
         require_unfinished(output)
     part = parse_shard(shard)
+    if forms is not None and target is not None:
+        raise InputError("--forms and --target both name forms to measure: give one of them")
+    names = parse_names(forms) if forms is not None else None
     folder = resolve_model(model, revision)
-    names = _forms(forms, target, folder)
+    if target is not None:
+        names = _offered_forms(folder, target)
     from edge_moe.converters.calibrate import calibrate
     from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 
@@ -108,13 +111,9 @@ def calibrate_command(
     console.print(f"next: {plan}")
 
 
-def _forms(forms: str | None, target: TargetName | None, folder: Path) -> Sequence[str] | None:
-    """The forms to measure; None leaves the choice to `calibrate`."""
+def _offered_forms(folder: Path, target: TargetName) -> tuple[str, ...]:
+    """What `target` offers for the experts of the checkpoint in `folder`."""
     from edge_moe.candidates import candidate_forms
     from edge_moe.spec import ModelSpec
 
-    if forms is not None and target is not None:
-        raise InputError("--forms and --target both name forms to measure: give one of them")
-    if target is None:
-        return parse_names(forms) if forms is not None else None
     return candidate_forms(ModelSpec.from_file(folder / "config.json"), target.value)
