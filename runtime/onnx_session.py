@@ -17,13 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_moe.budget import ONNX_LIBRARY_BYTES
 from edge_moe.errors import InputError, TargetError
 from edge_moe.files import read_json
 from edge_moe.formats import DROP, EXACT
 from edge_moe.measurement import usable_cores
 from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME
-from edge_moe.overhead import known_overhead, tokenizer_bytes
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Device, MemoryTerm, Plan
 from edge_moe.runtime.allotment import context_length
@@ -157,16 +155,8 @@ class OnnxSession:
         return set(found) if isinstance(found, list) else {found}
 
     def memory(self) -> list[MemoryTerm]:
-        """The plan's bill with this process, which holds torch and transformers, as the runtime."""
-        overhead, source = known_overhead(self.spec.model_type, "cpu")
-        num_bytes = overhead + tokenizer_bytes(self.folder) + ONNX_LIBRARY_BYTES
-        runtime = MemoryTerm(
-            name="runtime",
-            num_bytes=num_bytes,
-            source="assumed",
-            note=f"this Python process with onnxruntime; without it {source}",
-        )
-        return [runtime if term.name == "runtime" else term for term in self._plan.terms]
+        """The plan's bill."""
+        return list(self._plan.terms)
 
     def statistics(self) -> None:
         """onnxruntime pages nothing that could be counted."""

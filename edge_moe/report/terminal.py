@@ -14,7 +14,16 @@ from edge_moe.search import MIXED_BITS, PLAN_NAME
 _TONES = {"good": "bold green", "bad": "bold red", "": "bold"}
 _MAP_COLUMNS = 64  # wider maps are left to the HTML page
 _MAX_TRIALS = 3
-_SHADES = {"tq": "░", "q2": "░", "q3": "▒", "q4": "▒", "q8": "▓"}
+_SHADES = {
+    "tq": "░",
+    "q2": "░",
+    "int2": "░",
+    "q3": "▒",
+    "q4": "▒",
+    "int4": "▒",
+    "q8": "▓",
+    "int8": "▓",
+}
 
 
 def print_facts(data: ReportData, console: Console) -> None:
@@ -90,7 +99,7 @@ def _print_search(data: ReportData, console: Console) -> None:
 def _shade(form: str) -> str:
     if form == DROP:
         return "·"
-    return _SHADES.get(form[:2], "█")
+    return _SHADES.get(form[:2]) or _SHADES.get(form[:4], "█")
 
 
 def _quality(data: ReportData) -> Table:
