@@ -164,11 +164,13 @@ def test_ternary_weights_pass_through_2_bit_codes(odd_widths: Any, tmp_path: Pat
     assert relative_error(found, expected) < EXACT_ERROR
 
 
-def test_latent_queries_yarn_and_dense_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_latent_queries_yarn_and_dense_layers(interleaved: bool, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(
         tmp_path / "deepseek",
         "deepseek_v3",
         q_lora_rank=48,
+        rope_interleave=interleaved,
         rope_parameters={
             "rope_type": "yarn",
             "rope_theta": 10000.0,

@@ -12,7 +12,8 @@ line in `edge_moe.candidates.ONNX_FAMILIES`.
     graph.py        nodes and initializers, the protobuf and its limit
     data_files.py   where every weight lies in the external files, and writing them
     operations.py   norms, linear layers and attention, as contrib or as standard operations
-    decoder.py      the layers
+    decoder.py      the layers, and the head that scores every position
+    rope.py         rotary tables
     routing.py      the router's weights from standard operations
     experts.py      MoE and QMoE nodes, one per width
     standard.py     one If per expert: the same bytes without contrib operations, for validation
