@@ -28,19 +28,15 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.block_sums import WindowObservation
 from edge_moe.converters.layer_stream import LayerStream
-from edge_moe.converters.observe import (
-    OBSERVE,
-    BlockObserver,
-    WindowObservation,
-    expert_output,
-    router_scores_of,
-)
+from edge_moe.converters.observe import OBSERVE, BlockObserver, router_scores_of
 from edge_moe.converters.second_moments import ExpertMoments, Weighting, expert_moments
 from edge_moe.demo import demo_model_dir
 from edge_moe.formats import unpack_expert
 from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 from edge_moe.measurement import this_machine
+from edge_moe.runtime.moe_block import expert_output
 from edge_moe.tasks import task_windows
 
 FORMS = ("tq1_0", "q2_0", "q2_k", "q3_k", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0")
@@ -181,20 +177,22 @@ class _Heldout:
 
     def __init__(self, experts: Any, expert_id: int, windows: Sequence[WindowObservation]) -> None:
         self._experts = experts
+        self._expert_id = expert_id
         gate_up, down = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
         self.matrices = [part.numpy().copy() for part in (*gate_up.chunk(2), down)]
         found = [(window.expert_ids == expert_id).nonzero(as_tuple=True) for window in windows]
         pairs = list(zip(windows, found, strict=True))
         self._inputs = torch.cat([window.inputs[token] for window, (token, _) in pairs])
         self._gates = torch.cat([window.gates[token, slot] for window, (token, slot) in pairs])
-        self._exact = expert_output(experts, self._inputs, gate_up, down)
+        self._exact = expert_output(experts, self._inputs, gate_up, down, expert_id)
         self.energy = self._gated(self._exact)
 
     def error(self, form: str, record: Any) -> float:
         """Sum over tokens of (g |f - f_form|)^2."""
         width, hidden_size = self.matrices[0].shape
         gate, up, down = map(torch.from_numpy, unpack_expert(form, record, hidden_size, width))
-        stored = expert_output(self._experts, self._inputs, torch.cat([gate, up]), down)
+        gate_up = torch.cat([gate, up])
+        stored = expert_output(self._experts, self._inputs, gate_up, down, self._expert_id)
         return self._gated(stored - self._exact)
 
     def _gated(self, outputs: torch.Tensor) -> float:

@@ -75,7 +75,7 @@ def one_form_plan(checkpoint: Checkpoint) -> Plan:
     """Every expert in `FORM`. Only its forms and their bytes matter here."""
     spec = checkpoint.spec
     count = spec.num_experts
-    one_bytes = expert_bytes(FORM, spec.hidden_size, spec.expert_width)
+    one_bytes = expert_bytes(FORM, *spec.expert_shape)
     all_bytes = spec.num_moe_layers * count * one_bytes
     return Plan(
         edge_moe_version=__version__,

@@ -97,9 +97,7 @@ class ZeroPacker:
 
     def pack(self, layer_id: int, expert_id: int, form: str) -> ByteArray:
         """The flat record of an expert whose output is zero."""
-        return np.zeros(
-            expert_bytes(form, self._spec.hidden_size, self._spec.expert_width), np.uint8
-        )
+        return np.zeros(expert_bytes(form, *self._spec.expert_shape), np.uint8)
 
 
 def choose(max_output: npt.NDArray[np.float64], count: int) -> tuple[str, Experts]:
@@ -136,8 +134,8 @@ def draw_others(chosen: Experts, num_experts: int, num_draws: int, seed: int = 0
 def zeroed_forms(checkpoint: Checkpoint, experts: Experts) -> list[list[str]]:
     """[L][E] forms for a `VariantScorer` with a `ZeroPacker`: lossy ones are zeroed."""
     spec = checkpoint.spec
-    parts = checkpoint.expert_ranges(spec.moe_layer_ids[0], 0)
-    whole, packed = ("bf16", "f16") if is_lossless("bf16", parts) else ("f32", "bf16")
+    dtypes = checkpoint.expert_dtypes(spec.moe_layer_ids[0], 0)
+    whole, packed = ("bf16", "f16") if is_lossless("bf16", dtypes) else ("f32", "bf16")
     forms = [[whole] * spec.num_experts for _ in spec.moe_layer_ids]
     for row, expert_id in experts:
         forms[row][expert_id] = packed

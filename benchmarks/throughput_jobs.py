@@ -19,8 +19,9 @@ from work_bounds import Work
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
-from edge_moe.converters.calibrate import calibrate, checked_forms
+from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+from edge_moe.converters.calibration_request import checked_forms
 from edge_moe.converters.form_loss import is_lossless
 from edge_moe.converters.recover import RecoveryReport, recover
 from edge_moe.converters.recover_text import TrainText, split_text
@@ -109,9 +110,9 @@ class Bench:
     def _num_lossy_forms(self) -> int:
         """Forms that calibration measures."""
         spec = self.checkpoint.spec
-        parts = self.checkpoint.expert_ranges(spec.moe_layer_ids[0], 0)
+        dtypes = self.checkpoint.expert_dtypes(spec.moe_layer_ids[0], 0)
         packed = [form for form in checked_forms(spec, None) if form != DROP]
-        return sum(not is_lossless(form, parts) for form in packed)
+        return sum(not is_lossless(form, dtypes) for form in packed)
 
     def _ready(self, name: str) -> Ready:
         makers: dict[str, Callable[[], Ready]] = {

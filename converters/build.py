@@ -1,4 +1,4 @@
-"""`build`: a plan and its checkpoint in, an artefact folder out. Streaming, atomic, resumable."""
+"""`build`: a plan and its model in, an artefact folder out. Streaming, atomic, resumable."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from edge_moe import __version__
+from edge_moe.candidates import check_target
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import state_and_require_memory
 from edge_moe.converters.export_hf import check_hf, export_hf
@@ -19,10 +20,13 @@ from edge_moe.errors import InputError, PlanError
 from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
 from edge_moe.formats.quantise import get_quantiser
+from edge_moe.gguf_model import GgufModel
 from edge_moe.onnx_folder import OnnxOptions
+from edge_moe.open_model import open_model
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, Target
 from edge_moe.rebill import rebill
+from edge_moe.source_model import SourceModel
 from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes
 
@@ -35,14 +39,16 @@ def build(
     *,
     model: Path | None = None,
     target: Target | None = None,
+    stats: Path | None = None,
     onnx: OnnxOptions | None = None,
 ) -> Path:
     """Build what `plan` says into the new folder `output`, which is returned.
 
-    The checkpoint is `model`, or else `plan.model` (a folder or a hub id); `target` overrides the
-    plan's; `onnx` holds options of that target. A build that was killed resumes when the same call
-    is made again, with the same bytes as a result. `output` appears when it is complete, never
-    before.
+    The source is `model`, or else `plan.model` (a folder, a .gguf file or a hub id); `target`
+    overrides the plan's. `stats` are the plan's statistics, whose moments weigh columns where the
+    types of a .gguf file change; `onnx` holds options of that target. A build that was killed
+    resumes when the same call is made again, with the same bytes as a result. `output` appears
+    when it is complete, never before.
 
     Raises:
         PlanError: the plan was made from another checkpoint.
@@ -56,23 +62,25 @@ def build(
     if onnx is not None and target != "onnx":
         raise InputError(f"target {target} has no ONNX options: leave them out")
     require_new_output(output)
-    checkpoint = Checkpoint(model or _resolve(plan.model))
-    _check_plan(plan, checkpoint)
+    source = open_model(model or _resolve(plan.model))
+    check_target(source.spec, target)
+    _check_plan(plan, source)
     if target == "hf":
-        check_hf(plan, checkpoint.spec)
-    plan = rebill(plan, checkpoint, target)
+        check_hf(plan, source.spec)
+    plan = rebill(plan, source, target)
     with build_folder(output, _build_fingerprint(plan, target, onnx)) as work:
-        if target == "native":
-            export_native(plan, checkpoint, work, _packer(plan, checkpoint))
+        if isinstance(source, GgufModel):
+            _slice(plan, source, work, stats)
+        elif target == "native":
+            export_native(plan, source, work, _packer(plan, source))
         elif target == "hf":
-            export_hf(plan, checkpoint, work)
+            export_hf(plan, source, work)
         elif target == "onnx":
             from edge_moe.converters.onnx.export import export_onnx
 
-            packer = _packer(plan, checkpoint)
-            export_onnx(plan, checkpoint, work, packer, onnx or OnnxOptions())
+            export_onnx(plan, source, work, _packer(plan, source), onnx or OnnxOptions())
         else:
-            _build_gguf(plan, checkpoint, work)
+            _build_gguf(plan, source, work)
     return output
 
 
@@ -82,24 +90,24 @@ def _resolve(model: str) -> Path:
     return resolve_model(model)
 
 
-def _check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
+def _check_plan(plan: Plan, source: SourceModel) -> None:
     """Refuse a plan for another model, or one that was edited out of shape."""
-    spec = checkpoint.spec
-    if plan.model_fingerprint != checkpoint.fingerprint:
+    spec = source.spec
+    if plan.model_fingerprint != source.fingerprint:
         raise PlanError(
             f"the plan was made from {plan.model} (fingerprint {plan.model_fingerprint[:12]}), "
-            f"but {checkpoint.folder} has the fingerprint {checkpoint.fingerprint[:12]}: "
-            "give the checkpoint it was made from, or plan again"
+            f"but {source.location} has the fingerprint {source.fingerprint[:12]}: "
+            "give the model it was made from, or plan again"
         )
     if tuple(plan.moe_layer_ids) != spec.moe_layer_ids:
         raise PlanError(
-            f"the plan lists the MoE layers {plan.moe_layer_ids}, {checkpoint.folder} has "
+            f"the plan lists the MoE layers {plan.moe_layer_ids}, {source.location} has "
             f"{list(spec.moe_layer_ids)}: plan again"
         )
     if len(plan.forms[0]) != spec.num_experts or plan.top_k != spec.top_k:
         raise PlanError(
             f"the plan is for top-{plan.top_k} of {len(plan.forms[0])} experts, "
-            f"{checkpoint.folder} has top-{spec.top_k} of {spec.num_experts}: plan again"
+            f"{source.location} has top-{spec.top_k} of {spec.num_experts}: plan again"
         )
     _check_bill(plan, spec)
 
@@ -107,8 +115,8 @@ def _check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
 def _check_bill(plan: Plan, spec: ModelSpec) -> None:
     """Refuse a bill that the plan's own forms and budget contradict."""
     counts = Counter(form for row in plan.forms for form in row)
-    widths = spec.hidden_size, spec.expert_width
-    needed = sum(count * expert_bytes(form, *widths) for form, count in counts.items())
+    shape = spec.expert_shape
+    needed = sum(count * expert_bytes(form, *shape) for form, count in counts.items())
     stated = plan.term("experts").num_bytes
     if needed != stated:
         raise PlanError(
@@ -142,12 +150,28 @@ def _build_fingerprint(plan: Plan, target: Target, onnx: OnnxOptions | None) -> 
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _slice(plan: Plan, source: GgufModel, work: BuildFolder, stats: Path | None) -> None:
+    from edge_moe.converters.expert_squares import stored_squares
+    from edge_moe.converters.slice_gguf import slice_gguf
+
+    squares = None if stats is None else stored_squares(stats, plan, source.spec)
+    path = slice_gguf(plan, source, work.path / GGUF_NAME, squares)
+    _finish_gguf(plan, source, work, source.file_bytes, path)
+
+
 def _build_gguf(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:
     from edge_moe.converters.export_gguf import export_gguf
 
     packer = _packer(plan, checkpoint)
     path = export_gguf(plan, checkpoint, work.path / GGUF_NAME, packer)
     source_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
+    _finish_gguf(plan, checkpoint, work, source_bytes, path)
+
+
+def _finish_gguf(
+    plan: Plan, source: Checkpoint | GgufModel, work: BuildFolder, source_bytes: int, path: Path
+) -> None:
+    """The model card and the plan beside the file `path`."""
     sizes = [SizeRow("whole model", source_bytes, path.stat().st_size)]
-    write_text(work.path / CARD_NAME, model_card(plan, checkpoint, work.output.name, "gguf", sizes))
+    write_text(work.path / CARD_NAME, model_card(plan, source, work.output.name, "gguf", sizes))
     plan.save(work.path / PLAN_NAME)

@@ -14,58 +14,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-import edge_moe
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.block_sums import WindowObservation, add_window
 from edge_moe.converters.calibrated_packing import CalibratedPacker
 from edge_moe.converters.calibration_memory import (
     calibration_terms,
     hidden_file_bytes,
     state_and_require_memory,
 )
+from edge_moe.converters.calibration_request import (
+    CalibrationRequest,
+    Fingerprints,
+    checked_forms,
+)
 from edge_moe.converters.calibration_work import (
     CalibrationWork,
     HiddenWriter,
     calibration_work,
 )
-from edge_moe.converters.form_loss import FormLosses, add_moments
+from edge_moe.converters.form_loss import CheckpointExperts, FormLosses, add_moments
 from edge_moe.converters.layer_stream import LayerStream
-from edge_moe.converters.observe import OBSERVE, BlockObserver, WindowObservation
+from edge_moe.converters.observe import OBSERVE, BlockObserver, router_scores_of
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.progress import progress_bar
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.exact_sum import ExactSum
 from edge_moe.files import require_free_disk
-from edge_moe.formats import DROP, get_form
-from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
+from edge_moe.formats import DROP
+from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gradient_stats import load_gradients
 from edge_moe.plan import CalibrationOptions
 from edge_moe.runtime.session import load_tokenizer
-from edge_moe.spec import ModelSpec
-from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo, require_unfinished
+from edge_moe.stats import ExpertStats, StatsInfo, require_unfinished
 from edge_moe.tasks import (
-    task_argument,
-    task_label,
     task_windows,
     tokenizer_fingerprint,
     windows_fingerprint,
 )
-
-
-class CalibrationArguments(TypedDict, total=False):
-    """The keyword arguments of `calibrate`, for functions that hand them on."""
-
-    window_tokens: int
-    max_windows: int | None
-    shard: tuple[int, int]
-    forms: Sequence[str] | None
-    quantiser: str | None
 
 
 def calibrate(
@@ -123,39 +115,12 @@ def calibration_text(
         EdgeMoeError: bad model, text or option.
     """
     model = checkpoint.folder
-    _check_options(checkpoint.spec, window_tokens, shard)
-    quantiser = _quantiser(quantiser, shard, forms)
+    request = CalibrationRequest(tuple(tasks), window_tokens, max_windows, shard, forms, quantiser)
+    request.check(checkpoint.spec)
     tokenizer = load_tokenizer(model)
     windows = task_windows(tasks, "calibration", tokenizer, window_tokens, max_windows)
-    covered = _shard_windows(len(windows), shard)
-    texts = [windows[index] for index in covered]
-    info = StatsInfo(
-        version=STATS_VERSION,
-        edge_moe_version=edge_moe.__version__,
-        model_type=checkpoint.spec.model_type,
-        model_fingerprint=checkpoint.fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(model),
-        data_fingerprint=windows_fingerprint(windows),
-        tasks=tuple(task_label(task) for task in tasks),
-        window_tokens=window_tokens,
-        num_windows=len(windows),
-        windows=covered,
-        num_tokens=sum(map(len, texts)),
-        moe_layer_ids=checkpoint.spec.moe_layer_ids,
-        num_experts=checkpoint.spec.num_experts,
-        top_k=checkpoint.spec.top_k,
-        quantiser=quantiser,
-        forms=forms,
-        options=CalibrationOptions(
-            tasks=tuple(task_argument(task) for task in tasks),
-            window_tokens=window_tokens,
-            max_windows=max_windows,
-            forms=forms,
-            shards=(shard,),
-            quantiser=quantiser,
-        ),
-    )
-    return info, texts
+    fingerprints = Fingerprints(checkpoint.fingerprint, tokenizer_fingerprint(model))
+    return request.run_over(windows, checkpoint.spec, fingerprints)
 
 
 def text_packer(
@@ -198,7 +163,7 @@ class _Run:
         self.texts = texts
         self.known = known
         self.stream = LayerStream(checkpoint, OBSERVE)
-        self.form_losses = FormLosses(checkpoint, info.forms, info.quantiser)
+        self.form_losses = FormLosses(CheckpointExperts(checkpoint), info.forms, info.quantiser)
         self.progress = progress_bar()
         self.bar = self.progress.add_task(
             "calibrating", total=self._units(checkpoint.spec.num_layers)
@@ -221,8 +186,9 @@ class _Run:
 
     def _check_outside_layers(self) -> None:
         """Embeddings, final norm and output head: no layer reads them, a damaged one ruins all."""
+        layers = self.checkpoint.spec.layer_prefix(0).removesuffix("0.")
         for info in self.checkpoint.dense_tensors:
-            if not info.name.startswith("model.layers."):
+            if not info.name.startswith(layers):
                 self.checkpoint.check_finite(info.name)
 
     def _units(self, num_layers: int) -> float:
@@ -258,7 +224,7 @@ class _Run:
                 stats.form_loss.merge(ExactSum(self.known.high[row], self.known.low[row]))
             for observation, losses in zip(seen, form_losses, strict=True):
                 losses[:, stats.form_index(DROP)] = observation.drop_loss
-                _add_window(stats, observation, losses)
+                add_window(stats, observation, losses)
         except OverflowError as error:
             raise CheckpointError(
                 f"{self.checkpoint.folder}: layer {layer_id}: {error}; its weights are damaged: "
@@ -275,8 +241,13 @@ class _Run:
             self.progress.advance(self.bar, len(seen) * num_forms)
             return np.zeros((len(seen), num_experts, num_forms))
         step = len(seen) * num_forms / num_experts
+        spec = self.checkpoint.spec
         return self.form_losses.measure(
-            layer_id, block, seen, lambda: self.progress.advance(self.bar, step)
+            layer_id,
+            block.experts,
+            seen,
+            lambda: self.progress.advance(self.bar, step),
+            lambda: [router_scores_of(block, each.inputs, spec) for each in seen],
         )
 
     def _outputs(self, layer_id: int, writer: HiddenWriter) -> Iterator[Tensor]:
@@ -297,81 +268,6 @@ def _known_losses(output: Path, info: StatsInfo) -> ExactSum | None:
     """
     gradients = load_gradients(output, info)
     return None if gradients is None else gradients.packed_loss()
-
-
-def _add_window(
-    stats: ExpertStats,
-    observation: WindowObservation,
-    form_losses: npt.NDArray[np.float64],
-) -> None:
-    """Add one window to the statistics of one layer; `form_losses` is [E, F]."""
-    stats.routed_tokens[0] += observation.routed_tokens
-    np.maximum(stats.max_output[0], observation.max_output, out=stats.max_output[0])
-    for name, values in observation.expert_sums.items():
-        stats.expert_sums[name].add(values, index=0)
-    stats.layer_sums["moe_square"].add(observation.moe_square, index=0)
-    stats.layer_sums["residual_square"].add(observation.residual_square, index=0)
-    stats.form_loss.add(form_losses, index=0)
-
-
-def _check_options(spec: ModelSpec, window_tokens: int, shard: tuple[int, int]) -> None:
-    if window_tokens > spec.max_position_embeddings:
-        raise InputError(
-            f"--window-tokens is {window_tokens}, more than the model's context of "
-            f"{spec.max_position_embeddings}: use a smaller window"
-        )
-    index, count = shard
-    if not 0 <= index < count:
-        raise InputError(
-            f"shard {index}/{count} does not exist: use 0/{count} to {count - 1}/{count}"
-        )
-
-
-def _quantiser(name: str | None, shard: tuple[int, int], forms: Sequence[str]) -> str:
-    """The quantiser to measure `forms` with.
-
-    Raises:
-        InputError: unknown, one that does not pack all of `forms`, or one that needs the whole text
-            with a shard of it.
-    """
-    if name is None:
-        return BEST_QUANTISER if shard[1] == 1 else "nearest"
-    quantiser = get_quantiser(name)
-    if quantiser.needs and shard[1] > 1:
-        raise InputError(
-            f"quantiser {name!r} needs the whole text at once, not shard {shard[0]}/{shard[1]}: "
-            "leave out --shard, or use --quantiser nearest"
-        )
-    others = [form for form in forms if not quantiser.packs(form)]
-    if others:
-        known = quantiser.forms or ()
-        raise InputError(
-            f"quantiser {name!r} packs {', '.join(known)}, not {', '.join(others)}: measure only "
-            f"those, --forms {known[0]}, or use another quantiser"
-        )
-    return name
-
-
-def _shard_windows(num_windows: int, shard: tuple[int, int]) -> tuple[int, ...]:
-    index, count = shard
-    covered = tuple(range(index, num_windows, count))
-    if not covered:
-        raise InputError(f"shard {index}/{count} is empty: the text has only {num_windows} windows")
-    return covered
-
-
-def checked_forms(spec: ModelSpec, forms: Sequence[str] | None) -> tuple[str, ...]:
-    """`drop` first, then the packed forms; each must fit the expert's shapes."""
-    if forms is None:
-        from edge_moe.candidates import candidate_forms
-
-        forms = candidate_forms(spec, "native")
-    packed = tuple(dict.fromkeys(form for form in forms if form != DROP))
-    for name in packed:
-        form = get_form(name)
-        form.row_bytes(spec.hidden_size)
-        form.row_bytes(spec.expert_width)
-    return (DROP, *packed)
 
 
 def _require_room(checkpoint: Checkpoint, info: StatsInfo, output: Path) -> None:

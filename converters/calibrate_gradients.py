@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from edge_moe.converters.calibrate import CalibrationArguments, calibrate
+from edge_moe.converters.calibrate import calibrate
+from edge_moe.converters.calibration_request import CalibrationArguments
 from edge_moe.converters.gradient_loss import measure_gradients
 from edge_moe.gradient_stats import GradientStats
 from edge_moe.stats import ExpertStats

@@ -9,7 +9,7 @@ every token counts) and two experts' hessians.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,18 @@ from torch import Tensor
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import packing_terms
 from edge_moe.converters.layer_stream import LayerStream
-from edge_moe.converters.observe import OBSERVE, expert_output, router_scores_of
+from edge_moe.converters.observe import OBSERVE, router_scores_of
 from edge_moe.converters.second_moments import (
     WEIGHTING,
     ExpertMoments,
     expert_moments,
     moment_arguments,
 )
+from edge_moe.converters.stacked_experts import run_stacked
 from edge_moe.formats.base import ByteArray
 from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 from edge_moe.plan import MemoryTerm
+from edge_moe.runtime.moe_block import MODULE_STACKS
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class CalibratedPacker:
         self._layer_id = -1
         self._routed: list[RoutedTokens] = []
         self._scores: list[Tensor] | None = None
+        self._biases: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
     def memory_terms(self) -> list[MemoryTerm]:
@@ -79,7 +82,7 @@ class CalibratedPacker:
         self._go_to(layer_id)
         gate, up, down = (torch.from_numpy(matrix) for matrix in weights)
         block = self._stream.moe_block(layer_id)
-        one = _OneExpert(block.experts, expert_id, torch.cat([gate, up]), down)
+        one = _OneExpert(block.experts, expert_id, torch.cat([gate, up]), down, self._biases)
         return expert_moments(
             *(one, expert_id, self._routed), weighting=WEIGHTING, token_scores=self._scores
         )
@@ -101,9 +104,13 @@ class CalibratedPacker:
         self._routed = []
         with self._stream.loaded(layer_id):
             if layer_id in self._checkpoint.spec.moe_layer_ids:
-                self._stream.moe_block(layer_id).experts.observer = _Recorder(
-                    self._stream.moe_block(layer_id).experts, self._routed
-                )
+                experts = self._stream.moe_block(layer_id).experts
+                experts.observer = _Recorder(experts, self._routed)
+                self._biases = {
+                    name: value.clone()
+                    for name, value in experts.named_parameters()
+                    if name not in MODULE_STACKS
+                }
             for index, hidden in enumerate(self._hidden):
                 self._hidden[index] = self._stream.run(layer_id, hidden)
             if self._routed and get_quantiser(self._quantiser).uses_every_token:
@@ -121,20 +128,24 @@ class _Recorder:
     def observe(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """[T, H], [T, k], [T, k] -> [T, H]"""
         self._routed.append(RoutedTokens(hidden, ids, weights.double()))
-        output = torch.zeros_like(hidden)
-        for expert_id in ids.unique().tolist():  # type: ignore[no-untyped-call]
-            token, slot = (ids == expert_id).nonzero(as_tuple=True)
-            gate_up = self._experts.gate_up_proj[expert_id]
-            down = self._experts.down_proj[expert_id]
-            found = expert_output(self._experts, hidden[token], gate_up, down)
-            output.index_add_(0, token, found * weights[token, slot, None].to(found.dtype))
-        return output
+        return run_stacked(self._experts, hidden, ids, weights)
 
 
 class _OneExpert:
     """Looks like the experts module to `expert_moments`, with the weights of one expert only."""
 
-    def __init__(self, experts: Any, expert_id: int, gate_up: Tensor, down: Tensor) -> None:
+    def __init__(
+        self,
+        experts: Any,
+        expert_id: int,
+        gate_up: Tensor,
+        down: Tensor,
+        biases: Mapping[str, Tensor],
+    ) -> None:
+        self._experts = experts
+        self._biases = biases
         self.gate_up_proj = {expert_id: gate_up}
         self.down_proj = {expert_id: down}
-        self._apply_gate = experts._apply_gate
+
+    def __getattr__(self, name: str) -> Any:
+        return self._biases[name] if name in self._biases else getattr(self._experts, name)

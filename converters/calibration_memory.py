@@ -154,7 +154,7 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 def _layer_dense_tensors(checkpoint: Checkpoint, layer_id: int) -> list[TensorInfo]:
-    prefix = f"model.layers.{layer_id}."
+    prefix = checkpoint.spec.layer_prefix(layer_id)
     return [info for info in checkpoint.dense_tensors if info.name.startswith(prefix)]
 
 

@@ -114,7 +114,7 @@ class CalibrationWork:
     def save_layer(self, stats: ExpertStats) -> None:
         """Write the statistics of one layer (`stats` of a single MoE layer)."""
         (layer_id,) = stats.info.moe_layer_ids
-        with atomic_path(self._layer_path(layer_id)) as temporary:
+        with atomic_path(self.layer_path(layer_id)) as temporary:
             save_file(stats.to_arrays(), temporary)
 
     def save_moments(self, layer_id: int, moments: LayerMoments) -> None:
@@ -140,7 +140,7 @@ class CalibrationWork:
             StatsError: a layer's file is missing or damaged.
         """
         try:
-            parts = [load_file(self._layer_path(layer)) for layer in self._info.moe_layer_ids]
+            parts = [load_file(self.layer_path(layer)) for layer in self._info.moe_layer_ids]
         except (OSError, SafetensorError) as error:
             raise StatsError(
                 f"{self.folder} is damaged ({error}): remove it and calibrate again"
@@ -166,7 +166,7 @@ class CalibrationWork:
     def _hidden_path(self, layer_id: int) -> Path:
         return self.folder / f"hidden_{layer_id:04}.safetensors"
 
-    def _layer_path(self, layer_id: int) -> Path:
+    def layer_path(self, layer_id: int) -> Path:
         return self.folder / f"layer_{layer_id:04}.safetensors"
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.compare.record import CompareOptions, task_key
-from edge_moe.converters.calibrate import calibration_text, checked_forms, text_packer
+from edge_moe.converters.calibrate import calibration_text, text_packer
 from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+from edge_moe.converters.calibration_request import checked_forms
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.demo import task_names
 from edge_moe.gradient_stats import GradientStats, load_gradients

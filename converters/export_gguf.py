@@ -30,11 +30,16 @@ from edge_moe.converters.gguf_writer import (
 )
 from edge_moe.converters.packer import Packer
 from edge_moe.converters.progress import byte_progress
-from edge_moe.converters.slicing import SlicedTensor, slice_rows, whole_tensor
-from edge_moe.converters.source_bytes import read_float32
+from edge_moe.converters.slicing import SlicedTensor, slice_experts, whole_tensor
 from edge_moe.errors import TargetError
 from edge_moe.files import atomic_path, require_free_disk
-from edge_moe.formats import expert_packed_bytes, form_fits, get_form
+from edge_moe.formats import (
+    STORED_NAMES,
+    expert_packed_bytes,
+    form_fits,
+    get_form,
+    split_form,
+)
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
 
@@ -122,12 +127,12 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
                 f"target gguf: layer {layer_id} mixes the forms {', '.join(forms)}, but GGUF "
                 "stores a layer's experts in one form: plan again with --target gguf"
             )
-        if get_form(forms[0]).ggml_type is None:
+        if not set(split_form(forms[0])) <= set(STORED_NAMES):
             raise TargetError(
                 f"target gguf: layer {layer_id} is planned as {forms[0]}, which ggml does not "
                 "know: plan again with --target gguf"
             )
-        if not form_fits(forms[0], spec.hidden_size, spec.expert_width):
+        if not form_fits(forms[0], *spec.expert_shape):
             raise TargetError(
                 f"target gguf: layer {layer_id} is planned as {forms[0]}, whose blocks of "
                 f"{get_form(forms[0]).block_size} do not divide {spec.hidden_size} and "
@@ -152,7 +157,9 @@ def _dense_tensors(plan: Plan, checkpoint: Checkpoint) -> Iterator[GgufTensor]:
         if info.name == "lm_head.weight" and spec.tie_word_embeddings:
             continue
         if info.name in kept:
-            yield _dense_tensor(info, slice_rows(info, kept[info.name], "f32"), "f32")
+            yield _dense_tensor(
+                info, slice_experts(info, kept[info.name], spec.num_experts, "f32"), "f32"
+            )
             continue
         form = "f32" if is_exact or len(info.shape) < 2 else _FORM_OF_DTYPE[info.dtype]
         is_same = form == _FORM_OF_DTYPE[info.dtype]
@@ -208,11 +215,11 @@ def _pack_projection(
     A packer packs whole experts, so each is packed once per projection.
     """
     spec = checkpoint.spec
-    sizes = expert_packed_bytes(form, spec.hidden_size, spec.expert_width)
+    sizes = expert_packed_bytes(form, *spec.expert_shape)
     part = slice(sum(sizes[:projection]), sum(sizes[: projection + 1]))
     for expert_id in expert_ids:
         if packer is not None:
             yield packer.pack(layer_id, expert_id, form)[part].tobytes()
             continue
-        weights = read_float32(checkpoint.expert_ranges(layer_id, expert_id)[projection])
+        weights = checkpoint.projection(layer_id, expert_id, projection)
         yield get_form(form).pack(weights).tobytes()

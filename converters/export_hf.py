@@ -31,7 +31,7 @@ from edge_moe.converters.slicing import (
     SlicedTensor,
     data_bytes,
     dense_tensors,
-    slice_rows,
+    slice_experts,
     whole_tensor,
 )
 from edge_moe.converters.staging import BuildFolder
@@ -65,7 +65,8 @@ def export_hf(
     check_hf(plan, checkpoint.spec)
     dense = dense_tensors(plan, checkpoint)
     experts = list(_kept_experts(plan, checkpoint))
-    tensors = {tensor.entry.name: tensor for tensor in dense + experts}
+    others = [whole_tensor(info) for info in checkpoint.other_tensors]
+    tensors = {tensor.entry.name: tensor for tensor in dense + experts + others}
     shards = split_into_shards([tensor.entry for tensor in tensors.values()], shard_bytes)
     total_bytes = sum(file_bytes(shard) for shard in shards)
     needed_bytes = total_bytes + sidecar_bytes(checkpoint.folder) + _SMALL_FILES_BYTES
@@ -76,7 +77,7 @@ def export_hf(
         for shard_name, shard in zip(shard_names(len(shards)), shards, strict=True):
             _write_shard(shard_name, [tensors[entry.name] for entry in shard], work, advance)
     write_index(work.path, shards)
-    sizes = size_rows(checkpoint, data_bytes(dense), data_bytes(experts))
+    sizes = size_rows(checkpoint, data_bytes(dense + others), data_bytes(experts))
     write_text(work.path / CARD_NAME, model_card(plan, checkpoint, name, "hf", sizes))
     plan.save(work.path / PLAN_NAME)
 
@@ -138,7 +139,8 @@ def _layer_experts(
     spec, tensors = checkpoint.spec, checkpoint.tensors
     if checkpoint.is_fused:
         for name in spec.fused_tensor_names(layer_id):
-            yield slice_rows(tensors[name], kept, _conversion(tensors[name], form))
+            info = tensors[name]
+            yield slice_experts(info, kept, spec.num_experts, _conversion(info, form))
         return
     for new_id, expert_id in enumerate(kept):
         old_names = spec.expert_tensor_names(layer_id, expert_id)

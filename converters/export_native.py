@@ -113,7 +113,7 @@ def _dense_tensors(plan: Plan, checkpoint: Checkpoint) -> list[SlicedTensor]:
 
 def _layer_files(plan: Plan, spec: ModelSpec) -> list[_LayerFile]:
     bytes_of = {
-        form: expert_bytes(form, spec.hidden_size, spec.expert_width)
+        form: expert_bytes(form, *spec.expert_shape)
         for form in {form for row in plan.forms for form in row}
     }
     return [

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.block_sums import RoutedWindow
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
-from edge_moe.converters.observe import (
-    RoutedWindow,
-    expert_inner,
-    expert_output,
-    router_scores_of,
-)
 from edge_moe.converters.second_moments import (
     WEIGHTING,
     ExpertMoments,
@@ -31,10 +26,37 @@ from edge_moe.converters.second_moments import (
 from edge_moe.formats import DROP, get_form, unpack_expert
 from edge_moe.formats.quantise import get_quantiser, pack_expert_with
 from edge_moe.moments import LayerMoments
+from edge_moe.runtime.moe_block import expert_inner, expert_output
 from edge_moe.spec import ModelSpec
 
-_LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
+LOSSLESS = {"BF16": ("bf16", "f32"), "F16": ("f16", "f32"), "F32": ("f32",)}
 """Stored dtype -> forms that hold it without loss."""
+
+Exact = tuple[bool, bool, bool]
+"""Whether a form holds the stored (gate_proj, up_proj, down_proj) of an expert without loss."""
+
+
+class ExpertSource(Protocol):
+    """Where experts come from, and how they are stored there."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def exact_parts(self, layer_id: int, expert_id: int, form: str) -> Exact:
+        """Which projections of an expert stay as they are in `form`."""
+
+
+class CheckpointExperts:
+    """The experts of a Hugging Face checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.spec = checkpoint.spec
+
+    def exact_parts(self, layer_id: int, expert_id: int, form: str) -> Exact:
+        """All three or none: they are packed together."""
+        is_exact = is_lossless(form, self._checkpoint.expert_dtypes(layer_id, expert_id))
+        return is_exact, is_exact, is_exact
 
 
 @dataclass(frozen=True)
@@ -67,56 +89,72 @@ class FormLosses:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, forms: Sequence[str], quantiser: str = "nearest"
+        self,
+        source: ExpertSource,
+        forms: Sequence[str],
+        quantiser: str = "nearest",
+        *,
+        prefers_squares: bool = False,
     ) -> None:
-        """`forms` in the order of the statistics' last axis."""
-        spec = checkpoint.spec
-        self._checkpoint = checkpoint
+        """`forms` in the order of the statistics' last axis.
+
+        With `prefers_squares` a quantiser that can do without hessians gets what statistics keep,
+        see `LayerMoments`, as from a builder that does not run the text again.
+        """
+        spec = source.spec
+        self._source = source
         self._quantiser = quantiser
-        self._scores: list[Tensor] | None = None
+        needs = get_quantiser(quantiser).needs
+        self._takes_squares = prefers_squares and "squares" in needs
+        self._scores: Sequence[Tensor] | None = None
         self._forms = tuple(forms)
-        self._gate_up = torch.empty(2 * spec.expert_width, spec.hidden_size)
-        self._down = torch.empty(spec.hidden_size, spec.expert_width)
+        self._gate_up = torch.empty(spec.inner_rows, spec.expert_hidden)
+        self._down = torch.empty(spec.expert_hidden, spec.expert_width)
 
     def measure(
         self,
         layer_id: int,
-        block: Any,
+        experts: Any,
         windows: Sequence[RoutedWindow],
         on_expert: Callable[[], None],
+        scores: Callable[[], Sequence[Tensor]],
     ) -> npt.NDArray[np.float64]:
         """[windows, E, F] sum over routed tokens of (g |f - f_form|)**2; `drop` stays 0."""
-        num_experts = self._checkpoint.spec.num_experts
+        num_experts = self._source.spec.num_experts
         losses = np.zeros((len(windows), num_experts, len(self._forms)))
-        for each in self.changes(layer_id, block, windows, on_expert):
+        for each in self.changes(layer_id, experts, windows, on_expert, scores):
             losses[each.window, each.expert_id, each.form] = each.loss
         return losses
 
     def changes(
         self,
         layer_id: int,
-        block: Any,
+        experts: Any,
         windows: Sequence[RoutedWindow],
         on_expert: Callable[[], None],
+        scores: Callable[[], Sequence[Tensor]],
     ) -> Iterator[FormChange]:
-        """What every lossy packed form does to every expert of a MoE block on every window."""
+        """What every lossy packed form does to every expert of a MoE block on every window.
+
+        `experts` is transformers' experts module, or what looks like it; `scores` gives the
+        router's [T, E] on every window, and is asked where every token counts.
+        """
         if get_quantiser(self._quantiser).uses_every_token:
-            spec = self._checkpoint.spec
-            self._scores = [router_scores_of(block, window.inputs, spec) for window in windows]
-        for expert_id in range(self._checkpoint.spec.num_experts):
+            self._scores = scores()
+        for expert_id in range(self._source.spec.num_experts):
             routed = [(window.expert_ids == expert_id).nonzero(as_tuple=True) for window in windows]
             if any(len(token) for token, _ in routed):
-                yield from self._expert_changes(layer_id, block.experts, expert_id, windows, routed)
+                yield from self._expert_changes(layer_id, experts, expert_id, windows, routed)
             on_expert()
 
-    def _lossy_forms(self, layer_id: int, expert_id: int) -> list[int]:
-        """Positions of the forms that change this expert's stored weights."""
-        parts = self._checkpoint.expert_ranges(layer_id, expert_id)
-        return [
-            position
+    def _lossy_forms(self, layer_id: int, expert_id: int) -> dict[int, Exact]:
+        """Position of every form that changes this expert's stored weights -> what it keeps."""
+        kept = {
+            position: self._source.exact_parts(layer_id, expert_id, form)
             for position, form in enumerate(self._forms)
-            if form != DROP and not is_lossless(form, parts)
-        ]
+            if form != DROP
+        }
+        return {position: exact for position, exact in kept.items() if not all(exact)}
 
     def _expert_changes(
         self,
@@ -127,20 +165,29 @@ class FormLosses:
         routed: Sequence[tuple[Tensor, ...]],
     ) -> Iterator[FormChange]:
         """Each window is multiplied on its own."""
+        lossy = self._lossy_forms(layer_id, expert_id)
+        if not lossy:
+            return
         gate_up, down = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
         exact = [
-            expert_output(experts, window.inputs[token], gate_up, down)
+            expert_output(experts, window.inputs[token], gate_up, down, expert_id)
             for window, (token, _) in zip(windows, routed, strict=True)
         ]
         moments = None
         if get_quantiser(self._quantiser).needs:
             moments = expert_moments(
-                *(experts, expert_id, windows), weighting=WEIGHTING, token_scores=self._scores
+                *(experts, expert_id, windows),
+                weighting="none" if self._takes_squares else WEIGHTING,
+                token_scores=self._scores,
+                with_hessians=not self._takes_squares,
             )
-        for position in self._lossy_forms(layer_id, expert_id):
+        for position, kept in lossy.items():
             self._store(self._forms[position], gate_up, down, moments)
+            self._restore(gate_up, down, kept)
             for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):
-                stored = expert_output(experts, window.inputs[token], self._gate_up, self._down)
+                stored = expert_output(
+                    experts, window.inputs[token], self._gate_up, self._down, expert_id
+                )
                 yield FormChange(
                     expert_id=expert_id,
                     form=position,
@@ -159,11 +206,21 @@ class FormLosses:
             round_trip(form, down, self._down)
             return
         known = {} if moments is None else moment_arguments(moments)
-        gate, up = gate_up.numpy().reshape(2, -1, gate_up.shape[1])
+        gate, up = np.split(gate_up.numpy(), [len(gate_up) - down.shape[1]])
         record = pack_expert_with(form, gate, up, down.numpy(), self._quantiser, **known)
-        stored = unpack_expert(form, record, *down.shape)
+        stored = unpack_expert(form, record, *self._source.spec.expert_shape)
         self._gate_up.numpy()[...] = np.concatenate(stored[:2])
         self._down.numpy()[...] = stored[2]
+
+    def _restore(self, gate_up: Tensor, down: Tensor, kept: Exact) -> None:
+        """Put back the projections that the form leaves as they are stored."""
+        num_gates = len(gate_up) - down.shape[1]
+        parts = slice(num_gates), slice(num_gates, None)
+        for rows, is_kept in zip(parts, kept[:2], strict=True):
+            if is_kept:
+                self._gate_up[rows] = gate_up[rows]
+        if kept[2]:
+            self._down.copy_(down)
 
 
 def add_moments(experts: Any, windows: Sequence[RoutedWindow], spec: ModelSpec) -> LayerMoments:
@@ -172,11 +229,12 @@ def add_moments(experts: Any, windows: Sequence[RoutedWindow], spec: ModelSpec) 
     Cost per routed token: 4HI floating point operations; memory: one expert's tokens of a window.
     """
     moments = LayerMoments.zeros_of(spec)
-    for window in windows:
-        ids = window.expert_ids
-        for expert_id in np.unique(ids.numpy()).tolist():
-            inputs = window.inputs[(ids == expert_id).any(dim=1)]
-            inner = expert_inner(experts, inputs, experts.gate_up_proj[expert_id])
+    for expert_id in range(spec.num_experts):
+        for window in windows:
+            inputs = window.inputs[(window.expert_ids == expert_id).any(dim=1)]
+            if not len(inputs):
+                continue
+            inner = expert_inner(experts, inputs, experts.gate_up_proj[expert_id], expert_id)
             moments.input_squares.add(_square_sums(inputs), index=expert_id)
             moments.inner_squares.add(_square_sums(inner), index=expert_id)
     return moments
@@ -202,6 +260,6 @@ def round_trip(form_name: str, weights: Tensor, output: Tensor) -> None:
         target[rows] = form.unpack(form.pack(source[rows]), width)
 
 
-def is_lossless(form: str, parts: Sequence[TensorInfo]) -> bool:
-    """Whether `form` holds what is stored in `parts` without loss."""
-    return all(form in _LOSSLESS.get(part.dtype, ()) for part in parts)
+def is_lossless(form: str, dtypes: Sequence[str]) -> bool:
+    """Whether `form` holds what is stored in `dtypes` without loss."""
+    return all(form in LOSSLESS.get(dtype, ()) for dtype in dtypes)

@@ -14,7 +14,7 @@ from edge_moe.spec import ModelSpec
 
 _QUANTIZATION_VERSION = 2
 # llama.h's llama_ftype: a label for people, taken from the form that most experts have
-_FILE_TYPES = {
+FILE_TYPES = {
     "f32": 0,
     "f16": 1,
     "q4_0": 2,
@@ -129,4 +129,4 @@ def _rope_theta(config: dict[str, Any]) -> float:
 
 def _file_type(plan: Plan) -> int:
     forms = [row[plan.kept(row)[0]] for row in plan.forms]
-    return _FILE_TYPES[max(sorted(set(forms)), key=forms.count)]
+    return FILE_TYPES[max(sorted(set(forms)), key=forms.count)]

@@ -17,20 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.calibrate import calibration_text, checked_forms
+from edge_moe.converters.block_sums import mix
+from edge_moe.converters.calibrate import calibration_text
 from edge_moe.converters.calibration_memory import hidden_file_bytes, state_and_require_memory
-from edge_moe.converters.form_loss import FormLosses
+from edge_moe.converters.calibration_request import checked_forms
+from edge_moe.converters.form_loss import CheckpointExperts, FormLosses
 from edge_moe.converters.gradient_memory import gradient_terms
 from edge_moe.converters.gradient_stream import BlockGradient, GradientStream, LayerGradients
 from edge_moe.converters.gradient_work import GradientWork, gradient_work, require_no_gradients
-from edge_moe.converters.observe import mix
+from edge_moe.converters.observe import router_scores_of
 from edge_moe.converters.progress import progress_bar
 from edge_moe.converters.rerouting import weight_changes
-from edge_moe.errors import CheckpointError
+from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import require_free_disk
 from edge_moe.formats import DROP
 from edge_moe.gradient_stats import (
@@ -40,6 +41,7 @@ from edge_moe.gradient_stats import (
     GradientStats,
     Labels,
 )
+from edge_moe.runtime.moe_block import expert_inner
 from edge_moe.stats import ExpertStats
 
 
@@ -69,6 +71,11 @@ def measure_gradients(
     require_no_gradients(output)
     checkpoint = Checkpoint(model)
     spec = checkpoint.spec
+    if spec.latent_width:
+        raise InputError(
+            f"{spec.model_type}'s experts work on a latent state of {spec.latent_width} values, "
+            "whose loss gradients are not measured: calibrate without --gradients"
+        )
     base, texts = calibration_text(
         checkpoint, tasks, window_tokens, max_windows, shard, checked_forms(spec, forms), quantiser
     )
@@ -108,7 +115,7 @@ class _Run:
         self._stream = GradientStream(
             checkpoint, info, work, texts, lambda: self._progress.advance(self._bar)
         )
-        self._form_losses = FormLosses(checkpoint, info.forms, info.quantiser)
+        self._form_losses = FormLosses(CheckpointExperts(checkpoint), info.forms, info.quantiser)
 
     def finish(self) -> GradientStats:
         """The statistics of all layers."""
@@ -146,7 +153,7 @@ class _Run:
 
     def _measure(self, layer: LayerGradients) -> GradientStats:
         """All sums of one layer."""
-        stats = self._work.layer_zeros(layer.layer_id)
+        stats, spec = self._work.layer_zeros(layer.layer_id), self._checkpoint.spec
         kept = []
         for window in layer.windows:
             stats.gradient_square.add(float(window.gradient.double().square().sum()), index=0)
@@ -158,9 +165,10 @@ class _Run:
         step = self._num_windows * len(self._info.forms) / self._info.num_experts
         changes = self._form_losses.changes(
             layer.layer_id,
-            layer.block,
+            layer.block.experts,
             kept,
             lambda: self._progress.advance(self._bar, step),
+            lambda: [router_scores_of(layer.block, each.inputs, spec) for each in kept],
         )
         for each in changes:
             change = each.gates[:, None] * each.change
@@ -203,7 +211,7 @@ def neuron_squares(
     `inputs` [n, H] are tokens that chose the expert, `gradient` [n, H] that of the loss at the
     expert's own un-gated output. h is what a neuron gives to down_proj, w its column there.
     """
-    hidden = experts._apply_gate(F.linear(inputs, experts.gate_up_proj[expert_id]))
+    hidden = expert_inner(experts, inputs, experts.gate_up_proj[expert_id], expert_id)
     along = gradient @ experts.down_proj[expert_id]
     return hidden.double().square(), along.double().square()
 

@@ -26,9 +26,10 @@ from edge_moe.converters.calibration_work import HiddenWriter
 from edge_moe.converters.gradient_work import GradientWork
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.loss_head import LossHead
-from edge_moe.converters.observe import OBSERVE, BlockObserver, expert_output
+from edge_moe.converters.observe import OBSERVE, BlockObserver
 from edge_moe.converters.rerouting import Slots
 from edge_moe.gradient_stats import GradientInfo
+from edge_moe.runtime.moe_block import expert_output
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,10 @@ class GradientObserver(BlockObserver):
         return seen
 
     def _record(self, hidden: Tensor, slots: Slots, outputs: Tensor) -> None:
-        cut_off = Slots(slots.expert_ids, slots.gates.detach(), slots.shares.detach())
-        self._pending = hidden.detach(), cut_off, outputs.detach()
+        self._pending = hidden.detach(), slots.detached(), outputs.detach()
 
-    def _after_block(self, block: nn.Module, arguments: object, output: Tensor) -> None:
-        if not self._is_probing:
-            self._block_output = output
+    def _after_block(self, block: nn.Module, arguments: object, output: Any) -> None:
+        self._block_output = output[0] if isinstance(output, tuple) else output
 
     def _slot_outputs(self, hidden: Tensor, expert_ids: Tensor) -> Tensor:
         """[T, K, H] as the base class computes it, written once.
@@ -217,7 +216,7 @@ class GradientObserver(BlockObserver):
             token, slot = (expert_ids == expert_id).nonzero(as_tuple=True)
             gate_up = self._experts.gate_up_proj[expert_id]
             down = self._experts.down_proj[expert_id]
-            parts.append(expert_output(self._experts, hidden[token], gate_up, down))
+            parts.append(expert_output(self._experts, hidden[token], gate_up, down, int(expert_id)))
             tokens.append(token)
             slots.append(slot)
         empty = hidden.new_zeros(*expert_ids.shape, hidden.shape[1])

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edge_moe.checkpoint import FloatArray, TensorInfo, to_float32
+from edge_moe.converters.stacked_experts import empty_stacks, put_expert
 from edge_moe.errors import CheckpointError, InputError
+from edge_moe.runtime.model import fill_buffers
+from edge_moe.runtime.moe_block import EXPERT_STACKS, MoeBlock
 from edge_moe.spec import ModelSpec
 
-_EMBEDDING_NAME = "model.embed_tokens.weight"
-_FINAL_NORM_NAME = "model.norm.weight"
+_STACK_NAMES = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
 
 
 class LayerSource(Protocol):
@@ -49,14 +52,17 @@ class LayerSource(Protocol):
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps its keyword arguments and returns its input."""
+    """Stands in for a decoder layer: keeps what it is called with and returns its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.arguments: dict[str, Any] = {}
+        self.arguments: tuple[Any, ...] = ()
+        self.named: dict[str, Any] = {}
+        self.hidden: Tensor | None = None
+        self.block_type = getattr(layer, "block_type", None)  # models choose a mask by it
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = arguments
+    def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        self.hidden, self.arguments, self.named = hidden_states, arguments, named
         return hidden_states
 
 
@@ -68,7 +74,7 @@ class LayerStream:
 
         `experts_implementation` is a name registered in transformers' `ALL_EXPERTS_FUNCTIONS`.
         """
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, experts_implementation=experts_implementation
@@ -76,9 +82,9 @@ class LayerStream:
         self._checkpoint = checkpoint
         self._model: nn.Module = model.eval().requires_grad_(False)
         self._base: Any = model.base_model
-        self._base.rotary_emb = type(self._base.rotary_emb)(config=config)  # buffers off meta
+        fill_buffers(self._model, torch.device("cpu"))
         self._layers: Any = self._base.layers
-        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._recorded: dict[int, list[_Recorder]] = {}
         self._expert_buffers: tuple[Tensor, Tensor] | None = None
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
@@ -88,9 +94,10 @@ class LayerStream:
             InputError: a token id outside the embedding table.
             CheckpointError: NaN or infinity in a row.
         """
-        info = self._checkpoint.tensors.get(_EMBEDDING_NAME)
+        name = self._checkpoint.spec.embedding_name
+        info = self._checkpoint.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"{self._checkpoint.folder}: {_EMBEDDING_NAME!r} is missing")
+            raise CheckpointError(f"{self._checkpoint.folder}: {name!r} is missing")
         num_rows, row_bytes = info.shape[0], info.num_bytes // info.shape[0]
         wanted, positions = np.unique(np.asarray(token_ids), return_inverse=True)
         if wanted[0] < 0 or wanted[-1] >= num_rows:
@@ -108,7 +115,21 @@ class LayerStream:
             raise CheckpointError(
                 f"{info.path}: {info.name!r} holds NaN or infinity: download the file again"
             )
-        return aligned(rows[positions])[None]
+        return self._entering(rows, positions)
+
+    @torch.no_grad()
+    def _entering(self, rows: FloatArray, positions: npt.NDArray[np.int64]) -> Tensor:
+        """[1, T, H] what the model makes of embedding rows [n, H] before its first layer."""
+        table = self._base.get_input_embeddings()
+        meta, table.weight = table.weight, nn.Parameter(aligned(rows), requires_grad=False)
+        try:
+            embedded = table(torch.from_numpy(positions.reshape(1, -1)))
+        finally:
+            table.weight = meta
+        entered = self._record(embedded)[0].hidden
+        if entered is None:
+            raise RuntimeError("the model did not call its first layer")
+        return aligned(entered[0].numpy())[None]
 
     @contextmanager
     def loaded(self, layer_id: int) -> Iterator[nn.Module]:
@@ -131,14 +152,24 @@ class LayerStream:
         Raises:
             CheckpointError: its weights are missing or hold NaN or infinity.
         """
-        norm: nn.Module = self._base.norm
-        weight = aligned(self._checkpoint.read(_FINAL_NORM_NAME))
-        norm.load_state_dict({"weight": nn.Parameter(weight, requires_grad=False)}, assign=True)
+        name = self._checkpoint.spec.final_norm_name
+        norm: nn.Module = getattr(self._base, self._norm_attribute)
+        state = {"weight": nn.Parameter(aligned(self._checkpoint.read(name)), requires_grad=False)}
+        bias_name = f"{name.removesuffix('.weight')}.bias"
+        if bias_name in self._checkpoint.tensors:
+            bias = aligned(self._checkpoint.read(bias_name))
+            state["bias"] = nn.Parameter(bias, requires_grad=False)
+        norm.load_state_dict(state, assign=True)
         return norm
 
-    def moe_block(self, layer_id: int) -> Any:
+    @property
+    def _norm_attribute(self) -> str:
+        spec = self._checkpoint.spec
+        return spec.module_name(spec.final_norm_name).split(".")[-2]
+
+    def moe_block(self, layer_id: int) -> MoeBlock:
         """The MoE block of layer `layer_id`."""
-        return self._model.get_submodule(self._checkpoint.spec.moe_module(layer_id))
+        return MoeBlock(self._model, self._checkpoint.spec, layer_id)
 
     def run(self, layer_id: int, hidden: Tensor) -> Tensor:
         """[1, W, H] -> [1, W, H] through the loaded layer `layer_id`; one window, no padding.
@@ -146,8 +177,8 @@ class LayerStream:
         Raises:
             CheckpointError: the result holds NaN or infinity.
         """
-        arguments = self._layer_arguments(hidden)[layer_id]
-        output: Tensor = self._layers[layer_id](hidden, **arguments)
+        call = self._recorders(hidden)[layer_id]
+        output: Tensor = self._layers[layer_id](hidden, *call.arguments, **call.named)
         if not torch.isfinite(output).all():
             raise CheckpointError(
                 f"{self._checkpoint.folder}: layer {layer_id} computes NaN or infinity from finite "
@@ -155,19 +186,27 @@ class LayerStream:
             )
         return output
 
-    def _layer_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
-        """Keyword arguments of every layer for windows of this length."""
+    def _recorders(self, hidden: Tensor) -> list[_Recorder]:
+        """What every layer is called with for windows of this length."""
         num_tokens = hidden.shape[1]
-        if num_tokens not in self._arguments:
-            recorders = nn.ModuleList(_Recorder() for _ in self._layers)
-            norm, self._base.norm = self._base.norm, nn.Identity()
-            self._base.layers = recorders
-            try:
-                self._base(inputs_embeds=hidden, use_cache=False)
-            finally:
-                self._base.layers, self._base.norm = self._layers, norm
-            self._arguments[num_tokens] = [dict(recorder.arguments) for recorder in recorders]  # type: ignore[arg-type]
-        return self._arguments[num_tokens]
+        if num_tokens not in self._recorded:
+            self._recorded[num_tokens] = self._record(hidden)
+            for recorder in self._recorded[num_tokens]:
+                recorder.hidden = None
+        return self._recorded[num_tokens]
+
+    def _record(self, embedded: Tensor) -> list[_Recorder]:
+        """The base model's own way to its layers, which do nothing."""
+        recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
+        norm = getattr(self._base, self._norm_attribute)
+        setattr(self._base, self._norm_attribute, nn.Identity())
+        self._base.layers = recorders
+        try:
+            self._base(inputs_embeds=embedded, use_cache=False)
+        finally:
+            self._base.layers = self._layers
+            setattr(self._base, self._norm_attribute, norm)
+        return list(recorders)  # type: ignore[arg-type]
 
     def _assign(self, layer: nn.Module, layer_id: int) -> None:
         spec = self._checkpoint.spec
@@ -177,10 +216,11 @@ class LayerStream:
             name = spec.module_name(info.name)
             if name.startswith(prefix):
                 state[name[len(prefix) :]] = aligned(self._checkpoint.read(info.name))
-        if layer_id in spec.moe_layer_ids:
-            experts = f"{spec.moe_module(layer_id)[len(prefix) :]}.experts"
-            gate_up, down = self._experts(layer_id)
-            state[f"{experts}.gate_up_proj"], state[f"{experts}.down_proj"] = gate_up, down
+        is_moe = layer_id in spec.moe_layer_ids
+        if is_moe:
+            experts = self.moe_block(layer_id).experts
+            for name, stack in zip(EXPERT_STACKS, self._experts(layer_id), strict=True):
+                setattr(experts, name, nn.Parameter(stack, requires_grad=False))
         try:
             missing, _ = layer.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:
@@ -188,6 +228,8 @@ class LayerStream:
             raise CheckpointError(
                 f"{self._checkpoint.folder}: layer {layer_id} does not fit config.json: {reason}"
             ) from None
+        if is_moe:
+            missing = [name for name in missing if not name.endswith(_STACK_NAMES)]
         if missing:
             raise CheckpointError(
                 f"{self._checkpoint.folder}: layer {layer_id} lacks {len(missing)} tensors, "
@@ -197,17 +239,11 @@ class LayerStream:
     def _experts(self, layer_id: int) -> tuple[Tensor, Tensor]:
         """(gate_up_proj [E, 2I, H], down_proj [E, H, I]); the same memory for every layer."""
         spec = self._checkpoint.spec
-        num_experts, width, hidden = spec.num_experts, spec.expert_width, spec.hidden_size
         if self._expert_buffers is None:
-            self._expert_buffers = (
-                torch.empty(num_experts, 2 * width, hidden),
-                torch.empty(num_experts, hidden, width),
-            )
-        gate_up, down = (buffer.numpy() for buffer in self._expert_buffers)
-        for expert_id in range(num_experts):
-            gate_proj, up_proj, down_proj = self._checkpoint.expert(layer_id, expert_id)
-            gate_up[expert_id, :width], gate_up[expert_id, width:] = gate_proj, up_proj
-            down[expert_id] = down_proj
+            self._expert_buffers = empty_stacks(spec, spec.num_experts)
+        for expert_id in range(spec.num_experts):
+            expert = self._checkpoint.expert(layer_id, expert_id)
+            put_expert(self._expert_buffers, expert_id, expert)
         return self._expert_buffers
 
 

@@ -18,9 +18,39 @@ from edge_moe.converters.layer_stream import aligned
 from edge_moe.gradient_stats import Labels
 
 
-def head_tensor_name(checkpoint: Checkpoint) -> str:
-    """The tensor that turns hidden states into logits."""
-    return "model.embed_tokens.weight" if checkpoint.spec.tie_word_embeddings else "lm_head.weight"
+class OutputHead:
+    """What makes logits of normed hidden states, as the model does."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Memory: the output matrix in float32.
+
+        Raises:
+            CheckpointError: it is missing or holds NaN or infinity.
+        """
+        spec = checkpoint.spec
+        name = spec.embedding_name if spec.tie_word_embeddings else "lm_head.weight"
+        self.weight = aligned(checkpoint.read(name))
+        """[V, H]"""
+        self._bias: Tensor | None = None
+        if "lm_head.bias" in checkpoint.tensors:
+            self._bias = aligned(checkpoint.read("lm_head.bias"))
+        self._divisor, self._softcap = spec.logit_divisor, spec.logit_softcap
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[n, H] -> [n, V]"""
+        logits = F.linear(normed, self.weight, self._bias)
+        if self._divisor != 1.0:
+            logits = logits / self._divisor
+        if self._softcap:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
+        return logits
+
+    def pull(self, logits: Tensor, upstream: Tensor) -> Tensor:
+        """d(loss)/d(normed) [n, H], from `logits` and d(loss)/d(logits), [n, V] each."""
+        if self._softcap:
+            upstream = upstream * (1 - (logits / self._softcap).square())
+        pulled = upstream @ self.weight
+        return pulled if self._divisor == 1.0 else pulled / self._divisor
 
 
 class LossHead:
@@ -34,7 +64,7 @@ class LossHead:
         """
         self._norm = norm
         self._labels = labels
-        self._output = aligned(checkpoint.read(head_tensor_name(checkpoint)))
+        self._head = OutputHead(checkpoint)
 
     def gradient(
         self, hidden: Tensor, token_ids: Sequence[int], window_id: int
@@ -50,11 +80,11 @@ class LossHead:
         upstream = torch.zeros_like(normed)
         generator = torch.Generator().manual_seed(window_id)
         next_ids = torch.as_tensor(token_ids[1:])
-        step = logit_rows(len(self._output))
+        step = logit_rows(len(self._head.weight))
         loss = 0.0
         for start in range(0, len(next_ids), step):
             rows = slice(start, min(start + step, len(next_ids)))
-            logits = F.linear(normed.detach()[0, rows], self._output)
+            logits = self._head.logits(normed.detach()[0, rows])
             log_sums = logits.logsumexp(dim=1)
             probabilities = logits.softmax(dim=1)
             targets = next_ids[rows]
@@ -63,6 +93,6 @@ class LossHead:
             each = torch.arange(len(targets))
             loss += float((log_sums - logits[each, targets]).double().sum())
             probabilities[each, targets] -= 1
-            upstream[0, rows] = probabilities @ self._output
+            upstream[0, rows] = self._head.pull(logits, probabilities)
         (gradient,) = torch.autograd.grad(normed, leaf, upstream)
         return gradient, loss

@@ -15,6 +15,7 @@ from string import Template
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.formats import DROP
+from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import Plan, Target
 from edge_moe.reproduce import build_commands, model_name, model_remark, without_folders
 from edge_moe.units import format_bytes
@@ -107,14 +108,18 @@ def plan_fingerprint(plan: Plan) -> str:
 
 
 def model_card(
-    plan: Plan, checkpoint: Checkpoint, name: str, target: Target, sizes: Sequence[SizeRow]
+    plan: Plan,
+    source: Checkpoint | GgufModel,
+    name: str,
+    target: Target,
+    sizes: Sequence[SizeRow],
 ) -> str:
     """The text of README.md for a build called `name`. Holds no date: equal builds, equal bytes."""
-    base = base_model(plan.model, checkpoint.folder)
+    base = base_model(plan.model, source.location)
     return _CARD.substitute(
         base_yaml=json.dumps(base),
         base=base,
-        carried=carried_front_matter(checkpoint.folder / "README.md"),
+        carried=_front_matter(source),
         library=_LIBRARIES[target],
         tags="\n".join(f"- {json.dumps(tag)}" for tag in _tags(plan)),
         name=name,
@@ -139,7 +144,7 @@ def model_card(
         plan_fingerprint=plan_fingerprint(plan),
         model_fingerprint=plan.model_fingerprint,
         stats_fingerprint=plan.stats_fingerprint,
-        notes="\n".join(f"- {note}" for note in _notes(plan, checkpoint)),
+        notes="\n".join(f"- {note}" for note in _notes(plan, source)),
     )
 
 
@@ -199,13 +204,27 @@ def _usage(name: str, target: Target) -> str:
     }[target]
 
 
-def _notes(plan: Plan, checkpoint: Checkpoint) -> list[str]:
+def _front_matter(source: Checkpoint | GgufModel) -> str:
+    """Licence and language lines of the card in the source's folder, or a GGUF's own licence."""
+    if not isinstance(source, GgufModel):
+        return carried_front_matter(source.folder / "README.md")
+    licence = source.header.metadata.get("general.license")
+    stated = f"license: {json.dumps(licence)}\n" if isinstance(licence, str) else ""
+    return carried_front_matter(source.path.parent / "README.md") or stated
+
+
+def _notes(plan: Plan, source: Checkpoint | GgufModel) -> list[str]:
     notes = [*plan.limits, *plan.warnings]
-    if checkpoint.unused_tensors:
+    if source.unused_tensors and isinstance(source, GgufModel):
         notes.append(
-            f"{len(checkpoint.unused_tensors)} tensors of multi-token prediction layers were left "
+            "Layers for multi-token prediction keep their first experts: they were not measured, "
+            "and only guess ahead what the model itself decides."
+        )
+    elif source.unused_tensors:
+        notes.append(
+            f"{len(source.unused_tensors)} tensors of multi-token prediction layers were left "
             "out: they hold experts of their own, and plain decoding does not use them."
         )
-    if not carried_front_matter(checkpoint.folder / "README.md"):
+    if not _front_matter(source):
         notes.append("The source folder had no model card: its licence is not repeated here.")
     return notes or ["None."]

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.packer import Packer
 from edge_moe.converters.slicing import DTYPE_OF_FORM
 from edge_moe.converters.source_bytes import read_all
@@ -47,9 +47,8 @@ def expert_records(
         for expert_id, form in experts:
             if len(waiting) == workers:
                 yield _chunks(waiting.popleft())
-            ranges = checkpoint.expert_ranges(layer_id, expert_id)
-            if is_stored_as(form, ranges):
-                waiting.append(read_all(ranges))
+            if is_stored_as(form, checkpoint, layer_id, expert_id):
+                waiting.append(read_all(checkpoint.expert_ranges(layer_id, expert_id)))
             else:
                 waiting.append(pool.submit(_packed_record, packer, layer_id, expert_id, form))
         while waiting:
@@ -61,9 +60,11 @@ def _packed_record(packer: Packer, layer_id: int, expert_id: int, form: str) -> 
     return packer.pack(layer_id, expert_id, form).tobytes()
 
 
-def is_stored_as(form: str, ranges: Iterable[TensorInfo]) -> bool:
-    """Whether the stored bytes are those of `form` already."""
-    return all(info.dtype == DTYPE_OF_FORM.get(form) for info in ranges)
+def is_stored_as(form: str, checkpoint: Checkpoint, layer_id: int, expert_id: int) -> bool:
+    """Whether the stored bytes, read in order, are those of `form` already."""
+    dtypes = checkpoint.expert_dtypes(layer_id, expert_id)
+    is_plain = all(dtype == DTYPE_OF_FORM.get(form) for dtype in dtypes)
+    return is_plain and checkpoint.has_contiguous_experts
 
 
 def _chunks(record: Iterable[bytes] | Future[bytes]) -> Iterable[bytes]:

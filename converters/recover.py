@@ -121,6 +121,7 @@ def recover(
         raise InputError("nothing to recover: leave the routers or the branches on")
     shrunken, original = Package(package), Checkpoint(against)
     _check_origin(shrunken, original)
+    original.spec.require_plain_blocks("recovery")
     verify_resident(shrunken)
     text = split_text(tasks, load_tokenizer(package), shrunken, window_tokens, max_windows)
     chosen = (settings or TrainSettings()) if branches else None
@@ -193,7 +194,7 @@ def _train(
         job.package.spec.moe_layer_ids, moe_blocks(student, job.package.spec), strict=True
     ):
         if layer_id in rows:
-            block.gate.weight.copy_(rows[layer_id])
+            block.weight.copy_(rows[layer_id])
     branches = add_branches(student, job.settings.rank, job.settings.alpha, job.settings.seed)
     training = BranchTraining(student, branches, job.text, teacher, job.settings, scratch)
     with progress("training branches", job.settings.steps - training.step) as advance:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import available_memory_bytes
 from edge_moe.errors import BudgetError
 from edge_moe.package import Package
@@ -38,7 +38,7 @@ def router_terms(original: Checkpoint, package: Package, num_tokens: int) -> lis
     """
     spec = original.spec
     rows = max(len(layer.experts) for layer in package.manifest.layers)
-    dense = max(_layer_weights(original.dense_tensors, layer) for layer in range(spec.num_layers))
+    dense = max(_layer_weights(original, layer) for layer in range(spec.num_layers))
     experts = (spec.num_experts + rows) * spec.expert_weights
     return _terms(
         {
@@ -116,6 +116,6 @@ def _terms(terms: dict[str, int]) -> list[MemoryTerm]:
     ]
 
 
-def _layer_weights(tensors: Sequence[TensorInfo], layer_id: int) -> int:
-    prefix = f"model.layers.{layer_id}."
+def _layer_weights(checkpoint: Checkpoint, layer_id: int) -> int:
+    prefix, tensors = checkpoint.spec.layer_prefix(layer_id), checkpoint.dense_tensors
     return sum(math.prod(info.shape) for info in tensors if info.name.startswith(prefix))

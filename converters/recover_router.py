@@ -131,7 +131,7 @@ class _Run:
             self._found = [self._student.run(layer_id, hidden) for hidden in self._found]
 
     def _calibrate(self, layer_id: int) -> None:
-        gate = self._student.moe_block(layer_id).gate
+        gate = self._student.moe_block(layer_id).router
         state = self._folder / f"router_{layer_id:04}.safetensors"
         self._wanted, original = self._run_teacher(layer_id)
         if not state.exists():
@@ -157,7 +157,7 @@ class _Run:
         seen: list[Tensor] = []
         hook = None
         if layer_id in self._moe_layer_ids:
-            hook = stream.moe_block(layer_id).gate.register_forward_pre_hook(
+            hook = stream.moe_block(layer_id).router.register_forward_pre_hook(
                 lambda _, inputs: seen.append(inputs[0].flatten(0, -2).clone())
             )
         outputs = [stream.run(layer_id, each) for each in hidden]

@@ -17,16 +17,27 @@ from torch import Tensor, nn
 from edge_moe.checkpoint import FloatArray, TensorInfo, to_float32
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.source_bytes import read_all
+from edge_moe.converters.stacked_experts import STACKED, empty_stacks, put_expert
 from edge_moe.errors import InputError
 from edge_moe.formats import unpack_expert
 from edge_moe.package import Package
 from edge_moe.runtime.allotment import dense_tensors
 from edge_moe.runtime.expert_store import PackageStore
-from edge_moe.runtime.model import build_model, moe_blocks, shrink_router
+from edge_moe.runtime.model import build_model, moe_blocks
+from edge_moe.runtime.moe_block import MoeBlock, select_experts
 from edge_moe.runtime.paged_experts import register_experts
+from edge_moe.spec import ModelSpec
 
 EXPERTS_IMPLEMENTATION = "grouped_mm"
 """transformers' experts, which autograd can go through."""
+
+
+def experts_implementation(spec: ModelSpec) -> str:
+    """What runs stacks [R, 2I, H] of the family: transformers' own where it lays them out so."""
+    is_ours = spec.family.is_transposed or not spec.has_gate
+    return STACKED if is_ours else EXPERTS_IMPLEMENTATION
+
+
 BRANCHED_LAYER = "self_attn.o_proj"
 
 
@@ -55,7 +66,7 @@ class PackageSource:
         record = self._store.record(key)
         packed = np.empty(record.num_bytes, np.uint8)
         self._store.read_into(key, packed.data)
-        return unpack_expert(record.form, packed, self.spec.hidden_size, self.spec.expert_width)
+        return unpack_expert(record.form, packed, *self.spec.expert_shape)
 
     def close(self) -> None:
         """Close the files."""
@@ -66,7 +77,7 @@ class PackageStream(LayerStream):
     """Decoder layers of a package, one at a time. Memory: one layer in float32."""
 
     def __init__(self, source: PackageSource) -> None:
-        super().__init__(source, EXPERTS_IMPLEMENTATION)
+        super().__init__(source, experts_implementation(source.spec))
         self._source = source
         for layer_id in source.spec.moe_layer_ids:
             _shrink_block(self.moe_block(layer_id), source.num_rows(layer_id))
@@ -77,15 +88,11 @@ class PackageStream(LayerStream):
 
 def stacked_experts(source: PackageSource, layer_id: int) -> tuple[Tensor, Tensor]:
     """(gate_up_proj [R, 2I, H], down_proj [R, H, I]) of one layer, float32."""
-    spec, num_rows = source.spec, source.num_rows(layer_id)
-    width = spec.expert_width
-    gate_up = torch.empty(num_rows, 2 * width, spec.hidden_size)
-    down = torch.empty(num_rows, spec.hidden_size, width)
+    num_rows = source.num_rows(layer_id)
+    stacks = empty_stacks(source.spec, num_rows)
     for row in range(num_rows):
-        gate_proj, up_proj, down_proj = source.expert(layer_id, row)
-        gate_up.numpy()[row, :width], gate_up.numpy()[row, width:] = gate_proj, up_proj
-        down.numpy()[row] = down_proj
-    return gate_up, down
+        put_expert(stacks, row, source.expert(layer_id, row))
+    return stacks
 
 
 def load_student(package: Package) -> Any:
@@ -100,7 +107,7 @@ def load_student(package: Package) -> Any:
     register_experts()
     cpu = torch.device("cpu")
     model = build_model(spec, package.folder, source.dense_tensors, rows, cpu)
-    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    model.set_experts_implementation(experts_implementation(spec))
     for layer_id, block in zip(spec.moe_layer_ids, moe_blocks(model, spec), strict=True):
         gate_up, down = stacked_experts(source, layer_id)
         block.experts.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
@@ -155,12 +162,8 @@ def _linears(model: Any, names: list[str]) -> Iterator[tuple[str, nn.Linear]]:
         yield name, model.get_submodule(name)
 
 
-def _shrink_block(block: Any, num_rows: int) -> None:
+def _shrink_block(block: MoeBlock, num_rows: int) -> None:
     """Give a MoE block on the meta device the shapes of `num_rows` experts."""
-    shrink_router(block, num_rows)
-    for module in (block.gate, block.experts):
-        for name, parameter in module.named_parameters(recurse=False):
-            smaller = torch.empty(num_rows, *parameter.shape[1:], device="meta")
-            setattr(module, name, nn.Parameter(smaller, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(num_rows, *buffer.shape[1:], device="meta"))
+    for name, value in block.tensors().items():
+        block.set_tensor(name, select_experts(value, range(num_rows)))
+    block.set_num_experts(num_rows)

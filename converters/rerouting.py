@@ -6,12 +6,14 @@ expert that would be chosen next. All arithmetic is float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from edge_moe.spec import RouterSpec
+
+_NEVER = -1e30  # finite: the differences that sparsemixer takes stay numbers
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,23 @@ class Slots:
     """[T, K] float64, the weights the layer really multiplies with; 0 in the last slot."""
     shares: Tensor
     """[T, K] float64, the weights the router gives when it chooses K experts."""
+    scales: Tensor | None = None
+    """[T, K] float64 factors of the experts, which the weights hold already; None for ones."""
+    logits: Tensor | None = None
+    """[T, E] raw logits, where the weights cannot be told from `shares` (sparsemixer)."""
 
     @property
     def top_k(self) -> int:
         return self.expert_ids.shape[1] - 1
+
+    def scaled_by(self, expert_scale: Tensor) -> Slots:
+        """These slots, whose weights hold factors [E] of the experts."""
+        factors = expert_scale.double()[self.expert_ids.clamp(min=0)]
+        return replace(self, scales=factors)
+
+    def detached(self) -> Slots:
+        """The same numbers, cut off from autograd."""
+        return replace(self, gates=self.gates.detach(), shares=self.shares.detach())
 
 
 def fill_slots(chosen: tuple[Tensor, Tensor], wider: tuple[Tensor, Tensor] | None) -> Slots:
@@ -63,16 +78,50 @@ def weight_changes(slots: Slots, router: RouterSpec) -> Tensor:
         c_j = 1 / (1 - v_j / scale)   softmax over the remaining experts, not renormalised,
         c_j = 1                       sigmoid scores, not renormalised.
     1 - v_j is bounded below by the other slots' sum, which float32 still resolves when v_j rounds
-    to 1. If that sum is zero too, the token is taken to lose its MoE output.
+    to 1. If that sum is zero too, the token is taken to lose its MoE output. Where weights hold
+    factors of the experts, v stands for the weights without them.
     """
+    if slots.logits is not None:
+        return _sparsemixer_changes(slots, slots.logits, router.jitter)
     top_k, num_slots = slots.top_k, slots.top_k + 1
-    others = slots.shares[:, None, :] * (1 - torch.eye(top_k, num_slots, dtype=torch.float64))
-    rest = others.sum(dim=2)  # [T, k]
+    kept = 1 - torch.eye(top_k, num_slots, dtype=torch.float64)
+    others = slots.shares[:, None, :] * kept
+    shares = slots.shares
+    if slots.scales is not None:
+        shares = torch.where(slots.scales != 0, shares / slots.scales, 0.0)
+    rest = (shares[:, None, :] * kept).sum(dim=2)  # [T, k]
     if router.renormalises:
-        factor = slots.shares.sum(dim=1, keepdim=True) / rest
+        factor = shares.sum(dim=1, keepdim=True) / rest
     elif router.score_function == "softmax":
-        factor = router.scale / torch.maximum(router.scale - slots.shares[:, :top_k], rest)
+        factor = router.scale / torch.maximum(router.scale - shares[:, :top_k], rest)
     else:
         factor = torch.ones_like(rest)
     factor = torch.where(rest > 0, factor, 0.0)
     return others * factor[:, :, None] - slots.gates[:, None, :]
+
+
+def sparsemixer_slots(logits: Tensor, ids: Tensor, weights: Tensor) -> Slots:
+    """The slots of Phi's router, which takes the two largest logits [T, E] one after the other."""
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+    next_id = logits.masked_fill(chosen, -torch.inf).argmax(dim=1, keepdim=True)
+    gates = torch.cat([weights.double(), weights.new_zeros(len(ids), 1).double()], dim=1)
+    return Slots(torch.cat([ids, next_id], dim=1), gates, gates, logits=logits)
+
+
+def _sparsemixer_changes(slots: Slots, logits: Tensor, jitter: float) -> Tensor:
+    """As `weight_changes`: the router is asked again without each chosen expert.
+
+    Its weights are softmax over the logits near the largest one, so no formula in the weights of
+    all experts gives them.
+    """
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    changes = []
+    for slot in range(slots.top_k):
+        gone = slots.expert_ids[:, slot, None]
+        masked = logits.scatter(1, gone, _NEVER)
+        weights, ids = sparsemixer(masked, jitter_eps=jitter, training=False, top_k=slots.top_k)
+        same = slots.expert_ids[:, :, None] == ids[:, None, :]  # [T, K, k]
+        found = (same * weights.double()[:, None, :]).sum(dim=2)
+        changes.append(found - slots.gates)
+    return torch.stack(changes, dim=1)

@@ -7,19 +7,17 @@ E experts, k top_k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.observe import expert_output
+from edge_moe.converters.stacked_experts import empty_stacks, put_expert, run_stacked
 from edge_moe.converters.transforms.base import LayerSamples, LayerWeights
-from edge_moe.spec import ModelSpec
+from edge_moe.runtime.moe_block import MoeBlock
 
 SAMPLE = "edge_moe_sample"
 """Name of the experts implementation."""
@@ -42,13 +40,13 @@ class WindowSample:
 class BlockSampler:
     """Attach to one MoE block; `samples` holds one entry per forward pass of one window."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: MoeBlock) -> None:
         self._block = block
         self._logits: Tensor | None = None
         self.samples: list[WindowSample] = []
 
     def __enter__(self) -> BlockSampler:
-        self._hook = self._block.gate.register_forward_hook(self._after_router)
+        self._hook = self._block.router.register_forward_hook(self._after_router)
         self._block.experts.sampler = self
         return self
 
@@ -79,26 +77,21 @@ class BlockSampler:
         self._logits = output[0]
 
 
-def block_weights(block: Any, spec: ModelSpec, layer_id: int) -> LayerWeights:
+def block_weights(block: MoeBlock) -> LayerWeights:
     """The weights of a loaded MoE block; the same memory, not a copy."""
-    router = {}
-    for name in router_names(spec, layer_id):
-        module, _, leaf = name.rpartition(".")
-        router[name] = getattr(block.get_submodule(module), leaf).data
-    return LayerWeights(block.experts.gate_up_proj.data, block.experts.down_proj.data, router)
+    return LayerWeights(
+        block.experts.gate_up_proj.data, block.experts.down_proj.data, block.tensors()
+    )
 
 
-def install(block: Any, weights: LayerWeights) -> None:
+def install(block: MoeBlock, weights: LayerWeights) -> None:
     """Give a loaded MoE block other weights, and as many experts as they hold."""
     experts = block.experts
     experts.gate_up_proj = nn.Parameter(weights.gate_up, requires_grad=False)
     experts.down_proj = nn.Parameter(weights.down, requires_grad=False)
     for name, rows in weights.router.items():
-        path, _, leaf = name.rpartition(".")
-        module = block.get_submodule(path)
-        is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
-        setattr(module, leaf, nn.Parameter(rows, requires_grad=False) if is_parameter else rows)
-    experts.num_experts = block.gate.num_experts = weights.num_experts
+        block.set_tensor(name, rows)
+    block.set_num_experts(weights.num_experts)
 
 
 def read_weights(checkpoint: Checkpoint, layer_id: int) -> LayerWeights:
@@ -108,23 +101,12 @@ def read_weights(checkpoint: Checkpoint, layer_id: int) -> LayerWeights:
         CheckpointError: a tensor is missing, or holds NaN or infinity.
     """
     spec = checkpoint.spec
-    width, hidden = spec.expert_width, spec.hidden_size
-    gate_up = torch.empty(spec.num_experts, 2 * width, hidden)
-    down = torch.empty(spec.num_experts, hidden, width)
+    stacks = empty_stacks(spec, spec.num_experts)
     for expert_id in range(spec.num_experts):
-        gate_proj, up_proj, down_proj = checkpoint.expert(layer_id, expert_id)
-        gate_up[expert_id, :width] = torch.from_numpy(gate_proj)
-        gate_up[expert_id, width:] = torch.from_numpy(up_proj)
-        down[expert_id] = torch.from_numpy(down_proj)
-    names = zip(router_names(spec, layer_id), spec.router_tensor_names(layer_id), strict=True)
+        put_expert(stacks, expert_id, checkpoint.expert(layer_id, expert_id))
+    names = zip(spec.router_module_names(layer_id), spec.router_tensor_names(layer_id), strict=True)
     router = {name: torch.from_numpy(checkpoint.read(stored)) for name, stored in names}
-    return LayerWeights(gate_up, down, router)
-
-
-def router_names(spec: ModelSpec, layer_id: int) -> Sequence[str]:
-    """Router tensors by their name under the MoE block."""
-    prefix = f"{spec.moe_prefix(layer_id)}."
-    return [name.removeprefix(prefix) for name in spec.router_tensor_names(layer_id)]
+    return LayerWeights(*stacks, router)
 
 
 def _sampled_experts(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -132,13 +114,7 @@ def _sampled_experts(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor)
     sampler = getattr(experts, "sampler", None)
     if sampler is not None:
         sampler.record(hidden, ids, weights)
-    output = torch.zeros_like(hidden)
-    for expert_id in np.unique(ids.numpy()).tolist():
-        token, slot = (ids == expert_id).nonzero(as_tuple=True)
-        gate_up, down = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
-        mine = expert_output(experts, hidden[token], gate_up, down)
-        output.index_add_(0, token, weights[token, slot, None].to(mine.dtype) * mine)
-    return output
+    return run_stacked(experts, hidden, ids, weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(SAMPLE, _sampled_experts)

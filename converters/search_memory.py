@@ -42,9 +42,7 @@ def search_terms(
     }
     scores = 8 * spec.num_attention_heads  # bytes per pair of tokens of one window
     window = calibration["window"] - scores * batch_tokens * (batch_tokens - longest)
-    packed = sum(
-        expert_bytes(form, spec.hidden_size, spec.expert_width) for form in forms if form != DROP
-    )
+    packed = sum(expert_bytes(form, *spec.expert_shape) for form in forms if form != DROP)
     states = 2 * (num_variants + 2) * num_tokens * 4 * spec.hidden_size
     head_weights = spec.vocab_size * spec.hidden_size
     terms = {

@@ -25,7 +25,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_moe.converters.observe import RoutedWindow, expert_inner
+from edge_moe.converters.block_sums import RoutedWindow
+from edge_moe.runtime.moe_block import expert_inner
 
 Weighting = Literal["none", "gate", "gate_square"]
 WEIGHTINGS: dict[Weighting, int] = {"none": 0, "gate": 1, "gate_square": 2}
@@ -100,7 +101,7 @@ def expert_moments(
         if not len(inputs):
             continue
         count.add(weights)
-        inner = expert_inner(experts, inputs, gate_up)
+        inner = expert_inner(experts, inputs, gate_up, expert_id)
         for total, values in zip(sums, (inputs, inner), strict=True):
             total.add(values, weights)
     outer, inner_sums = sums

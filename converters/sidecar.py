@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from edge_moe.config_reader import TEXT_CONFIG
 from edge_moe.errors import CheckpointError, TargetError
 from edge_moe.files import atomic_path
 from edge_moe.spec import ModelSpec
@@ -59,6 +61,18 @@ def patch_expert_count(text: str, spec: ModelSpec, num_experts: int) -> str:
     Raises:
         CheckpointError: no count key is found.
     """
+    return _inside(text, spec, lambda inner: _with_expert_count(inner, spec, num_experts))
+
+
+def _inside(text: str, spec: ModelSpec, change: Callable[[str], str]) -> str:
+    """config.json with the object that holds the language model's values changed."""
+    if not spec.is_nested:
+        return change(text)
+    start, end = _top_level_values(text)[TEXT_CONFIG]
+    return text[:start] + change(text[start:end]) + text[end:]
+
+
+def _with_expert_count(text: str, spec: ModelSpec, num_experts: int) -> str:
     spans = _top_level_values(text)
     present = [key for key in spec.family.num_experts_keys if key in spans]
     if not present:
@@ -84,11 +98,15 @@ def patch_expert_width(text: str, spec: ModelSpec, width: int) -> str:
         CheckpointError: no width key is found.
         TargetError: the shared expert's width is no multiple of `width`.
     """
+    return _inside(text, spec, lambda inner: _with_expert_width(inner, spec, width))
+
+
+def _with_expert_width(text: str, spec: ModelSpec, width: int) -> str:
     spans = _top_level_values(text)
-    present = [key for key in spec.family.config_expert_width_keys if key in spans]
+    present = [key for key in spec.family.expert_width_keys if key in spans]
     if not present:
         raise CheckpointError(
-            f"config.json holds none of the keys {', '.join(spec.family.config_expert_width_keys)}"
+            f"config.json holds none of the keys {', '.join(spec.family.expert_width_keys)}"
         )
     values = {present[0]: width}
     if spec.family.shared_count_key in spans and spec.num_shared_experts:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint, TensorInfo, expert_axis
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.source_bytes import read_all, read_float32, rows
 from edge_moe.formats import get_form
@@ -38,11 +38,18 @@ class SlicedTensor:
             yield form.pack(read_float32(piece)).tobytes()
 
 
-def slice_rows(info: TensorInfo, row_ids: list[int], form: str | None = None) -> SlicedTensor:
-    """`info[row_ids]`, in its own dtype or converted to plain `form`."""
+def slice_experts(
+    info: TensorInfo, expert_ids: list[int], num_experts: int, form: str | None = None
+) -> SlicedTensor:
+    """The rows of some of `num_experts` experts, in their own dtype or converted to plain `form`.
+
+    Experts lie along the first axis, or along the second after an axis of one row.
+    """
+    is_row = expert_axis(info, num_experts) == 1
+    column = replace(info, shape=info.shape[::-1]) if is_row else info
     dtype = info.dtype if form is None else DTYPE_OF_FORM[form]
-    entry = TensorEntry(info.name, dtype, (len(row_ids), *info.shape[1:]))
-    return SlicedTensor(entry, rows(info, row_ids), form)
+    shape = (1, len(expert_ids)) if is_row else (len(expert_ids), *info.shape[1:])
+    return SlicedTensor(TensorEntry(info.name, dtype, shape), rows(column, expert_ids), form)
 
 
 def dense_tensors(plan: Plan, checkpoint: Checkpoint) -> list[SlicedTensor]:
@@ -53,7 +60,9 @@ def dense_tensors(plan: Plan, checkpoint: Checkpoint) -> list[SlicedTensor]:
         for name in checkpoint.spec.router_tensor_names(layer_id)
     }
     return [
-        slice_rows(info, kept[info.name]) if info.name in kept else whole_tensor(info)
+        slice_experts(info, kept[info.name], checkpoint.spec.num_experts)
+        if info.name in kept
+        else whole_tensor(info)
         for info in checkpoint.dense_tensors
     ]
 

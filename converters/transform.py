@@ -180,7 +180,7 @@ class _Run:
             block = stream.moe_block(layer_id)
             with BlockSampler(block) as sampler:
                 outputs.write(None if is_sequential else writer)
-            weights = block_weights(block, self._spec, layer_id)
+            weights = block_weights(block)
             result = self._transform(layer_id, weights, sampler.join())
             self._write(layer_id, result)
             if is_sequential:

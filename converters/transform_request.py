@@ -100,6 +100,7 @@ def check_request(
         EdgeMoeError: bad model, setting, shape, task or window.
     """
     checkpoint = Checkpoint(model)
+    checkpoint.spec.require_plain_blocks(f"method {name}")
     values = method.parse(settings)
     num_experts, expert_width = _shape(checkpoint, method, num_experts, expert_width)
     info, windows = calibration_text(

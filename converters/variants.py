@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.form_loss import is_lossless
 from edge_moe.converters.layer_stream import LayerStream
-from edge_moe.converters.loss_head import head_tensor_name
+from edge_moe.converters.loss_head import OutputHead
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.search_memory import BATCH_TOKENS, PACKED_LIMIT_BYTES
+from edge_moe.converters.stacked_experts import STACKED, empty_stacks, put_expert
 from edge_moe.formats import DROP, unpack_expert
 from edge_moe.metrics import TokenScores
-from edge_moe.runtime.model import shrink_router
+from edge_moe.runtime.moe_block import EXPERT_STACKS, select_experts
 
 Forms = Sequence[Sequence[str]]
 """[L][E] form of every expert."""
@@ -56,14 +56,14 @@ class PackedExperts:
 
     def unpacked(self, layer_id: int, expert_id: int, form: str) -> tuple[Any, Any, Any]:
         """(gate_proj [I, H], up_proj [I, H], down_proj [H, I]) as the form holds them."""
-        if is_lossless(form, self._checkpoint.expert_ranges(layer_id, expert_id)):
+        if is_lossless(form, self._checkpoint.expert_dtypes(layer_id, expert_id)):
             return self._checkpoint.expert(layer_id, expert_id)
         key = layer_id, expert_id, form
         if key not in self._records:
             self._add(key, self.packer.pack(layer_id, expert_id, form))
         self._records.move_to_end(key)
         spec = self._checkpoint.spec
-        return unpack_expert(form, self._records[key], spec.hidden_size, spec.expert_width)
+        return unpack_expert(form, self._records[key], *spec.expert_shape)
 
     def _add(self, key: tuple[int, int, str], record: npt.NDArray[np.uint8]) -> None:
         self._records[key] = record
@@ -84,7 +84,7 @@ class VariantScorer:
         self._spec = checkpoint.spec
         self._windows = windows
         self._batches = _batches(windows)
-        self._stream = LayerStream(checkpoint, "eager")
+        self._stream = LayerStream(checkpoint, STACKED)
         self._packed = packed or PackedExperts(checkpoint)
         self._reference: Sequence[Tensor] | None = None
         self._whole = _path([["whole"] * self._spec.num_experts] * self._spec.num_moe_layers)
@@ -159,40 +159,34 @@ class VariantScorer:
             return
         block = self._stream.moe_block(layer_id)
         kept = [expert_id for expert_id, form in enumerate(row) if form != DROP]
-        router, experts = block.gate, block.experts
-        rows = {**dict(router.named_parameters()), **dict(router.named_buffers())}
-        saved = [(router, name, value) for name, value in rows.items()]
-        saved += [(experts, name, getattr(experts, name)) for name in _EXPERT_NAMES]
+        rows, experts = block.tensors(), block.experts
+        stacks = {name: getattr(experts, name) for name in EXPERT_STACKS}
         gate_up, down = self._experts(layer_id, row, kept)
         for name, value in rows.items():
-            _replace(router, name, value[kept])
-        _replace(experts, "gate_up_proj", gate_up)
-        _replace(experts, "down_proj", down)
-        shrink_router(block, len(kept))
+            block.set_tensor(name, select_experts(value, kept))
+        experts.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
+        experts.down_proj = nn.Parameter(down, requires_grad=False)
+        block.set_num_experts(len(kept))
         try:
             yield
         finally:
-            for module, name, value in saved:
-                _replace(module, name, value)
-            shrink_router(block, len(row))
+            for name, value in rows.items():
+                block.set_tensor(name, value)
+            for name, value in stacks.items():
+                setattr(experts, name, value)
+            block.set_num_experts(len(row))
 
     def _experts(self, layer_id: int, row: _Row, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(gate_up_proj [R, 2I, H], down_proj [R, H, I]) of the kept experts."""
-        width, hidden = self._spec.expert_width, self._spec.hidden_size
-        gate_up, down = (
-            torch.empty(len(kept), 2 * width, hidden),
-            torch.empty(len(kept), hidden, width),
-        )
+        stacks = empty_stacks(self._spec, len(kept))
         for place, expert_id in enumerate(kept):
-            gate, up, last = self._packed.unpacked(layer_id, expert_id, row[expert_id])
-            gate_up.numpy()[place, :width], gate_up.numpy()[place, width:] = gate, up
-            down.numpy()[place] = last
-        return gate_up, down
+            put_expert(stacks, place, self._packed.unpacked(layer_id, expert_id, row[expert_id]))
+        return stacks
 
     def _compare(
         self, states: dict[_Path, list[Tensor]], paths: Mapping[str, _Path], whole: Sequence[Tensor]
     ) -> dict[str, TokenScores]:
-        norm, head = self._stream.final_norm(), self._head()
+        norm, head = self._stream.final_norm(), OutputHead(self._checkpoint)
         wanted = set(paths.values())
         parts: dict[_Path, list[TokenScores]] = {path: [] for path in wanted}
         places = {
@@ -203,33 +197,19 @@ class VariantScorer:
         for index, window in enumerate(self._windows):
             position, place = places[index]
             targets = np.asarray(window[1:], dtype=np.int64)
-            for rows in metrics.row_chunks(len(targets), head.shape[0]):
-                base = F.linear(norm(whole[position][place, rows]), head).numpy()
+            for rows in metrics.row_chunks(len(targets), len(head.weight)):
+                base = head.logits(norm(whole[position][place, rows])).numpy()
                 reference = metrics.Reference.of(base)
                 for path in wanted:
-                    logits = F.linear(norm(states[path][position][place, rows]), head).numpy()
+                    state = states[path][position][place, rows]
+                    logits = head.logits(norm(state)).numpy()
                     parts[path].append(reference.scores(logits, targets[rows]))
         joined = {path: TokenScores.join(found) for path, found in parts.items()}
         return {name: joined[path] for name, path in paths.items()}
 
-    def _head(self) -> Tensor:
-        """[V, H] float32"""
-        return torch.from_numpy(self._checkpoint.read(head_tensor_name(self._checkpoint)))
-
-
-_EXPERT_NAMES = ("gate_up_proj", "down_proj")
-
 
 def _path(forms: Forms) -> _Path:
     return tuple(tuple(row) for row in forms)
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` in place of a parameter or buffer."""
-    if name in module._parameters:
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
-    else:
-        module._buffers[name] = value
 
 
 def _batches(windows: Windows) -> list[list[int]]:

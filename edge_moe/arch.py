@@ -1,14 +1,21 @@
-"""How each architecture family spells its tensors. One table; `w1/w2/w3` appear nowhere else.
+"""What an architecture family is: names, layouts and rules. `families.py` has the table.
 
-`{layer}` and `{expert}` are filled in by `ModelSpec`. `{proj}` becomes the family's own names.
-Module paths are those of transformers 5, which stacks experts under `<moe_module>.experts`.
+`{layer}` is filled in by `ModelSpec`. Module paths are those of transformers 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from edge_moe.config_reader import ConfigReader
+from edge_moe.layer_rules import LayerRule, MemoryRule, all_full, every_layer
+
+Attention = Literal["grouped", "latent", "other"]
+Scores = Literal["softmax", "sigmoid", "sparsemixer"]
+StateRule = Callable[[ConfigReader], int]
+"""Values of the fixed state that one layer without a KV cache keeps per sequence."""
 
 
 @dataclass(frozen=True)
@@ -17,90 +24,90 @@ class Family:
 
     architecture: str
     """Class name in transformers, as in config.json's `architectures`."""
-    moe_prefix: str
-    """Checkpoint prefix of the MoE block, e.g. `model.layers.{layer}.mlp`."""
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """On-disk names of gate_proj, up_proj, down_proj."""
+    moe_prefix: str = "model.layers.{layer}.mlp"
+    """Checkpoint prefix of the MoE block."""
     moe_module: str = "model.layers.{layer}.mlp"
-    """Module path of the MoE block in transformers."""
-    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
-    """config.json keys that may hold the number of routed experts; all present ones are patched."""
+    """Module path of the MoE block in transformers; it holds router and experts."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """(start of a checkpoint's name, start of the module's), outside the MoE blocks."""
+    block_renames: tuple[tuple[str, str], ...] = ()
+    """The same under the MoE block."""
+    embedding: str = "model.embed_tokens.weight"
+    """Checkpoint name of the token embeddings."""
+    final_norm: str = "model.norm.weight"
+    """Checkpoint name of the norm after the last layer."""
+    layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+
+    has_gate: bool = True
+    """Experts have a gate_proj beside up_proj."""
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """On-disk names of gate_proj, up_proj, down_proj, under `experts.{expert}`; the first is left
+    out where there is no gate."""
+    stacked: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
+    """On-disk names of all experts' gate and up, and down, where the family's files stack them."""
+    is_transposed: bool = False
+    """Stacked experts are [E, inputs, outputs], gate and up rows taking turns (gpt-oss)."""
+
+    router: str = "gate"
+    """Module under `moe_module` that returns (scores, weights, expert ids)."""
+    logits_module: str = ""
+    """Module under `moe_module` that gives the raw logits, where the router returns others."""
+    moe_output: str = ""
+    """Module under `moe_module` whose output is what routed experts add; "" is the block itself."""
     router_tensors: tuple[str, ...] = ("gate.weight",)
     """Tensors under `moe_prefix` with one row per expert: sliced when experts are dropped."""
-    optional_router_tensors: tuple[str, ...] = ()
-    score_function: str = "softmax"
-    fewest_experts: int = 1
-    """A layer keeps at least this many: DeepSeek's router always takes the best two of a group."""
+    selection_bias: str = ""
+    """Another one: a bias that decides the choice, but not the weight."""
+    selection_bias_flag: str = ""
+    """config.json key that must be true for the selection bias to exist."""
+    score_function: Scores = "softmax"
+    """What turns logits into scores. Softmax over the chosen logits only is a softmax over all
+    of them, renormalised."""
     always_renormalises: bool = False
     """Router weights are renormalised whatever `norm_topk_prob` says."""
+    never_renormalises: bool = False
+    group_score: Literal["best two", "best"] = "best two"
+    """What a group-limited router ranks groups by: its two best scores, or its best."""
+    fewest_experts: int = 1
+    """A layer keeps at least this many: DeepSeek's router always takes the best two of a group."""
+
+    num_experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    """config.json keys that may hold the number of routed experts; all present ones are patched."""
+    top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)
+    expert_width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    shared_width_key: str = ""
+    """config.json key of the shared expert's own width."""
+    shared_count_key: str = ""
+    """Key that states a shared expert's width as so many routed experts' widths."""
+    shared_module: str = "shared_experts"
+    """Name of the shared expert under the MoE block."""
+    moe_layers: LayerRule = every_layer
+    layer_memory: MemoryRule = all_full
+    state_values: StateRule | None = None
+    """Where some layers keep a state instead of keys and values."""
+    attention: Attention = "grouped"
+    """Shapes of the attention weights: grouped queries, DeepSeek's latent attention, or others,
+    which only transformers checks."""
+    has_global_heads: bool = False
+    """Full-attention layers have heads of their own (Gemma 4)."""
+    qk_norm: Literal["", "head", "all"] = ""
+    """Norms on queries and keys: one for every head, or one over all heads."""
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     """transformers' values of the keys that config.json leaves out."""
+    refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """config.json keys and the only values of them that are handled."""
+
+    minimal: Mapping[str, Any] = field(default_factory=dict)
+    """config.json keys of a minimal model, beside those that `minimal_config` sets for all."""
+
     gguf_arch: str | None = None
     """llama.cpp architecture this project can export to; None where it cannot."""
     gguf_renormalises: bool | None = None
     """llama.cpp hard-codes renormalisation per architecture; an export must agree."""
-    config_expert_width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
-    shared_count_key: str = ""
-    """config.json key that states a shared expert's width as so many routed experts' widths."""
-    notes: tuple[str, ...] = field(default=())
 
-
-FAMILIES: dict[str, Family] = {
-    "qwen3_moe": Family(
-        architecture="Qwen3MoeForCausalLM",
-        moe_prefix="model.layers.{layer}.mlp",
-        config_defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768},
-        gguf_arch="qwen3moe",
-        gguf_renormalises=True,
-    ),
-    "qwen2_moe": Family(
-        architecture="Qwen2MoeForCausalLM",
-        moe_prefix="model.layers.{layer}.mlp",
-        config_defaults={
-            "num_key_value_heads": 16,
-            "max_position_embeddings": 32768,
-            "shared_expert_intermediate_size": 5632,
-        },
-    ),
-    "olmoe": Family(
-        architecture="OlmoeForCausalLM",
-        moe_prefix="model.layers.{layer}.mlp",
-        config_defaults={"max_position_embeddings": 4096},
-        config_expert_width_keys=("intermediate_size",),
-        gguf_arch="olmoe",
-        gguf_renormalises=False,
-    ),
-    "mixtral": Family(
-        architecture="MixtralForCausalLM",
-        moe_prefix="model.layers.{layer}.block_sparse_moe",
-        projections=("w1", "w3", "w2"),
-        num_experts_keys=("num_local_experts", "num_experts"),
-        always_renormalises=True,
-        config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
-        config_expert_width_keys=("intermediate_size",),
-    ),
-    "deepseek_v3": Family(
-        architecture="DeepseekV3ForCausalLM",
-        moe_prefix="model.layers.{layer}.mlp",
-        num_experts_keys=("n_routed_experts", "num_local_experts", "num_experts"),
-        optional_router_tensors=("gate.e_score_correction_bias",),
-        score_function="sigmoid",
-        fewest_experts=2,
-        config_defaults={
-            "max_position_embeddings": 4096,
-            "first_k_dense_replace": 3,
-            "n_shared_experts": 1,
-            "n_group": 8,
-            "topk_group": 4,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "q_lora_rank": 1536,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-        },
-        config_expert_width_keys=("moe_intermediate_size",),
-        shared_count_key="n_shared_experts",
-    ),
-}
+    @property
+    def has_plain_blocks(self) -> bool:
+        """Gated experts without biases under a router that knows its own bias, if it has one."""
+        is_plain = self.has_gate and not self.is_transposed and not self.logits_module
+        knows_bias = not self.selection_bias or self.selection_bias.startswith("gate.e_score")
+        return is_plain and knows_bias and self.score_function != "sparsemixer"

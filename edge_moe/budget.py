@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
 from edge_moe.formats import expert_bytes
 from edge_moe.plan import Device, MemoryTerm, Source, Target
+from edge_moe.source_model import SourceModel, StoredTensor
 from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes
 
@@ -40,7 +40,7 @@ PROCESS_TARGETS: tuple[Target, ...] = ("native", "hf")
 class Setting:
     """Where a model will run."""
 
-    checkpoint: Checkpoint
+    model: SourceModel
     target: Target
     device: Device
     context_tokens: int
@@ -50,9 +50,9 @@ class Setting:
     def bill(self, forms: Sequence[Sequence[str]]) -> list[MemoryTerm]:
         """Memory terms with experts in `forms` [L][E], or without any."""
         return memory_terms(
-            self.checkpoint.spec,
+            self.model.spec,
             forms=forms,
-            dense_bytes=dense_bytes(self.checkpoint, self.device, self.target),
+            dense_bytes=dense_bytes(self.model, self.device, self.target),
             context_tokens=self.context_tokens,
             device=self.device,
             target=self.target,
@@ -79,12 +79,15 @@ def memory_terms(
     positions whose logits are held at once: one, but a window's when quality is measured.
     """
     per_expert = {
-        form: expert_bytes(form, spec.hidden_size, spec.expert_width)
+        form: expert_bytes(form, *spec.expert_shape)
         for form in {form for row in forms for form in row}
     }
     experts = sum(per_expert[form] for row in forms for form in row)
     kv_itemsize = kv_itemsize_bytes(spec, device, target)
-    kv_bytes = context_tokens * _cached_values(spec, target) * kv_itemsize
+    if target == "onnx" and spec.expanded_kv_width:
+        kv_bytes = context_tokens * _expanded_values(spec) * kv_itemsize
+    else:
+        kv_bytes = spec.kv_bytes(context_tokens, kv_itemsize)
     kv_note = f"{context_tokens} tokens, {kv_itemsize} bytes per value"
     return [
         MemoryTerm(
@@ -105,21 +108,22 @@ def memory_terms(
     ]
 
 
-def dense_bytes(checkpoint: Checkpoint, device: Device, target: Target) -> int:
+def dense_bytes(model: SourceModel, device: Device, target: Target) -> int:
     """Bytes of everything but routed experts, as the target's runtime holds it.
 
     The native runtime on a CPU and the ONNX graph compute in float32: every weight takes 4 bytes.
-    GGUF
-    stores vectors and routers as float32 and matrices in the checkpoint's dtype. A tied lm_head is
-    not counted again.
+    GGUF stores vectors and routers as float32 and matrices in the checkpoint's dtype. A tied
+    lm_head is not counted again. A model that is a GGUF already keeps its tensors as they are.
     """
-    spec = checkpoint.spec
+    spec = model.spec
+    if spec.is_gguf:
+        return sum(info.num_bytes for info in model.dense_tensors)
     itemsize = FLOAT32_BYTES if _computes_in_float32(device, target) else _DTYPE_BYTES[spec.dtype]
     routers = {
         name for layer_id in spec.moe_layer_ids for name in spec.router_tensor_names(layer_id)
     }
     total = 0
-    for info in checkpoint.dense_tensors:
+    for info in model.dense_tensors:
         if info.name == "lm_head.weight" and spec.tie_word_embeddings:
             continue
         is_float32 = target == "gguf" and (len(info.shape) < 2 or info.name in routers)
@@ -127,7 +131,7 @@ def dense_bytes(checkpoint: Checkpoint, device: Device, target: Target) -> int:
     return total
 
 
-def num_weights(info: TensorInfo) -> int:
+def num_weights(info: StoredTensor) -> int:
     """Number of elements of a tensor."""
     return prod(info.shape)
 
@@ -207,14 +211,10 @@ def describe_terms(terms: Sequence[MemoryTerm]) -> str:
     return " + ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
 
 
-def _cached_values(spec: ModelSpec, target: Target) -> int:
-    """Values that a token takes in the KV cache of all layers.
-
-    The ONNX graph caches latent attention expanded: keys of all heads, and values as wide as them.
-    """
-    if target == "onnx" and spec.expanded_kv_width:
-        return spec.num_layers * 2 * spec.query_width
-    return spec.kv_bytes_per_token(1)
+def _expanded_values(spec: ModelSpec) -> int:
+    """Values that a token takes in the ONNX graph's cache of latent attention: keys of all heads,
+    and values as wide as them, in all layers."""
+    return spec.num_layers * 2 * spec.query_width
 
 
 def _computes_in_float32(device: Device, target: Target) -> bool:

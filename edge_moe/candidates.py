@@ -85,7 +85,8 @@ class Candidates:
     """The forms on offer, and what is missing."""
 
     forms: tuple[str, ...]
-    """`drop` first, then ascending in bytes; the last is 16-bit (hf: as stored; onnx: float32)."""
+    """`drop` first, then ascending in bytes; the last is 16-bit (hf: as stored; onnx: float32).
+    A GGUF model has no 16-bit one: its layers may stay as they are stored, see `edge_moe.offer`."""
     limits: tuple[str, ...]
     """What the target or the shapes rule out, in sentences."""
 
@@ -101,14 +102,14 @@ def candidate_forms(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
 
 def full_expert_bytes(spec: ModelSpec, target: Target) -> int:
     """All experts in the target's largest form."""
-    largest = expert_bytes(candidate_forms(spec, target)[-1], spec.hidden_size, spec.expert_width)
+    largest = expert_bytes(candidate_forms(spec, target)[-1], *spec.expert_shape)
     return spec.num_moe_layers * spec.num_experts * largest
 
 
 def least_expert_bytes(spec: ModelSpec, target: Target) -> int:
     """No plan takes fewer bytes: top_k experts per layer in the target's smallest form."""
     smallest = candidate_forms(spec, target)[1]
-    one_bytes = expert_bytes(smallest, spec.hidden_size, spec.expert_width)
+    one_bytes = expert_bytes(smallest, *spec.expert_shape)
     return spec.num_moe_layers * spec.top_k * one_bytes
 
 
@@ -136,7 +137,8 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
             form = form if device == "cpu" else None
         if form is not None:
             forms.append(form)
-    forms.append(_widest(spec, target))
+    if not spec.is_gguf:  # whose layers may be kept as they are stored, and never grow
+        forms.append(_widest(spec, target))
     return Candidates(tuple(forms), tuple(limits))
 
 
@@ -146,6 +148,13 @@ def check_target(spec: ModelSpec, target: Target) -> None:
     Raises:
         TargetError: names the architecture, the reason and a target that works.
     """
+    if spec.is_gguf:
+        if target != "gguf":
+            raise TargetError(
+                f"a GGUF model can only be built as GGUF, not as {target}: use --target gguf, or "
+                "give the Hugging Face folder that it was made from"
+            )
+        return
     if target == "onnx":
         _check_onnx(spec)
     if target != "gguf":
@@ -178,7 +187,7 @@ def _check_onnx(spec: ModelSpec) -> None:
 def _pick(spec: ModelSpec, class_name: str, names: tuple[str, ...]) -> tuple[str | None, list[str]]:
     """(the class's first form that fits or None, a sentence if it is not the preferred one)."""
     preferred = names[0]
-    widths = spec.hidden_size, spec.expert_width
+    widths = spec.expert_shape
     chosen = next((name for name in names if form_fits(name, *widths)), None)
     if chosen == preferred:
         return chosen, []

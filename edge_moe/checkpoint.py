@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_moe.config_reader import read_config, text_config
 from edge_moe.dense_shapes import dense_shapes
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import os_problem, read_json
 from edge_moe.onnx_folder import is_onnx_folder
-from edge_moe.spec import ModelSpec, read_config
+from edge_moe.spec import ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -163,8 +164,8 @@ class Checkpoint:
         """
         if folder.suffix == ".gguf" and folder.is_file():
             raise InputError(
-                f"{folder} is a GGUF file, which only inspect and eval read and llama.cpp runs: "
-                "give the Hugging Face folder that it was made from"
+                f"{folder} is a GGUF file, which only inspect, calibrate, plan, build and eval "
+                "read, and llama.cpp runs: give the Hugging Face folder that it was made from"
             )
         self.folder = folder
         config_path = folder / "config.json"
@@ -172,7 +173,12 @@ class Checkpoint:
         spec = ModelSpec.from_config(config, source=str(config_path))
         self.tensors = _read_all_headers(folder) if tensors is None else tensors
         self.spec = spec.with_names_of(self.tensors)
-        self._check_tensors(dense_shapes(self.spec, config, str(config_path)))
+        self._check_tensors(dense_shapes(self.spec, text_config(config), str(config_path)))
+
+    @property
+    def location(self) -> Path:
+        """What messages call the model."""
+        return self.folder
 
     @cached_property
     def is_fused(self) -> bool:
@@ -196,22 +202,33 @@ class Checkpoint:
     @cached_property
     def unused_tensors(self) -> frozenset[str]:
         """Tensors of layers past `num_layers` (multi-token prediction heads): never loaded."""
+        num_layers = self.spec.num_layers
         prefixes = tuple(
-            f"model.layers.{layer}."
-            for layer in range(self.spec.num_layers, self.spec.num_layers + 16)
+            self.spec.layer_prefix(layer) for layer in range(num_layers, num_layers + 16)
         )
         return frozenset(name for name in self.tensors if name.startswith(prefixes))
 
     @cached_property
+    def other_tensors(self) -> tuple[TensorInfo, ...]:
+        """Those of other parts than the language model, such as a vision tower: never loaded."""
+        return tuple(
+            info
+            for name, info in self.tensors.items()
+            if not self.spec.is_part_of_language_model(name)
+        )
+
+    @cached_property
     def dense_tensors(self) -> tuple[TensorInfo, ...]:
         """Everything that is not a routed expert, in file order."""
-        skipped = self.expert_tensors | self.unused_tensors
+        others = {info.name for info in self.other_tensors}
+        skipped = self.expert_tensors | self.unused_tensors | others
         return tuple(info for name, info in self.tensors.items() if name not in skipped)
 
     @cached_property
     def total_parameters(self) -> int:
         """Of all tensors that are loaded."""
         loaded = self.tensors.keys() - self.unused_tensors
+        loaded -= {info.name for info in self.other_tensors}
         return sum(math.prod(self.tensors[name].shape) for name in loaded)
 
     @cached_property
@@ -251,20 +268,60 @@ class Checkpoint:
         """
         if not self.is_fused:
             names = self.spec.expert_tensor_names(layer_id, expert_id)
-            return self.read(names[0]), self.read(names[1]), self.read(names[2])
+            *gates, up, down = (self.read(name) for name in names)
+            return gates[0] if gates else self._no_gate(), up, down
         gate_up_name, down_name = self.spec.fused_tensor_names(layer_id)
         gate_up = self._row_block(gate_up_name, expert_id)
+        down = self._row_block(down_name, expert_id)
+        if not self.has_contiguous_experts:  # [H, 2I], gate and up taking turns; [I, H]
+            return _turned(gate_up[:, ::2]), _turned(gate_up[:, 1::2]), _turned(down)
+        if not self.spec.has_gate:
+            return self._no_gate(), gate_up, down
         gate, up = np.split(gate_up, 2)
-        return gate, up, self._row_block(down_name, expert_id)
+        return gate, up, down
+
+    def _no_gate(self) -> FloatArray:
+        """The gate_proj of experts that have none: no rows."""
+        return np.empty((0, self.spec.expert_hidden), np.float32)
+
+    def projection(self, layer_id: int, expert_id: int, index: int) -> FloatArray:
+        """gate_proj, up_proj or down_proj of one expert (0, 1, 2), float32.
+
+        Memory: as for `expert`, or one projection where they are stored on their own.
+        """
+        if self.is_fused or not self.spec.has_gate:
+            return self.expert(layer_id, expert_id)[index]
+        return self.read(self.spec.expert_tensor_names(layer_id, expert_id)[index])
+
+    @cached_property
+    def has_contiguous_experts(self) -> bool:
+        """Every row of gate_proj, up_proj and down_proj is one range of bytes."""
+        return not (self.is_fused and self.spec.family.is_transposed)
+
+    def expert_dtypes(self, layer_id: int, expert_id: int) -> tuple[str, ...]:
+        """Stored dtypes of (gate_proj, up_proj, down_proj)."""
+        if self.is_fused:
+            gate_up, down = (self._info(name) for name in self.spec.fused_tensor_names(layer_id))
+            return gate_up.dtype, gate_up.dtype, down.dtype
+        names = self.spec.expert_tensor_names(layer_id, expert_id)
+        return tuple(self._info(name).dtype for name in names)
 
     def expert_ranges(self, layer_id: int, expert_id: int) -> tuple[TensorInfo, ...]:
-        """Stored byte ranges of one expert: (gate_proj, up_proj, down_proj), stacked or not."""
+        """Stored byte ranges of one expert: gate_proj if any, up_proj, down_proj, stacked or not.
+
+        Raises:
+            ValueError: `has_contiguous_experts` is false.
+        """
         spec = self.spec
+        if not self.has_contiguous_experts:
+            raise ValueError("the rows of these experts are scattered")
         if not self.is_fused:
             names = spec.expert_tensor_names(layer_id, expert_id)
             return tuple(self._info(name) for name in names)
         gate_up, down = (self._info(name) for name in spec.fused_tensor_names(layer_id))
-        shape = (spec.expert_width, spec.hidden_size)
+        if not spec.has_gate:
+            return rows_of(gate_up, expert_id), rows_of(down, expert_id)
+        shape = (spec.expert_width, spec.expert_hidden)
         part_bytes = gate_up.num_bytes // spec.num_experts // 2
         start = gate_up.offset + 2 * part_bytes * expert_id
         return (
@@ -318,7 +375,12 @@ class Checkpoint:
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """What config.json promises is there; `shapes` are those of the dense part."""
-        wanted = (*sorted(self.expert_tensors), *shapes)
+        routers = [
+            name
+            for layer in self.spec.moe_layer_ids
+            for name in self.spec.router_tensor_names(layer)
+        ]
+        wanted = (*sorted(self.expert_tensors), *shapes, *routers)
         missing = [name for name in wanted if name not in self.tensors]
         if missing:
             raise CheckpointError(
@@ -326,6 +388,13 @@ class Checkpoint:
                 f"first {missing[0]!r}; a weight file may not have been downloaded"
             )
         self._check_shapes(shapes)
+        for name in routers:
+            if expert_axis(self.tensors[name], self.spec.num_experts) is None:
+                raise CheckpointError(
+                    f"{self.tensors[name].path}: {name!r} of shape "
+                    f"{list(self.tensors[name].shape)} has no row for each of the "
+                    f"{self.spec.num_experts} experts of config.json: download both again"
+                )
         for layer_id in self.spec.moe_layer_ids:
             self._check_shapes(self._expert_shapes(layer_id))
         for name, info in self.tensors.items():
@@ -334,16 +403,19 @@ class Checkpoint:
 
     def _expert_shapes(self, layer_id: int) -> dict[str, tuple[int, ...]]:
         spec = self.spec
-        up, down = (spec.expert_width, spec.hidden_size), (spec.hidden_size, spec.expert_width)
+        up, down = (spec.expert_width, spec.expert_hidden), (spec.expert_hidden, spec.expert_width)
         expected: dict[str, tuple[int, ...]] = {}
         if self.is_fused:
             gate_up_name, down_name = spec.fused_tensor_names(layer_id)
-            expected[gate_up_name] = (spec.num_experts, 2 * up[0], up[1])
+            gate_up = spec.inner_rows, up[1]
+            if not self.has_contiguous_experts:
+                gate_up, down = gate_up[::-1], down[::-1]
+            expected[gate_up_name] = (spec.num_experts, *gate_up)
             expected[down_name] = (spec.num_experts, *down)
         else:
             for expert_id in range(spec.num_experts):
                 names = spec.expert_tensor_names(layer_id, expert_id)
-                expected.update(zip(names, (up, up, down), strict=True))
+                expected.update(zip(names, (up, up, down)[-len(names) :], strict=True))
         return expected
 
     def _check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -355,6 +427,24 @@ class Checkpoint:
                     f"config.json implies {list(shape)}: one of the two files belongs to another "
                     "model or was edited; download both again"
                 )
+
+
+def rows_of(info: TensorInfo, index: int) -> TensorInfo:
+    """The range of `info[index]`."""
+    row_bytes = info.num_bytes // info.shape[0]
+    start = info.offset + index * row_bytes
+    return TensorInfo(info.name, info.path, info.dtype, info.shape[1:], start, row_bytes)
+
+
+def expert_axis(info: TensorInfo, num_experts: int) -> int | None:
+    """The axis of a router's tensor along which experts lie: 0, or 1 after an axis of one row."""
+    if info.shape[:1] == (num_experts,):
+        return 0
+    return 1 if info.shape == (1, num_experts) else None
+
+
+def _turned(matrix: FloatArray) -> FloatArray:
+    return np.ascontiguousarray(matrix.T)
 
 
 def _require_float(info: TensorInfo) -> None:

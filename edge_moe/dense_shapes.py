@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from edge_moe.spec import ConfigReader, ModelSpec
+from edge_moe.config_reader import ConfigReader
+from edge_moe.spec import ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -22,30 +23,32 @@ def dense_shapes(spec: ModelSpec, config: dict[str, Any], source: str) -> Shapes
     read = ConfigReader({**spec.family.config_defaults, **config}, source)
     hidden = spec.hidden_size
     shapes: Shapes = {
-        "model.embed_tokens.weight": (spec.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        spec.embedding_name: (spec.vocab_size, hidden),
+        spec.final_norm_name: (hidden,),
     }
     if not spec.tie_word_embeddings:
         shapes["lm_head.weight"] = (spec.vocab_size, hidden)
     moe_layers = set(spec.moe_layer_ids)
     attention = _attention(spec, read)
-    norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    norms = {name: (hidden,) for name in spec.family.layer_norms}
     for layer_id in range(spec.num_layers):
-        prefix = f"model.layers.{layer_id}"
+        prefix = spec.layer_prefix(layer_id).removesuffix(".")
         for name, shape in (attention | norms).items():
             shapes[f"{prefix}.{name}.weight"] = shape
         if layer_id in moe_layers:
             shapes |= _routers(spec, layer_id)
             shapes |= _shared_experts(spec, read, layer_id)
-        else:
+        elif spec.family.attention != "other":
             shapes |= _mlp(f"{prefix}.mlp", hidden, read.count("intermediate_size"))
     return shapes
 
 
 def _attention(spec: ModelSpec, read: ConfigReader) -> Shapes:
-    """Module below the layer -> shape of its weight."""
-    if spec.model_type == "deepseek_v3":
+    """Module below the layer -> shape of its weight; empty where only transformers knows."""
+    if spec.family.attention == "latent":
         return _latent_attention(spec, read)
+    if spec.family.attention == "other":
+        return {}
     hidden, heads = spec.hidden_size, spec.num_attention_heads
     head_width = read.count("head_dim", default=hidden // heads)
     shapes: Shapes = {
@@ -54,10 +57,10 @@ def _attention(spec: ModelSpec, read: ConfigReader) -> Shapes:
         "self_attn.v_proj": (spec.kv_value_width, hidden),
         "self_attn.o_proj": (hidden, heads * head_width),
     }
-    if spec.model_type == "qwen3_moe":  # one norm for every head
+    if spec.family.qk_norm == "head":
         shapes |= {f"self_attn.{name}_norm": (head_width,) for name in ("q", "k")}
-    if spec.model_type == "olmoe":  # one norm over all heads
-        shapes["self_attn.q_norm"] = (hidden,)
+    if spec.family.qk_norm == "all":
+        shapes["self_attn.q_norm"] = (heads * head_width,)
         shapes["self_attn.k_norm"] = (spec.kv_key_width,)
     return shapes
 
@@ -84,24 +87,19 @@ def _latent_attention(spec: ModelSpec, read: ConfigReader) -> Shapes:
 
 
 def _routers(spec: ModelSpec, layer_id: int) -> Shapes:
-    """The router's matrix is [E, H], its selection bias [E]."""
-    return {
-        name: (spec.num_experts, spec.hidden_size)
-        if name.endswith(".weight")
-        else (spec.num_experts,)
-        for name in spec.router_tensor_names(layer_id)
-    }
+    """The router's matrix is [E, H]."""
+    return {spec.router_tensor_names(layer_id)[0]: (spec.num_experts, spec.hidden_size)}
 
 
 def _shared_experts(spec: ModelSpec, read: ConfigReader, layer_id: int) -> Shapes:
-    prefix, hidden = spec.moe_prefix(layer_id), spec.hidden_size
-    if not spec.num_shared_experts:
+    family, hidden = spec.family, spec.hidden_size
+    if not spec.num_shared_experts or not spec.has_gate:
         return {}
-    if spec.model_type == "qwen2_moe":
-        width = read.count("shared_expert_intermediate_size")
-        gate: Shapes = {f"{prefix}.shared_expert_gate.weight": (1, hidden)}
-        return _mlp(f"{prefix}.shared_expert", hidden, width) | gate
-    return _mlp(f"{prefix}.shared_experts", hidden, spec.num_shared_experts * spec.expert_width)
+    prefix = f"{spec.moe_prefix(layer_id)}.{family.shared_module}"
+    if not family.shared_width_key:
+        return _mlp(prefix, hidden, spec.num_shared_experts * spec.expert_width)
+    gate: Shapes = {f"{prefix}_gate.weight": (1, hidden)}
+    return _mlp(prefix, hidden, read.count(family.shared_width_key)) | gate
 
 
 def _mlp(prefix: str, hidden: int, width: int) -> Shapes:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_moe.errors import CheckpointError
+from edge_moe.formats.ggml_types import GGML_TYPES
 
 Scalar = int | float | bool | str
 
@@ -34,44 +38,6 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
-# ggml type -> (name, weights per block, bytes per block), as in ggml.c's type_traits
-_TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 40),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18),
-    42: ("Q2_0", 64, 18),
-}
 # first part of a tensor name that matches -> component
 _COMPONENTS = (
     ("_exps", "routed experts"),
@@ -84,7 +50,10 @@ _COMPONENTS = (
     ("attn", "attention"),
     ("ffn", "dense MLPs"),
 )
+DEFAULT_ALIGNMENT = 32
 _MAX_AXES = 4
+_MAX_NUMBERS = 4096
+"""Longest array of numbers that is read whole: one per layer, of which llama.cpp allows 512."""
 _MAX_NESTING = 4
 _MAX_STRING_BYTES = 2**26
 _KEPT_ITEMS = 8
@@ -104,10 +73,19 @@ class GgufArray:
 Value = Scalar | GgufArray
 
 
+class Span(NamedTuple):
+    """A range of bytes in a file."""
+
+    offset: int
+    num_bytes: int
+
+
 @dataclass(frozen=True)
 class GgufTensorInfo:
     """One tensor of the list."""
 
+    path: Path
+    """The file that holds it."""
     name: str
     shape: tuple[int, ...]
     """Slowest axis first, as numpy prints it; the file stores the reverse."""
@@ -132,30 +110,77 @@ class GgufHeader:
     path: Path
     version: int
     architecture: str
+    """Empty in the later parts of a split model, which name none."""
     metadata: dict[str, Value]
+    key_spans: dict[str, Span]
+    """Where each key lies in the file, from the length of its name to the end of its value."""
     tensors: tuple[GgufTensorInfo, ...]
+    data_start: int
+    """First byte behind the header and its padding."""
     total_bytes: int
     """Size of the file."""
+
+    @property
+    def alignment(self) -> int:
+        """Tensors start at multiples of this."""
+        value = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        return value if isinstance(value, int) else DEFAULT_ALIGNMENT
 
     def number(self, key: str) -> int | None:
         """Metadata `{architecture}.{key}` as an int; None when absent or not one."""
         value = self.metadata.get(f"{self.architecture}.{key}")
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-    def bytes_by_component(self) -> dict[str, int]:
-        """Component -> bytes of its tensors, largest first."""
-        return _summed({(info.name, info.component): info.num_bytes for info in self.tensors})
+    def numbers(self, key: str) -> tuple[int | float, ...] | None:
+        """All numbers under `{architecture}.{key}`, one or an array; None when absent.
 
-    def bytes_by_type(self) -> dict[str, int]:
-        """Type name -> bytes of its tensors, largest first."""
-        return _summed({(info.name, info.type_name): info.num_bytes for info in self.tensors})
+        `metadata` keeps only the first items of an array: a long one is read again.
+
+        Raises:
+            CheckpointError: the value holds something else than numbers.
+        """
+        name = f"{self.architecture}.{key}"
+        value = self.metadata.get(name)
+        if isinstance(value, GgufArray):
+            items = value.first if value.count == len(value.first) else self._reread(name, value)
+        else:
+            items = () if value is None else (value,)
+        if any(isinstance(item, str | GgufArray) for item in items):
+            raise CheckpointError(
+                f"{self.path}: the key {name!r} does not hold numbers; "
+                "download or export the file again"
+            )
+        return tuple(item for item in items if isinstance(item, int | float)) or None
+
+    def _reread(self, name: str, value: GgufArray) -> tuple[Value, ...]:
+        if value.count > _MAX_NUMBERS:
+            raise CheckpointError(
+                f"{self.path}: the key {name!r} holds {value.count} numbers, at most "
+                f"{_MAX_NUMBERS} make sense; download or export the file again"
+            )
+        with self.path.open("rb") as handle:
+            reader = _Reader(handle, self.path, self.total_bytes, kept_items=_MAX_NUMBERS)
+            reader.skip(self.key_spans[name].offset)
+            reader.string()
+            found = reader.value(reader.u32())
+        return found.first if isinstance(found, GgufArray) else ()
+
+    def raw_key(self, key: str) -> bytes:
+        """The bytes of a key and its value, as they stand in the file."""
+        span = self.key_spans[key]
+        with self.path.open("rb") as handle:
+            handle.seek(span.offset)
+            return handle.read(span.num_bytes)
 
 
-def _summed(sizes: dict[tuple[str, str], int]) -> dict[str, int]:
-    sums: dict[str, int] = {}
-    for (_, group), num_bytes in sizes.items():
-        sums[group] = sums.get(group, 0) + num_bytes
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+def summed_bytes(
+    tensors: Iterable[GgufTensorInfo], group: Callable[[GgufTensorInfo], str]
+) -> dict[str, int]:
+    """Group -> bytes of its tensors, largest first."""
+    sums: Counter[str] = Counter()
+    for info in tensors:
+        sums[group(info)] += info.num_bytes
+    return dict(sums.most_common())
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -175,10 +200,17 @@ def read_gguf_header(path: Path) -> GgufHeader:
 class _Reader:
     """Typed reads that never ask for more than the file still holds."""
 
-    def __init__(self, handle: BufferedReader, path: Path, file_bytes: int) -> None:
+    def __init__(
+        self,
+        handle: BufferedReader,
+        path: Path,
+        file_bytes: int,
+        kept_items: int = _KEPT_ITEMS,
+    ) -> None:
         self._handle = handle
         self.path = path
         self.file_bytes = file_bytes
+        self._kept_items = kept_items
 
     @property
     def remaining_bytes(self) -> int:
@@ -207,6 +239,16 @@ class _Reader:
                 f"truncated: byte {self.position} needs {num_bytes} more bytes, "
                 f"{remaining_bytes} are left"
             )
+
+    def _skip_strings(self, count: int) -> None:
+        """Walk over `count` strings: a vocabulary has hundreds of thousands."""
+        handle, at = self._handle, self._handle.tell()
+        for _ in range(count):
+            raw = handle.read(8)
+            at += 8 + int.from_bytes(raw, "little")
+            if len(raw) < 8 or at > self.file_bytes:
+                raise self.fail(f"truncated: a string that should end at byte {at}")
+            handle.seek(at)
 
     def scalar(self, code: str) -> int | float | bool:
         value: int | float | bool = struct.unpack(code, self.take(struct.calcsize(code)))[0]
@@ -248,13 +290,12 @@ class _Reader:
         kind = self.u32()
         item_bytes = struct.calcsize(_SCALARS[kind]) if kind in _SCALARS else 8
         count = self.count("array items", item_bytes)
-        kept = min(count, _KEPT_ITEMS)
+        kept = min(count, self._kept_items)
         first = tuple(self.value(kind, nesting) for _ in range(kept))
         if kind in _SCALARS:
             self.skip((count - kept) * item_bytes)
         elif kind == _STRING:
-            for _ in range(count - kept):
-                self.skip(self.u64())
+            self._skip_strings(count - kept)
         else:
             for _ in range(count - kept):
                 self.value(kind, nesting)
@@ -271,27 +312,46 @@ def _read(reader: _Reader) -> GgufHeader:
             "versions 2 and 3, little-endian, are"
         )
     num_tensors = reader.count("tensors", _MIN_TENSOR_BYTES)
-    metadata = _read_metadata(reader, reader.count("metadata keys", _MIN_KEY_BYTES))
+    metadata, key_spans = _read_metadata(reader, reader.count("metadata keys", _MIN_KEY_BYTES))
     entries = [_read_entry(reader) for _ in range(num_tensors)]
-    tensors = _place(reader, entries, _alignment(reader, metadata))
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str):
-        raise reader.fail("the key general.architecture is missing or not a string")
-    return GgufHeader(reader.path, version, architecture, metadata, tensors, reader.file_bytes)
+    alignment = _alignment(reader, metadata)
+    data_start = -(-reader.position // alignment) * alignment
+    return GgufHeader(
+        path=reader.path,
+        version=version,
+        architecture=_architecture(reader, metadata),
+        metadata=metadata,
+        key_spans=key_spans,
+        tensors=_place(reader, entries, alignment, data_start),
+        data_start=data_start,
+        total_bytes=reader.file_bytes,
+    )
 
 
-def _read_metadata(reader: _Reader, num_keys: int) -> dict[str, Value]:
+def _read_metadata(reader: _Reader, num_keys: int) -> tuple[dict[str, Value], dict[str, Span]]:
     metadata: dict[str, Value] = {}
+    spans: dict[str, Span] = {}
     for _ in range(num_keys):
+        start = reader.position
         key = reader.string()
         if key in metadata:
             raise reader.fail(f"the key {key!r} appears twice")
         metadata[key] = reader.value(reader.u32())
-    return metadata
+        spans[key] = Span(start, reader.position - start)
+    return metadata, spans
+
+
+def _architecture(reader: _Reader, metadata: dict[str, Value]) -> str:
+    """Only the first part of a split model has to name it."""
+    part = metadata.get("split.no", 0)
+    found = metadata.get("general.architecture", "" if isinstance(part, int) and part > 0 else None)
+    if not isinstance(found, str):
+        raise reader.fail("the key general.architecture is missing or not a string")
+    return found
 
 
 def _alignment(reader: _Reader, metadata: dict[str, Value]) -> int:
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise reader.fail(f"general.alignment is {alignment!r}, not a power of two")
     return alignment
@@ -305,25 +365,26 @@ def _read_entry(reader: _Reader) -> GgufTensorInfo:
         raise reader.fail(f"tensor {name!r} has {num_axes} axes, at most {_MAX_AXES} are allowed")
     axes = [reader.u64() for _ in range(num_axes)]
     kind = reader.u32()
-    if kind not in _TYPES:
+    found = GGML_TYPES.get(kind)
+    if found is None:
         raise CheckpointError(
             f"{reader.path}: tensor {name!r} has the ggml type {kind}, which this edge-moe does "
             "not know"
         )
-    type_name, block_size, block_bytes = _TYPES[kind]
-    if axes and axes[0] % block_size:
+    if axes and axes[0] % found.block_size:
         raise reader.fail(
-            f"tensor {name!r} has rows of {axes[0]}, no multiple of {type_name}'s {block_size}"
+            f"tensor {name!r} has rows of {axes[0]}, no multiple of {found.name}'s "
+            f"{found.block_size}"
         )
-    num_bytes = prod(axes) // block_size * block_bytes
-    return GgufTensorInfo(name, tuple(reversed(axes)), type_name, reader.u64(), num_bytes)
+    num_bytes = prod(axes) // found.block_size * found.block_bytes
+    shape = tuple(reversed(axes))
+    return GgufTensorInfo(reader.path, name, shape, found.name, reader.u64(), num_bytes)
 
 
 def _place(
-    reader: _Reader, entries: list[GgufTensorInfo], alignment: int
+    reader: _Reader, entries: list[GgufTensorInfo], alignment: int, data_start: int
 ) -> tuple[GgufTensorInfo, ...]:
     """Entries with offsets from the start of the file, checked against its size and each other."""
-    data_start = -(-reader.position // alignment) * alignment
     placed: dict[str, GgufTensorInfo] = {}
     end = 0
     for entry in sorted(entries, key=lambda info: info.offset):
@@ -340,7 +401,5 @@ def _place(
                 f"truncated: {entry.name!r} ends at byte {data_start + end} but the file has "
                 f"{reader.file_bytes}"
             )
-        placed[entry.name] = GgufTensorInfo(
-            entry.name, entry.shape, entry.type_name, data_start + entry.offset, entry.num_bytes
-        )
+        placed[entry.name] = replace(entry, offset=data_start + entry.offset)
     return tuple(placed[entry.name] for entry in entries)

@@ -120,13 +120,18 @@ def inspect_model(model: str, revision: str | None = None) -> ModelInspection:
     return _inspect_checkpoint(model, Checkpoint(folder), "checkpoint")
 
 
+_EXPERT_BIASES = ("e_score_correction_bias", "expert_bias", "proj_bias")
+
+
 def component_of(name: str) -> str:
     """The component that dense tensor `name` belongs to."""
     modules = name.split(".")[:-1]
     module = modules[-1] if modules else ""
-    if module in ("embed_tokens", "lm_head"):
+    if module in ("embed_tokens", "embeddings", "lm_head"):
         return "embeddings"
-    if module.endswith("norm"):
+    if "router" in modules or name.endswith(_EXPERT_BIASES):
+        return "routers"
+    if module.endswith(("norm", "norm_f")):
         return "norms"
     if any(part.endswith("attn") for part in modules):
         return "attention"
@@ -134,7 +139,7 @@ def component_of(name: str) -> str:
         return "shared experts"
     if module == "gate":
         return "routers"
-    return "dense MLPs" if "mlp" in modules else "other"
+    return "dense MLPs" if "mlp" in modules or "feed_forward" in modules else "other"
 
 
 def sum_components(
@@ -234,9 +239,9 @@ def form_table(spec: ModelSpec) -> list[FormBytes]:
     """Every form but `drop` that fits the rows of this model's experts, fewest bytes first."""
     rows = []
     for name in FORM_NAMES:
-        if name == DROP or not form_fits(name, spec.hidden_size, spec.expert_width):
+        if name == DROP or not form_fits(name, *spec.expert_shape):
             continue
-        one_expert = expert_bytes(name, spec.hidden_size, spec.expert_width)
+        one_expert = expert_bytes(name, *spec.expert_shape)
         rows.append(
             FormBytes(
                 form=name,

@@ -123,22 +123,30 @@ counts the larger of two costs already: with a drop factor of 2 it is 0.99, with
 def loss_table(
     stats: ExpertStats,
     forms: Sequence[str],
-    source_form: str,
+    source_form: str | Sequence[str],
     kind: LossKind = DEFAULT_LOSS,
     gradients: GradientStats | None = None,
 ) -> FloatArray:
     """[L, E, F] loss of every expert in every one of `forms`.
 
-    `source_form` is the checkpoint's own dtype and loses nothing by definition.
+    `source_form` is what the model is stored in, for all layers or [L], and loses nothing by
+    definition. A form that some layers are stored in and that was not measured counts as lossless
+    in the others too: the caller does not allow it there.
 
     Raises:
         StatsError: the loss of a form was not measured, or `kind` needs gradients and there are
             none.
     """
+    stored = [source_form] if isinstance(source_form, str) else list(source_form)
     if not kind.layers.needs_gradients:
-        table = _change_table(stats, forms, source_form, kind.drop)
+        table = _change_table(stats, forms, stored, kind.drop)
+    elif len(set(stored)) > 1:
+        raise StatsError(
+            "layers that are stored in different forms cannot be planned with gradient statistics: "
+            "calibrate without --gradients"
+        )
     elif gradients is not None:
-        table = _gradient_table(stats, forms, source_form, kind, gradients)
+        table = _gradient_table(stats, forms, stored[0], kind, gradients)
     else:
         raise StatsError(
             f"the {kind.layers} loss needs gradient statistics, and there are none: run "
@@ -153,16 +161,18 @@ def loss_table(
 
 
 def _change_table(
-    stats: ExpertStats, forms: Sequence[str], source_form: str, drop: DropLoss
+    stats: ExpertStats, forms: Sequence[str], stored: Sequence[str], drop: DropLoss
 ) -> FloatArray:
-    """[L, E, F] sum of |change of the MoE output|**2."""
+    """[L, E, F] sum of |change of the MoE output|**2; `stored` holds one form, or [L]."""
     measured = stats.form_loss.values()
     table = np.zeros((*measured.shape[:2], len(forms)))
     for index, form in enumerate(forms):
+        is_lossless = np.array([form == own for own in stored])[:, None]  # [1 or L, 1]
         if form == DROP:
             table[..., index] = _drop_loss(stats, measured, drop)
-        elif form not in (source_form, EXACT):
-            table[..., index] = measured[..., stats.form_index(form)]
+        elif form != EXACT and (not is_lossless.any() or form in stats.info.forms):
+            loss = measured[..., stats.form_index(form)]
+            table[..., index] = np.where(is_lossless, 0.0, loss)
     return table
 
 

@@ -41,7 +41,7 @@ class LayerMoments:
 
     @classmethod
     def zeros_of(cls, spec: ModelSpec) -> LayerMoments:
-        return cls.zeros(spec.num_experts, spec.hidden_size, spec.expert_width)
+        return cls.zeros(spec.num_experts, spec.expert_hidden, spec.expert_width)
 
     def merge(self, other: LayerMoments) -> None:
         """Add the sums of another shard."""
@@ -95,7 +95,7 @@ def load_moments(stats_folder: Path, layer_id: int, spec: ModelSpec) -> LayerMom
     """
     path = moments_path(stats_folder, layer_id)
     found = LayerMoments.load(path)
-    wanted = (spec.num_experts, spec.hidden_size), (spec.num_experts, spec.expert_width)
+    wanted = (spec.num_experts, spec.expert_hidden), (spec.num_experts, spec.expert_width)
     shapes = found.input_squares.shape, found.inner_squares.shape
     if shapes != wanted:
         raise StatsError(f"{path} has shapes {shapes}, the model needs {wanted}: calibrate it")

@@ -22,9 +22,8 @@ _MAX_ROUNDING_REPAIRS = 3
 def solve(problem: Problem, time_limit_seconds: float = TIME_LIMIT_SECONDS) -> Solution:
     """The least total loss within `problem.budget_bytes`, to a relative gap of 1e-6.
 
-    Ties go to fewer bytes. A budget that holds every expert in its last form takes that
-    where nothing loses less. At the
-    time limit the best choice so far is returned, with its gap.
+    Ties go to fewer bytes. A budget that holds every expert in its whole form takes that where
+    nothing loses less. At the time limit the best choice so far is returned, with its gap.
 
     Raises:
         BudgetError: no choice fits; carries the fewest bytes that do.
@@ -40,22 +39,19 @@ def solve(problem: Problem, time_limit_seconds: float = TIME_LIMIT_SECONDS) -> S
             least_bytes,
         )
     if _whole_is_best(problem):
-        return Solution.of(problem, _whole(problem))
+        return Solution.of(problem, problem.whole_form)
     if problem.scope != "expert":
         return UniformFrontier(problem).best(problem.budget_bytes)
     return _solve_per_expert(problem, time_limit_seconds)
 
 
-def _whole(problem: Problem) -> IntArray:
-    """[L, E] every expert in the last form."""
-    return np.full(problem.allowed.shape[:2], len(problem.form_bytes) - 1)
-
-
 def _whole_is_best(problem: Problem) -> bool:
-    """Every expert may take the last form, all of them fit, and none loses less in another."""
-    fits = problem.bytes_of(_whole(problem)) <= problem.budget_bytes
-    lossless = (problem.loss[..., -1] <= problem.loss.min(axis=-1)).all()
-    return bool(fits and lossless and problem.allowed[..., -1].all())
+    """All experts in their whole form fit, as the scope allows, and none loses less in another."""
+    whole = problem.whole_form
+    fits = problem.bytes_of(whole) <= problem.budget_bytes
+    lossless = (_loss_here(problem, whole) <= problem.loss.min(axis=-1)).all()
+    shared = {"expert": whole, "layer": whole[:, :1], "model": whole[:1, :1]}[problem.scope]
+    return bool(fits and lossless and problem.can_keep.all() and (whole == shared).all())
 
 
 def _solve_per_expert(problem: Problem, time_limit_seconds: float) -> Solution:

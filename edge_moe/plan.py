@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from edge_moe.errors import PlanError
 from edge_moe.files import read_json, write_text
-from edge_moe.formats import DROP, FORM_NAMES
+from edge_moe.formats import DROP, is_form
 
 PLAN_VERSION = 1
 Target = Literal["native", "gguf", "hf", "onnx"]
@@ -133,6 +133,8 @@ class Plan(_Model):
     """(layer_id, expert_id) protected from being dropped or stored below 4 bits."""
     form_bytes: dict[str, int] = {}
     """Bytes of one expert in every form that was considered, the 16-bit one included."""
+    stored_forms: list[str] = []
+    """[L] the form that each layer has in a source that is a GGUF; empty for a checkpoint."""
     limits: list[str]
     """What the target cannot express, in sentences."""
     warnings: list[str] = []
@@ -152,7 +154,7 @@ class Plan(_Model):
                 raise ValueError(f"{name} is not a {num_layers} x {num_experts} table")
         for layer_id, row in zip(self.moe_layer_ids, self.forms, strict=True):
             for form in row:
-                if form not in FORM_NAMES:
+                if not is_form(form):
                     raise ValueError(f"layer {layer_id} names the unknown form {form!r}")
             if len(self.kept(row)) < self.top_k:
                 raise ValueError(f"layer {layer_id} keeps fewer than top_k={self.top_k} experts")

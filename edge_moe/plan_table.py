@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from edge_moe.formats import DROP, FORM_NAMES, get_form
+from edge_moe.formats import DROP, form_label, in_order
 from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, SearchRecord
-from edge_moe.reproduce import command_line
+from edge_moe.reproduce import command_line, stats_options
 from edge_moe.search import MIXED_BITS, PLAN_NAME
 from edge_moe.trials import SELECTION_RULE
 from edge_moe.units import format_bytes
@@ -93,7 +93,7 @@ def summarise_plan(plan: Plan, path: Path) -> PlanSummary:
 def form_counts(forms: Sequence[Sequence[str]]) -> dict[str, int]:
     """form -> number of experts, from fewest to most bits."""
     counts = Counter(form for row in forms for form in row)
-    return {form: counts[form] for form in FORM_NAMES if counts[form]}
+    return {form: counts[form] for form in in_order(counts)}
 
 
 def print_plan(plan: Plan, path: Path, console: Console) -> None:
@@ -117,7 +117,8 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
     for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
         for sentence in sentences:
             console.print(f"{heading}: {sentence}", style="yellow", markup=False)
-    console.print(f"next: {command_line('build', path, '-o', 'OUT')}", markup=False)
+    line = command_line("build", path, "-o", "OUT", *stats_options(plan, "STATS"))
+    console.print(f"next: {line}", markup=False)
 
 
 def _terms_table(plan: Plan) -> Table:
@@ -146,7 +147,7 @@ def _forms_line(plan: Plan) -> str:
     for form, count in form_counts(plan.forms).items():
         one_expert = plan.form_bytes.get(form, 0)
         size = f" of {format_bytes(one_expert)}" if one_expert else ""
-        label = "dropped" if form == DROP else f"{form} ({get_form(form).label}{size})"
+        label = "dropped" if form == DROP else f"{form} ({form_label(form)}{size})"
         parts.append(f"{count} {label}")
     num_experts = sum(len(row) for row in plan.forms)
     protected = len(plan.super_experts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,12 +16,12 @@ from edge_moe.budget import (
     minimum_budget_bytes,
     non_expert_bytes,
 )
-from edge_moe.candidates import SOURCE_FORMS, TARGET_RULES, find_candidates
-from edge_moe.checkpoint import Checkpoint
+from edge_moe.candidates import SOURCE_FORMS, TARGET_RULES
 from edge_moe.errors import BudgetError, StatsError
-from edge_moe.formats import DROP, EXACT, expert_bytes, get_form
+from edge_moe.formats import DROP, expert_bytes, form_bits
 from edge_moe.gradient_stats import FormCost, GradientStats
 from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
+from edge_moe.offer import Offer, find_offer
 from edge_moe.optimise import solve
 from edge_moe.overhead import tokenizer_bytes
 from edge_moe.plan import Device, MemoryTerm, Plan, Source, Target
@@ -30,6 +29,7 @@ from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_
 from edge_moe.published import Program, published_programs, with_room_for_protected
 from edge_moe.rivals import find_frontier, find_rivals, name_forms
 from edge_moe.search import Evidence, search
+from edge_moe.source_model import SourceModel
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.super_experts import MINIMUM_BITS, find_super_experts
@@ -41,20 +41,15 @@ MeasureForms = Callable[[Mapping[str, list[list[str]]], OnShare], Mapping[str, F
 """Forms [L][E] by name -> KL divergence of every token [N]; see `edge_moe.trials.Measure`."""
 EVIDENCE_TOKENS = 32
 """An expert that fewer calibration tokens chose has a loss that is hardly more than a guess."""
+UNSEARCHED = (
+    "planned by predicted loss alone: plans of a GGUF model are not measured on held-out text."
+)
 THIN_EVIDENCE_SHARE = 0.1
 """Share of experts below `EVIDENCE_TOKENS` from which a plan warns."""
 
 
-@dataclass(frozen=True)
-class _Offer:
-    """What may be chosen: forms with measured losses, and everything that is ruled out."""
-
-    forms: tuple[str, ...]
-    limits: tuple[str, ...]
-
-
 def make_plan(
-    checkpoint: Checkpoint,
+    source: SourceModel,
     stats: ExpertStats,
     budget_bytes: int,
     *,
@@ -83,20 +78,21 @@ def make_plan(
         TargetError: the target cannot hold this architecture.
         BudgetError: nothing fits; carries the smallest budget that works.
     """
-    spec = checkpoint.spec
-    _check_stats(checkpoint, stats)
+    spec = source.spec
+    _check_stats(source, stats)
     if gradients is not None:
         gradients.info.require_same_run(stats.info)
-    offer = _find_offer(spec, stats, target, device)
+    offer = find_offer(source, stats.info.forms, target, device)
     context = min(context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_position_embeddings)
-    process = runtime[0] + tokenizer_bytes(checkpoint.folder), runtime[1]
-    setting = Setting(checkpoint, target, device, context, process)
+    process = runtime[0] + tokenizer_bytes(source.location), runtime[1]
+    setting = Setting(source, target, device, context, process)
     fixed_terms = setting.bill([])
     fixed_bytes = non_expert_bytes(fixed_terms)
     evidence = gather_evidence(
         *(spec, stats, offer.forms, target, budget_bytes - fixed_bytes),
         gradients=gradients,
         kind=loss_kind,
+        offer=offer,
     )
     problem, supers = evidence.problem, evidence.supers
     _check_budget(problem, fixed_terms, budget_bytes, target)
@@ -110,7 +106,7 @@ def make_plan(
         edge_moe_version=__version__,
         model=model,
         model_type=spec.model_type,
-        model_fingerprint=checkpoint.fingerprint,
+        model_fingerprint=source.fingerprint,
         stats_fingerprint=stats_fingerprint(stats),
         gradient_fingerprint="" if gradients is None else stats_fingerprint(gradients),
         tasks=list(stats.info.tasks),
@@ -131,11 +127,13 @@ def make_plan(
         routed_share=_share_of_layer(stats.routed_tokens.astype(np.float64)),
         super_experts=_expert_keys(spec, supers),
         form_bytes=dict(zip(offer.forms, problem.form_bytes.tolist(), strict=True)),
+        stored_forms=list(offer.stored) if spec.is_gguf else [],
         limits=[*offer.limits, *_super_expert_limits(spec, supers, target)],
         warnings=[
             *_solver_warnings(solution),
             *_context_warnings(context_tokens, context),
             *_evidence_warnings(stats),
+            *([UNSEARCHED] if spec.is_gguf and measure is None else []),
             *missing_rivals,
         ],
         search=record,
@@ -153,18 +151,23 @@ def gather_evidence(
     *,
     gradients: GradientStats | None = None,
     kind: LossKind | None = None,
+    offer: Offer | None = None,
 ) -> Evidence:
     """What plans of `forms` within `expert_budget_bytes` are made from.
 
     `kind` defaults to `GRADIENT_LOSS` where there are `gradients`, and to `DEFAULT_LOSS` otherwise.
+    `offer` says what each layer is stored in and may take, where layers differ.
     """
+    stored = SOURCE_FORMS[spec.dtype] if offer is None else offer.stored
     kind = kind or (DEFAULT_LOSS if gradients is None else GRADIENT_LOSS)
     supers = find_super_experts(stats.max_output)
 
     def table(kind: LossKind) -> FloatArray:
-        return loss_table(stats, forms, SOURCE_FORMS[spec.dtype], kind, gradients)
+        return loss_table(stats, forms, stored, kind, gradients)
 
-    problem = build_problem(spec, forms, table(kind), supers, target, expert_budget_bytes)
+    problem = build_problem(
+        *(spec, forms, table(kind), supers, target, expert_budget_bytes), offer=offer
+    )
     published: dict[str, Program] = {}
     if problem.scope == "expert":
         smaller = with_room_for_protected(problem)
@@ -188,21 +191,27 @@ def build_problem(
     supers: BoolArray,
     target: Target,
     expert_budget_bytes: int,
+    *,
+    offer: Offer | None = None,
 ) -> Problem:
     """The optimiser's input: [L, E, F] `losses`, bytes of `forms`, rules of `target`.
 
-    `supers` [L, E] are neither dropped nor stored below 4 bits.
+    `supers` [L, E] are neither dropped nor stored below 4 bits, or stay as they are stored.
     """
-    widths = spec.hidden_size, spec.expert_width
-    at_least_4_bits = [
-        form != DROP and get_form(form).bits_per_weight >= MINIMUM_BITS for form in forms
-    ]
+    shape = spec.expert_shape
+    protected = np.array([form_bits(form) >= MINIMUM_BITS for form in forms])  # [F]
+    if offer is not None:
+        as_stored = [[form == own for form in forms] for own in offer.stored]
+        protected = protected | np.array(as_stored)[:, None]  # [L, 1, F]
+    allowed = ~supers[..., None] | protected
+    if offer is not None:
+        allowed &= offer.allowed[:, None]
     return Problem(
         loss=losses,
-        form_bytes=np.array([expert_bytes(form, *widths) for form in forms], np.int64),
-        allowed=~supers[..., None] | np.array(at_least_4_bits),
+        form_bytes=np.array([expert_bytes(form, *shape) for form in forms], np.int64),
+        allowed=allowed,
         budget_bytes=expert_budget_bytes,
-        top_k=max(spec.top_k, spec.family.fewest_experts),
+        top_k=max(spec.top_k, spec.fewest_experts),
         num_groups=spec.router.num_groups,
         top_groups=spec.router.top_groups,
         scope=TARGET_RULES[target].scope,
@@ -218,38 +227,19 @@ def stats_fingerprint(stats: AdditiveStats[Any]) -> str:
     return digest.hexdigest()
 
 
-def _check_stats(checkpoint: Checkpoint, stats: ExpertStats) -> None:
-    found, wanted = stats.info.model_fingerprint, checkpoint.fingerprint
+def _check_stats(source: SourceModel, stats: ExpertStats) -> None:
+    found, wanted = stats.info.model_fingerprint, source.fingerprint
     if found != wanted:
         raise StatsError(
             f"the statistics were measured on another model (fingerprint {found[:12]}, "
-            f"{checkpoint.folder} has {wanted[:12]}): calibrate this one"
+            f"{source.location} has {wanted[:12]}): calibrate this one"
         )
-    spec, info = checkpoint.spec, stats.info
+    spec, info = source.spec, stats.info
     if (info.moe_layer_ids, info.num_experts) != (spec.moe_layer_ids, spec.num_experts):
         raise StatsError(
             f"the statistics cover {len(info.moe_layer_ids)} layers of {info.num_experts} experts, "
-            f"{checkpoint.folder} has {spec.num_moe_layers} of {spec.num_experts}: calibrate again"
+            f"{source.location} has {spec.num_moe_layers} of {spec.num_experts}: calibrate again"
         )
-
-
-def _find_offer(spec: ModelSpec, stats: ExpertStats, target: Target, device: Device) -> _Offer:
-    """Candidates whose loss was measured; `drop` must be, and something to keep."""
-    candidates = find_candidates(spec, target, device)
-    known = {*stats.info.forms, SOURCE_FORMS[spec.dtype], EXACT}
-    forms = tuple(form for form in candidates.forms if form in known)
-    if forms[:1] != (DROP,) or len(forms) < 2:
-        raise StatsError(
-            f"the statistics hold losses for {', '.join(stats.info.forms) or 'no form'}; "
-            f"target {target} needs {DROP} and one of {', '.join(candidates.forms[1:])}: "
-            f"calibrate again with --target {target}"
-        )
-    unmeasured = [
-        f"{form} was not measured in this calibration: not offered."
-        for form in candidates.forms
-        if form not in known
-    ]
-    return _Offer(forms, (*candidates.limits, *unmeasured))
 
 
 def _check_budget(

@@ -1,6 +1,7 @@
 """The planning problem in numbers: loss and bytes of every expert in every form, and the rules.
 
-L MoE layers, E experts, F forms. Form 0 is `drop`; the others stand in order of ascending bytes.
+L MoE layers, E experts, F forms. Form 0 is `drop`; the others stand in order of ascending bytes,
+where composites of the same types may tie.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Problem:
     loss: FloatArray
     """[L, E, F] finite, >= 0."""
     form_bytes: IntArray
-    """[F] bytes of one expert, ascending, `form_bytes[0] == 0`."""
+    """[F] bytes of one expert, never descending, `form_bytes[0] == 0`, the others above 0."""
     allowed: BoolArray
     """[L, E, F] forms that each expert may take; protected experts may not be dropped."""
     budget_bytes: int
@@ -41,7 +42,8 @@ class Problem:
     the same number of them."""
 
     def __post_init__(self) -> None:
-        if self.form_bytes[0] != 0 or (np.diff(self.form_bytes) <= 0).any():
+        steps = np.diff(self.form_bytes)
+        if self.form_bytes[0] != 0 or (steps < 0).any() or (steps[:1] <= 0).any():
             raise ValueError(f"form_bytes {self.form_bytes} must start at 0 and ascend")
         if self.loss.shape != self.allowed.shape or self.loss.shape[2] != len(self.form_bytes):
             raise ValueError("loss, allowed and form_bytes do not agree on [L, E, F]")
@@ -69,6 +71,17 @@ class Problem:
     def lowest_form(self) -> IntArray:
         """[L, E] the smallest form that each expert may take; 0 where it may be dropped."""
         return np.asarray(self.allowed.argmax(axis=-1))
+
+    @cached_property
+    def form_allowed(self) -> BoolArray:
+        """[L, F] forms that some expert of a layer may take."""
+        return np.asarray(self.allowed.any(axis=1))
+
+    @cached_property
+    def whole_form(self) -> IntArray:
+        """[L, E] the largest form that each expert may take: as the source stores it."""
+        last = len(self.form_bytes) - 1
+        return np.asarray(last - self.allowed[..., ::-1].argmax(axis=-1))
 
     @cached_property
     def must_keep(self) -> BoolArray:
@@ -107,6 +120,12 @@ class Problem:
         """The same problem where nothing but `form_indices` may be used."""
         mask = np.zeros(len(self.form_bytes), np.bool_)
         mask[form_indices] = True
+        return replace(self, allowed=self.allowed & mask, budget_bytes=budget_bytes)
+
+    def whole_or_dropped(self, budget_bytes: int) -> Problem:
+        """The same problem where experts stay in their `whole_form` or are dropped."""
+        index = np.arange(len(self.form_bytes))
+        mask = (index == 0) | (index == self.whole_form[..., None])
         return replace(self, allowed=self.allowed & mask, budget_bytes=budget_bytes)
 
     def largest_single_form(self, budget_bytes: int) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edge_moe.demo import task_names
+from edge_moe.formats import DROP
+from edge_moe.formats.quantise import get_quantiser
 from edge_moe.measurement import Provenance
 from edge_moe.plan import CalibrationOptions, Plan, Target
 from edge_moe.tasks import is_plain_text, task_label
@@ -42,8 +44,16 @@ def build_commands(plan: Plan, output: str | Path, target: Target) -> list[str]:
     return [
         *_calibrate_commands(plan),
         _plan_command(plan),
-        command_line("build", PLAN, "-o", output, "--target", target),
+        command_line("build", PLAN, "-o", output, "--target", target, *stats_options(plan, STATS)),
     ]
+
+
+def stats_options(plan: Plan, folder: str) -> list[str]:
+    """What `edge-moe build` has to be told where it packs a GGUF's experts by their columns."""
+    pairs = zip(plan.stored_forms, plan.forms, strict=False)
+    is_packed = any(set(row) - {DROP, stored} for stored, row in pairs)
+    needed = is_packed and bool(get_quantiser(plan.quantiser).needs)
+    return ["--stats", folder] if needed else []
 
 
 def without_folders(plan: Plan) -> Plan:

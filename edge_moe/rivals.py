@@ -43,7 +43,7 @@ def find_rivals(
     draws = [random_retention(problem, expert_bytes, seed) for seed in RANDOM_SEEDS]
     drawn = [draw for draw in draws if draw is not None]
     if drawn:
-        found.append(_random_rival(drawn, forms))
+        found.append(_random_rival(drawn, forms, whole_names(problem, forms)))
     present = {rival.name for rival in found}
     missing = [
         f"Rival {name!r} does not exist at {format_bytes(expert_bytes)} of experts: "
@@ -59,11 +59,12 @@ def _best_of_each_kind(
 ) -> dict[str, tuple[Solution | None, str]]:
     """Rival's name -> (its best choice if one fits, note)."""
     widest = len(forms) - 1
-    pruned = _best_with(problem, [0, widest], expert_bytes)
-    found = {"prune only": (pruned, f"kept experts in {forms[widest]}, the rest dropped")}
+    pruned = _best_of(problem.whole_or_dropped(expert_bytes))
+    kept_forms = whole_names(problem, forms)
+    found = {"prune only": (pruned, f"kept experts in {kept_forms}, the rest dropped")}
     if widest == 1:  # the target cannot quantise
         return found
-    quantised = _best_with(problem, list(range(1, widest + 1)), expert_bytes)
+    quantised = _best_of(problem.only_forms(list(range(1, widest + 1)), expert_bytes))
     found["quantise only"] = (quantised, "mixed bits, no expert dropped")
     single = "every expert in the largest single form that fits, super experts too"
     found["one type for all"] = (_one_form(problem, expert_bytes), single)
@@ -76,19 +77,27 @@ def random_retention(problem: Problem, expert_bytes: int, seed: int) -> Solution
     Layers keep equal numbers; where the target allows it, the first layers keep what is left over.
     None where not even the smallest legal number fits.
     """
-    widest = len(problem.form_bytes) - 1
-    whole = problem.only_forms([0, widest], expert_bytes)
+    whole = problem.whole_or_dropped(expert_bytes)
     least, most = whole.group_bounds
-    affordable = expert_bytes // int(problem.form_bytes[widest])
-    counts = np.minimum(np.maximum(problem.even_counts(widest, expert_bytes), least), most)
+    one_each = problem.form_bytes[problem.whole_form[:, 0]]  # [L] bytes of one expert
+    counts = np.minimum(np.maximum(_even_counts(problem, one_each, expert_bytes), least), most)
     if problem.scope != "expert":
         counts[:] = counts.max()
-    if (counts > most).any() or int(counts.sum()) * problem.num_groups > affordable:
+    needed_bytes = int((counts * one_each).sum()) * problem.num_groups
+    if (counts > most).any() or needed_bytes > expert_bytes:
         return None
     order = np.random.default_rng(seed).random(problem.loss.shape[:2])
     num_groups = problem.num_groups
     kept = keep_largest(-order, counts * num_groups, whole.must_keep, num_groups)
-    return Solution.of(problem, np.where(kept, widest, 0))
+    return Solution.of(problem, np.where(kept, problem.whole_form, 0))
+
+
+def _even_counts(problem: Problem, one_each: IntArray, num_bytes: int) -> IntArray:
+    """[L] whole experts per router group of each layer, as many as `num_bytes` pay for."""
+    if (one_each == one_each[0]).all():
+        return problem.even_counts(int(problem.whole_form[0, 0]), num_bytes)
+    per_group = num_bytes // (int(one_each.sum()) * problem.num_groups)
+    return np.full(problem.num_layers, per_group, np.int64)
 
 
 def find_frontier(problem: Problem, fixed_bytes: int, plan: Solution) -> list[FrontierPoint]:
@@ -96,8 +105,7 @@ def find_frontier(problem: Problem, fixed_bytes: int, plan: Solution) -> list[Fr
 
     Every point is the exact optimum for its own bytes; the plan's own point is among them.
     """
-    widest = int(problem.form_bytes[-1])
-    largest_bytes = problem.loss[..., 0].size * widest
+    largest_bytes = problem.bytes_of(problem.whole_form)
     least_bytes = smallest_bytes(problem)
     if least_bytes is None:
         raise ValueError("the rules of this problem contradict each other")
@@ -121,11 +129,10 @@ def _best_at(problem: Problem, budgets: Sequence[int]) -> list[tuple[int, float]
     return [(point.expert_bytes, point.loss) for point in best]
 
 
-def _best_with(problem: Problem, form_indices: list[int], expert_bytes: int) -> Solution | None:
-    """The best choice among a few forms; None where none fits."""
-    part = problem.only_forms(form_indices, expert_bytes)
+def _best_of(part: Problem) -> Solution | None:
+    """The best choice of a problem with fewer forms; None where none fits."""
     needed_bytes = smallest_bytes(part)
-    if needed_bytes is None or needed_bytes > expert_bytes:
+    if needed_bytes is None or needed_bytes > part.budget_bytes:
         return None
     return solve(part, RIVAL_SECONDS)
 
@@ -133,6 +140,8 @@ def _best_with(problem: Problem, form_indices: list[int], expert_bytes: int) -> 
 def _one_form(problem: Problem, expert_bytes: int) -> Solution | None:
     """Every expert in the largest form in which all of them fit."""
     form = problem.largest_single_form(expert_bytes)
+    if not problem.form_allowed[:, form].all():  # a GGUF layer is not stored in more bits
+        return None
     return Solution.of(problem, np.full(problem.loss.shape[:2], form)) if form else None
 
 
@@ -146,7 +155,12 @@ def _rival(name: str, solution: Solution, forms: Sequence[str], note: str) -> Ri
     )
 
 
-def _random_rival(drawn: Sequence[Solution], forms: Sequence[str]) -> Rival:
-    note = f"mean loss of {len(drawn)} draws of whole experts in {forms[-1]}; forms of the first"
+def whole_names(problem: Problem, forms: Sequence[str]) -> str:
+    """The forms that whole experts have: one, or several where a GGUF's layers differ."""
+    return ", ".join(forms[index] for index in np.unique(problem.whole_form))
+
+
+def _random_rival(drawn: Sequence[Solution], forms: Sequence[str], whole: str) -> Rival:
+    note = f"mean loss of {len(drawn)} draws of whole experts in {whole}; forms of the first"
     rival = _rival(RANDOM_NAME, drawn[0], forms, note)
     return rival.model_copy(update={"loss": float(np.mean([draw.loss for draw in drawn]))})

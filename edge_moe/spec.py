@@ -5,14 +5,22 @@ Everything after it reads plain, typed, frozen fields. No torch, no weights.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import re
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edge_moe.arch import FAMILIES, Family
-from edge_moe.errors import SpecError
-from edge_moe.files import read_json
+from edge_moe.arch import Family
+from edge_moe.config_reader import TEXT_CONFIG, ConfigReader, read_config, text_config
+from edge_moe.errors import InputError, SpecError
+from edge_moe.families import COMPOSITES, FAMILIES
+
+_ROOT, _NESTED_ROOT = "model.", "model.language_model."
+_LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
+
+GGUF_PREFIX = "gguf:"
+"""`ModelSpec.model_type` of a GGUF file is this and llama.cpp's architecture: `gguf:qwen3moe`."""
 
 # letters used in shape comments: E experts, K top_k, H hidden_size, I expert_width, T tokens
 
@@ -22,7 +30,7 @@ class RouterSpec:
     """How a token's experts are chosen and weighted."""
 
     score_function: str
-    """`softmax` over all experts before top_k, or `sigmoid` per expert."""
+    """`softmax` over all experts, `sigmoid` per expert, or Phi's `sparsemixer`."""
     renormalises: bool
     """The chosen weights are divided by their sum."""
     has_selection_bias: bool
@@ -33,6 +41,10 @@ class RouterSpec:
     """Only experts of the best `top_groups` groups can be chosen."""
     scale: float
     """Factor on the final weights."""
+    group_score: str = "best two"
+    """What groups are ranked by: the sum of their `best two` scores, or their `best`."""
+    jitter: float = 0.0
+    """sparsemixer: logits further than twice this share below the largest get no weight."""
 
     def describe(self) -> str:
         """One line for people: `softmax, top-2 renormalised`."""
@@ -81,12 +93,49 @@ class ModelSpec:
     """`bfloat16`, `float16` or `float32`: the dtype that config.json states."""
     hidden_act: str
     router: RouterSpec
+    latent_width: int = 0
+    """Inputs and outputs of a routed expert, where they are projections of the hidden state."""
     has_module_names: bool = False
     """The checkpoint names MoE tensors as transformers does, not as the family's own files do."""
+    is_nested: bool = False
+    """The language model is part of a larger one: its tensors lie under `model.language_model.`,
+    its values under `text_config`."""
+    fewest_experts: int = 1
+    """A layer keeps at least this many, whatever top_k is."""
+    num_sliding_layers: int = 0
+    """Layers that cache the keys and values of `sliding_window` tokens only."""
+    sliding_window: int = 0
+    sliding_kv_width: int = 0
+    """Keys and values of one token in such a layer; 0 where it is as wide as the others."""
+    num_state_layers: int = 0
+    """Layers that keep a fixed state per sequence, or nothing, instead of keys and values."""
+    state_values: int = 0
+    """Values in the states of all those layers."""
+    logit_divisor: float = 1.0
+    """What the output matrix gives is divided by this."""
+    logit_softcap: float = 0.0
+    """Logits z become c tanh(z / c); 0 leaves them."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """The model is a GGUF file: there is no `family`, and tensors have llama.cpp's names."""
+        return self.model_type.startswith(GGUF_PREFIX)
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.model_type]
+
+    def require_plain_blocks(self, what: str) -> None:
+        """Refuse `what` for a family whose MoE blocks it was not written for.
+
+        Raises:
+            InputError: names the family.
+        """
+        if not self.family.has_plain_blocks:
+            raise InputError(
+                f"{what} does not know the MoE blocks of {self.model_type!r}: use `edge-moe plan` "
+                "and `edge-moe build`, which do"
+            )
 
     @property
     def num_moe_layers(self) -> int:
@@ -95,40 +144,90 @@ class ModelSpec:
     @property
     def expert_weights(self) -> int:
         """Number of weights in one routed expert (gate_proj + up_proj + down_proj)."""
-        return 3 * self.hidden_size * self.expert_width
+        return (2 + self.has_gate) * self.expert_hidden * self.expert_width
+
+    @property
+    def has_gate(self) -> bool:
+        """An expert multiplies gate_proj's and up_proj's outputs; else it has no gate_proj."""
+        return self.is_gguf or self.family.has_gate
+
+    @property
+    def expert_hidden(self) -> int:
+        """Width of what a routed expert takes and gives: hidden_size, or a latent one."""
+        return self.latent_width or self.hidden_size
+
+    @property
+    def inner_rows(self) -> int:
+        """Rows of gate_proj and up_proj together: 2I, or I without a gate."""
+        return (1 + self.has_gate) * self.expert_width
+
+    @property
+    def expert_shape(self) -> tuple[int, int, bool]:
+        """(H, I, whether there is a gate): what the arithmetic in `edge_moe.formats` asks for."""
+        return self.expert_hidden, self.expert_width, self.has_gate
 
     def kv_bytes_per_token(self, itemsize_bytes: int) -> int:
-        """KV cache bytes that one token takes over all layers."""
-        return self.num_layers * (self.kv_key_width + self.kv_value_width) * itemsize_bytes
+        """KV cache bytes that one more token takes, once every sliding window is full."""
+        num_full = self.num_layers - self.num_sliding_layers - self.num_state_layers
+        return num_full * (self.kv_key_width + self.kv_value_width) * itemsize_bytes
+
+    def kv_bytes(self, context_tokens: int, itemsize_bytes: int) -> int:
+        """Bytes that `context_tokens` tokens leave behind in all layers."""
+        window = min(context_tokens, self.sliding_window)
+        width = self.sliding_kv_width or self.kv_key_width + self.kv_value_width
+        sliding = self.num_sliding_layers * width * window
+        growing = context_tokens * self.kv_bytes_per_token(itemsize_bytes)
+        return growing + (sliding + self.state_values) * itemsize_bytes
+
+    def layer_prefix(self, layer_id: int) -> str:
+        """Checkpoint prefix of everything in layer `layer_id`, with its trailing dot."""
+        root = self._outer_name(self.family.embedding.partition(".")[0] + ".")
+        return f"{self._on_disk(root)}layers.{layer_id}."
 
     def moe_prefix(self, layer_id: int) -> str:
         """Checkpoint prefix of layer `layer_id`'s MoE block, without a trailing dot."""
         if self.has_module_names:
-            return self.moe_module(layer_id)
-        return self.family.moe_prefix.format(layer=layer_id)
+            return self._on_disk(self.moe_module(layer_id))
+        return self._on_disk(self.family.moe_prefix.format(layer=layer_id))
 
     def moe_module(self, layer_id: int) -> str:
         """Path of the MoE block inside the transformers model."""
         return self.family.moe_module.format(layer=layer_id)
 
-    def expert_tensor_names(self, layer_id: int, expert_id: int) -> tuple[str, str, str]:
-        """Names of (gate_proj [I, H], up_proj [I, H], down_proj [H, I]) stored one by one."""
-        gate, up, down = self.family.projections
+    def expert_tensor_names(self, layer_id: int, expert_id: int) -> tuple[str, ...]:
+        """Names of gate_proj [I, H], where there is one, up_proj [I, H] and down_proj [H, I],
+        stored one by one."""
         prefix = f"{self.moe_prefix(layer_id)}.experts.{expert_id}"
-        return f"{prefix}.{gate}.weight", f"{prefix}.{up}.weight", f"{prefix}.{down}.weight"
+        return tuple(f"{prefix}.{name}.weight" for name in self.family.projections)
 
     def fused_tensor_names(self, layer_id: int) -> tuple[str, str]:
         """Names of (gate_up_proj [E, 2I, H], down_proj [E, H, I]) of stacked experts."""
-        prefix = f"{self.moe_prefix(layer_id)}.experts"
-        return f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        module_names = f"experts.{first}", "experts.down_proj"
+        names = module_names if self.has_module_names else self.family.stacked
+        return f"{self.moe_prefix(layer_id)}.{names[0]}", f"{self.moe_prefix(layer_id)}.{names[1]}"
 
     def router_tensor_names(self, layer_id: int) -> tuple[str, ...]:
         """Tensors with one row per expert, to be sliced when experts are dropped."""
+        prefix = self.moe_prefix(layer_id)
+        return tuple(f"{prefix}.{name}" for name in self._router_tensors)
+
+    def router_module_names(self, layer_id: int) -> tuple[str, ...]:
+        """The same tensors by their name under the MoE block of transformers."""
+        prefix = f"{self.moe_module(layer_id)}."
+        names = self.router_tensor_names(layer_id)
+        return tuple(self.module_name(name).removeprefix(prefix) for name in names)
+
+    @property
+    def _router_tensors(self) -> tuple[str, ...]:
+        """As the checkpoint names them under the MoE block; the router's matrix is first."""
         family = self.family
         names = family.router_tensors
         if self.router.has_selection_bias:
-            names += family.optional_router_tensors
-        return tuple(f"{self.moe_prefix(layer_id)}.{name}" for name in names)
+            names += (family.selection_bias,)
+        if self.has_module_names:
+            return tuple(_renamed(name, family.block_renames) for name in names)
+        return names
 
     def with_names_of(self, tensor_names: Container[str]) -> ModelSpec:
         """This spec, naming MoE tensors as the checkpoint that holds `tensor_names` does.
@@ -141,14 +240,45 @@ class ModelSpec:
 
     def module_name(self, tensor_name: str) -> str:
         """The name that transformers gives a dense tensor of the checkpoint."""
-        on_disk, in_memory = self.family.moe_prefix, self.family.moe_module
-        if on_disk == in_memory:
+        family = self.family
+        if self.is_nested and tensor_name.startswith(_NESTED_ROOT):
+            tensor_name = _ROOT + tensor_name.removeprefix(_NESTED_ROOT)
+        if self.has_module_names:
             return tensor_name
-        for layer_id in self.moe_layer_ids:
-            prefix = on_disk.format(layer=layer_id) + "."
+        match = _LAYER_NUMBER.search(tensor_name)
+        if match is not None and int(match.group(1)) in self.moe_layer_ids:
+            layer_id = int(match.group(1))
+            prefix = family.moe_prefix.format(layer=layer_id) + "."
             if tensor_name.startswith(prefix):
-                return in_memory.format(layer=layer_id) + "." + tensor_name[len(prefix) :]
-        return tensor_name
+                inner = _renamed(tensor_name.removeprefix(prefix), family.block_renames)
+                return f"{self.moe_module(layer_id)}.{inner}"
+        return _renamed(tensor_name, family.renames)
+
+    @property
+    def embedding_name(self) -> str:
+        """The checkpoint's name of the token embeddings [V, H]."""
+        return self._on_disk(self._outer_name(self.family.embedding))
+
+    @property
+    def final_norm_name(self) -> str:
+        """The checkpoint's name of the weight of the norm after the last layer."""
+        return self._on_disk(self._outer_name(self.family.final_norm))
+
+    def is_part_of_language_model(self, tensor_name: str) -> bool:
+        """Whether it is one of the tensors that generate text, not pictures or drafts."""
+        roots = (_NESTED_ROOT,) if self.is_nested else (self.family.embedding.split(".")[0] + ".",)
+        if self.has_module_names and not self.is_nested:
+            roots = (_ROOT,)
+        return tensor_name.startswith((*roots, "lm_head."))
+
+    def _on_disk(self, name: str) -> str:
+        """A name that starts with `model.`, where the checkpoint keeps the language model."""
+        if self.is_nested and name.startswith(_ROOT):
+            return _NESTED_ROOT + name.removeprefix(_ROOT)
+        return name
+
+    def _outer_name(self, name: str) -> str:
+        return _renamed(name, self.family.renames) if self.has_module_names else name
 
     @classmethod
     def from_file(cls, path: Path) -> ModelSpec:
@@ -166,136 +296,138 @@ class ModelSpec:
         Raises:
             SpecError: unknown architecture, a missing key or a value out of range.
         """
+        is_nested = str(config.get("model_type")) in COMPOSITES and TEXT_CONFIG in config
+        if is_nested:
+            default = {"model_type": COMPOSITES[str(config["model_type"])]}
+            config = {**default, **text_config(config)}
         model_type = str(config.get("model_type"))
         if model_type not in FAMILIES:
+            known = ", ".join(sorted({*FAMILIES, *COMPOSITES}))
             raise SpecError(
                 f"{source}: architecture {model_type!r} is not supported; "
-                f"supported are {', '.join(sorted(FAMILIES))}: give a model of one of these"
+                f"supported are {known}: give a model of one of these"
             )
         family = FAMILIES[model_type]
         config = {**family.config_defaults, **config}
         read = ConfigReader(config, source)
-        num_layers = read.count("num_hidden_layers")
+        _check_refused(config, family, source)
+        num_layers = _num_layers(read)
         num_experts = read.count(*family.num_experts_keys)
-        top_k = read.count("num_experts_per_tok")
+        top_k = read.count(*family.top_k_keys)
         if top_k > num_experts:
             raise SpecError(
-                f"{source}: num_experts_per_tok is {top_k} but there are {num_experts} experts: "
+                f"{source}: {family.top_k_keys[0]} is {top_k} but there are {num_experts} experts: "
                 "correct the file or download it again"
             )
-        heads, kv_heads, head_width = _heads(read, model_type)
-        key_width, value_width = _kv_widths(read, model_type)
+        heads, kv_heads, head_width = _heads(read, family)
+        key_width, value_width = _kv_widths(read, family)
+        memory = family.layer_memory(read, num_layers)
+        state_values = family.state_values(read) if family.state_values else 0
         return cls(
             model_type=model_type,
             architecture=family.architecture,
             num_layers=num_layers,
-            moe_layer_ids=_moe_layer_ids(read, config, model_type, num_layers),
+            moe_layer_ids=_moe_layer_ids(read, family, num_layers),
             num_experts=num_experts,
             top_k=top_k,
             hidden_size=read.count("hidden_size"),
-            expert_width=read.count(*family.config_expert_width_keys),
-            num_shared_experts=_num_shared_experts(read, model_type),
+            expert_width=read.count(*family.expert_width_keys),
+            num_shared_experts=_num_shared_experts(read, family),
             vocab_size=read.count("vocab_size"),
             num_attention_heads=heads,
             num_kv_heads=kv_heads,
             query_width=heads * head_width,
             kv_key_width=key_width,
             kv_value_width=value_width,
-            expanded_kv_width=_expanded_kv_width(read, model_type),
+            expanded_kv_width=_expanded_kv_width(read, family),
             max_position_embeddings=read.count("max_position_embeddings"),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             dtype=_dtype(config, source),
-            hidden_act=str(config.get("hidden_act", "silu")),
+            hidden_act=_activation(config),
             router=_router(read, config, family, num_experts, top_k),
+            is_nested=is_nested,
+            latent_width=read.count("moe_latent_size", default=0, least=0),
+            fewest_experts=family.fewest_experts,
+            num_sliding_layers=memory.count("sliding"),
+            sliding_window=read.count("sliding_window") if "sliding" in memory else 0,
+            sliding_kv_width=2 * kv_heads * head_width if family.has_global_heads else 0,
+            num_state_layers=memory.count("state") + memory.count("none"),
+            state_values=state_values * memory.count("state"),
+            logit_divisor=read.number("logits_scaling") or 1.0,
+            logit_softcap=read.number("final_logit_softcapping"),
         )
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The values of `config.json`.
-
-    Raises:
-        SpecError: the file is missing, not readable or not a JSON object.
-    """
-    missing = f"{path} does not exist: MODEL must be a folder with config.json and safetensors"
-    config = read_json(path, SpecError, missing=missing, damaged="download the file again")
-    if not isinstance(config, dict):
-        raise SpecError(f"{path} holds no JSON object: download the file again")
-    return config
+def _renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    for old, new in renames:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
-class ConfigReader:
-    """Reads positive integers under any of several keys, with errors that name the key."""
-
-    def __init__(self, config: dict[str, Any], source: str) -> None:
-        self._config = config
-        self.source = source
-
-    def count(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """The integer under the first of `keys` that has a value.
-
-        Raises:
-            SpecError: no value and no default, or one that is no integer of at least `least`.
-        """
-        for key in keys:
-            value = self._config.get(key)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise SpecError(
-                    f"{self.source}: {key} is {value!r}, expected an integer of at least {least}: "
-                    "correct the file or download it again"
-                )
-            return value
-        if default is not None:
-            return default
-        names = f"the key {keys[0]}" if len(keys) == 1 else f"none of the keys {', '.join(keys)}"
-        raise SpecError(
-            f"{self.source}: {names} has {'no' if len(keys) == 1 else 'a'} value: "
-            "add it or download the file again"
-        )
+def _check_refused(config: dict[str, Any], family: Family, source: str) -> None:
+    for key, handled in family.refused.items():
+        if config.get(key) not in handled:
+            raise SpecError(
+                f"{source}: {family.architecture} with {key}={config.get(key)!r} is not supported, "
+                f"only {', '.join(repr(value) for value in handled)}: give another model"
+            )
 
 
-def _heads(read: ConfigReader, model_type: str) -> tuple[int, int, int]:
+def _activation(config: dict[str, Any]) -> str:
+    keys = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+    return next((str(config[key]) for key in keys if config.get(key)), "silu")
+
+
+def _num_layers(read: ConfigReader) -> int:
+    pattern = read.items("layers_block_type") or read.text("hybrid_override_pattern")
+    return len(pattern) if pattern else read.count("num_hidden_layers")
+
+
+def _heads(read: ConfigReader, family: Family) -> tuple[int, int, int]:
     """(attention heads, key and value heads, width of a query or key head)."""
     heads = read.count("num_attention_heads")
-    if model_type == "deepseek_v3":
+    if family.attention == "latent":
         return heads, heads, read.count("qk_nope_head_dim") + read.count("qk_rope_head_dim")
     kv_heads = read.count("num_key_value_heads", default=heads)
     return heads, kv_heads, read.count("head_dim", default=read.count("hidden_size") // heads)
 
 
-def _kv_widths(read: ConfigReader, model_type: str) -> tuple[int, int]:
+def _kv_widths(read: ConfigReader, family: Family) -> tuple[int, int]:
     """(key, value) widths that transformers caches per token and layer."""
-    _, kv_heads, head_width = _heads(read, model_type)
-    if model_type == "deepseek_v3":
+    _, kv_heads, head_width = _heads(read, family)
+    if family.attention == "latent":
         return read.count("kv_lora_rank"), read.count("qk_rope_head_dim")
+    if family.has_global_heads:
+        kv_heads, head_width = _global_heads(read, kv_heads)
     return kv_heads * head_width, kv_heads * head_width
 
 
-def _expanded_kv_width(read: ConfigReader, model_type: str) -> int:
-    if model_type != "deepseek_v3":
+def _global_heads(read: ConfigReader, kv_heads: int) -> tuple[int, int]:
+    """(key and value heads, their width) of Gemma 4's full-attention layers.
+
+    transformers 5 saves them per layer, the original files under keys of their own.
+    """
+    layers = read.sections("per_layer_config")
+    if layers is None:
+        width = read.count("global_head_dim", default=512)
+        if not read.flag("attention_k_eq_v"):
+            return kv_heads, width
+        return read.count("num_global_key_value_heads", default=kv_heads), width
+    own = layers[0] if layers else read
+    width = own.count("head_dim", default=read.count("head_dim"))
+    return own.count("num_key_value_heads", default=kv_heads), width
+
+
+def _expanded_kv_width(read: ConfigReader, family: Family) -> int:
+    if family.attention != "latent":
         return 0
-    heads, _, head_width = _heads(read, model_type)
+    heads, _, head_width = _heads(read, family)
     return heads * (read.count("qk_nope_head_dim") + read.count("v_head_dim") + head_width)
 
 
-def _moe_layer_ids(
-    read: ConfigReader, config: dict[str, Any], model_type: str, num_layers: int
-) -> tuple[int, ...]:
-    if model_type == "deepseek_v3":
-        first = read.count("first_k_dense_replace", default=0, least=0)
-        layer_ids = tuple(range(first, num_layers))
-    else:
-        step = read.count("decoder_sparse_step", default=1)
-        dense = config.get("mlp_only_layers") or ()
-        if not isinstance(dense, list | tuple):
-            raise SpecError(
-                f"{read.source}: mlp_only_layers is {dense!r}, expected a list of layer numbers: "
-                "correct the file or download it again"
-            )
-        layer_ids = tuple(
-            layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0
-        )
+def _moe_layer_ids(read: ConfigReader, family: Family, num_layers: int) -> tuple[int, ...]:
+    layer_ids = family.moe_layers(read, num_layers)
     if not layer_ids:
         raise SpecError(
             f"{read.source}: no layer is a mixture of experts; edge-moe needs a MoE model"
@@ -303,11 +435,11 @@ def _moe_layer_ids(
     return layer_ids
 
 
-def _num_shared_experts(read: ConfigReader, model_type: str) -> int:
-    if model_type == "qwen2_moe":
-        return min(1, read.count("shared_expert_intermediate_size", default=0, least=0))
-    if model_type == "deepseek_v3":
-        return read.count("n_shared_experts", default=0, least=0)
+def _num_shared_experts(read: ConfigReader, family: Family) -> int:
+    if family.shared_width_key:
+        return min(1, read.count(family.shared_width_key, default=0, least=0))
+    if family.shared_count_key:
+        return read.count(family.shared_count_key, default=0, least=0)
     return 0
 
 
@@ -347,9 +479,23 @@ def _router(
         )
     return RouterSpec(
         score_function=family.score_function,
-        renormalises=family.always_renormalises or bool(config.get("norm_topk_prob")),
-        has_selection_bias=bool(family.optional_router_tensors),
+        renormalises=_renormalises(config, family),
+        has_selection_bias=_has_selection_bias(read, family),
         num_groups=num_groups,
         top_groups=top_groups,
         scale=1.0 if scale is None else float(scale),
+        group_score=family.group_score,
+        jitter=float(config.get("router_jitter_noise", 0.01)),
     )
+
+
+def _renormalises(config: dict[str, Any], family: Family) -> bool:
+    if family.always_renormalises or family.never_renormalises:
+        return family.always_renormalises
+    return bool(config.get("norm_topk_prob"))
+
+
+def _has_selection_bias(read: ConfigReader, family: Family) -> bool:
+    if not family.selection_bias:
+        return False
+    return not family.selection_bias_flag or read.flag(family.selection_bias_flag)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import CheckpointError, PackageError
+from edge_moe.formats import expert_bytes, pack_expert
 from edge_moe.package import RECORD_ALIGNMENT_BYTES, ExpertRecord, Package
 from edge_moe.runtime.policy import Key
 
@@ -166,21 +167,6 @@ class PackageStore(ExpertStore):
         self._files.close()
 
 
-def _record_of(parts: tuple[TensorInfo, ...]) -> RecordInfo:
-    """Form and size of an expert that is stored in `parts`.
-
-    Raises:
-        CheckpointError: not BF16, F16 or F32 throughout.
-    """
-    dtypes = sorted({part.dtype for part in parts})
-    if len(dtypes) != 1 or dtypes[0] not in _FORM_OF_DTYPE:
-        raise CheckpointError(
-            f"{parts[0].path}: {parts[0].name!r} is stored as {' and '.join(dtypes)}; "
-            "edge-moe runs experts of one dtype, BF16, F16 or F32"
-        )
-    return RecordInfo(_FORM_OF_DTYPE[dtypes[0]], sum(part.num_bytes for part in parts))
-
-
 def _is_finite(buffer: memoryview, form: str) -> bool:
     """Whether no value in the bytes of a 16- or 32-bit form is NaN or infinite."""
     dtype, exponent = _EXPONENTS[form]
@@ -197,28 +183,47 @@ class CheckpointStore(ExpertStore):
         spec = checkpoint.spec
         self._layer_ids = spec.moe_layer_ids
         self.kept = [list(range(spec.num_experts)) for _ in spec.moe_layer_ids]
-        self._ranges = {
-            key: checkpoint.expert_ranges(self._layer_ids[key[0]], key[1]) for key in self.keys()
-        }
-        self._records = {key: _record_of(parts) for key, parts in self._ranges.items()}
+        self._records = {key: self._record_of(key) for key in self.keys()}
         self._verified: set[Key] = set()
 
     def record(self, key: Key) -> RecordInfo:
         return self._records[key]
 
     def read_into(self, key: Key, buffer: memoryview) -> None:
+        layer_id, expert_id = self._layer_ids[key[0]], key[1]
+        if not self._checkpoint.has_contiguous_experts:
+            weights = self._checkpoint.expert(layer_id, expert_id)  # checked for NaN
+            buffer[:] = pack_expert(self._records[key].form, *weights).data
+            return
+        parts = self._checkpoint.expert_ranges(layer_id, expert_id)
         start = 0
-        for part in self._ranges[key]:
+        for part in parts:
             self._files.read(part.path, part.offset, buffer[start : start + part.num_bytes])
             start += part.num_bytes
         if key in self._verified:
             return
         if not _is_finite(buffer, self._records[key].form):
             raise CheckpointError(
-                f"{self._ranges[key][0].path}: layer {self._layer_ids[key[0]]} expert {key[1]} "
+                f"{parts[0].path}: layer {layer_id} expert {expert_id} "
                 "holds NaN or infinity; the checkpoint is damaged: download it again"
             )
         self._verified.add(key)
+
+    def _record_of(self, key: Key) -> RecordInfo:
+        """Form and size of an expert.
+
+        Raises:
+            CheckpointError: not BF16, F16 or F32 throughout.
+        """
+        checkpoint, spec = self._checkpoint, self._checkpoint.spec
+        dtypes = sorted(set(checkpoint.expert_dtypes(self._layer_ids[key[0]], key[1])))
+        if len(dtypes) != 1 or dtypes[0] not in _FORM_OF_DTYPE:
+            raise CheckpointError(
+                f"{checkpoint.folder}: layer {self._layer_ids[key[0]]} expert {key[1]} is stored "
+                f"as {' and '.join(dtypes)}; edge-moe runs experts of one dtype, BF16, F16 or F32"
+            )
+        form = _FORM_OF_DTYPE[dtypes[0]]
+        return RecordInfo(form, expert_bytes(form, *spec.expert_shape))
 
     def close(self) -> None:
         self._files.close()

@@ -147,8 +147,10 @@ class Decoder(TokenLoop):
         return logits
 
     def cache_bytes(self) -> int:
-        tensors = (tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        """Bytes of the keys, values and states that the cache holds."""
+        from edge_moe.runtime.kv_cache import cached_tensors
+
+        return sum(tensor.nbytes for tensor in cached_tensors(self.cache))
 
 
 def generate_text(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,19 +18,19 @@ import numpy.typing as npt
 
 from edge_moe.errors import InputError, MissingExtraError
 from edge_moe.measurement import usable_cores
+from edge_moe.runtime.llama_log import llama_log
 
 _GGML_TYPE_F32 = 0
+_VOCABULARY_CONTEXT_TOKENS = 8  # llama-cpp-python makes a context even for a vocabulary alone
 
 
 class GgufTokenizer:
     """The part of a transformers tokenizer's interface that `edge_moe.tasks` uses."""
 
-    chat_template = None
-    """Chat messages are rendered by the reference's tokenizer, or refused."""
-
     def __init__(self, llama: Any) -> None:
         self._llama = llama
         self.eos_token_id: int = llama.token_eos()
+        self.chat_template: str | None = llama.metadata.get("tokenizer.chat_template")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; the file's metadata decides which special tokens are added."""
@@ -38,8 +39,35 @@ class GgufTokenizer:
         )
         return ids
 
-    def apply_chat_template(self, _conversation: Any, *, tokenize: bool) -> str:
-        raise InputError("a GGUF file alone renders no chat messages: evaluate --against its model")
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool) -> str:
+        """`conversation` as the file's own template renders it, in jinja2's sandbox."""
+        if tokenize or self.chat_template is None:
+            raise ValueError("chat messages are rendered as text, by the file's own template")
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        eos, bos = (
+            self._llama.detokenize([token], special=True).decode(errors="replace")
+            if token >= 0
+            else ""
+            for token in (self._llama.token_eos(), self._llama.token_bos())
+        )
+        render = Jinja2ChatFormatter(self.chat_template, eos, bos, add_generation_prompt=False)
+        return str(render(messages=conversation).prompt)
+
+
+@contextmanager
+def gguf_tokenizer(path: Path) -> Iterator[GgufTokenizer]:
+    """The tokenizer of `path`, without its weights.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        InputError: llama.cpp does not understand the vocabulary.
+    """
+    llama = _load(path, _VOCABULARY_CONTEXT_TOKENS, vocab_only=True)
+    try:
+        yield GgufTokenizer(llama)
+    finally:
+        llama.close()
 
 
 class GgufModel:
@@ -103,7 +131,7 @@ class GgufModel:
         self.close()
 
 
-def _load(path: Path, context_tokens: int) -> Any:
+def _load(path: Path, context_tokens: int, vocab_only: bool = False) -> Any:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
     try:
         from llama_cpp import Llama
@@ -112,16 +140,18 @@ def _load(path: Path, context_tokens: int) -> Any:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give the path of a GGUF file")
     try:
-        return Llama(
-            str(path),
-            n_ctx=context_tokens,
-            n_batch=context_tokens,
-            n_threads=usable_cores(),
-            logits_all=True,
-            flash_attn=False,
-            type_k=_GGML_TYPE_F32,
-            type_v=_GGML_TYPE_F32,
-            verbose=False,
-        )
+        with llama_log():
+            return Llama(
+                str(path),
+                n_ctx=context_tokens,
+                n_batch=context_tokens,
+                n_threads=usable_cores(),
+                vocab_only=vocab_only,
+                logits_all=not vocab_only,
+                flash_attn=False,
+                type_k=_GGML_TYPE_F32,
+                type_v=_GGML_TYPE_F32,
+                verbose=False,
+            )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: llama.cpp cannot load it ({error}): export it again") from None

@@ -8,6 +8,7 @@ reached are not in memory yet.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,6 +64,15 @@ def make_cache(config: Any, context_tokens: int) -> Any:
         for layer in cache.layers
     ]
     return cache
+
+
+def cached_tensors(cache: Any) -> Iterator[Tensor]:
+    """What is cached so far: keys and values, and the states of layers that keep one instead."""
+    for layer in cache.layers:
+        held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        for name in ("conv_states", "recurrent_states"):
+            held += getattr(layer, name, {}).values()
+        yield from (tensor for tensor in held if tensor is not None)
 
 
 def share_key_value_heads(device: torch.device) -> None:

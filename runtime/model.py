@@ -16,12 +16,13 @@ import torch
 from edge_moe.checkpoint import TensorInfo
 from edge_moe.errors import CheckpointError, PackageError, SpecError
 from edge_moe.package import RESIDENT_NAME, Package
+from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock
 from edge_moe.spec import ModelSpec
 
 EXPERTS_IMPLEMENTATION = "edge_moe_paged"
 _PIECE_BYTES = 16 * 2**20
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts")
+_SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 
 
 def verify_resident(package: Package) -> None:
@@ -67,17 +68,17 @@ def build_model(
         CheckpointError: a dense tensor is missing, misshapen or damaged.
     """
     model = _on_meta(folder, compute_dtype(spec, device))
-    for index, layer_id in enumerate(spec.moe_layer_ids):
-        shrink_router(model.get_submodule(spec.moe_module(layer_id)), rows_per_layer[index])
+    fill_buffers(model, device)
+    for block, num_rows in zip(moe_blocks(model, spec), rows_per_layer, strict=True):
+        block.set_num_experts(num_rows)
     _load_dense(model, spec, tensors, device)
-    _rebuild_rotary(model, device)
     _require_complete(model, folder)
     return model.eval()
 
 
-def moe_blocks(model: Any, spec: ModelSpec) -> list[Any]:
-    """The MoE modules, in layer order."""
-    return [model.get_submodule(spec.moe_module(layer_id)) for layer_id in spec.moe_layer_ids]
+def moe_blocks(model: Any, spec: ModelSpec) -> list[MoeBlock]:
+    """The MoE blocks, in layer order."""
+    return [MoeBlock(model, spec, layer_id) for layer_id in spec.moe_layer_ids]
 
 
 def held_bytes(model: Any) -> int:
@@ -95,7 +96,7 @@ def _on_meta(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION
@@ -108,25 +109,16 @@ def _on_meta(folder: Path, dtype: torch.dtype) -> Any:
         raise SpecError(f"{folder / 'config.json'}: transformers refuses it: {reason}") from None
 
 
-def shrink_router(block: Any, num_rows: int) -> None:
-    """Tell block, router and experts how many experts this layer has."""
-    for module in (block, block.gate, block.experts):
-        for name in _COUNT_ATTRIBUTES:
-            if hasattr(module, name):
-                setattr(module, name, num_rows)
-
-
 def _load_dense(
     model: Any, spec: ModelSpec, tensors: Iterable[TensorInfo], device: torch.device
 ) -> None:
     dtype = compute_dtype(spec, device)
-    buffers = {name.rpartition(".")[2] for name in spec.family.optional_router_tensors}
     for info in tensors:
         name = spec.module_name(info.name)
         if name == "lm_head.weight" and spec.tie_word_embeddings:
             continue
-        is_buffer = name.rpartition(".")[2] in buffers  # transformers keeps them in float32
-        _assign(model, name, read_tensor(info, torch.float32 if is_buffer else dtype, device))
+        is_bias = name.endswith(_SELECTION_BIAS)  # transformers keeps them in float32
+        _assign(model, name, read_tensor(info, torch.float32 if is_bias else dtype, device))
     if spec.tie_word_embeddings:
         model.lm_head.weight = model.get_input_embeddings().weight
 
@@ -139,7 +131,7 @@ def _assign(model: Any, name: str, value: torch.Tensor) -> None:
         known = getattr(module, attribute)
     except AttributeError:
         raise CheckpointError(f"tensor {name!r} has no place in the model") from None
-    if known.shape[1:] != value.shape[1:] or known.ndim != value.ndim:
+    if not _may_replace(known, value):
         raise CheckpointError(
             f"tensor {name!r} has shape {list(value.shape)}, config.json implies "
             f"{list(known.shape)}"
@@ -148,6 +140,14 @@ def _assign(model: Any, name: str, value: torch.Tensor) -> None:
         module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=False)
     else:
         module._buffers[attribute] = value
+
+
+def _may_replace(known: torch.Tensor, value: torch.Tensor) -> bool:
+    """Equal shapes, but for the first axis or, after an axis of one row, the second."""
+    if known.ndim != value.ndim:
+        return False
+    first = 1 if known.ndim == 2 and known.shape[0] == value.shape[0] == 1 else 0
+    return known.shape[first + 1 :] == value.shape[first + 1 :]
 
 
 def read_tensor(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -181,20 +181,32 @@ def read_tensor(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> t
     return result
 
 
-def _rebuild_rotary(model: Any, device: torch.device) -> None:
-    """Rotary tables are computed, not stored: make them anew, off the meta device."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None) and (
-            "rotary" in type(module).__name__.lower()
-        ):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            fresh = type(module)(config=module.config).to(device)
-            setattr(parent, name.rpartition(".")[2], fresh)
+def fill_buffers(model: Any, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint stores, such as rotary tables, off the meta device.
+
+    transformers computes them anew in `_init_weights`; weights that are still on the meta device
+    stay there.
+    """
+    for module in model.modules():
+        names = [
+            name
+            for name in module._non_persistent_buffers_set
+            if module._buffers[name] is not None and module._buffers[name].is_meta
+        ]
+        if not names:
+            continue
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        model._init_weights(module)
 
 
 def _require_complete(model: Any, folder: Path) -> None:
     """Nothing but routed experts may be left without weights."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    left = [name for name, value in named if value.is_meta and ".experts." not in name]
+    left = [
+        name
+        for name, value in named
+        if value.is_meta and not (".experts." in name and name.endswith(MODULE_STACKS))
+    ]
     if left:
         raise CheckpointError(f"{folder}: {len(left)} dense tensors are missing, first {left[0]!r}")

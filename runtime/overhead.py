@@ -9,50 +9,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+
+from edge_moe.minimal_model import minimal_config
 
 _PROMPT = "edge-moe " * 16
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_experts_per_tok": 2,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 64,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-_EXTRA: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 4, "head_dim": 16},
-    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 64},
-    "olmoe": {"num_experts": 4},
-    "mixtral": {"num_local_experts": 4},
-    "deepseek_v3": {
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 16,
-        "q_lora_rank": None,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-        "n_group": 1,
-        "topk_group": 1,
-    },
-}
-
 
 def make(folder: Path, model_type: str) -> None:
-    """Write a random two-layer checkpoint of `model_type` with a byte tokenizer."""
+    """Write a random checkpoint of `model_type` with a byte tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    config = AutoConfig.for_model(model_type, **_COMMON, **_EXTRA[model_type])
+    config = AutoConfig.for_model(model_type, **minimal_config(model_type, num_experts=4))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     vocab = {"<|endoftext|>": 0}
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):

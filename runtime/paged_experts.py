@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
 from edge_moe.formats import expert_packed_bytes
 from edge_moe.runtime.allotment import record_sizes
@@ -18,6 +17,7 @@ from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernels.unpack import unpack
 from edge_moe.runtime.model import EXPERTS_IMPLEMENTATION
+from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock, expert_output
 from edge_moe.runtime.prefetch import Prefetcher
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.trace import TraceRecorder
@@ -129,32 +129,33 @@ class ExpertPager:
         packed = self._cache.acquire(key)
         try:
             gate_up, down = self._unpack(self._store.record(key).form, packed)
-            return functional.linear(experts._apply_gate(functional.linear(inputs, gate_up)), down)
+            return expert_output(experts, inputs, gate_up, down, key[1])
         finally:
             self._cache.release(key)
 
     def _unpack(self, form: str, packed: Tensor) -> tuple[Tensor, Tensor]:
         """(gate_up_proj [2I, H], down_proj [H, I]) in the compute dtype."""
         spec = self._spec
-        gate_bytes, up_bytes, _ = expert_packed_bytes(form, spec.hidden_size, spec.expert_width)
+        gate_bytes, up_bytes, _ = expert_packed_bytes(form, *spec.expert_shape)
         both = gate_bytes + up_bytes
-        gate_up = packed[:both].view(2 * spec.expert_width, -1)
-        down = packed[both:].view(spec.hidden_size, -1)
+        gate_up = packed[:both].view(spec.inner_rows, -1)
+        down = packed[both:].view(spec.expert_hidden, -1)
         return (
-            unpack(form, gate_up, spec.hidden_size).to(self._dtype),
+            unpack(form, gate_up, spec.expert_hidden).to(self._dtype),
             unpack(form, down, spec.expert_width).to(self._dtype),
         )
 
 
-def attach(blocks: list[Any], pager: ExpertPager) -> None:
+def attach(blocks: list[MoeBlock], pager: ExpertPager) -> None:
     """Make the experts of `blocks` run through `pager`; drop their meta weights."""
     for layer, block in enumerate(blocks):
-        block.experts._parameters.clear()
+        for name in MODULE_STACKS:
+            block.experts._parameters.pop(name, None)
         object.__setattr__(block.experts, "edge_moe_pager", pager)
         block.experts.edge_moe_layer = layer
 
 
-def detach(blocks: list[Any]) -> None:
+def detach(blocks: list[MoeBlock]) -> None:
     """Undo `attach`: nothing but its owner holds the pager any more."""
     for block in blocks:
         object.__setattr__(block.experts, "edge_moe_pager", None)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -19,17 +20,24 @@ from edge_moe.runtime.policy import AdmissionRule, Key
 from edge_moe.runtime.skipping import SkipRule
 
 
+class Chooser(Protocol):
+    """A MoE block, as far as it can say which experts it would choose."""
+
+    def choose(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, H] -> (router rows, weights), [T, k] each."""
+
+
 class Prefetcher:
     """Predicts, admits and reads ahead. `observe` and `predict` belong to the model's thread."""
 
     def __init__(
         self,
-        blocks: list[Any],
+        blocks: Sequence[Chooser],
         store: ExpertStore,
         cache: ExpertCache,
         skip: SkipRule | None = None,
     ) -> None:
-        self._routers = [block.gate for block in blocks]
+        self._blocks = blocks
         self._store = store
         self._cache = cache
         self._skip = skip
@@ -58,10 +66,10 @@ class Prefetcher:
         `current` are the rows that this layer is about to use: they are not evicted for a guess.
         """
         following = layer + 1
-        if following >= len(self._routers):
+        if following >= len(self._blocks):
             return
         # the model's own: biases, groups and all
-        _, weights, chosen = self._routers[following](hidden)
+        chosen, weights = self._blocks[following].choose(hidden)
         rows = self._wanted(following, weights, chosen)
         misses = [row for row in rows if not self._cache.is_resident((following, row))]
         self._guessed_misses[following] = set(misses)

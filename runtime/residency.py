@@ -61,7 +61,8 @@ class Residency:
         cache.fill()
         cache.statistics = PagingStatistics()
         prefetcher = None
-        if options.prefetch and slots.is_paging:
+        # latent experts are not given what the next router would be
+        if options.prefetch and slots.is_paging and not spec.latent_width:
             prefetcher = Prefetcher(blocks, store, cache, options.skip)
         pager = ExpertPager(
             spec, store, cache, compute_dtype(spec, device), prefetcher, options.skip

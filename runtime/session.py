@@ -95,7 +95,7 @@ class Session:
         self._limits = limits
         self._options = options
         self._blocks = moe_blocks(model, source.spec)
-        self._routers = RouterRows(self._blocks, source.spec)
+        self._routers = RouterRows(self._blocks)
         self._experts: Residency | None = None
 
     @classmethod

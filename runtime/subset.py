@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from edge_moe.errors import InputError
 from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
-from edge_moe.runtime.model import shrink_router
+from edge_moe.runtime.moe_block import MoeBlock, select_experts
 from edge_moe.runtime.policy import Key
 from edge_moe.spec import ModelSpec
 from edge_moe.task_pattern import TaskPattern, rank_by_group
@@ -49,21 +48,18 @@ class SubsetStore(ExpertStore):
 class RouterRows:
     """The routers of a model, all of whose rows it keeps, and what of them is in use."""
 
-    def __init__(self, blocks: Sequence[Any], spec: ModelSpec) -> None:
+    def __init__(self, blocks: Sequence[MoeBlock]) -> None:
         self._blocks = blocks
-        names = ["weight", *(["e_score_correction_bias"] * spec.router.has_selection_bias)]
-        self._full = [
-            {name: getattr(block.gate, name).detach() for name in names} for block in blocks
-        ]
+        self._num_rows = [len(block.weight) for block in blocks]
+        self._full = [block.tensors() for block in blocks]
 
     def use(self, rows: Rows | None) -> None:
         """Leave only `rows` in each router; None brings all back."""
         for index, (block, full) in enumerate(zip(self._blocks, self._full, strict=True)):
-            chosen = list(range(len(full["weight"]))) if rows is None else list(rows[index])
+            chosen = range(self._num_rows[index]) if rows is None else rows[index]
             for name, value in full.items():
-                part = value if rows is None else value[torch.tensor(chosen, device=value.device)]
-                _assign(block.gate, name, part)
-            shrink_router(block, len(chosen))
+                block.set_tensor(name, value if rows is None else select_experts(value, chosen))
+            block.set_num_experts(len(chosen))
 
 
 def choose_rows(
@@ -140,10 +136,3 @@ def _per_group(num_groups: int) -> str:
 
 def _unit_bytes(store: ExpertStore, layer: int, unit: Any) -> int:
     return sum(store.record((layer, int(row))).num_bytes for row in unit)
-
-
-def _assign(router: Any, name: str, value: torch.Tensor) -> None:
-    if name in router._parameters:
-        router._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
-    else:
-        router._buffers[name] = value

@@ -14,68 +14,14 @@ from typing import Any
 
 import pytest
 
+from edge_moe.minimal_model import minimal_config
+
 FAMILY_NAMES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v3")
+"""Families on which every module is tested; `test_families.py` takes all of them."""
+
+ROUTER_NAMES = ("gate.weight", "router.weight", "router.proj.weight")
 
 TinyCheckpoint = Callable[..., Path]
-
-
-def _config_arguments(family: str, width: int) -> dict[str, Any]:
-    """config.json values of a tiny model: 2-3 layers, 8 experts, top-2, rows of `width` weights."""
-    common: dict[str, Any] = {
-        "vocab_size": 320,
-        "hidden_size": width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-        "tie_word_embeddings": False,
-    }
-    moe: dict[str, dict[str, Any]] = {
-        "qwen3_moe": {
-            "num_experts": 8,
-            "head_dim": 32,
-            "intermediate_size": 128,
-            "moe_intermediate_size": width,
-            "norm_topk_prob": True,
-        },
-        "qwen2_moe": {
-            "num_experts": 8,
-            "intermediate_size": 128,
-            "moe_intermediate_size": width,
-            "shared_expert_intermediate_size": 96,
-            "norm_topk_prob": False,
-        },
-        "olmoe": {
-            "num_experts": 8,
-            "intermediate_size": width,
-            "num_key_value_heads": 4,
-            "norm_topk_prob": False,
-        },
-        "mixtral": {"num_local_experts": 8, "head_dim": 32, "intermediate_size": width},
-        "deepseek_v3": {
-            "num_hidden_layers": 3,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "intermediate_size": 128,
-            "moe_intermediate_size": width,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 32,
-            "q_lora_rank": None,
-            "qk_rope_head_dim": 16,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 32,
-            "n_group": 2,
-            "topk_group": 1,
-            "routed_scaling_factor": 1.5,
-            "norm_topk_prob": True,
-        },
-    }
-    return common | moe[family]
 
 
 def _byte_tokenizer(folder: Path) -> None:
@@ -107,17 +53,21 @@ def make_tiny_checkpoint(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    arguments = _config_arguments(family, width) | config
+    arguments = minimal_config(family, width) | config
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **arguments))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+            if name.endswith("bias") or name.endswith("sinks"):
+                parameter.uniform_(-0.1, 0.1)
+            elif name.endswith("A_log"):
+                parameter.uniform_(-1.0, 1.0)
+            elif parameter.ndim == 1:
                 parameter.uniform_(0.7, 1.3)
             else:
-                parameter.normal_(0.0, 0.5 if "gate.weight" in name else 0.1)
+                parameter.normal_(0.0, 0.5 if name.endswith(ROUTER_NAMES) else 0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.uniform_(-0.1, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     _byte_tokenizer(folder)

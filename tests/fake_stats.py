@@ -8,7 +8,9 @@ import numpy as np
 
 from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.gguf_model import GgufModel
 from edge_moe.gradient_stats import GRADIENT_VERSION, FormCost, GradientInfo, GradientStats
+from edge_moe.offer import gguf_forms
 from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
 
 LOSS_SHARES = {
@@ -35,13 +37,15 @@ LOSS_SHARES = {
 
 
 def fake_stats(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | GgufModel,
     forms: Sequence[str] | None = None,
     seed: int = 0,
     **info: object,
 ) -> ExpertStats:
     """Heavy-tailed losses, 1000 tokens, expert 0 of the first MoE layer a super expert."""
     spec = checkpoint.spec
+    if forms is None and isinstance(checkpoint, GgufModel):
+        forms = gguf_forms(checkpoint)
     measured = tuple(forms or candidate_forms(spec, "native"))
     fields: dict[str, object] = {
         "version": STATS_VERSION,

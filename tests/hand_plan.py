@@ -12,22 +12,23 @@ from safetensors.torch import load_file, save_file
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.formats import DROP, expert_bytes, form_fits
+from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import MemoryTerm, Plan, Target
 
 
 def hand_plan(
-    checkpoint: Checkpoint, forms: Sequence[Sequence[str]], target: Target = "native"
+    checkpoint: Checkpoint | GgufModel, forms: Sequence[Sequence[str]], target: Target = "native"
 ) -> Plan:
     """A plan with the given [L][E] forms, their true bytes, and made-up numbers elsewhere."""
     spec = checkpoint.spec
-    widths = spec.hidden_size, spec.expert_width
+    widths = spec.expert_shape
     fitting = [form for row in forms for form in row if form_fits(form, *widths)]
     experts = sum(expert_bytes(form, *widths) for form in fitting)
     rows = [list(row) for row in forms]
     ones = [[1 / spec.num_experts] * spec.num_experts for _ in rows]
     return Plan(
         edge_moe_version="0.1.0",
-        model=str(checkpoint.folder),
+        model=str(checkpoint.location),
         model_type=spec.model_type,
         model_fingerprint=checkpoint.fingerprint,
         stats_fingerprint="0" * 64,
@@ -71,7 +72,9 @@ def random_forms(checkpoint: Checkpoint, choices: Sequence[str], seed: int = 0) 
     return table
 
 
-def uniform_forms(checkpoint: Checkpoint, num_kept: int, form: str = "bf16") -> list[list[str]]:
+def uniform_forms(
+    checkpoint: Checkpoint | GgufModel, num_kept: int, form: str = "bf16"
+) -> list[list[str]]:
     """[L][E] with `num_kept` experts per layer, other ones in each, equally many per group."""
     spec = checkpoint.spec
     num_groups = spec.router.num_groups

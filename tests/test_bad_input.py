@@ -122,7 +122,7 @@ def test_wrong_shape(source: Path, tmp_path: Path) -> None:
 def test_unknown_architecture(source: Path, tmp_path: Path) -> None:
     plan = plan_for(source)
     edit_config(source, model_type="llama")
-    message = "architecture 'llama' is not supported; supported are deepseek_v3,"
+    message = "architecture 'llama' is not supported; supported are deepseek_v2,"
     check_refused(SpecError, message, plan, tmp_path / "out", model=source)
 
 

@@ -384,7 +384,7 @@ def test_the_folder_of_a_gguf_build_points_to_its_file(fails: Failure, tmp_path:
     file.touch()
     (tmp_path / "plan.json").touch()
     for command in (("inspect",), ("eval", "--task", "code"), ("calibrate", "--task", "code")):
-        assert f"inspect and eval read {file} itself" in fails(*command, tmp_path)
+        assert f"build and eval read {file} itself" in fails(*command, tmp_path)
     for model in (tmp_path, file):
         message = fails("run", model, "--prompt", "x")
         assert f"`llama-cli -m {file}`, or build with --target native" in message
@@ -393,7 +393,6 @@ def test_the_folder_of_a_gguf_build_points_to_its_file(fails: Failure, tmp_path:
 @pytest.mark.parametrize(
     "command",
     [
-        ("calibrate", "--task", "code"),
         ("calibrate-skipping", "--task", "code"),
         ("patterns", "--stats", "code=stats"),
         ("transform", "--task", "code", "--method", "prune", "--experts", "4"),
@@ -407,7 +406,10 @@ def test_commands_that_need_the_checkpoint_say_so_of_a_gguf_file(
     file.touch()
     name, *options = command
     message = fails(name, file, *options, "-o", tmp_path / "out")
-    assert f"{file} is a GGUF file, which only inspect and eval read" in message
+    assert (
+        f"{file} is a GGUF file, which only inspect, calibrate, plan, build and eval read"
+        in message
+    )
     assert message.endswith("give the Hugging Face folder that it was made from")
     assert not (tmp_path / "out").exists()
     assert run([name, "--help"]) == 0

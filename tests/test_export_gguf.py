@@ -69,7 +69,7 @@ def _planned_copy(checkpoint: Checkpoint, plan: Plan, output: Path) -> Path:
             tensors[name] = tensors[name][kept]
         for new_id, expert_id in enumerate(kept):
             record = pack_expert(row[expert_id], *checkpoint.expert(layer_id, expert_id))
-            matrices = unpack_expert(row[expert_id], record, spec.hidden_size, spec.expert_width)
+            matrices = unpack_expert(row[expert_id], record, *spec.expert_shape)
             names = spec.expert_tensor_names(layer_id, new_id)
             tensors.update(zip(names, matrices, strict=True))
     shutil.copytree(checkpoint.folder, output, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_moe.errors import CheckpointError
-from edge_moe.gguf_header import GgufArray, read_gguf_header
+from edge_moe.formats.ggml_types import GGML_TYPES, GgmlType
+from edge_moe.gguf_header import GgufArray, read_gguf_header, summed_bytes
 
 F32, Q4_0 = 0, 2
 U32, FLOAT32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10
@@ -101,8 +102,36 @@ def test_reads_a_file_by_hand(tmp_path: Path) -> None:
     assert (experts.shape, experts.type_name) == ((4, 32, 64), "Q4_0")
     assert experts.num_bytes == 4608
     assert experts.offset + experts.num_bytes == header.total_bytes == len(content)
-    assert header.bytes_by_component() == {"routed experts": 4608, "norms": 256}
-    assert header.bytes_by_type() == {"Q4_0": 4608, "F32": 256}
+    by_component = summed_bytes(header.tensors, lambda info: info.component)
+    assert by_component == {"routed experts": 4608, "norms": 256}
+    by_type = summed_bytes(header.tensors, lambda info: info.type_name)
+    assert by_type == {"Q4_0": 4608, "F32": 256}
+
+
+def test_keys_can_be_copied_as_they_are(tmp_path: Path) -> None:
+    header = read_gguf_header(_write(tmp_path, _file()))
+    assert [header.raw_key(key) for key in header.metadata] == KEYS
+    assert header.numbers("expert_count") == (4,)
+    assert header.numbers("missing") is None
+    assert header.data_start % 32 == 0
+
+
+def test_long_arrays_of_numbers_are_read_whole_when_asked(tmp_path: Path) -> None:
+    def array(count: int) -> bytes:
+        return struct.pack(f"<IQ{count}I", U32, count, *range(count))
+
+    keys = [
+        ARCHITECTURE,
+        _key("qwen3moe.heads", ARRAY, array(100)),
+        _key("qwen3moe.long", ARRAY, array(5000)),
+        _key("qwen3moe.text", STRING, _string("8")),
+    ]
+    header = read_gguf_header(_write(tmp_path, _file(keys)))
+    assert header.numbers("heads") == tuple(range(100))
+    with pytest.raises(CheckpointError, match="holds 5000 numbers"):
+        header.numbers("long")
+    with pytest.raises(CheckpointError, match="does not hold numbers"):
+        header.numbers("text")
 
 
 def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
@@ -131,10 +160,8 @@ def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
 
 def test_knows_the_types_that_the_gguf_package_knows() -> None:
     gguf = pytest.importorskip("gguf")
-    from edge_moe.gguf_header import _TYPES
-
     for kind, (block_size, block_bytes) in gguf.GGML_QUANT_SIZES.items():
-        assert _TYPES[int(kind)] == (kind.name, block_size, block_bytes)
+        assert GGML_TYPES[int(kind)] == GgmlType(int(kind), kind.name, block_size, block_bytes)
 
 
 BAD_FILES = {

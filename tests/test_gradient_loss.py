@@ -106,7 +106,7 @@ def packed_weights(
     spec = whole.spec
     gate, up = gate_up[expert_id].numpy().reshape(2, spec.expert_width, -1)
     packed = pack_expert(form, gate, up, down[expert_id].numpy())
-    parts = unpack_expert(form, packed, spec.hidden_size, spec.expert_width)
+    parts = unpack_expert(form, packed, *spec.expert_shape)
     gate_up[expert_id] = torch.from_numpy(np.concatenate(parts[:2]))
     down[expert_id] = torch.from_numpy(parts[2])
     return gate_up, down
@@ -185,7 +185,14 @@ def test_neuron_score_is_the_second_order_of_a_quadratic_loss() -> None:
         first, second = both.chunk(2, dim=-1)
         return nn.functional.silu(first) * second
 
-    experts = SimpleNamespace(gate_up_proj=gate_up, down_proj=down, _apply_gate=apply_gate)
+    experts = SimpleNamespace(
+        gate_up_proj=gate_up,
+        down_proj=down,
+        _apply_gate=apply_gate,
+        is_concatenated=True,
+        has_bias=False,
+        has_gate=True,
+    )
     inputs = torch.randn(1, 4, generator=draw)
     hidden = apply_gate(inputs @ gate_up[0].T)[0]
     output = down[0] @ hidden

@@ -72,3 +72,31 @@ def test_truncated_file_is_one_error(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(tmp_path / "none.gguf")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_split_model_is_counted_whole(tmp_path: Path) -> None:
+    from gguf_files import write_moe
+
+    types = ("F32",) * 3
+    whole = inspect_gguf(write_moe(tmp_path / "whole.gguf", types=types, width=32))
+    write_moe(tmp_path / "m.gguf", types=types, width=32, split_max_tensors=5)
+    found = inspect_gguf(tmp_path / "m-00001-of-00003.gguf")
+    assert (found.num_files, whole.num_files) == (3, 1)
+    assert found.tensor_bytes == whole.tensor_bytes and found.components == whole.components
+    parts = tmp_path.glob("m-*.gguf")
+    assert found.file_bytes == sum(path.stat().st_size for path in parts)
+
+
+def test_what_a_plan_would_start_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gguf_files import write_moe
+
+    path = write_moe(tmp_path / "m.gguf", "deepseek2", keys={"expert_gating_func": 2})
+    found = inspect_gguf(path)
+    assert found.router == "sigmoid, not renormalised" and found.limits == []
+    assert found.expert_forms == {"q4_k/q4_k/q6_k": 2}
+    assert run(["inspect", str(path)]) == 0
+    assert "q4_k/q4_k/q6_k (2 layers)" in capsys.readouterr().out
+    unknown = write_moe(tmp_path / "grok.gguf", "grok", types=("F32",) * 3, width=32)
+    assert run(["inspect", str(unknown)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "limit: not a source for plan:" in shown and "'grok' is not supported" in shown

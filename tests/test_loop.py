@@ -11,6 +11,7 @@ from conftest import FAMILY_NAMES, TinyCheckpoint
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate
+from edge_moe.families import FAMILIES
 from edge_moe.formats import DROP, expert_bytes
 from edge_moe.package import Package
 from edge_moe.plan import Plan
@@ -34,7 +35,7 @@ def _plan(folder: Path, stats: ExpertStats, expert_share: float) -> Plan:
         runtime=(10**8, "assumed"),
     )
     spec = checkpoint.spec
-    one = expert_bytes("bf16", spec.hidden_size, spec.expert_width)
+    one = expert_bytes("bf16", *spec.expert_shape)
     spared = round((1 - expert_share) * one * spec.num_experts * spec.num_moe_layers)
     return make_plan(
         *(checkpoint, stats, generous.total_bytes - spared),
@@ -44,7 +45,7 @@ def _plan(folder: Path, stats: ExpertStats, expert_share: float) -> Plan:
     )
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_loop(family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint(family)
     spec = Checkpoint(folder).spec

@@ -64,7 +64,7 @@ def test_every_family_is_planned_within_its_budget(
     plan = plan_for(checkpoint, budget_bytes)
     assert plan.total_bytes <= budget_bytes
     spec = checkpoint.spec
-    widths = spec.hidden_size, spec.expert_width
+    widths = spec.expert_shape
     stored = sum(expert_bytes(form, *widths) for row in plan.forms for form in row)
     assert plan.term("experts").num_bytes == stored
     assert plan.form_bytes["bf16"] == spec.expert_weights * 2

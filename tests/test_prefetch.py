@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
 import torch
 from test_expert_cache import MemoryStore
@@ -18,19 +17,15 @@ from edge_moe.runtime.slots import SlotBuffers
 class BiasedRouter:
     """Chooses by score + bias, as transformers' routers do: raw logits would name row 0."""
 
-    weight = torch.eye(4)
-
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = hidden @ self.weight.T
-        rows = (logits + torch.tensor([-9.0, 0.0, 5.0, 0.0])).topk(1).indices
-        return logits, torch.ones(1, 1), rows
+    def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        rows = (hidden + torch.tensor([-9.0, 0.0, 5.0, 0.0])).topk(1).indices
+        return rows, torch.ones(1, 1)
 
 
 def test_the_routers_own_choice_is_read_ahead() -> None:
     store = MemoryStore()
     cache = ExpertCache(store, SlotBuffers({4: 2, 8: 2}, torch.device("cpu")), LeastRecentlyUsed)
-    blocks = [SimpleNamespace(gate=BiasedRouter()) for _ in range(2)]
-    prefetcher = Prefetcher(blocks, store, cache)
+    prefetcher = Prefetcher([BiasedRouter(), BiasedRouter()], store, cache)
     prefetcher.predict(0, torch.tensor([[1.0, 0.0, 0.0, 0.0]]), [0])
     deadline = time.monotonic() + 10
     while not cache.is_resident((1, 2)) and time.monotonic() < deadline:

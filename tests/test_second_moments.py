@@ -13,13 +13,16 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from edge_moe.converters.observe import WindowObservation  # noqa: E402
+from edge_moe.converters.block_sums import WindowObservation  # noqa: E402
 from edge_moe.converters.second_moments import (  # noqa: E402
     WEIGHTINGS,
     expert_moments,
     layer_moments,
 )
 from edge_moe.formats.gptq import output_loss  # noqa: E402
+
+PLAIN = {"is_concatenated": True, "has_bias": False, "has_gate": True}
+"""What transformers' experts modules say about their layout."""
 
 
 def _window(inputs: Tensor, ids: list[list[int]], gates: list[list[float]]) -> WindowObservation:
@@ -41,6 +44,7 @@ def _experts(num_experts: int, width: int, hidden: int, seed: int = 0) -> Any:
         return F.silu(gate) * up
 
     return SimpleNamespace(
+        **PLAIN,
         gate_up_proj=torch.randn(num_experts, 2 * width, hidden),
         down_proj=torch.randn(num_experts, hidden, width),
         _apply_gate=apply_gate,
@@ -50,6 +54,7 @@ def _experts(num_experts: int, width: int, hidden: int, seed: int = 0) -> Any:
 def _small() -> tuple[Any, list[WindowObservation]]:
     """One inner neuron that copies x_0 (the gate's silu is taken off): h = x_0."""
     experts = SimpleNamespace(
+        **PLAIN,
         gate_up_proj=torch.tensor([[[0.0, 0.0], [1.0, 0.0]]] * 3),
         down_proj=torch.zeros(3, 2, 1),
         _apply_gate=lambda gate_up: gate_up[:, 1:],

@@ -53,7 +53,8 @@ def sliced_block(block: Any, kept: list[int]) -> Any:
 def brute_force(task: LayerTask, kept: tuple[int, ...]) -> float:
     """NAEE's loss, by running the real layer with and without the dropped experts."""
     samples = task.sampled()
-    whole, part = samples.block, sliced_block(samples.block, list(kept))
+    whole = samples.block.module
+    part = sliced_block(whole, list(kept))
     total = 0.0
     with torch.no_grad():
         for window in torch.split(samples.inputs, list(samples.window_tokens)):
@@ -67,7 +68,7 @@ def block_outputs(task: LayerTask) -> list[Tensor]:
     samples = task.sampled()
     with torch.no_grad():
         windows = torch.split(samples.inputs, list(samples.window_tokens))
-        return [samples.block(window[None])[0].double() for window in windows]
+        return [samples.block.module(window[None])[0].double() for window in windows]
 
 
 def naee_task(family: str, tiny_checkpoint: TinyCheckpoint, num_experts: int) -> LayerTask:
@@ -115,7 +116,7 @@ def test_dropping_one_by_one_where_groups_are_compared(tiny_checkpoint: TinyChec
     """The reference forbids an expert by its selection bias in the whole layer's own router."""
     task = naee_task("deepseek_v3", tiny_checkpoint, 6)
     loss = OutputLoss(task.sampled())
-    bias, whole = task.sampled().block.gate.e_score_correction_bias, block_outputs(task)
+    bias, whole = task.sampled().block.router.e_score_correction_bias, block_outputs(task)
     expected = []
     for expert_id in range(8):
         before, bias[expert_id] = bias[expert_id].clone(), -torch.inf

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.sampling import SAMPLE, BlockSampler, block_weights
 from edge_moe.converters.transforms.base import LayerSamples, LayerTask, Value
+from edge_moe.runtime.moe_block import MoeBlock
 
 TEXT = "def f(x):\n    return x + 1\n\nIt was the best of times, it was the worst of times.\n" * 3
 TOKENS = torch.arange(3, 67).reshape(2, 32)
@@ -80,15 +81,15 @@ def reorder_hidden_units(folder: Path, expert_ids: Sequence[int], seed: int = 0)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def sampled_block(folder: Path, layer_id: int, windows: int = 3) -> tuple[Any, LayerSamples]:
+def sampled_block(folder: Path, layer_id: int, windows: int = 3) -> tuple[MoeBlock, LayerSamples]:
     """A MoE block of the checkpoint and what it does with random windows of 24 tokens."""
-    block: Any = load(folder).get_submodule(Checkpoint(folder).spec.moe_module(layer_id))
+    block = MoeBlock(load(folder), Checkpoint(folder).spec, layer_id)
     torch.manual_seed(1)
     hidden = Checkpoint(folder).spec.hidden_size
     block.experts.config._experts_implementation = SAMPLE
     with torch.no_grad(), BlockSampler(block) as sampler:
         for _ in range(windows):
-            block(torch.randn(1, 24, hidden))
+            block.module(torch.randn(1, 24, hidden))
         return block, sampler.join()
 
 
@@ -100,7 +101,7 @@ def layer_task(folder: Path, layer_id: int, num_experts: int, **changes: Any) ->
     arguments: dict[str, Any] = {
         "layer_id": layer_id,
         "spec": spec,
-        "weights": block_weights(block, spec, layer_id),
+        "weights": block_weights(block),
         "num_experts": num_experts,
         "expert_width": spec.expert_width,
         "settings": settings,

@@ -17,6 +17,7 @@ from typing import Any
 
 from edge_moe.candidates import check_target
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.config_reader import read_config
 from edge_moe.converters.model_card import model_card, size_rows
 from edge_moe.converters.onnx.data_files import DenseFile, ExpertFile
 from edge_moe.converters.onnx.decoder import Decoder
@@ -28,12 +29,12 @@ from edge_moe.converters.sidecar import CARD_NAME, CONFIG_NAME, copy_sidecar, si
 from edge_moe.converters.staging import BuildFolder
 from edge_moe.errors import SpecError, TargetError
 from edge_moe.files import atomic_path, require_free_disk, write_text
-from edge_moe.formats import EXACT, form_fits, get_form
+from edge_moe.formats import EXACT, FORM_NAMES, form_fits, get_form
 from edge_moe.formats.integers import IntegerForm
 from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME, STANDARD_NAME, OnnxOptions
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan
-from edge_moe.spec import ModelSpec, read_config
+from edge_moe.spec import ModelSpec
 
 DENSE_NAME = "model-dense.data"
 DEFAULT_OPTIONS = OnnxOptions()
@@ -98,7 +99,7 @@ def check_onnx(plan: Plan, spec: ModelSpec) -> None:
     for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
         for expert_id in plan.kept(row):
             form = row[expert_id]
-            if form != EXACT and not isinstance(get_form(form), IntegerForm):
+            if form != EXACT and not _is_integer(form):
                 raise TargetError(
                     f"target onnx: layer {layer_id} is planned with {form}, which onnxruntime has "
                     "no kernel for: plan again with --target onnx"
@@ -109,6 +110,10 @@ def check_onnx(plan: Plan, spec: ModelSpec) -> None:
                     f"{get_form(form).block_size} do not divide {spec.hidden_size} and "
                     f"{spec.expert_width}: plan again"
                 )
+
+
+def _is_integer(form: str) -> bool:
+    return form in FORM_NAMES and isinstance(get_form(form), IntegerForm)
 
 
 def _expert_files(plan: Plan, spec: ModelSpec) -> dict[int, ExpertFile]:

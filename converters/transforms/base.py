@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edge_moe.converters.observe import expert_inner, expert_output
 from edge_moe.errors import InputError
+from edge_moe.runtime.moe_block import MoeBlock, expert_inner, expert_output, select_experts
 from edge_moe.saliency import saliency
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
@@ -54,7 +54,7 @@ class LayerWeights:
     def select(self, expert_ids: Sequence[int]) -> LayerWeights:
         """The given experts, in that order; a copy."""
         ids = list(expert_ids)
-        router = {name: rows[ids] for name, rows in self.router.items()}
+        router = {name: select_experts(rows, ids) for name, rows in self.router.items()}
         return LayerWeights(self.gate_up[ids], self.down[ids], router)
 
 
@@ -72,8 +72,8 @@ class LayerSamples:
     """[T, E] raw router logits."""
     window_tokens: tuple[int, ...]
     """Tokens of each window, in order; their sum is T."""
-    block: Any
-    """transformers' MoE block with the layer's weights."""
+    block: MoeBlock
+    """With the layer's weights."""
 
     @property
     def num_tokens(self) -> int:
@@ -88,12 +88,14 @@ class LayerSamples:
         """[n, H] un-gated output of the expert for the given tokens, chosen or not."""
         experts = self.block.experts
         weights = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
-        return expert_output(experts, self.inputs[tokens], *weights)
+        return expert_output(experts, self.inputs[tokens], *weights, expert_id)
 
     def inner(self, expert_id: int, tokens: Tensor | slice = slice(None)) -> Tensor:
         """[n, I] what the expert's down_proj multiplies."""
         experts = self.block.experts
-        return expert_inner(experts, self.inputs[tokens], experts.gate_up_proj[expert_id])
+        return expert_inner(
+            experts, self.inputs[tokens], experts.gate_up_proj[expert_id], expert_id
+        )
 
     def output_chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(tokens, [E, n, H]) outputs of all experts, at most `CHUNK_TOKENS` tokens at a time."""

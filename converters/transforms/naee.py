@@ -74,7 +74,7 @@ class OutputLoss:
     def _router(self, num_kept: int) -> tuple[SubsetRouter, int]:
         """(the layer's router on `num_kept` experts, sets that it routes at a time)."""
         step = max(1, _BATCH_NUMBERS // (self._samples.num_tokens * num_kept))
-        return SubsetRouter(self._samples.block.gate, self._samples.logits, num_kept), step
+        return SubsetRouter(self._samples.block.router, self._samples.logits, num_kept), step
 
     def _batch(self, ids: Tensor, weights: Tensor) -> FloatArray:
         """[B] losses from (ids, weights), [B, T, k] each."""

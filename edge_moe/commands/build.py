@@ -24,7 +24,15 @@ def build_command(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The checkpoint, where it has moved since.", show_default=False),
+        typer.Option(help="The model, where it has moved since.", show_default=False),
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            help="The plan's statistics: what a .gguf file's experts are packed by where the plan "
+            "gives them other types.",
+            show_default=False,
+        ),
     ] = None,
     onnx_exact: Annotated[
         bool,
@@ -63,6 +71,7 @@ def build_command(
             output,
             model=folder,
             target=target.value if target else None,
+            stats=stats,
             onnx=options if options != OnnxOptions() else None,
         )
     num_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())

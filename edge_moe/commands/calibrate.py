@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edge_moe.commands.options import (
+    CalibratedModel,
     Output,
     Revision,
-    SourceModel,
     TargetName,
     Tasks,
     parse_names,
@@ -20,9 +21,12 @@ from edge_moe.commands.options import (
 )
 from edge_moe.errors import InputError
 
+if TYPE_CHECKING:
+    from edge_moe.stats import ExpertStats
+
 
 def calibrate_command(
-    model: SourceModel,
+    model: CalibratedModel,
     task: Tasks,
     output: Output = Path("stats"),
     window_tokens: Annotated[int, typer.Option(help="Tokens per window of text.")] = 512,
@@ -62,7 +66,8 @@ def calibrate_command(
 ) -> None:
     """Measure every expert on task text, layer by layer. A killed run resumes by running again.
 
-    With --gradients a second pass measures what the language-model loss says about every expert.
+    A .gguf file runs on llama.cpp, as it is. With --gradients a second pass measures what the
+    language-model loss says about every expert; that needs a checkpoint.
     """
     from edge_moe.gradient_stats import GradientStats
     from edge_moe.hub import resolve_model
@@ -78,10 +83,7 @@ def calibrate_command(
     folder = resolve_model(model, revision)
     if target is not None:
         names = _offered_forms(folder, target)
-    from edge_moe.converters.calibrate import calibrate
-    from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
-
-    measure = calibrate_with_gradients if gradients else calibrate
+    measure = _measurement(folder, gradients)
     with resumable():
         stats = measure(
             folder,
@@ -111,9 +113,30 @@ def calibrate_command(
     console.print(f"next: {plan}")
 
 
-def _offered_forms(folder: Path, target: TargetName) -> tuple[str, ...]:
-    """What `target` offers for the experts of the checkpoint in `folder`."""
+def _offered_forms(model: Path, target: TargetName) -> tuple[str, ...]:
+    """What `target` offers for the experts of `model`."""
     from edge_moe.candidates import candidate_forms
-    from edge_moe.spec import ModelSpec
+    from edge_moe.open_model import open_model
 
-    return candidate_forms(ModelSpec.from_file(folder / "config.json"), target.value)
+    return candidate_forms(open_model(model).spec, target.value)
+
+
+def _measurement(model: Path, gradients: bool) -> Callable[..., ExpertStats]:
+    """The function that calibrates `model`.
+
+    Raises:
+        InputError: gradients of a GGUF file.
+    """
+    if model.suffix != ".gguf":
+        from edge_moe.converters.calibrate import calibrate
+        from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
+
+        return calibrate_with_gradients if gradients else calibrate
+    if gradients:
+        raise InputError(
+            f"--gradients: llama.cpp does not run {model} backwards; leave the option out, or "
+            "calibrate the Hugging Face checkpoint that the file was made from"
+        )
+    from edge_moe.converters.calibrate_gguf import calibrate_gguf
+
+    return calibrate_gguf

@@ -50,6 +50,7 @@ EvaluatedModel = Annotated[
 ]
 RunnableModel = Annotated[str, _model("Checkpoint folder, native package, ONNX folder")]
 SourceModel = Annotated[str, _model("Hugging Face checkpoint folder")]
+CalibratedModel = Annotated[str, _model("Hugging Face checkpoint folder, .gguf file")]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)
 ]

@@ -11,12 +11,12 @@ import typer
 
 from edge_moe.commands.options import (
     DEFAULT_SEARCH_SECONDS,
+    CalibratedModel,
     DeviceName,
     Json,
     Output,
     Revision,
     SearchSeconds,
-    SourceModel,
     TargetName,
     stderr,
     stdout,
@@ -24,11 +24,13 @@ from edge_moe.commands.options import (
 from edge_moe.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
+    from edge_moe.plan import Target
+    from edge_moe.spec import ModelSpec
     from edge_moe.stats import StatsInfo
 
 
 def plan_command(
-    model: SourceModel,
+    model: CalibratedModel,
     stats: Annotated[
         Path, typer.Option(help="Statistics folder of `edge-moe calibrate`.", show_default=False)
     ],
@@ -50,7 +52,13 @@ def plan_command(
             show_default=False,
         ),
     ] = None,
-    target: Annotated[TargetName, typer.Option(help="What will be built.")] = TargetName.NATIVE,
+    target: Annotated[
+        TargetName | None,
+        typer.Option(
+            help="What will be built; default: native, or gguf from a .gguf file.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[DeviceName, typer.Option(help="Where it will run.")] = DeviceName.CPU,
     task: Annotated[
         list[str] | None,
@@ -78,10 +86,12 @@ def plan_command(
     bytes, and what the target cannot express. Loss gradients beside the statistics are used.
     """
     from edge_moe.budget import PROCESS_TARGETS
+    from edge_moe.candidates import check_target
     from edge_moe.checkpoint import Checkpoint
     from edge_moe.files import require_file_output
     from edge_moe.gradient_stats import load_gradients
     from edge_moe.hub import is_hub_id, resolve_model
+    from edge_moe.open_model import open_model
     from edge_moe.overhead import runtime_overhead
     from edge_moe.plan_table import print_plan, summarise_plan
     from edge_moe.planner import make_plan
@@ -91,31 +101,33 @@ def plan_command(
     found_stats = ExpertStats.load(stats)
     gradients = load_gradients(stats, found_stats.info)
     folder = resolve_model(model, revision)
-    checkpoint = Checkpoint(folder)
-    is_measured = target.value in PROCESS_TARGETS
-    runtime = runtime_overhead(checkpoint.spec.model_type, device.value) if is_measured else None
-    tasks = task or _known_tasks(found_stats.info) if search else []
-    if search and not tasks:
+    source = open_model(folder)
+    check_target(source.spec, planned := _planned_target(target, source.spec))
+    is_measured = planned in PROCESS_TARGETS
+    runtime = runtime_overhead(source.spec.model_type, device.value) if is_measured else None
+    searches = search and isinstance(source, Checkpoint)
+    tasks = task or _known_tasks(found_stats.info) if searches else []
+    if searches and not tasks:
         stderr().print(
             "not searching: the text of the statistics is not where it was; name the text to "
             "measure plans on with --task, or say --no-search"
         )
     measure = None
-    if tasks:
+    if tasks and isinstance(source, Checkpoint):
         from edge_moe.converters.calibration_memory import state_and_require_memory
         from edge_moe.converters.plan_measure import PlanMeasure
         from edge_moe.converters.search_memory import NO_SEARCH
 
-        measure = PlanMeasure(checkpoint, found_stats.info, tasks)
+        measure = PlanMeasure(source, found_stats.info, tasks)
         state_and_require_memory("measuring plans", measure.memory_terms(), NO_SEARCH)
     with _search_bar(shown=measure is not None) as on_share:
         plan = make_plan(
-            checkpoint,
+            source,
             found_stats,
             budget,
             model=model if is_hub_id(model) else str(folder.resolve()),
             context_tokens=ctx,
-            target=target.value,
+            target=planned,
             device=device.value,
             runtime=runtime or (0, "assumed"),
             gradients=gradients,
@@ -132,6 +144,13 @@ def plan_command(
         print(summarise_plan(plan, output).model_dump_json(indent=1))
         return
     print_plan(plan, output, stdout())
+
+
+def _planned_target(asked: TargetName | None, spec: ModelSpec) -> Target:
+    """What was asked for, or what the model is most likely wanted as."""
+    if asked is not None:
+        return asked.value
+    return "gguf" if spec.is_gguf else "native"
 
 
 def _known_tasks(info: StatsInfo) -> list[str]:

@@ -1,4 +1,4 @@
-"""`edge-moe stats`: join the shards of a calibration, and look at one."""
+"""`edge-moe stats`: join the shards of a calibration, look at one, hand one to llama.cpp."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from edge_moe.commands.options import Json, stderr, stdout
+from edge_moe.commands.options import Json, Output, stderr, stdout
 
-stats_app = typer.Typer(help="Join the shards of a calibration, and look at one.")
+stats_app = typer.Typer(
+    help="Join the shards of a calibration, look at one, or hand one to llama.cpp."
+)
 
 
 @stats_app.command("merge")
@@ -59,3 +61,15 @@ def show_command(
         print(summary.model_dump_json(indent=1))
         return
     print_stats(summary, stdout())
+
+
+@stats_app.command("imatrix")
+def imatrix_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Statistics folder.")],
+    output: Output = Path("imatrix.gguf"),
+) -> None:
+    """Write an importance matrix of the routed experts, for llama.cpp's llama-quantize."""
+    from edge_moe.converters.imatrix import write_imatrix
+
+    path = write_imatrix(folder, output)
+    stderr().print(f"{path}: use it as `llama-quantize --imatrix {path} IN.gguf OUT.gguf TYPE`")

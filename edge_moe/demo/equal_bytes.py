@@ -253,6 +253,4 @@ def _contender(
 
 
 def _total_bytes(spec: ModelSpec, forms: Sequence[Sequence[str]]) -> int:
-    return sum(
-        expert_bytes(form, spec.hidden_size, spec.expert_width) for row in forms for form in row
-    )
+    return sum(expert_bytes(form, *spec.expert_shape) for row in forms for form in row)

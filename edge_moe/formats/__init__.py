@@ -6,16 +6,19 @@ gate_proj and up_proj have rows of hidden_size weights, down_proj has rows of ex
 and both widths must be multiples of the form's block.
 """
 
-from edge_moe.formats.base import (
-    DROP,
-    EXACT,
-    FORM_NAMES,
-    Form,
+from edge_moe.formats.base import DROP, EXACT, FORM_NAMES, Form, get_form
+from edge_moe.formats.experts import (
+    STORED_NAMES,
     expert_bytes,
     expert_packed_bytes,
+    form_bits,
     form_fits,
-    get_form,
+    form_label,
+    in_order,
+    is_form,
+    join_form,
     pack_expert,
+    split_form,
     unpack_expert,
 )
 
@@ -23,11 +26,18 @@ __all__ = [
     "DROP",
     "EXACT",
     "FORM_NAMES",
+    "STORED_NAMES",
     "Form",
     "expert_bytes",
     "expert_packed_bytes",
+    "form_bits",
     "form_fits",
+    "form_label",
     "get_form",
+    "in_order",
+    "is_form",
+    "join_form",
     "pack_expert",
+    "split_form",
     "unpack_expert",
 ]

@@ -11,11 +11,14 @@ import numpy as np
 
 from edge_moe.errors import FormError, MissingExtraError
 from edge_moe.formats.base import ByteArray, FloatArray, Form
+from edge_moe.formats.ggml_types import GgmlType
 
 _NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
 
 
-def quantize_chunk(form: Form, weights: FloatArray, importance: FloatArray | None) -> ByteArray:
+def quantize_chunk(
+    form: Form | GgmlType, weights: FloatArray, importance: FloatArray | None
+) -> ByteArray:
     """`weights` [rows, width] float32 packed by `ggml_quantize_chunk`: [rows, row_bytes] uint8.
 
     `importance` [width] weighs the squared error of every column, alike in all rows; ggml's types
@@ -55,9 +58,59 @@ def quantize_chunk(form: Form, weights: FloatArray, importance: FloatArray | Non
     return packed
 
 
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+def to_float(kind: GgmlType, packed: ByteArray, num_weights: int) -> FloatArray:
+    """`packed`, whole blocks of `kind`, as float32 [num_weights] by ggml's own `to_float`.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        FormError: the library does not know the type, or another version of it.
+    """
+    if packed.nbytes != kind.row_bytes(num_weights):
+        raise FormError(f"{num_weights} weights of {kind.name} do not take {packed.nbytes} bytes")
+    traits = _library().ggml_get_type_traits(kind.ggml_type).contents
+    if (traits.blck_size, traits.type_size) != (kind.block_size, kind.block_bytes):
+        raise FormError(
+            f"libggml's blocks of {kind.name} are {traits.blck_size} weights in "
+            f"{traits.type_size} bytes, expected {kind.block_size} in {kind.block_bytes}: install "
+            "the version of the extra gguf"
+        )
+    if not traits.to_float:
+        raise FormError(f"libggml cannot turn {kind.name} into floats: these are no weights")
+    packed = np.ascontiguousarray(packed)
+    values = np.empty(num_weights, np.float32)
+    _ToFloat(traits.to_float)(packed.ctypes.data, values.ctypes.data, num_weights)
+    return values
+
+
 def is_installed() -> bool:
     """Whether the library is there."""
     return _path() is not None
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library: the same one that llama.cpp uses.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    return _library()
 
 
 def _path() -> Path | None:
@@ -83,9 +136,11 @@ def _library() -> ctypes.CDLL:
         *[ctypes.c_int64] * 3,
         ctypes.c_void_p,
     ]
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     return library
 
 
-def _require_finite(form: Form, what: str, values: FloatArray) -> None:
+def _require_finite(form: Form | GgmlType, what: str, values: FloatArray) -> None:
     if not np.isfinite(values).all():
         raise FormError(f"form {form.name}: {what} is NaN or infinite; the input is damaged")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_moe.errors import MissingExtraError
-from edge_moe.formats import DROP, FORM_NAMES, get_form
+from edge_moe.formats import DROP, form_bits, in_order
+from edge_moe.formats import form_label as plain_label
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -59,7 +60,15 @@ def graph_objects() -> Any:
 
 def form_label(form: str) -> str:
     """`q4_k` -> `4-bit (q4_k)`; `drop` -> `dropped`."""
-    return "dropped" if form == DROP else f"{get_form(form).label} ({form})"
+    return plain_label(form) if form == DROP else f"{plain_label(form)} ({form})"
+
+
+def form_colour(form: str) -> str:
+    """The colour of `form`, or of the known form with the nearest bits."""
+    if form in FORM_COLOURS:
+        return FORM_COLOURS[form]
+    kept = [known for known in FORM_COLOURS if known != DROP]
+    return FORM_COLOURS[min(kept, key=lambda known: abs(form_bits(known) - form_bits(form)))]
 
 
 def expert_waterfall(data: ReportData) -> Any:
@@ -211,12 +220,12 @@ def frontier(data: ReportData) -> Any:
 
 def expert_forms(data: ReportData) -> Any:
     """Layers x experts, coloured by form: darker means more bits, a cross means dropped."""
-    used = [form for form in FORM_NAMES if any(form in row for row in data.plan.forms)]
+    used = in_order(form for row in data.plan.forms for form in row)
     codes = [[used.index(form) for form in row] for row in data.plan.forms]
     figure = _grid(
         data,
         values=codes,
-        scale=_steps([FORM_COLOURS[form] for form in used]),
+        scale=_steps([form_colour(form) for form in used]),
         hover=[
             [_expert_hover(data, layer, expert) for expert in range(len(row))]
             for layer, row in enumerate(data.plan.forms)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_moe.errors import InputError
-from edge_moe.formats import DROP, FORM_NAMES
+from edge_moe.formats import DROP, in_order
 from edge_moe.measurement import EvalResult, RunMeasurement, load_evals, load_runs
 from edge_moe.package import PLAN_NAME, Package, is_package
 from edge_moe.plan import MemoryTerm, Plan, Target
@@ -87,24 +87,31 @@ class ReportData:
         sizes = self.plan.form_bytes
         return [
             FormRow(form, every.count(form), every.count(form) * sizes.get(form, 0))
-            for form in FORM_NAMES
-            if form in every
+            for form in in_order(every)
         ]
 
     @cached_property
     def full_expert_bytes(self) -> int:
-        """Bytes of all experts at 16 bits, none dropped."""
-        num_experts = sum(len(row) for row in self.plan.forms)
-        return num_experts * max(self.plan.form_bytes.values(), default=0)
+        """Bytes of all experts at 16 bits, or as the source stores them, none dropped."""
+        pairs = zip(self.plan.forms, self._whole_bytes, strict=True)
+        return sum(len(row) * one_expert for row, one_expert in pairs)
+
+    @cached_property
+    def _whole_bytes(self) -> list[int]:
+        """[L] bytes of one expert at 16 bits, or as the source stores it."""
+        plan, sizes = self.plan, self.plan.form_bytes
+        if plan.stored_forms:
+            return [sizes[form] for form in plan.stored_forms]
+        return [max(sizes.values(), default=0)] * len(plan.forms)
 
     def waterfall(self) -> list[Step]:
-        """From all experts at 16 bits, over what was saved, to the experts as stored."""
+        """From all experts whole (16 bits, or as a GGUF source has them) to what is stored."""
         plan, full = self.plan, self.full_expert_bytes
         experts = plan.term("experts").num_bytes
-        one_expert = max(plan.form_bytes.values(), default=0)
-        dropped = sum(row.count for row in self.form_rows if row.form == DROP) * one_expert
+        pairs = zip(plan.forms, self._whole_bytes, strict=True)
+        dropped = sum(row.count(DROP) * one_expert for row, one_expert in pairs)
         return [
-            Step("at 16 bits", full, "absolute"),
+            Step("in the source" if plan.stored_forms else "at 16 bits", full, "absolute"),
             Step("dropped", -dropped, "relative"),
             Step("fewer bits", experts - (full - dropped), "relative"),
             Step("as stored", experts, "total"),

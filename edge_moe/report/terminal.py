@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from edge_moe.formats import DROP, FORM_NAMES
+from edge_moe.formats import form_bits, in_order
 from edge_moe.report import facts
 from edge_moe.report.data import ReportData
 from edge_moe.search import MIXED_BITS, PLAN_NAME
@@ -14,16 +14,8 @@ from edge_moe.search import MIXED_BITS, PLAN_NAME
 _TONES = {"good": "bold green", "bad": "bold red", "": "bold"}
 _MAP_COLUMNS = 64  # wider maps are left to the HTML page
 _MAX_TRIALS = 3
-_SHADES = {
-    "tq": "░",
-    "q2": "░",
-    "int2": "░",
-    "q3": "▒",
-    "q4": "▒",
-    "int4": "▒",
-    "q8": "▓",
-    "int8": "▓",
-}
+_SHADES = ((0.0, "·"), (3.0, "░"), (5.0, "▒"), (9.0, "▓"))
+"""Most bits per weight -> shade."""
 
 
 def print_facts(data: ReportData, console: Console) -> None:
@@ -73,14 +65,14 @@ def _bill(data: ReportData) -> Table:
 
 def _print_experts(data: ReportData, console: Console) -> None:
     every = [form for row in data.plan.forms for form in row]
-    counts = ", ".join(f"{every.count(form)} {form}" for form in FORM_NAMES if form in every)
+    counts = ", ".join(f"{every.count(form)} {form}" for form in in_order(every))
     console.print(f"experts: {counts}", highlight=False)
     if len(data.plan.forms[0]) > _MAP_COLUMNS or len(data.plan.forms) > 16:
         return
     for layer_id, row in zip(data.plan.moe_layer_ids, data.plan.forms, strict=True):
         cells = "".join(_shade(form) for form in row)
         console.print(f"  layer {layer_id:>3} {cells}", highlight=False)
-    console.print("  · dropped  ░ to 2 bits  ▒ 3-4  ▓ 8  █ 16", style="dim")
+    console.print("  · dropped  ░ to 2 bits  ▒ 3-4  ▓ 5-8  █ 16", style="dim")
 
 
 def _print_search(data: ReportData, console: Console) -> None:
@@ -97,9 +89,8 @@ def _print_search(data: ReportData, console: Console) -> None:
 
 
 def _shade(form: str) -> str:
-    if form == DROP:
-        return "·"
-    return _SHADES.get(form[:2]) or _SHADES.get(form[:4], "█")
+    bits = form_bits(form)
+    return next((shade for most, shade in _SHADES if bits <= most), "█")
 
 
 def _quality(data: ReportData) -> Table:

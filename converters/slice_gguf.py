@@ -1,0 +1,311 @@
+"""Build a plan of a GGUF model: cut experts out of the file, without quantising again.
+
+Blocks of kept experts are copied as they are; rows of the router, of biases and of scales follow.
+Only where the plan gives a layer another type than it is stored in are weights dequantised and
+packed anew. Memory: one expert's projection in float32 and packed, where types change, and 8 MiB.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe import __version__
+from edge_moe.converters.copy_range import RangeCopier, write_all
+from edge_moe.converters.gguf_metadata import FILE_TYPES
+from edge_moe.converters.gguf_raw import (
+    RawTensor,
+    header_bytes,
+    integer_key_like,
+    offsets,
+    string_key,
+)
+from edge_moe.converters.model_card import plan_fingerprint
+from edge_moe.converters.progress import byte_progress
+from edge_moe.errors import InputError, TargetError
+from edge_moe.files import atomic_path, require_free_disk
+from edge_moe.formats import FORM_NAMES, form_fits, split_form
+from edge_moe.formats.dequantise import dequantise
+from edge_moe.formats.quantise import get_quantiser, pack_matrix
+from edge_moe.gguf_header import GgufTensorInfo
+from edge_moe.gguf_model import GgufModel, read_range
+from edge_moe.gguf_split import SPLIT_KEYS
+from edge_moe.gguf_tensors import EXPERT_MATRIX, is_per_expert, layer_of
+from edge_moe.plan import Plan
+
+_OWN_PREFIX = "edge_moe."
+_PARTS = {"gate": (0,), "up": (1,), "gate_up": (0, 1), "down": (2,)}
+"""Matrices of an expert that a tensor holds: 0 gate, 1 up, 2 down."""
+
+
+class InputSquares(Protocol):
+    """Mean squares of what each matrix of an expert is given, for quantisers that weigh columns."""
+
+    def __call__(
+        self, layer_id: int, expert_id: int, is_down: bool
+    ) -> npt.NDArray[np.floating] | None:
+        """[H], or [I] for down_proj; None where they are not known."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One tensor of the output and where it comes from."""
+
+    source: GgufTensorInfo
+    tensor: RawTensor
+    layer_id: int
+    kept: tuple[int, ...] | None
+    """Experts whose rows are kept; None for a tensor that stays whole."""
+
+    @property
+    def is_copied(self) -> bool:
+        return self.tensor.type_name == self.source.type_name
+
+
+def slice_gguf(
+    plan: Plan, model: GgufModel, output: Path, squares: InputSquares | None = None
+) -> Path:
+    """Write `plan` to the file `output`, which appears when it is complete; returns `output`.
+
+    Raises:
+        TargetError: one GGUF file cannot hold the plan, or it is packed in a way that needs the
+            calibration text again.
+        InputError: types change, and the plan's quantiser needs `squares`.
+        DiskSpaceError: too little free space, before anything is written.
+        CheckpointError: a source that was damaged or truncated since it was opened.
+    """
+    check_slice(plan, model)
+    cuts = _cuts(plan, model)
+    if not all(cut.is_copied for cut in cuts):
+        _check_quantiser(plan, squares)
+    alignment = model.header.alignment
+    tensors = [cut.tensor for cut in cuts]
+    header = header_bytes(_keys(plan, model, cuts), tensors, alignment)
+    *starts, data_bytes = offsets(tensors, alignment)
+    total_bytes = len(header) + data_bytes
+    require_free_disk(output.parent, total_bytes, f"GGUF file {output.name}")
+    with (
+        atomic_path(output) as temporary,
+        ExitStack() as stack,
+        byte_progress(f"slice {output.name}", total_bytes) as advance,
+    ):
+        sources = {path: stack.enter_context(path.open("rb")).fileno() for path in _paths(cuts)}
+        target = stack.enter_context(temporary.open("wb")).fileno()
+        write_all(target, header, 0)
+        os.truncate(target, total_bytes)
+        copier = RangeCopier(target, advance)
+        for cut, start in zip(cuts, starts, strict=True):
+            if cut.is_copied:
+                _copy(cut, model, sources[cut.source.path], copier, len(header) + start)
+            else:
+                _repack(cut, plan, model, squares, target, len(header) + start)
+                copier.wrote(len(header) + start + cut.tensor.num_bytes)
+                advance(cut.tensor.num_bytes)
+    return output
+
+
+def check_slice(plan: Plan, model: GgufModel) -> None:
+    """Refuse a plan that one GGUF file cannot hold.
+
+    Raises:
+        TargetError: names the first layer that differs, or the form.
+    """
+    spec = model.spec
+    if model.header.number("expert_count") is None:
+        raise TargetError(
+            f"target gguf: {model.path} states expert_count as an array: export the file again"
+        )
+    num_groups = spec.router.num_groups
+    group_size = spec.num_experts // num_groups
+    counts = set()
+    for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
+        kept = plan.kept(row)
+        owners = [expert // group_size for expert in kept]
+        groups = [owners.count(group) for group in range(num_groups)]
+        if len(set(groups)) > 1 or (num_groups > 1 and groups[0] < 2):
+            raise TargetError(
+                f"target gguf: layer {layer_id} keeps {groups} experts in its router's groups, but "
+                "llama.cpp needs equally many, and two at least: plan again"
+            )
+        forms = sorted({row[expert] for expert in kept})
+        if len(forms) > 1:
+            raise TargetError(
+                f"target gguf: layer {layer_id} mixes the forms {', '.join(forms)}, but GGUF "
+                "stores a layer's experts in one form: plan again with --target gguf"
+            )
+        _check_form(model, layer_id, forms[0])
+        counts.add(len(kept))
+    if len(counts) > 1:
+        raise TargetError(
+            f"target gguf: layers keep {min(counts)} to {max(counts)} experts, but GGUF holds one "
+            "count for all: plan again with --target gguf"
+        )
+
+
+def _check_quantiser(plan: Plan, squares: InputSquares | None) -> None:
+    needs = get_quantiser(plan.quantiser).needs
+    if needs and "squares" not in needs:
+        raise TargetError(
+            f"target gguf: the plan's losses were measured with the quantiser {plan.quantiser!r}, "
+            "which would have to run the calibration text through the GGUF again: calibrate with "
+            "--quantiser imatrix or nearest, and plan again"
+        )
+    if needs and squares is None:
+        raise InputError(
+            f"the plan gives layers other types, packed by {plan.quantiser}, which weighs columns "
+            "by the calibration's moments: give their folder with --stats"
+        )
+
+
+def _check_form(model: GgufModel, layer_id: int, form: str) -> None:
+    spec, parts, stored = model.spec, split_form(form), model.stored_types(layer_id)
+    unpackable = [
+        part
+        for part, own in zip(parts, stored, strict=True)
+        if part != own and part not in FORM_NAMES
+    ]
+    if unpackable:
+        raise TargetError(
+            f"target gguf: layer {layer_id} is planned as {form}, but edge-moe cannot pack "
+            f"{unpackable[0]}, it only keeps it where a layer is stored in it: plan again"
+        )
+    if not form_fits(form, *spec.expert_shape):
+        raise TargetError(
+            f"target gguf: layer {layer_id} is planned as {form}, whose blocks do not divide "
+            f"{spec.hidden_size} and {spec.expert_width}: plan again"
+        )
+    if model.layers[layer_id].gate_up is not None and parts[0] != parts[1]:
+        raise TargetError(
+            f"target gguf: layer {layer_id} holds gate and up in one tensor, but is planned as "
+            f"{form}: plan again"
+        )
+
+
+def _cuts(plan: Plan, model: GgufModel) -> list[_Cut]:
+    """Every tensor of the source, in its order."""
+    spec = model.spec
+    kept = {
+        layer_id: tuple(plan.kept(row))
+        for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True)
+    }
+    forms = {
+        layer_id: split_form(row[kept[layer_id][0]])
+        for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True)
+    }
+    idle = _first_of_groups(
+        len(next(iter(kept.values()))), spec.num_experts, spec.router.num_groups
+    )
+    cuts = []
+    for info in model.tensors.values():
+        layer_id = layer_of(info.name) or 0
+        if not is_per_expert(info, spec.num_experts):
+            whole = RawTensor(info.name, info.shape, info.type_name)
+            cuts.append(_Cut(info, whole, layer_id, None))
+            continue
+        ids = kept.get(layer_id, idle)
+        type_name = _planned_type(info, forms.get(layer_id))
+        tensor = RawTensor(info.name, (len(ids), *info.shape[1:]), type_name)
+        cuts.append(_Cut(info, tensor, layer_id, ids))
+    return cuts
+
+
+def _first_of_groups(count: int, num_experts: int, num_groups: int) -> tuple[int, ...]:
+    """Ids for layers that nothing is known of, multi-token prediction: the first of each group."""
+    size, each = num_experts // num_groups, count // num_groups
+    return tuple(group * size + index for group in range(num_groups) for index in range(each))
+
+
+def _planned_type(info: GgufTensorInfo, form: tuple[str, str, str] | None) -> str:
+    match = EXPERT_MATRIX.fullmatch(info.name)
+    if match is None or form is None:
+        return info.type_name
+    return form[_PARTS[match.group(2)][0]].upper()
+
+
+def _keys(plan: Plan, model: GgufModel, cuts: list[_Cut]) -> list[bytes]:
+    """The source's keys as they are, with the new count, and where the file comes from."""
+    header = model.header
+    num_kept = len(plan.kept(plan.forms[0]))
+    changes = {f"{header.architecture}.expert_count": num_kept}
+    file_type = _file_type(cuts)
+    if file_type is not None and type(header.metadata.get("general.file_type")) is int:
+        changes["general.file_type"] = file_type
+    keys = []
+    for key in header.metadata:
+        if key in SPLIT_KEYS or key.startswith(_OWN_PREFIX):
+            continue
+        raw = header.raw_key(key)
+        keys.append(integer_key_like(raw, changes[key]) if key in changes else raw)
+    own = {
+        "version": __version__,
+        "source_fingerprint": model.fingerprint,
+        "plan_fingerprint": plan_fingerprint(plan),
+    }
+    return keys + [string_key(f"{_OWN_PREFIX}{name}", value) for name, value in own.items()]
+
+
+def _file_type(cuts: list[_Cut]) -> int | None:
+    """llama.cpp's label for the type that most experts' bytes have; None where none changed."""
+    if all(cut.is_copied for cut in cuts):
+        return None
+    sizes: dict[str, int] = {}
+    for cut in cuts:
+        if EXPERT_MATRIX.fullmatch(cut.source.name):
+            name = cut.tensor.type_name.lower()
+            sizes[name] = sizes.get(name, 0) + cut.tensor.num_bytes
+    return FILE_TYPES.get(max(sizes, key=lambda name: sizes[name]))
+
+
+def _paths(cuts: list[_Cut]) -> Iterator[Path]:
+    return iter(dict.fromkeys(cut.source.path for cut in cuts))
+
+
+def _copy(cut: _Cut, model: GgufModel, source: int, copier: RangeCopier, start: int) -> None:
+    """Kept rows, neighbours in one go."""
+    info = cut.source
+    if cut.kept is None:
+        copier.copy(source, info.offset, info.num_bytes, start, str(info.path))
+        return
+    stride = info.num_bytes // model.spec.num_experts
+    for first, count in _runs(cut.kept):
+        copier.copy(source, info.offset + first * stride, count * stride, start, str(info.path))
+        start += count * stride
+
+
+def _runs(kept: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(first, count) of runs of consecutive ids."""
+    first = 0
+    for index in range(1, len(kept) + 1):
+        if index == len(kept) or kept[index] != kept[index - 1] + 1:
+            yield kept[first], index - first
+            first = index
+
+
+def _repack(
+    cut: _Cut,
+    plan: Plan,
+    model: GgufModel,
+    squares: InputSquares | None,
+    target: int,
+    start: int,
+) -> None:
+    """Kept experts of one tensor in another type, one at a time."""
+    info, form = cut.source, cut.tensor.type_name.lower()
+    match = EXPERT_MATRIX.fullmatch(info.name)
+    assert match is not None and cut.kept is not None
+    stride = info.num_bytes // model.spec.num_experts
+    rows, width = info.shape[1:]
+    for expert_id in cut.kept:
+        raw = read_range(info.path, info.offset + expert_id * stride, stride)
+        weights = dequantise(info.type_name, raw, rows * width).reshape(rows, width)
+        known = squares(cut.layer_id, expert_id, match.group(2) == "down") if squares else None
+        packed = pack_matrix(form, weights, quantiser=plan.quantiser, input_squares=known)
+        write_all(target, packed.reshape(-1).data, start)
+        start += packed.nbytes

@@ -1,0 +1,343 @@
+"""A quantised GGUF model as a source: what `Checkpoint` is for Hugging Face folders.
+
+Opening it reads headers only; an expert is read and dequantised alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe.errors import CheckpointError, SpecError
+from edge_moe.formats.dequantise import dequantise
+from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME
+from edge_moe.gguf_arch import GgufShapes, gguf_arch, gguf_spec
+from edge_moe.gguf_header import GgufArray, GgufHeader, GgufTensorInfo
+from edge_moe.gguf_split import read_parts
+from edge_moe.gguf_tensors import (
+    LayerTensors,
+    expert_layers,
+    has_selection_bias,
+    is_per_expert,
+    layer_of,
+)
+from edge_moe.spec import ModelSpec
+
+FloatArray = npt.NDArray[np.float32]
+Types = tuple[str, str, str]
+"""Names of the ggml types of (gate_proj, up_proj, down_proj), lower case as forms are."""
+
+
+class GgufModel:
+    """A GGUF file, or the first part of a split one."""
+
+    def __init__(self, path: Path, parts: tuple[GgufHeader, ...] | None = None) -> None:
+        """Open `path`, reading headers only. `parts` are its headers where they were already read.
+
+        Raises:
+            CheckpointError: missing, truncated or damaged, a part that is missing, or tensors that
+                are not understood.
+            SpecError: an architecture without a known mixture of experts, or keys that lie.
+        """
+        self.path = path
+        self.parts: tuple[GgufHeader, ...] = parts or read_parts(path)
+        header = self.header
+        gguf_arch(header)
+        self.tensors: dict[str, GgufTensorInfo] = {
+            info.name: info for part in self.parts for info in part.tensors
+        }
+        self._all_layers = expert_layers(self.tensors)
+        num_layers = self._num_layers()
+        self.layers: dict[int, LayerTensors] = {
+            layer_id: layer for layer_id, layer in self._all_layers.items() if layer_id < num_layers
+        }
+        if not self.layers:
+            raise SpecError(f"{path}: no layer is a mixture of experts; edge-moe needs a MoE model")
+        self.spec: ModelSpec = gguf_spec(header, self._shapes())
+        self._check_tensors()
+
+    @property
+    def header(self) -> GgufHeader:
+        """The first part's, which holds the metadata."""
+        return self.parts[0]
+
+    @property
+    def location(self) -> Path:
+        """The file that was opened."""
+        return self.path
+
+    @property
+    def file_bytes(self) -> int:
+        """Of all parts together."""
+        return sum(part.total_bytes for part in self.parts)
+
+    @cached_property
+    def expert_tensors(self) -> frozenset[str]:
+        """Names of the matrices that hold routed experts, in the layers that are used."""
+        return frozenset(info.name for layer in self.layers.values() for info in layer.stacks)
+
+    @cached_property
+    def unused_tensors(self) -> frozenset[str]:
+        """Tensors of layers past `num_layers` (multi-token prediction): not loaded by default."""
+        return frozenset(
+            name for name in self.tensors if (layer_of(name) or 0) >= self.spec.num_layers
+        )
+
+    @cached_property
+    def per_expert_tensors(self) -> tuple[GgufTensorInfo, ...]:
+        """Every tensor whose slowest axis counts experts, in file order, unused layers included."""
+        count = self.spec.num_experts
+        return tuple(info for info in self.tensors.values() if is_per_expert(info, count))
+
+    @cached_property
+    def dense_tensors(self) -> tuple[GgufTensorInfo, ...]:
+        """Everything that is loaded but the routed experts' matrices, in file order."""
+        skipped = self.expert_tensors | self.unused_tensors
+        return tuple(info for name, info in self.tensors.items() if name not in skipped)
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Bytes of `dense_tensors`."""
+        return sum(info.num_bytes for info in self.dense_tensors)
+
+    @cached_property
+    def total_parameters(self) -> int:
+        """Of all tensors that are loaded."""
+        loaded = self.tensors.keys() - self.unused_tensors
+        return sum(math.prod(self.tensors[name].shape) for name in loaded)
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """Those that one token uses, embeddings included."""
+        idle_experts = self.spec.num_moe_layers * (self.spec.num_experts - self.spec.top_k)
+        return self.total_parameters - idle_experts * self.spec.expert_weights
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over each part's header and sixteen 4 KiB samples; file names do not count."""
+        digest = hashlib.sha256(b"gguf")
+        for part in self.parts:
+            for piece in _samples(part):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """sha256 over the keys `tokenizer.*` as they stand in the file, in the order of names."""
+        digest = hashlib.sha256()
+        for key in sorted(self.header.key_spans):
+            if key.startswith("tokenizer."):
+                digest.update(self.header.raw_key(key))
+        return digest.hexdigest()
+
+    def stored_types(self, layer_id: int) -> Types:
+        """Types of a layer's experts: (gate_proj, up_proj, down_proj)."""
+        gate, up, down = self.layers[layer_id].projections
+        return gate.type_name.lower(), up.type_name.lower(), down.type_name.lower()
+
+    def projection_bytes(self, layer_id: int) -> tuple[int, int, int]:
+        """Stored bytes of one expert's (gate_proj, up_proj, down_proj) in this layer."""
+        ranges = self.expert_ranges(layer_id, 0)
+        return ranges[0][2], ranges[1][2], ranges[2][2]
+
+    def expert_bytes(self, layer_id: int) -> int:
+        """Stored bytes of one expert's matrices in this layer."""
+        return sum(self.projection_bytes(layer_id))
+
+    def expert_ranges(
+        self, layer_id: int, expert_id: int
+    ) -> tuple[tuple[GgufTensorInfo, int, int], ...]:
+        """Of (gate_proj, up_proj, down_proj): the tensor, the first byte in its file, the bytes."""
+        layer = self.layers[layer_id]
+        found = []
+        for part, info in enumerate(layer.projections):
+            stride = info.num_bytes // self.spec.num_experts
+            start, num_bytes = info.offset + expert_id * stride, stride
+            if info is layer.gate_up:
+                num_bytes = stride // 2
+                start += part * num_bytes
+            found.append((info, start, num_bytes))
+        return tuple(found)
+
+    def expert(self, layer_id: int, expert_id: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(gate_proj [I, H], up_proj [I, H], down_proj [H, I]) of one expert, float32.
+
+        A `.scale` tensor, where there is one, is multiplied in. Reads that expert's bytes only;
+        memory: one expert packed and one in float32.
+
+        Raises:
+            CheckpointError: NaN or infinity, or a file that was truncated since.
+            MissingExtraError: a type that only the extra `gguf` can dequantise.
+        """
+        up, down = self.spec.expert_width, self.spec.hidden_size
+        shapes = ((up, down), (up, down), (down, up))
+        scales = self._scales(layer_id, expert_id)
+        matrices = [
+            self._matrix(*where, shape) * scale if scale != 1.0 else self._matrix(*where, shape)
+            for where, shape, scale in zip(
+                self.expert_ranges(layer_id, expert_id), shapes, scales, strict=True
+            )
+        ]
+        return matrices[0], matrices[1], matrices[2]
+
+    def expert_biases(
+        self, layer_id: int, expert_id: int
+    ) -> tuple[FloatArray, FloatArray, FloatArray] | None:
+        """(gate [I], up [I], down [H]) that an expert adds; None where it adds nothing."""
+        gate, up, down = (
+            self._row(f"{info.name.removesuffix('.weight')}.bias", expert_id)
+            for info in self.layers[layer_id].projections
+        )
+        if gate is None or up is None or down is None:
+            return None
+        if self.layers[layer_id].gate_up is not None:
+            gate, up = np.split(gate, 2)
+        return gate, up, down
+
+    def read(self, name: str) -> FloatArray:
+        """Tensor `name` as float32. Memory: one tensor packed and one in float32.
+
+        Raises:
+            CheckpointError: unknown name, NaN or infinity.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing: download it again")
+        info = self.tensors[name]
+        return self._matrix(info, info.offset, info.num_bytes, info.shape)
+
+    def _scales(self, layer_id: int, expert_id: int) -> tuple[float, float, float]:
+        """Factors of (gate, up, down); merged gate and up take that of up, as llama.cpp does."""
+        prefix = f"blk.{layer_id}.ffn_"
+        is_merged = self.layers[layer_id].gate_up is not None
+        names = ("up" if is_merged else "gate", "up", "down")
+        rows = [self._row(f"{prefix}{name}_exps.scale", expert_id) for name in names]
+        gate, up, down = (1.0 if row is None else float(row.reshape(-1)[0]) for row in rows)
+        return gate, up, down
+
+    def _row(self, name: str, expert_id: int) -> FloatArray | None:
+        """Row `expert_id` of a small tensor of floats; None where there is no such tensor."""
+        info = self.tensors.get(name)
+        if info is None:
+            return None
+        stride = info.num_bytes // self.spec.num_experts
+        shape = info.shape[1:] or (1,)
+        return self._matrix(info, info.offset + expert_id * stride, stride, shape)
+
+    def _matrix(
+        self, info: GgufTensorInfo, offset: int, num_bytes: int, shape: tuple[int, ...]
+    ) -> FloatArray:
+        raw = read_range(info.path, offset, num_bytes)
+        values = dequantise(info.type_name, raw, math.prod(shape)).reshape(shape)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{info.path}: {info.name!r} holds NaN or infinity; the file is damaged: "
+                "download it again"
+            )
+        return values
+
+    def _num_layers(self) -> int:
+        """Layers that are loaded: all but those for multi-token prediction."""
+        value, name = self.header.number("block_count"), f"{self.header.architecture}.block_count"
+        if value is None or not 1 <= value <= len(self.tensors):
+            raise SpecError(
+                f"{self.path}: the key {name} is {value!r}, expected a number of layers that "
+                f"{len(self.tensors)} tensors can fill: download or export the file again"
+            )
+        return value - (self.header.number("nextn_predict_layers") or 0)
+
+    def _shapes(self) -> GgufShapes:
+        widths = {
+            layer.down.shape[2] if len(layer.down.shape) == 3 else 0
+            for layer in self.layers.values()
+        }
+        if len(widths) != 1 or 0 in widths:
+            raise SpecError(
+                f"{self.path}: the experts of different layers have the inner widths "
+                f"{sorted(widths)}; edge-moe needs one width for all"
+            )
+        tokens = self.header.metadata.get("tokenizer.ggml.tokens")
+        embedding = self.tensors.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise CheckpointError(
+                f"{self.path}: the tensor 'token_embd.weight' is missing: download it again"
+            )
+        vocab_size = tokens.count if isinstance(tokens, GgufArray) else embedding.shape[0]
+        return GgufShapes(
+            moe_layer_ids=tuple(self.layers),
+            expert_width=widths.pop(),
+            vocab_size=vocab_size,
+            has_selection_bias=has_selection_bias(self.tensors),
+            has_output="output.weight" in self.tensors,
+        )
+
+    def _check_tensors(self) -> None:
+        """Matrices have the shapes that the metadata implies, and experts are whole blocks."""
+        spec = self.spec
+        up, down = (spec.expert_width, spec.hidden_size), (spec.hidden_size, spec.expert_width)
+        merged = (2 * spec.expert_width, spec.hidden_size)
+        for layer in self._all_layers.values():
+            wanted = ((layer.gate, up), (layer.up, up), (layer.gate_up, merged), (layer.down, down))
+            for info, shape in wanted:
+                if info is not None:
+                    self._check_stack(info, (spec.num_experts, *shape))
+        for layer_id in self._all_layers:
+            if f"blk.{layer_id}.ffn_gate_inp.weight" not in self.tensors:
+                raise CheckpointError(
+                    f"{self.path}: layer {layer_id} has experts but no router "
+                    f"'blk.{layer_id}.ffn_gate_inp.weight': download it again"
+                )
+        for info in self.per_expert_tensors:
+            self._check_slices(info)
+
+    def _check_stack(self, info: GgufTensorInfo, shape: tuple[int, ...]) -> None:
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{info.path}: {info.name!r} has shape {list(info.shape)}, the metadata implies "
+                f"{list(shape)}: download or export the file again"
+            )
+
+    def _check_slices(self, info: GgufTensorInfo) -> None:
+        """A row of the slowest axis must be a whole number of blocks, or it cannot be cut out."""
+        weights = math.prod(info.shape[1:])
+        block_size = GGML_TYPES_BY_NAME[info.type_name].block_size
+        if weights % block_size:
+            raise CheckpointError(
+                f"{info.path}: {info.name!r} holds {weights} {info.type_name} weights per expert, "
+                f"which is no whole number of blocks of {block_size}: store this tensor as F32"
+            )
+
+
+def read_range(path: Path, offset: int, num_bytes: int) -> bytes:
+    """Bytes of a file.
+
+    Raises:
+        CheckpointError: it ends before them.
+    """
+    pieces = []
+    with path.open("rb") as handle:
+        while num_bytes:
+            piece = os.pread(handle.fileno(), num_bytes, offset)  # at most 2 GiB at a time
+            if not piece:
+                raise CheckpointError(
+                    f"{path} ended early: it was truncated while being read; download it again"
+                )
+            pieces.append(piece)
+            offset, num_bytes = offset + len(piece), num_bytes - len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _samples(part: GgufHeader, count: int = 16, sample_bytes: int = 4096) -> Iterator[bytes]:
+    """The header and `count` evenly spaced pieces behind it."""
+    data_bytes = max(part.total_bytes - part.data_start, 0)
+    with part.path.open("rb") as handle:
+        yield handle.read(part.data_start)
+        for index in range(count):
+            handle.seek(part.data_start + data_bytes * index // count)
+            yield handle.read(sample_bytes)
