@@ -30,7 +30,17 @@ _QMOE_CLASSES: _Classes = {
     "4-bit": ("int4_b64", "int4_b32"),
     "8-bit": ("int8_row",),
 }
-ONNX_FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v3")
+ONNX_FAMILIES = (
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "minimax_m2",
+)
 """Architectures whose decoder `edge_moe.converters.onnx` can write."""
 _LLAMA_CPU_ONLY = ("tq1_0", "tq2_0")
 
@@ -176,6 +186,11 @@ def _check_onnx(spec: ModelSpec) -> None:
     if spec.model_type not in ONNX_FAMILIES:
         raise TargetError(
             f"target onnx cannot hold architecture {spec.model_type!r} yet: use --target native"
+        )
+    if spec.router.score_function not in ("softmax", "sigmoid"):
+        raise TargetError(
+            f"target onnx does not compute the router {spec.router.score_function!r}: use --target "
+            "native"
         )
     if spec.hidden_act != "silu":
         raise TargetError(

@@ -18,7 +18,9 @@ def mask_routers(model: nn.Module, plan: Plan, spec: ModelSpec) -> None:
         assert isinstance(router, nn.Module)
         dropped = [index for index, form in enumerate(row) if form == "drop"]
         if spec.router.has_selection_bias:
-            bias = router.e_score_correction_bias
+            block = model.get_submodule(spec.moe_module(layer_id))
+            holder = router if hasattr(router, "e_score_correction_bias") else block
+            bias = holder.e_score_correction_bias
             assert isinstance(bias, Tensor)
             bias[dropped] = -torch.inf
         _mask_linear(router, dropped)
@@ -32,8 +34,8 @@ def _mask_linear(router: nn.Module, dropped: list[int]) -> None:
             -1, torch.tensor(dropped, dtype=torch.long), -torch.inf
         )
 
-    def masked_forward(hidden_states: Tensor) -> object:
+    def masked_forward(*inputs: Tensor) -> object:
         with mock.patch("torch.nn.functional.linear", masked_linear):
-            return forward(hidden_states)
+            return forward(*inputs)
 
     router.forward = masked_forward

@@ -25,6 +25,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx_runs import decode, planned_model, reference_logits, relative_error  # noqa: E402
 
+from edge_moe.candidates import ONNX_FAMILIES  # noqa: E402
 from edge_moe.checkpoint import Checkpoint  # noqa: E402
 from edge_moe.converters.build import build  # noqa: E402
 from edge_moe.converters.onnx import data_files, graph  # noqa: E402
@@ -55,7 +56,7 @@ def check_logits(folder: Path, forms: list[list[str]], output: Path, limit: floa
         assert (found.argmax(-1) == expected.argmax(-1)).all()
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
 def test_whole_models_equal_transformers(
     family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
@@ -65,7 +66,7 @@ def test_whole_models_equal_transformers(
     check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
 @pytest.mark.parametrize("form", ["int8_row", "int4_b64", "int4_b32"])
 def test_one_width_equals_the_fake_quantised_model(
     family: str, form: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
@@ -118,7 +119,7 @@ def test_every_expert_has_the_width_of_the_plan(
     check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
 def test_pruning_is_masked_routing(
     family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:

@@ -71,7 +71,7 @@ class Decoder:
             num_kv=spec.num_kv_heads,
             width=width,
             rotary_width=self._rotary.width,
-            is_interleaved=is_latent and bool(self.config.rope_interleave),
+            is_interleaved=is_latent and getattr(self.config, "rope_interleave", True),
             scale=_scale(self.config, width),
         )
         self._used: set[str] = set()

@@ -67,7 +67,7 @@ def dense_weights(operations: Operations, logits: str, bias: str, routing: Routi
 
 
 def _limit_to_groups(operations: Operations, choice: str, routing: Routing) -> str:
-    """`choice` [T, E] with -inf outside the best groups, ranked by the sum of their best two.
+    """`choice` [T, E] with -inf outside the best groups, ranked as the router says.
 
     A layer may have lost any expert, so groups are padded to one size with a column of -inf.
     """
@@ -78,7 +78,7 @@ def _limit_to_groups(operations: Operations, choice: str, routing: Routing) -> s
     padded = op("Pad", [choice, constant([0, 0, 0, 1]), lowest])  # [T, E + 1]
     grouped = op("Gather", [padded, constant(columns.reshape(-1))], axis=1)
     grouped = operations.reshape(grouped, -1, *columns.shape)
-    best, _ = graph.ops("TopK", [grouped, constant([2])], 2, axis=-1)
+    best, _ = graph.ops("TopK", [grouped, constant([_ranked(router)])], 2, axis=-1)
     rank = op("ReduceSum", [best, constant([-1])], keepdims=0)  # [T, G]
     _, groups = graph.ops("TopK", [rank, constant([router.top_groups])], 2, axis=-1)
     closed = op("Expand", [lowest, op("Shape", [rank])])
@@ -87,15 +87,20 @@ def _limit_to_groups(operations: Operations, choice: str, routing: Routing) -> s
     return op("Add", [choice, op("Gather", [mask, constant(group_of_row)], axis=1)])
 
 
+def _ranked(router: RouterSpec) -> int:
+    """How many of its best scores a group is ranked by."""
+    return 1 if router.group_score == "best" else 2
+
+
 def group_columns(routing: Routing) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """([G, size] rows of each group's kept experts, [E] the group of each row).
 
-    Missing members are row E, which is no expert; size is at least two.
+    Missing members are row E, which is no expert; size is at least what groups are ranked by.
     """
     kept, num_groups = routing.kept, routing.router.num_groups
     group_width = routing.num_experts // num_groups
     group_of_row = np.array(kept, np.int64) // group_width
-    size = max(2, int(np.bincount(group_of_row, minlength=num_groups).max()))
+    size = max(_ranked(routing.router), int(np.bincount(group_of_row, minlength=num_groups).max()))
     columns = np.full((num_groups, size), len(kept), np.int64)
     for group in range(num_groups):
         members = np.flatnonzero(group_of_row == group)
