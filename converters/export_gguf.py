@@ -33,7 +33,13 @@ from edge_moe.converters.progress import byte_progress
 from edge_moe.converters.slicing import SlicedTensor, slice_experts, whole_tensor
 from edge_moe.errors import TargetError
 from edge_moe.files import atomic_path, require_free_disk
-from edge_moe.formats import expert_packed_bytes, form_fits, get_form
+from edge_moe.formats import (
+    STORED_NAMES,
+    expert_packed_bytes,
+    form_fits,
+    get_form,
+    split_form,
+)
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo
@@ -121,6 +127,11 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
             raise TargetError(
                 f"target gguf: layer {layer_id} mixes the forms {', '.join(forms)}, but GGUF "
                 "stores a layer's experts in one form: plan again with --target gguf"
+            )
+        if not set(split_form(forms[0])) <= set(STORED_NAMES):
+            raise TargetError(
+                f"target gguf: layer {layer_id} is planned as {forms[0]}, which ggml does not "
+                "know: plan again with --target gguf"
             )
         if not form_fits(forms[0], *spec.expert_shape):
             raise TargetError(

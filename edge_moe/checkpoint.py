@@ -24,6 +24,7 @@ from edge_moe.config_reader import read_config, text_config
 from edge_moe.dense_shapes import dense_shapes
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import os_problem, read_json
+from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.packed_tensors import PackedInfo, unpacked_tensors
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo
@@ -494,6 +495,11 @@ def _weight_files(folder: Path) -> list[Path]:
         single = folder / "model.safetensors"
         if single.exists():
             return [single]
+        if is_onnx_folder(folder):
+            raise InputError(
+                f"{folder} holds an ONNX decoder, which only run and eval read: give the Hugging "
+                "Face folder that it was made from"
+            )
         raise CheckpointError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json: "
             "edge-moe reads safetensors checkpoints"

@@ -117,9 +117,8 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
     for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
         for sentence in sentences:
             console.print(f"{heading}: {sentence}", style="yellow", markup=False)
-    if plan.target != "onnx":  # its limits say that it cannot be built
-        line = command_line("build", path, "-o", "OUT", *stats_options(plan, "STATS"))
-        console.print(f"next: {line}", markup=False)
+    line = command_line("build", path, "-o", "OUT", *stats_options(plan, "STATS"))
+    console.print(f"next: {line}", markup=False)
 
 
 def _terms_table(plan: Plan) -> Table:

@@ -102,11 +102,6 @@ def test_summary_leaves_out_tables_of_experts() -> None:
     assert not summarise_plan(small_plan(budget_bytes=799), Path("plan.json")).fits
 
 
-def test_an_onnx_plan_does_not_lead_to_a_build() -> None:
-    text = printed(small_plan(target="onnx"))
-    assert "next:" not in text and "edge-moe build" not in text
-
-
 def test_measured_plans_are_counted_in_words_that_agree() -> None:
     for count, words in ((1, "search: 1 plan measured"), (2, "search: 2 plans measured")):
         trials = [SearchTrial(name=f"way {index}", kld=0.1) for index in range(count)]
