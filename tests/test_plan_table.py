@@ -58,7 +58,7 @@ def small_plan(**changes: Any) -> Plan:
 
 def printed(plan: Plan) -> str:
     console = Console(width=110, record=True, file=Path("/dev/null").open("w"))
-    print_plan(plan, Path("plan.json"), console)
+    print_plan(plan, Path("plan.json"), console, Path("stats"))
     return console.export_text()
 
 

@@ -86,4 +86,5 @@ def _next_command(path: Path, target: str, plan: Plan) -> str:
     if target in ("native", "onnx"):
         return f"{command_line('run', path, *prompt_options(plan))}\n  ({RAW_HINT})"
     artefact = path / "model.gguf" if target == "gguf" else path
-    return command_line("eval", artefact, "--against", "MODEL", "--task", "TASK")
+    tasks = [part for task in plan.tasks for part in ("--task", task)]
+    return command_line("eval", artefact, "--against", plan.model, *tasks)
