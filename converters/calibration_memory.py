@@ -52,6 +52,7 @@ def calibration_terms(
     largest_weights = max([2 * hidden * width, *map(_num_weights, tensors)])
     widest = max(max(info.shape, default=1) for info in tensors)
     row_bytes = 4 * ((top_k + 11) * hidden + 6 * width + 6 * widest) + 32 * top_k * (top_k + 1)
+    row_bytes += 4 * spec.state_workspace
     terms = {
         "layer": 4 * (spec.num_experts * spec.expert_weights + dense_weights)
         + 32 * spec.num_experts * (hidden + width),

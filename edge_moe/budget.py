@@ -160,6 +160,9 @@ def workspace_bytes(
     experts    one expert unpacked, with half as much again for the codes of a matrix; inputs,
                outputs and their sum [T, 3H]; gate, up and their product [T, 3I]; router logits
 
+    Layers that keep a state instead of a cache hold their own values per token instead, where
+    those are more. Attention with sinks holds the scores of all heads, too.
+
     Multi-head latent attention expands its cache for one layer at a time, and since its keys and
     values differ in width torch has no fused attention for it on a CPU and holds the scores of all
     heads [heads, T, C] about 2.4 times (measured: 316 MB at 256 x 4096 tokens, 32 heads).
@@ -169,11 +172,13 @@ def workspace_bytes(
     always = 2 * tokens * hidden + scored_tokens * spec.vocab_size
     attention = tokens * (2 * query + hidden + spec.kv_key_width + spec.kv_value_width)
     attention += tokens * context * 5 // 4
-    if spec.expanded_kv_width:
+    if spec.expanded_kv_width or spec.holds_scores:
         attention += tokens * context * spec.num_attention_heads * 12 // 5
         attention += context * spec.expanded_kv_width
-    elif device == "cuda" and spec.num_kv_heads != spec.num_attention_heads:
+    is_grouped = spec.num_kv_heads != spec.num_attention_heads and not spec.expanded_kv_width
+    if is_grouped and (device == "cuda" or spec.holds_scores):
         attention += 2 * context * query
+    attention = max(attention, tokens * spec.state_workspace)
     experts = spec.expert_weights * 7 // 6 + tokens * (
         3 * hidden + 3 * spec.expert_width + spec.num_experts
     )

@@ -111,6 +111,10 @@ class ModelSpec:
     """Layers that keep a fixed state per sequence, or nothing, instead of keys and values."""
     state_values: int = 0
     """Values in the states of all those layers."""
+    state_workspace: int = 0
+    """float32 values per token that such a layer holds at its largest moment."""
+    holds_scores: bool = False
+    """Attention keeps the scores of all heads and every token at once."""
     logit_divisor: float = 1.0
     """What the output matrix gives is divided by this."""
     logit_softcap: float = 0.0
@@ -353,6 +357,8 @@ class ModelSpec:
             sliding_kv_width=2 * kv_heads * head_width if family.has_global_heads else 0,
             num_state_layers=memory.count("state") + memory.count("none"),
             state_values=state_values * memory.count("state"),
+            state_workspace=family.state_workspace(read) if family.state_workspace else 0,
+            holds_scores=family.holds_scores,
             logit_divisor=read.number("logits_scaling") or 1.0,
             logit_softcap=read.number("final_logit_softcapping"),
         )
