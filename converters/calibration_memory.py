@@ -37,8 +37,8 @@ def calibration_terms(
     layer        4 bytes x (E 3HI + the largest layer's dense weights) + 32 E (H + I) of moments
     activations  T x (4H MoE inputs + 4H outputs of an expert that gets every token
                  + 16 (k + 1) routing + 4E router scores)
-    window       W x (4 ((k + 11) H + 6I + 6 x widest dense row) + 32 k (k + 1))
-                 + 8 x heads x W**2 attention scores
+    window       W x (4 ((k + 11) H + 6I + 6 x widest dense row + S) + 32 k (k + 1)), S what a
+                 recurrent layer holds per token, + 8 x heads x W**2 attention scores
     scratch      the largest tensor while it is read, one expert unpacked, one chunk being packed
     hessians     where `quantiser` needs them: 4 (H^2 + I^2) of one expert, and 24 max(H, I)^2 while
                  one is factored and the scales are solved

@@ -195,9 +195,8 @@ class Checkpoint:
     def unused_tensors(self) -> frozenset[str]:
         """Tensors of layers past `num_layers` (multi-token prediction heads): never loaded."""
         num_layers = self.spec.num_layers
-        prefixes = tuple(
-            self.spec.layer_prefix(layer) for layer in range(num_layers, num_layers + 16)
-        )
+        layers = range(num_layers, num_layers + 16)
+        prefixes = "mtp.", *(self.spec.layer_prefix(layer) for layer in layers)
         return frozenset(name for name in self.tensors if name.startswith(prefixes))
 
     @cached_property
@@ -206,7 +205,7 @@ class Checkpoint:
         return tuple(
             info
             for name, info in self.tensors.items()
-            if not self.spec.is_part_of_language_model(name)
+            if not self.spec.is_part_of_language_model(name) and name not in self.unused_tensors
         )
 
     @cached_property

@@ -92,6 +92,7 @@ FAMILIES: dict[str, Family] = {
         shared_width_key="shared_expert_intermediate_size",
         shared_module="shared_expert",
         config_defaults={
+            "full_attention_interval": 4,
             "num_key_value_heads": 2,
             "head_dim": 256,
             "max_position_embeddings": 32768,
@@ -114,6 +115,7 @@ FAMILIES: dict[str, Family] = {
         shared_module="shared_expert",
         always_renormalises=True,
         config_defaults={
+            "full_attention_interval": 4,
             "num_key_value_heads": 2,
             "head_dim": 256,
             "max_position_embeddings": 32768,
