@@ -101,9 +101,10 @@ class Family:
     """config.json keys of a minimal model, beside those that `minimal_config` sets for all."""
 
     gguf_arch: str | None = None
-    """llama.cpp architecture this project can export to; None where it cannot."""
-    gguf_renormalises: bool | None = None
-    """llama.cpp hard-codes renormalisation per architecture; an export must agree."""
+    """llama.cpp architecture that this family is exported to; `edge_moe.gguf_arch` says how that
+    routes. None where there is none."""
+    gguf_reason: str = ""
+    """Why there is none."""
 
     @property
     def has_plain_blocks(self) -> bool:
