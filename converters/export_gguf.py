@@ -141,9 +141,7 @@ def gguf_source(checkpoint: Checkpoint, plan: Plan) -> GgufSource:
     return GgufSource(spec, {**spec.family.config_defaults, **config}, num_kept)
 
 
-def _dense_tensors(
-    plan: Plan, checkpoint: Checkpoint, source: GgufSource
-) -> Iterator[GgufTensor]:
+def _dense_tensors(plan: Plan, checkpoint: Checkpoint, source: GgufSource) -> Iterator[GgufTensor]:
     """Matrices in the checkpoint's dtype, vectors and routers in float32.
 
     A plan with f32 experts gets float32 matrices too: llama.cpp rounds activations to the dtype of

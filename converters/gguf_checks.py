@@ -49,7 +49,6 @@ def yarn_rope(source: GgufSource) -> str | None:
         ("beta_fast", (32, None)),
         ("beta_slow", (1, None)),
         ("attention_factor", (None,)),
-        ("truncate", (True, None)),
     )
     for key, values in built_in:
         if rope.get(key) not in values:
@@ -71,7 +70,9 @@ def experts_in_every_layer(source: GgufSource) -> str | None:
     spec = source.spec
     if spec.num_moe_layers == spec.num_layers:
         return None
-    return f"dense layers; this checkpoint has experts in {spec.num_moe_layers} of {spec.num_layers}"
+    return (
+        f"dense layers; this checkpoint has experts in {spec.num_moe_layers} of {spec.num_layers}"
+    )
 
 
 def experts_after_dense(source: GgufSource) -> str | None:
@@ -105,9 +106,7 @@ def shared_expert(source: GgufSource) -> str | None:
 def queries_as_lite_models(source: GgufSource) -> str | None:
     """llama.cpp takes DeepSeek models of 26 and 27 layers for those without a query latent."""
     num_layers = source.spec.num_layers
-    looks_lite = num_layers in (26, 27) or (
-        num_layers == 48 and source.spec.vocab_size == 128_256
-    )
+    looks_lite = num_layers in (26, 27) or (num_layers == 48 and source.spec.vocab_size == 128_256)
     rank = source.config.get("q_lora_rank")
     return f"q_lora_rank={rank} in {num_layers} layers" if looks_lite and rank else None
 

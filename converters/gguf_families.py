@@ -77,13 +77,9 @@ _DELTA_NET: Names = {
     "linear_attn.out_proj": "ssm_out",
     "linear_attn.dt_bias": "ssm_dt.bias",
     "linear_attn.A_log": Rule(("ssm_a",), transforms.decay),
-    "linear_attn.conv1d.weight": Rule(
-        ("ssm_conv1d.weight",), transforms.squeezed, is_float32=True
-    ),
+    "linear_attn.conv1d.weight": Rule(("ssm_conv1d.weight",), transforms.squeezed, is_float32=True),
     "linear_attn.in_proj_ba": "ssm_ba",
-    "linear_attn.in_proj_qkvz": Rule(
-        ("attn_qkv", "attn_gate"), transforms.query_key_value_gate
-    ),
+    "linear_attn.in_proj_qkvz": Rule(("attn_qkv", "attn_gate"), transforms.query_key_value_gate),
 }
 _TILED_DELTA_NET: Names = {
     "linear_attn.norm": "ssm_norm",
@@ -324,9 +320,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
             "mixer.dt_bias": "ssm_dt.bias",
             "mixer.A_log": Rule(("ssm_a",), transforms.decay_column, is_float32=True),
             "mixer.D": Rule(("ssm_d",), transforms.column, is_float32=True),
-            "mixer.norm.weight": Rule(
-                ("ssm_norm.weight",), transforms.grouped, is_float32=True
-            ),
+            "mixer.norm.weight": Rule(("ssm_norm.weight",), transforms.grouped, is_float32=True),
             "mixer.out_proj": "ssm_out",
             "mixer.q_proj": "attn_q",
             "mixer.k_proj": "attn_k",

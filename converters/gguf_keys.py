@@ -197,8 +197,7 @@ def gemma_attention(writer: Any, source: GgufSource) -> None:
     writer.add_rope_freq_base_swa(rope_theta(rope["sliding_attention"]))
     writer.add_shared_kv_layers(0)
     writer.add_embedding_length_per_layer_input(0)
-    if spec.logit_softcap:
-        writer.add_final_logit_softcapping(spec.logit_softcap)
+    writer.add_final_logit_softcapping(spec.logit_softcap)  # llama.cpp takes none for 30
 
 
 def gemma_global_width(source: GgufSource) -> int:

@@ -105,6 +105,8 @@ class Family:
     routes. None where there is none."""
     gguf_reason: str = ""
     """Why there is none."""
+    gguf_limits: tuple[str, ...] = ()
+    """What llama.cpp computes a little differently, in sentences."""
 
     @property
     def has_plain_blocks(self) -> bool:

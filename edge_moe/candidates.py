@@ -115,6 +115,8 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
     check_target(spec, target)
     rules = TARGET_RULES[target]
     forms, limits = [DROP], list(rules.limits)
+    if target == "gguf" and not spec.is_gguf:
+        limits += spec.family.gguf_limits
     for name in rules.classes:
         form, sentences = _pick(spec, name)
         limits += sentences

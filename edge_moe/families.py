@@ -264,6 +264,10 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 128,
         },
         gguf_arch="gpt-oss",
+        gguf_limits=(
+            "llama.cpp rounds the bounds of yarn's ramp and has no truncate=false: some rotary "
+            "frequencies of gpt-oss differ from transformers', in every GGUF file of it.",
+        ),
         minimal={
             "head_dim": 32,
             "sliding_window": 16,
@@ -390,6 +394,10 @@ FAMILIES: dict[str, Family] = {
             "num_kv_shared_layers": (0, None),
         },
         gguf_arch="gemma4",
+        gguf_limits=(
+            "llama.cpp looks GELU up in a table of float16 values on CPU: logits differ from "
+            "transformers' by about 0.1 %.",
+        ),
         minimal={
             "enable_moe_block": True,
             "head_dim": 32,
