@@ -203,5 +203,5 @@ def gemma_attention(writer: Any, source: GgufSource) -> None:
 def gemma_global_width(source: GgufSource) -> int:
     """Head width of full-attention layers, under the keys of either release of transformers."""
     layers = source.config.get("per_layer_config")
-    own = next(iter(layers.values()), {}) if layers else {}
+    own: dict[str, Any] = next(iter(layers.values()), {}) if layers else {}
     return int(own.get("head_dim") or source.config.get("global_head_dim") or source.head_width)
