@@ -72,12 +72,18 @@ def _epsilon(source: GgufSource) -> float:
 
 def add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
     """Tokenizer keys."""
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
+    writer.add_tokenizer_model(vocabulary.kind)
+    if vocabulary.pre_tokenizer is not None:
+        writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.token_types)
-    # llama.cpp insists on the key and gguf writes no empty array: an empty merge merges nothing
-    writer.add_token_merges(vocabulary.merges or [""])
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    else:
+        # llama.cpp insists on the key and gguf writes no empty array: an empty merge merges nothing
+        writer.add_token_merges(vocabulary.merges or [""])
+    if vocabulary.prefixes_space is not None:
+        writer.add_add_space_prefix(vocabulary.prefixes_space)
     for kind, token_id in vocabulary.special_ids.items():
         getattr(writer, f"add_{kind}_token_id")(token_id)
     writer.add_add_bos_token(vocabulary.adds_bos)

@@ -352,7 +352,7 @@ LLAMA3_SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}"}, "behavior"
     [
         (lambda t: t["model"].update(type="Unigram"), "is 'Unigram'"),
         (lambda t: t["model"].update(byte_fallback=True), "byte_fallback=True"),
-        (lambda t: t["model"].update(ignore_merges=True), "ignore_merges=True"),
+        (lambda t: t["model"].update(ignore_merges=True, merges=[]), "ignore_merges=True"),
         (lambda t: t.update(normalizer={"type": "Lowercase"}), "normaliser 'Lowercase'"),
         (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "pre-tokeniser"),
         (lambda t: t.update(pre_tokenizer=None), "pre-tokeniser"),
