@@ -106,9 +106,12 @@ class Family:
     """config.json keys of a minimal model, beside those that `minimal_config` sets for all."""
 
     gguf_arch: str | None = None
-    """llama.cpp architecture this project can export to; None where it cannot."""
-    gguf_renormalises: bool | None = None
-    """llama.cpp hard-codes renormalisation per architecture; an export must agree."""
+    """llama.cpp architecture that this family is exported to; `edge_moe.gguf_arch` says how that
+    routes. None where there is none."""
+    gguf_reason: str = ""
+    """Why there is none."""
+    gguf_limits: tuple[str, ...] = ()
+    """What llama.cpp computes a little differently, in sentences."""
 
     @property
     def has_plain_blocks(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from edge_moe.errors import TargetError
 from edge_moe.formats import DROP, EXACT, expert_bytes, form_fits, get_form
+from edge_moe.gguf_arch import GGUF_ARCHS
 from edge_moe.plan import Device, Target
 from edge_moe.problem import FormScope
 from edge_moe.spec import ModelSpec
@@ -139,6 +140,8 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
             "onnxruntime computes integer experts in a float32 graph on the CPU only: on cuda they "
             "are not offered."
         )
+    if target == "gguf" and not spec.is_gguf:
+        limits += spec.family.gguf_limits
     for name, choices in classes.items():
         form, sentences = _pick(spec, name, choices)
         limits += sentences
@@ -167,19 +170,36 @@ def check_target(spec: ModelSpec, target: Target) -> None:
         return
     if target == "onnx":
         _check_onnx(spec)
-    if target != "gguf":
-        return
-    family = spec.family
+    reason = gguf_reason(spec) if target == "gguf" else None
+    if reason is not None:
+        raise TargetError(f"target gguf: {reason}: use --target native")
+
+
+def gguf_reason(spec: ModelSpec) -> str | None:
+    """Why llama.cpp cannot run this architecture, or this router; None where it can.
+
+    What only config.json's other values or the tokenizer rule out, `build` says.
+    """
+    if spec.is_gguf:
+        return None
+    family, router = spec.family, spec.router
     if family.gguf_arch is None:
-        raise TargetError(
-            f"target gguf cannot hold architecture {spec.model_type!r} yet: use --target native"
+        return family.gguf_reason or f"llama.cpp has no architecture for {spec.model_type!r}"
+    arch, name = GGUF_ARCHS[family.gguf_arch], f"llama.cpp's {family.gguf_arch}"
+    if arch.renormalises not in (None, router.renormalises):
+        return (
+            f"{name} always has norm_topk_prob={arch.renormalises}, this checkpoint has "
+            f"{router.renormalises}"
         )
-    renormalises = spec.router.renormalises
-    if family.gguf_renormalises not in (None, renormalises):
-        raise TargetError(
-            f"target gguf: llama.cpp's {family.gguf_arch} always has norm_topk_prob="
-            f"{family.gguf_renormalises}, this checkpoint has {renormalises}: use --target native"
+    if not arch.reads_scale and router.scale != 1.0:
+        return f"{name} has no routed_scaling_factor={router.scale:g}"
+    if not (arch.reads_gating or arch.score == router.score_function):
+        return f"{name} scores experts by {arch.score}, this model by {router.score_function}"
+    if router.num_groups > router.top_groups and router.group_score != "best two":
+        return (
+            f"{name} ranks groups of experts by their two best scores, this checkpoint by the best"
         )
+    return None
 
 
 def _check_onnx(spec: ModelSpec) -> None:

@@ -67,7 +67,6 @@ FAMILIES: dict[str, Family] = {
         moe_layers=sparse_step,
         config_defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768},
         gguf_arch="qwen3moe",
-        gguf_renormalises=True,
         minimal={"head_dim": 32, "norm_topk_prob": True},
     ),
     "qwen2_moe": Family(
@@ -80,6 +79,7 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 32768,
             "shared_expert_intermediate_size": 5632,
         },
+        gguf_arch="qwen2moe",
         minimal={"shared_expert_intermediate_size": 96, "norm_topk_prob": False},
     ),
     "qwen3_next": Family(
@@ -103,6 +103,7 @@ FAMILIES: dict[str, Family] = {
             "linear_num_value_heads": 32,
             "norm_topk_prob": True,
         },
+        gguf_arch="qwen3next",
         minimal=_HYBRID_QWEN | {"norm_topk_prob": True},
     ),
     "qwen3_5_moe_text": Family(
@@ -125,6 +126,7 @@ FAMILIES: dict[str, Family] = {
             "linear_num_key_heads": 16,
             "linear_num_value_heads": 32,
         },
+        gguf_arch="qwen35moe",
         minimal=_HYBRID_QWEN,
     ),
     "olmoe": Family(
@@ -133,7 +135,6 @@ FAMILIES: dict[str, Family] = {
         expert_width_keys=("intermediate_size",),
         config_defaults={"max_position_embeddings": 4096},
         gguf_arch="olmoe",
-        gguf_renormalises=False,
         minimal={"num_key_value_heads": 4, "norm_topk_prob": False},
     ),
     "mixtral": Family(
@@ -144,6 +145,7 @@ FAMILIES: dict[str, Family] = {
         expert_width_keys=("intermediate_size",),
         always_renormalises=True,
         config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        gguf_arch="llama",
         minimal={"head_dim": 32},
     ),
     "phimoe": Family(
@@ -156,6 +158,7 @@ FAMILIES: dict[str, Family] = {
         expert_width_keys=("intermediate_size",),
         score_function="sparsemixer",
         config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        gguf_reason="llama.cpp's phimoe weighs experts by a softmax, this model by sparsemixer",
         refused={"num_experts_per_tok": (2,)},
     ),
     "deepseek_v2": Family(
@@ -176,6 +179,7 @@ FAMILIES: dict[str, Family] = {
             "routed_scaling_factor": 1.0,
         },
         refused={"topk_method": ("greedy", "group_limited_greedy")},
+        gguf_arch="deepseek2",
         minimal=_SMALL_ROUTED
         | _SMALL_LATENT
         | {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
@@ -200,6 +204,7 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
             "routed_scaling_factor": 2.5,
         },
+        gguf_arch="deepseek2",
         minimal=_SMALL_ROUTED | _SMALL_LATENT | {"n_group": 2, "topk_group": 1},
     ),
     "glm4_moe": Family(
@@ -218,6 +223,7 @@ FAMILIES: dict[str, Family] = {
             "n_shared_experts": 1,
             "norm_topk_prob": True,
         },
+        gguf_arch="glm4moe",
         minimal=_SMALL_ROUTED | {"head_dim": 32, "use_qk_norm": True},
     ),
     "glm4_moe_lite": Family(
@@ -242,6 +248,7 @@ FAMILIES: dict[str, Family] = {
             "qk_rope_head_dim": 64,
             "v_head_dim": 256,
         },
+        gguf_arch="deepseek2",
         minimal=_SMALL_ROUTED
         | _SMALL_LATENT
         | {"q_lora_rank": 48, "mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -268,6 +275,11 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 131072,
             "sliding_window": 128,
         },
+        gguf_arch="gpt-oss",
+        gguf_limits=(
+            "llama.cpp rounds the bounds of yarn's ramp and has no truncate=false: some rotary "
+            "frequencies of gpt-oss differ from transformers', in every GGUF file of it.",
+        ),
         minimal={
             "head_dim": 32,
             "sliding_window": 16,
@@ -286,6 +298,7 @@ FAMILIES: dict[str, Family] = {
         always_renormalises=True,
         qk_norm="all",
         config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 196608},
+        gguf_arch="minimax-m2",
         minimal={"head_dim": 32},
     ),
     "lfm2_moe": Family(
@@ -312,6 +325,7 @@ FAMILIES: dict[str, Family] = {
             "use_expert_bias": True,
             "norm_topk_prob": True,
         },
+        gguf_arch="lfm2moe",
         minimal={
             "num_hidden_layers": 4,
             "num_dense_layers": 1,
@@ -332,6 +346,7 @@ FAMILIES: dict[str, Family] = {
         expert_width_keys=("intermediate_size",),
         always_renormalises=True,
         config_defaults={"max_position_embeddings": 2048},
+        gguf_arch="granitemoe",
         minimal={
             "embedding_multiplier": 2.0,
             "logits_scaling": 3.0,
@@ -355,6 +370,7 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
             "moe_layer_start_index": 1,
         },
+        gguf_arch="ernie4_5-moe",
         minimal={
             "num_hidden_layers": 3,
             "moe_num_shared_experts": 1,
@@ -390,6 +406,11 @@ FAMILIES: dict[str, Family] = {
             "hidden_size_per_layer_input": (0, None),
             "num_kv_shared_layers": (0, None),
         },
+        gguf_arch="gemma4",
+        gguf_limits=(
+            "llama.cpp looks GELU up in a table of float16 values on CPU: logits differ from "
+            "transformers' by about 0.1 %.",
+        ),
         minimal={
             "enable_moe_block": True,
             "head_dim": 32,
@@ -431,6 +452,7 @@ FAMILIES: dict[str, Family] = {
             "n_groups": 8,
             "mlp_hidden_act": "relu2",
         },
+        gguf_arch="nemotron_h_moe",
         minimal={
             "layers_block_type": ["mamba", "moe", "attention", "moe"],
             "moe_latent_size": 32,
