@@ -7,6 +7,7 @@ from edge_moe.layer_rules import (
     after_first_dense,
     by_hybrid_blocks,
     by_layer_types,
+    by_layer_types_or_interval,
     moe_blocks_of_hybrid,
     sparse_mlp_types,
     sparse_step,
@@ -78,7 +79,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         architecture="Qwen3NextForCausalLM",
         moe_layers=sparse_step,
-        layer_memory=by_layer_types,
+        layer_memory=by_layer_types_or_interval,
         state_values=gated_delta_net,
         attention="other",
         shared_width_key="shared_expert_intermediate_size",
@@ -98,7 +99,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_5_moe_text": Family(
         architecture="Qwen3_5MoeForCausalLM",
-        layer_memory=by_layer_types,
+        layer_memory=by_layer_types_or_interval,
         state_values=gated_delta_net,
         attention="other",
         shared_width_key="shared_expert_intermediate_size",
@@ -144,7 +145,11 @@ FAMILIES: dict[str, Family] = {
         num_experts_keys=("num_local_experts", "num_experts"),
         expert_width_keys=("intermediate_size",),
         score_function="sparsemixer",
-        config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        config_defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "router_jitter_noise": 0.01,
+        },
         refused={"num_experts_per_tok": (2,)},
     ),
     "deepseek_v2": Family(
@@ -329,6 +334,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": Family(
         architecture="Ernie4_5_MoeForCausalLM",
         block_renames=(("moe_statics.", "gate.moe_statics."),),
+        draft_prefix="model.mtp_",
         selection_bias="moe_statics.e_score_correction_bias",
         num_experts_keys=("moe_num_experts", "num_experts", "num_local_experts"),
         top_k_keys=("moe_k", "num_experts_per_tok"),

@@ -83,10 +83,24 @@ def all_full(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:
 
 
 def by_layer_types(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:
+    """As `layer_types` says, one entry per layer.
+
+    Raises:
+        SpecError: it is missing, or too short.
+    """
+    types = read.items("layer_types") or []
+    if len(types) < num_layers:
+        raise SpecError(
+            f"{read.source}: layer_types holds {len(types)} entries for {num_layers} layers: "
+            "add one per layer, or download the file again"
+        )
+    return tuple(_memory(read, name) for name in types[:num_layers])
+
+
+def by_layer_types_or_interval(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:
     """As `layer_types` says; without it every `full_attention_interval`-th is full attention."""
-    types = read.items("layer_types")
-    if types is not None:
-        return tuple(_memory(read, name) for name in types[:num_layers])
+    if read.items("layer_types") is not None:
+        return by_layer_types(read, num_layers)
     step = read.count("full_attention_interval", default=4)
     kinds: tuple[Memory, Memory] = "full", "state"
     return tuple(kinds[min(1, (layer + 1) % step)] for layer in range(num_layers))
@@ -112,8 +126,8 @@ def hybrid_blocks(read: ConfigReader) -> tuple[str, ...]:
 
 
 def _memory(read: ConfigReader, name: object) -> Memory:
-    if name not in _MEMORY:
+    if not isinstance(name, str) or name not in _MEMORY:
         raise SpecError(
             f"{read.source}: a layer of type {name!r} is not supported; {', '.join(_MEMORY)} are"
         )
-    return _MEMORY[str(name)]
+    return _MEMORY[name]
