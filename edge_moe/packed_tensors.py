@@ -254,7 +254,8 @@ def _mxfp4(stored: Mapping[str, TensorInfo]) -> list[PackedInfo]:
         if not is_uint8 or not is_stack or info.shape != (*scales.shape, 16):
             raise CheckpointError(
                 f"{info.path}: {name!r} is {info.dtype} {list(info.shape)}, its scales "
-                f"{scales.dtype} {list(scales.shape)}: they do not belong together; download the checkpoint again"
+                f"{scales.dtype} {list(scales.shape)}: they do not belong together; download the "
+                "checkpoint again"
             )
         packing = Mxfp4Stack(info, scales)
         found.append(_packed(base, packing, packing.shape))

@@ -83,9 +83,7 @@ def test_other_parts_may_hold_integers(tiny_checkpoint: TinyCheckpoint, tmp_path
 
 def test_lfm2_has_its_own_word_for_tied_embeddings() -> None:
     assert spec("lfm2_moe", tie_word_embeddings="GONE").tie_word_embeddings
-    assert not spec(
-        "lfm2_moe", tie_word_embeddings="GONE", tie_embedding=False
-    ).tie_word_embeddings
+    assert not spec("lfm2_moe", tie_word_embeddings="GONE", tie_embedding=False).tie_word_embeddings
 
 
 def test_qwen3_next_may_state_an_interval() -> None:
