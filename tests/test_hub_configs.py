@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.errors import CheckpointError, EdgeMoeError, SpecError
 from edge_moe.minimal_model import minimal_config
 from edge_moe.spec import ModelSpec
@@ -116,6 +117,15 @@ def test_values_that_lie_are_refused(
     source = tiny_checkpoint("qwen3_moe")
     with pytest.raises(EdgeMoeError, match=message):
         Checkpoint(edited(source, tmp_path / "lies", lambda tensors: None, **values))
+
+
+def test_what_transformers_cannot_build_is_refused(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("qwen3_moe")
+    folder = edited(source, tmp_path / "odd", lambda tensors: None, hidden_act="nosuch")
+    with pytest.raises(SpecError, match="transformers refuses it: 'nosuch'"):
+        LayerStream(Checkpoint(folder), "eager")
 
 
 def test_blocks_of_another_dtype_are_refused(
