@@ -40,9 +40,9 @@ from edge_moe.converters.progress import progress_bar
 from edge_moe.converters.rerouting import fill_slots
 from edge_moe.converters.stored_experts import GgufExperts, StoredExperts
 from edge_moe.converters.window_spool import WindowWriter, spool_bytes
-from edge_moe.errors import CheckpointError
+from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import require_free_disk
-from edge_moe.formats import DROP
+from edge_moe.formats import DROP, get_form
 from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import gguf_forms
 from edge_moe.runtime.gguf_logits import gguf_tokenizer
@@ -82,7 +82,7 @@ def calibrate_gguf(
         window_tokens,
         max_windows,
         shard,
-        checked_forms(model.spec, gguf_forms(model) if forms is None else forms),
+        checked_forms(model.spec, gguf_forms(model) if forms is None else _storable(forms)),
         quantiser or _default_quantiser(shard),
     )
     request.check(model.spec)
@@ -115,6 +115,21 @@ def gguf_calibration_text(
         )
     fingerprints = Fingerprints(model.fingerprint, model.tokenizer_fingerprint)
     return request.run_over(windows, model.spec, fingerprints)
+
+
+def _storable(forms: Sequence[str]) -> Sequence[str]:
+    """`forms`, which a GGUF file can hold.
+
+    Raises:
+        InputError: names those that it cannot, or that are not known.
+    """
+    others = [form for form in forms if form != DROP and get_form(form).ggml_type is None]
+    if others:
+        raise InputError(
+            f"--forms: a GGUF file cannot hold {', '.join(others)}, and a GGUF model is only built "
+            "as GGUF: leave them out, or calibrate the Hugging Face folder that it was made from"
+        )
+    return forms
 
 
 def _default_quantiser(shard: tuple[int, int]) -> str:

@@ -17,12 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from edge_moe.checkpoint import FloatArray, to_float32
 from edge_moe.converters.stacked_experts import empty_stacks, put_expert
 from edge_moe.errors import CheckpointError, InputError
-from edge_moe.runtime.model import fill_buffers
+from edge_moe.runtime.model import fill_buffers, meta_model
 from edge_moe.runtime.moe_block import EXPERT_STACKS, MoeBlock
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo
@@ -74,12 +73,11 @@ class LayerStream:
         """Build the model without weights.
 
         `experts_implementation` is a name registered in transformers' `ALL_EXPERTS_FUNCTIONS`.
+
+        Raises:
+            SpecError: transformers cannot build it.
         """
-        config = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, experts_implementation=experts_implementation
-            )
+        model = meta_model(checkpoint.folder, torch.float32, experts_implementation)
         self._checkpoint = checkpoint
         self._model: nn.Module = model.eval().requires_grad_(False)
         self._base: Any = model.base_model

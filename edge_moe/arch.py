@@ -36,6 +36,8 @@ class Family:
     """Checkpoint name of the token embeddings."""
     final_norm: str = "model.norm.weight"
     """Checkpoint name of the norm after the last layer."""
+    draft_prefix: str = "mtp."
+    """Start of the names of multi-token prediction, where it is no numbered layer."""
     layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
 
     has_gate: bool = True

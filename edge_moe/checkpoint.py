@@ -165,6 +165,7 @@ class Checkpoint:
         self.tensors = unpacked_tensors(stored, text_config(config), str(config_path))
         """By name; packed ones as what they stand for."""
         self.spec = spec.with_names_of(self.tensors)
+        self._check_counts()
         self._check_tensors(dense_shapes(self.spec, text_config(config), str(config_path)))
 
     @property
@@ -193,11 +194,15 @@ class Checkpoint:
 
     @cached_property
     def unused_tensors(self) -> frozenset[str]:
-        """Tensors of layers past `num_layers` (multi-token prediction heads): never loaded."""
+        """Tensors of multi-token prediction, layers past `num_layers` or under a name of their own:
+        never loaded. They hold routers and experts too, so they do not follow when experts go."""
         num_layers = self.spec.num_layers
-        layers = range(num_layers, num_layers + 16)
-        prefixes = "mtp.", *(self.spec.layer_prefix(layer) for layer in layers)
-        return frozenset(name for name in self.tensors if name.startswith(prefixes))
+        prefixes = tuple(
+            self.spec.layer_prefix(layer) for layer in range(num_layers, num_layers + 16)
+        )
+        return frozenset(
+            name for name in self.tensors if name.startswith(prefixes) or self.spec.is_draft(name)
+        )
 
     @cached_property
     def other_tensors(self) -> tuple[TensorInfo, ...]:
@@ -383,6 +388,18 @@ class Checkpoint:
         for start in range(0, info.num_bytes, _PIECE_BYTES):
             self._checked(info, info.offset + start, min(_PIECE_BYTES, info.num_bytes - start))
 
+    def _check_counts(self) -> None:
+        """Names are made for every layer and expert: no more of them than there are tensors."""
+        spec = self.spec
+        per_layer = 1 if self.is_fused else spec.num_experts * len(spec.family.projections)
+        wanted = max(spec.num_layers, spec.num_moe_layers * per_layer)
+        if wanted > len(self.tensors):
+            raise CheckpointError(
+                f"{self.folder}: at least {wanted - len(self.tensors)} tensors that config.json "
+                f"promises are missing ({spec.num_layers} layers, {spec.num_experts} experts in "
+                f"{spec.num_moe_layers} of them); a weight file may not have been downloaded"
+            )
+
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """What config.json promises is there; `shapes` are those of the dense part."""
         routers = [
@@ -408,9 +425,8 @@ class Checkpoint:
                 )
         for layer_id in self.spec.moe_layer_ids:
             self._check_shapes(self._expert_shapes(layer_id))
-        for name, info in self.tensors.items():
-            if name not in self.unused_tensors:
-                _require_float(info)
+        for info in (*self.dense_tensors, *(self.tensors[name] for name in self.expert_tensors)):
+            _require_float(info)
 
     def _check_plain(self, names: Iterable[str]) -> None:
         """Rows of these are read one by one, so they may not be packed."""

@@ -7,6 +7,7 @@ from edge_moe.layer_rules import (
     after_first_dense,
     by_hybrid_blocks,
     by_layer_types,
+    by_layer_types_or_interval,
     moe_blocks_of_hybrid,
     sparse_mlp_types,
     sparse_step,
@@ -85,14 +86,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         architecture="Qwen3NextForCausalLM",
         moe_layers=sparse_step,
-        layer_memory=by_layer_types,
+        layer_memory=by_layer_types_or_interval,
         state_values=gated_delta_net,
         state_workspace=gated_delta_net_workspace,
         attention="other",
         shared_width_key="shared_expert_intermediate_size",
         shared_module="shared_expert",
         config_defaults={
-            "full_attention_interval": 4,
             "num_key_value_heads": 2,
             "head_dim": 256,
             "max_position_embeddings": 32768,
@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_5_moe_text": Family(
         architecture="Qwen3_5MoeForCausalLM",
-        layer_memory=by_layer_types,
+        layer_memory=by_layer_types_or_interval,
         state_values=gated_delta_net,
         state_workspace=gated_delta_net_workspace,
         attention="other",
@@ -116,7 +116,6 @@ FAMILIES: dict[str, Family] = {
         shared_module="shared_expert",
         always_renormalises=True,
         config_defaults={
-            "full_attention_interval": 4,
             "num_key_value_heads": 2,
             "head_dim": 256,
             "max_position_embeddings": 32768,
@@ -157,7 +156,11 @@ FAMILIES: dict[str, Family] = {
         num_experts_keys=("num_local_experts", "num_experts"),
         expert_width_keys=("intermediate_size",),
         score_function="sparsemixer",
-        config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        config_defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "router_jitter_noise": 0.01,
+        },
         gguf_reason="llama.cpp's phimoe weighs experts by a softmax, this model by sparsemixer",
         refused={"num_experts_per_tok": (2,)},
     ),
@@ -357,6 +360,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": Family(
         architecture="Ernie4_5_MoeForCausalLM",
         block_renames=(("moe_statics.", "gate.moe_statics."),),
+        draft_prefix="model.mtp_",
         selection_bias="moe_statics.e_score_correction_bias",
         num_experts_keys=("moe_num_experts", "num_experts", "num_local_experts"),
         top_k_keys=("moe_k", "num_experts_per_tok"),

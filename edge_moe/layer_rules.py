@@ -83,16 +83,32 @@ def all_full(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:
 
 
 def by_layer_types(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:
-    """As `layer_types` says, or the older `full_attn_idxs`, or `full_attention_interval`."""
+    """As `layer_types` says, one entry per layer, or LFM2's older list of attention layers.
+
+    Raises:
+        SpecError: both are missing, or `layer_types` is too short.
+    """
     types = read.items("layer_types")
-    if types is not None:
-        return tuple(_memory(read, name) for name in types[:num_layers])
-    kinds: tuple[Memory, Memory] = "state", "full"
-    full = read.items("full_attn_idxs")
-    if full is not None:
-        return tuple(kinds[layer in full] for layer in range(num_layers))
-    step = read.count("full_attention_interval")
-    return tuple(kinds[(layer + 1) % step == 0] for layer in range(num_layers))
+    attending = read.items("full_attn_idxs")
+    if types is None and attending is not None:
+        kinds: tuple[Memory, Memory] = "state", "full"
+        return tuple(kinds[layer in attending] for layer in range(num_layers))
+    types = types or []
+    if len(types) < num_layers:
+        raise SpecError(
+            f"{read.source}: layer_types holds {len(types)} entries for {num_layers} layers: "
+            "add one per layer, or download the file again"
+        )
+    return tuple(_memory(read, name) for name in types[:num_layers])
+
+
+def by_layer_types_or_interval(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:
+    """As `layer_types` says; without it every `full_attention_interval`-th is full attention."""
+    if read.items("layer_types") is not None:
+        return by_layer_types(read, num_layers)
+    step = read.count("full_attention_interval", default=4)
+    kinds: tuple[Memory, Memory] = "full", "state"
+    return tuple(kinds[min(1, (layer + 1) % step)] for layer in range(num_layers))
 
 
 def by_hybrid_blocks(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:
@@ -115,8 +131,8 @@ def hybrid_blocks(read: ConfigReader) -> tuple[str, ...]:
 
 
 def _memory(read: ConfigReader, name: object) -> Memory:
-    if name not in _MEMORY:
+    if not isinstance(name, str) or name not in _MEMORY:
         raise SpecError(
             f"{read.source}: a layer of type {name!r} is not supported; {', '.join(_MEMORY)} are"
         )
-    return _MEMORY[str(name)]
+    return _MEMORY[name]

@@ -108,7 +108,8 @@ class Fp8Blocks:
         for start in range(0, num_rows, self.block[0]):
             stop = min(start + self.block[0], num_rows)
             codes = _bytes(self.weights, start * columns, (stop - start) * columns)
-            factors = np.repeat(scales[start // self.block[0]], self.block[1])[:columns]
+            step = min(self.block[1], columns)  # a block may be wider than the matrix
+            factors = np.repeat(scales[start // self.block[0]], step)[:columns]
             yield to_bfloat16(_E4M3[codes].reshape(-1, columns) * factors)
 
 
@@ -168,6 +169,11 @@ def unpacked_tensors(
     settings = config.get("quantization_config")
     if not settings:
         return dict(stored)
+    if not isinstance(settings, Mapping):
+        raise SpecError(
+            f"{source}: quantization_config is {settings!r}, expected a table: "
+            "correct the file or download it again"
+        )
     method = str(settings.get("quant_method"))
     if method == "mxfp4":
         return _with(stored, _mxfp4(stored))
@@ -243,10 +249,13 @@ def _mxfp4(stored: Mapping[str, TensorInfo]) -> list[PackedInfo]:
             continue
         base = name.removesuffix("_blocks")
         scales = _companion(stored, info, f"{base}_scales")
-        if len(scales.shape) != 3 or info.shape != (*scales.shape, 16):
+        is_uint8 = info.dtype == scales.dtype == "U8"
+        is_stack = len(scales.shape) == 3 and min(scales.shape) > 0
+        if not is_uint8 or not is_stack or info.shape != (*scales.shape, 16):
             raise CheckpointError(
-                f"{info.path}: {name!r} has shape {list(info.shape)}, its scales "
-                f"{list(scales.shape)}: they do not belong together; download the checkpoint again"
+                f"{info.path}: {name!r} is {info.dtype} {list(info.shape)}, its scales "
+                f"{scales.dtype} {list(scales.shape)}: they do not belong together; download the "
+                "checkpoint again"
             )
         packing = Mxfp4Stack(info, scales)
         found.append(_packed(base, packing, packing.shape))

@@ -17,6 +17,9 @@ from edge_moe.errors import InputError, SpecError
 from edge_moe.families import COMPOSITES, FAMILIES
 
 _ROOT, _NESTED_ROOT = "model.", "model.language_model."
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+"""Tables that old files hold and transformers computes."""
+_MOST_LAYERS = 10_000
 _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 
 GGUF_PREFIX = "gguf:"
@@ -273,7 +276,13 @@ class ModelSpec:
         roots = (_NESTED_ROOT,) if self.is_nested else (self.family.embedding.split(".")[0] + ".",)
         if self.has_module_names and not self.is_nested:
             roots = (_ROOT,)
+        if tensor_name.endswith(_IGNORED_SUFFIX) or self.is_draft(tensor_name):
+            return False
         return tensor_name.startswith((*roots, "lm_head."))
+
+    def is_draft(self, tensor_name: str) -> bool:
+        """Whether it belongs to multi-token prediction, outside of the numbered layers."""
+        return tensor_name.startswith(self.family.draft_prefix)
 
     def _on_disk(self, name: str) -> str:
         """A name that starts with `model.`, where the checkpoint keeps the language model."""
@@ -345,7 +354,7 @@ class ModelSpec:
             kv_value_width=value_width,
             expanded_kv_width=_expanded_kv_width(read, family),
             max_position_embeddings=read.count("max_position_embeddings"),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_is_tied(read),
             dtype=_dtype(config, source),
             hidden_act=_activation(config),
             router=_router(read, config, family, num_experts, top_k),
@@ -362,6 +371,11 @@ class ModelSpec:
             logit_divisor=read.number("logits_scaling") or 1.0,
             logit_softcap=read.number("final_logit_softcapping"),
         )
+
+
+def _is_tied(read: ConfigReader) -> bool:
+    """LFM2's own files call it `tie_embedding`."""
+    return read.flag("tie_embedding", default=read.flag("tie_word_embeddings"))
 
 
 def _renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:
@@ -387,7 +401,13 @@ def _activation(config: dict[str, Any]) -> str:
 
 def _num_layers(read: ConfigReader) -> int:
     pattern = read.items("layers_block_type") or read.text("hybrid_override_pattern")
-    return len(pattern) if pattern else read.count("num_hidden_layers")
+    num_layers = len(pattern) if pattern else read.count("num_hidden_layers")
+    if num_layers > _MOST_LAYERS:
+        raise SpecError(
+            f"{read.source}: {num_layers} layers are more than the {_MOST_LAYERS} that edge-moe "
+            "allows: correct the file or download it again"
+        )
+    return num_layers
 
 
 def _heads(read: ConfigReader, family: Family) -> tuple[int, int, int]:
@@ -487,7 +507,7 @@ def _router(
         top_groups=top_groups,
         scale=1.0 if scale is None else float(scale),
         group_score=family.group_score,
-        jitter=float(config.get("router_jitter_noise", 0.01)),
+        jitter=read.number("router_jitter_noise"),
     )
 
 

@@ -68,7 +68,9 @@ def build_model(
         SpecError: transformers cannot build the architecture.
         CheckpointError: a dense tensor is missing, misshapen or damaged.
     """
-    model = _on_meta(folder, compute_dtype(spec, device))
+    model = meta_model(folder, compute_dtype(spec, device), EXPERTS_IMPLEMENTATION)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = _generation_config(folder)
     fill_buffers(model, device)
     for block, num_rows in zip(moe_blocks(model, spec), rows_per_layer, strict=True):
         block.set_num_experts(num_rows)
@@ -93,21 +95,38 @@ def held_bytes(model: Any) -> int:
     return sum(storages.values())
 
 
-def _on_meta(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+def meta_model(folder: Path, dtype: torch.dtype, experts_implementation: str) -> Any:
+    """The language model of `folder`'s config.json without weights.
+
+    `experts_implementation` is a name registered in transformers' `ALL_EXPERTS_FUNCTIONS`.
+
+    Raises:
+        SpecError: transformers cannot build it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, experts_implementation=experts_implementation
             )
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SpecError(f"{folder / 'config.json'}: transformers refuses it: {reason}") from None
+        raise _refused(folder / "config.json", error) from None
+
+
+def _generation_config(folder: Path) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise _refused(folder / "generation_config.json", error) from None
+
+
+def _refused(path: Path, error: Exception) -> SpecError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return SpecError(f"{path}: transformers refuses it: {reason}")
 
 
 def _load_dense(

@@ -450,6 +450,14 @@ def test_an_architecture_that_is_not_tested_is_refused_by_name(
     assert not (tmp_path / "stats").exists()
 
 
+def test_forms_that_no_gguf_file_holds_are_refused(case: Case, task: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot hold int4_b64, and"):
+        calibrate_gguf(
+            case("olmoe")[1], [task], tmp_path / "stats", forms=("drop", "q4_0", "int4_b64")
+        )
+    assert not (tmp_path / "stats").exists()
+
+
 def test_a_graph_that_the_metadata_does_not_explain_is_refused(
     case: Case, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,7 +269,7 @@ def test_older_spellings_of_the_layers(
 
 def test_layers_that_nothing_describes_are_refused() -> None:
     config = {"model_type": "lfm2_moe", **minimal_config("lfm2_moe"), "layer_types": None}
-    with pytest.raises(SpecError, match="full_attention_interval has no value"):
+    with pytest.raises(SpecError, match="layer_types holds 0 entries for 4 layers"):
         ModelSpec.from_config(config)
 
 

@@ -22,6 +22,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
+from edge_moe.converters.onnx import data_files
 from edge_moe.converters.transform import transform
 from edge_moe.errors import CheckpointError, InputError, SpecError
 from edge_moe.inspect import inspect_model
@@ -175,6 +176,20 @@ def test_packed_checkpoints_go_all_the_way(
     assert np.abs(logits(native) - logits(folder)).max() > 0.01
     whole = build(hand_plan(checkpoint, uniform_forms(checkpoint, 8)), tmp_path / "whole")
     np.testing.assert_allclose(logits(whole), logits(folder), atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**21, 256])
+def test_onnx_takes_packed_tensors_of_any_size(
+    chunk_bytes: int,
+    tiny_checkpoint: TinyCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data_files, "_CHUNK_BYTES", chunk_bytes)
+    checkpoint = Checkpoint(make_fp8(tiny_checkpoint("qwen3_moe"), tmp_path / "fp8"))
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"):
+        written = b"".join(data_files.float32_chunks([checkpoint.tensors[name]])())
+        assert written == checkpoint.read(name).tobytes()
 
 
 def test_packed_files_that_lie_are_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from edge_moe.errors import InputError, PackageError
 from edge_moe.formats import FORM_NAMES
 from edge_moe.measurement import EvalResult, Provenance, RunMeasurement
 from edge_moe.metrics import Estimate
-from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, Rival, SearchRecord, SearchTrial
+from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, Rival, SearchRecord, SearchTrial, Target
 from edge_moe.report import charts, print_report, write_report
 from edge_moe.report.data import load_report
-from edge_moe.report.facts import problem_table, speed_table, term_table
+from edge_moe.report.facts import problem_table, record_command, speed_table, term_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -204,6 +204,13 @@ def test_a_gguf_file_is_not_to_be_measured_by_run(tmp_path: Path) -> None:
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
         assert ("memory not measured yet: edge-moe run" in console.export_text()) == says_how
         assert ("Nothing is measured yet: <code>edge-moe run" in page) == says_how
+
+
+@pytest.mark.parametrize("target", ["native", "onnx"])
+def test_the_command_to_measure_is_one_that_run_takes(target: Target, tmp_path: Path) -> None:
+    _plan().model_copy(update={"target": target}).save(tmp_path / "plan.json")
+    command = record_command(load_report(tmp_path))
+    assert command.startswith("edge-moe run") and ("--budget" in command) == (target == "native")
 
 
 def test_one_measured_plan_is_no_chart(artefact: Path, tmp_path: Path) -> None:

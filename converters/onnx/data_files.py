@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.checkpoint import Checkpoint
+from edge_moe.checkpoint import Checkpoint, to_float32
 from edge_moe.converters.packer import Packer
 from edge_moe.converters.packing import expert_records
 from edge_moe.converters.progress import Advance
@@ -25,6 +25,7 @@ from edge_moe.files import atomic_path
 from edge_moe.formats import get_form, unpack_expert
 from edge_moe.formats.base import ByteArray
 from edge_moe.formats.integers import IntegerForm
+from edge_moe.packed_tensors import PackedInfo
 from edge_moe.tensor_info import TensorInfo
 
 _PAGE_BYTES, _GRANULARITY_BYTES, _LARGE_BYTES = 4096, 65536, 2**20
@@ -110,6 +111,9 @@ def float32_chunks(pieces: Sequence[TensorInfo]) -> Chunks:
 
     def chunks() -> Iterator[bytes]:
         for piece in pieces:
+            if isinstance(piece, PackedInfo):  # whose rows are no ranges of a file
+                yield from (to_float32(chunk, piece.dtype).tobytes() for chunk in piece.chunks())
+                continue
             for part in _row_blocks(piece):
                 yield read_float32(part).tobytes()
 

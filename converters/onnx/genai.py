@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_moe.converters.onnx.operations import Heads
+from edge_moe.errors import CheckpointError
+from edge_moe.files import read_json
 from edge_moe.spec import ModelSpec
 
 GENAI_CONFIG_NAME = "genai_config.json"
@@ -69,7 +71,12 @@ def genai_config(
 def _special_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Ids from generation_config.json, else from config.json."""
     path = folder / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    generation = {}
+    if path.is_file():
+        missing = f"{path} was removed: download it again"
+        generation = read_json(path, CheckpointError, missing=missing, damaged="download it again")
+    if not isinstance(generation, dict):
+        raise CheckpointError(f"{path} holds no JSON object: download it again")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {name: generation.get(name, config.get(name)) for name in names}
     return {name: config.get(name) if value is None else value for name, value in found.items()}
