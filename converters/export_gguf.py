@@ -31,7 +31,7 @@ from edge_moe.converters.gguf_writer import (
 )
 from edge_moe.converters.packer import Packer
 from edge_moe.converters.progress import byte_progress
-from edge_moe.converters.slicing import slice_experts, whole_tensor
+from edge_moe.converters.slicing import check_groups, slice_experts, whole_tensor
 from edge_moe.errors import TargetError
 from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.formats import expert_packed_bytes, form_fits, get_form
@@ -103,7 +103,7 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
                 f"{plan.moe_layer_ids[0]} keeps {counts[0]}, but GGUF holds one count for all: "
                 "plan again with --target gguf"
             )
-        _check_groups(layer_id, plan.kept(row), spec)
+        check_groups(layer_id, plan.kept(row), spec, "gguf")
         forms = sorted({row[expert_id] for expert_id in plan.kept(row)})
         if len(forms) > 1:
             raise TargetError(
@@ -116,21 +116,6 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
                 f"{get_form(forms[0]).block_size} do not divide {spec.expert_hidden} and "
                 f"{spec.expert_width}: plan again"
             )
-
-
-def _check_groups(layer_id: int, kept: list[int], spec: ModelSpec) -> None:
-    """llama.cpp cuts experts into equal groups, and ranks a group by its best two."""
-    num_groups = spec.router.num_groups
-    if num_groups == spec.router.top_groups:
-        return
-    width = spec.num_experts // num_groups
-    counts = [sum(expert_id // width == group for expert_id in kept) for group in range(num_groups)]
-    if len(set(counts)) > 1 or counts[0] < 2:
-        raise TargetError(
-            f"target gguf: layer {layer_id} keeps {', '.join(map(str, counts))} experts of its "
-            f"{num_groups} groups, but llama.cpp wants equally many, and two or more: plan again "
-            "with --target gguf"
-        )
 
 
 def gguf_source(checkpoint: Checkpoint, plan: Plan) -> GgufSource:
