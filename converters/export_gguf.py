@@ -19,7 +19,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.config_reader import read_config, text_config
 from edge_moe.converters.gguf_dense import dense_tensors
 from edge_moe.converters.gguf_families import GGUF_FAMILIES
-from edge_moe.converters.gguf_family import GgufSource
+from edge_moe.converters.gguf_family import GgufSource, Rule
 from edge_moe.converters.gguf_metadata import add_metadata, add_vocabulary, check_source
 from edge_moe.converters.gguf_provenance import add_provenance
 from edge_moe.converters.gguf_tokenizer import read_vocabulary
@@ -150,6 +150,8 @@ def _dense_tensors(plan: Plan, checkpoint: Checkpoint, source: GgufSource) -> It
             continue
         form = "f32" if is_exact else _FORM_OF_DTYPE[info.dtype]
         yield from dense_tensors(rule, whole_tensor(info), source, form)
+        if info.name == spec.embedding_name and spec.tie_word_embeddings and family.needs_output:
+            yield from dense_tensors(Rule(("output.weight",)), whole_tensor(info), source, form)
 
 
 def _extra_tensors(source: GgufSource) -> Iterator[GgufTensor]:

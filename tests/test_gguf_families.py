@@ -79,6 +79,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "ernie4_5_moe",
         {"moe_num_shared_experts": 2, "tie_word_embeddings": True},
     ),
+    "qwen2_moe tied": ("qwen2_moe", {"tie_word_embeddings": True}),
     "lfm2_moe tied": ("lfm2_moe", {"tie_word_embeddings": True}),
     "gemma4_text capped": (
         "gemma4_text",
