@@ -33,6 +33,7 @@ from edge_moe.gguf_model import GgufModel
 from edge_moe.measurement import Provenance
 from edge_moe.plan import Plan
 from edge_moe.planner import make_plan
+from edge_moe.source_model import SourceModel
 from edge_moe.stats import STATS_VERSION, ExpertStats, StatsInfo
 
 BOUND = 0.5
@@ -88,14 +89,14 @@ def _number_key(name: str, value: int) -> bytes:
     return text[:-12] + (4).to_bytes(4, "little") + value.to_bytes(4, "little")
 
 
-def plan_keeping(model: GgufModel, share: float) -> Plan:
-    """Random losses: experts that stay lie scattered, as they do in practice."""
-    spec = model.spec
+def random_stats(source: SourceModel, forms: tuple[str, ...] = (DROP,)) -> ExpertStats:
+    """Losses that mean nothing: experts that stay lie scattered, as they do in practice."""
+    spec = source.spec
     info = StatsInfo(
         version=STATS_VERSION,
         edge_moe_version="",
         model_type=spec.model_type,
-        model_fingerprint=model.fingerprint,
+        model_fingerprint=source.fingerprint,
         tokenizer_fingerprint="",
         data_fingerprint="",
         tasks=("synthetic",),
@@ -106,13 +107,19 @@ def plan_keeping(model: GgufModel, share: float) -> Plan:
         moe_layer_ids=spec.moe_layer_ids,
         num_experts=spec.num_experts,
         top_k=spec.top_k,
-        forms=(DROP,),
+        forms=forms,
     )
     stats = ExpertStats.zeros(info)
     shape = stats.routed_tokens.shape
-    stats.form_loss.add(np.random.default_rng(1).uniform(1, 2, (*shape, 1)))
+    stats.form_loss.add(np.random.default_rng(1).uniform(1, 2, (*shape, len(forms))))
     stats.layer_sums["residual_square"].add(np.ones(shape[0]))
     stats.routed_tokens += 1000
+    return stats
+
+
+def plan_keeping(model: GgufModel, share: float) -> Plan:
+    """A plan that keeps about this share of the experts' bytes."""
+    stats = random_stats(model)
 
     def planned(budget_bytes: int) -> Plan:
         return make_plan(

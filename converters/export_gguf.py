@@ -2,17 +2,18 @@
 
 GGUF holds one expert count for the whole model and one form per expert tensor, so every layer keeps
 the same number of experts and the experts of a layer share a form. Weights are packed by
-`edge_moe.formats`, not by llama.cpp, and streamed: peak memory is one expert's projection in
-float32 and packed (one whole expert where a family stores them stacked), one 8 MiB chunk of a dense
-tensor, or a dense tensor in float32 where llama.cpp wants it rearranged. What goes where is in
-`gguf_families`.
+`edge_moe.formats`, not by llama.cpp, and streamed: peak memory is an expert per core while it is
+packed (`packing_peak_bytes`), one 8 MiB chunk of a tensor, or a dense tensor in float32 where
+llama.cpp wants it rearranged. What goes where is in `gguf_families`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 from edge_moe.candidates import check_target
 from edge_moe.checkpoint import Checkpoint
@@ -29,12 +30,21 @@ from edge_moe.converters.gguf_writer import (
     import_gguf,
     write_tensor,
 )
-from edge_moe.converters.packer import Packer
+from edge_moe.converters.packer import Packer, PlainPacker
+from edge_moe.converters.packing import expert_records, is_stored_as
 from edge_moe.converters.progress import byte_progress
 from edge_moe.converters.slicing import check_groups, slice_experts, whole_tensor
+from edge_moe.converters.source_bytes import read_all
 from edge_moe.errors import TargetError
 from edge_moe.files import atomic_path, require_free_disk
-from edge_moe.formats import expert_packed_bytes, form_fits, get_form
+from edge_moe.formats import (
+    STORED_NAMES,
+    expert_bytes,
+    expert_packed_bytes,
+    form_fits,
+    get_form,
+    split_form,
+)
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
 
@@ -64,10 +74,11 @@ def export_gguf(
     tensors = [
         *_dense_tensors(plan, checkpoint, source),
         *_extra_tensors(source),
-        *_expert_tensors(plan, checkpoint, packer),
+        *_expert_tensors(plan, checkpoint, packer or PlainPacker(checkpoint), output.parent),
     ]
     total_bytes = sum(tensor.num_bytes for tensor in tensors)
-    require_free_disk(output.parent, total_bytes + _HEADER_BYTES, f"GGUF file {output.name}")
+    needed_bytes = total_bytes + _HEADER_BYTES + _largest_layer_bytes(plan, spec)
+    require_free_disk(output.parent, needed_bytes, f"GGUF file {output.name}")
     with (
         atomic_path(output) as temporary,
         byte_progress(f"export {output.name}", total_bytes) as advance,
@@ -109,6 +120,11 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
             raise TargetError(
                 f"target gguf: layer {layer_id} mixes the forms {', '.join(forms)}, but GGUF "
                 "stores a layer's experts in one form: plan again with --target gguf"
+            )
+        if not set(split_form(forms[0])) <= set(STORED_NAMES):
+            raise TargetError(
+                f"target gguf: layer {layer_id} is planned as {forms[0]}, which ggml does not "
+                "know: plan again with --target gguf"
             )
         if not form_fits(forms[0], *spec.expert_shape):
             raise TargetError(
@@ -161,7 +177,7 @@ def _extra_tensors(source: GgufSource) -> Iterator[GgufTensor]:
 
 
 def _expert_tensors(
-    plan: Plan, checkpoint: Checkpoint, packer: Packer | None
+    plan: Plan, checkpoint: Checkpoint, packer: Packer, folder: Path
 ) -> Iterator[GgufTensor]:
     """Stacks per layer: gate, where there is one, and up [kept, I, H], down [kept, H, I]."""
     spec = checkpoint.spec
@@ -169,6 +185,12 @@ def _expert_tensors(
     for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
         kept = plan.kept(row)
         form = row[kept[0]]
+        source: Callable[[int], Iterator[bytes]]
+        if all(is_stored_as(form, checkpoint, layer_id, expert_id) for expert_id in kept):
+            source = partial(_stored_projection, checkpoint, layer_id, kept)
+        else:
+            experts = [(expert_id, form) for expert_id in kept]
+            source = _LayerRecords(checkpoint, packer, layer_id, experts, folder).projection
         for projection, (name, shape) in enumerate(zip(_EXPERT_NAMES, (up, up, down), strict=True)):
             if projection == 0 and not spec.has_gate:
                 continue
@@ -176,28 +198,55 @@ def _expert_tensors(
                 f"blk.{layer_id}.{name}.weight",
                 (len(kept), *shape),
                 form,
-                partial(_pack_projection, checkpoint, packer, layer_id, kept, projection, form),
+                partial(source, projection),
             )
 
 
-def _pack_projection(
-    checkpoint: Checkpoint,
-    packer: Packer | None,
-    layer_id: int,
-    expert_ids: list[int],
-    projection: int,
-    form: str,
+def _stored_projection(
+    checkpoint: Checkpoint, layer_id: int, expert_ids: Sequence[int], projection: int
 ) -> Iterator[bytes]:
-    """Packed bytes of one projection, expert by expert; 0 gate, 1 up, 2 down.
+    """The stored bytes of one projection, expert by expert, where they are what is wanted."""
+    index = projection if checkpoint.spec.has_gate else projection - 1
+    return read_all(checkpoint.expert_ranges(layer_id, each)[index] for each in expert_ids)
 
-    A packer packs whole experts, so each is packed once per projection.
-    """
-    spec = checkpoint.spec
-    sizes = expert_packed_bytes(form, *spec.expert_shape)
-    part = slice(sum(sizes[:projection]), sum(sizes[: projection + 1]))
-    for expert_id in expert_ids:
-        if packer is not None:
-            yield packer.pack(layer_id, expert_id, form)[part].tobytes()
-            continue
-        weights = checkpoint.projection(layer_id, expert_id, projection)
-        yield get_form(form).pack(weights).tobytes()
+
+def _largest_layer_bytes(plan: Plan, spec: ModelSpec) -> int:
+    """Experts of one layer, as many as are spooled at a time."""
+    return max(sum(expert_bytes(form, *spec.expert_shape) for form in row) for row in plan.forms)
+
+
+class _LayerRecords:
+    """The packed experts of one layer, each packed once, spooled to a nameless file beside the
+    output: GGUF wants all gates, then all ups, then all downs. Disk: one layer."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        packer: Packer,
+        layer_id: int,
+        experts: Sequence[tuple[int, str]],
+        folder: Path,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._packer = packer
+        self._layer_id = layer_id
+        self._experts = experts
+        self._folder = folder
+        self._spool: IO[bytes] | None = None
+
+    def projection(self, index: int) -> Iterator[bytes]:
+        """Packed bytes of one projection, expert by expert; 0 gate, 1 up, 2 down."""
+        spool = self._spool = self._spool or self._packed()
+        sizes = expert_packed_bytes(self._experts[0][1], *self._checkpoint.spec.expert_shape)
+        for row in range(len(self._experts)):
+            spool.seek(row * sum(sizes) + sum(sizes[:index]))
+            yield spool.read(sizes[index])
+        if index == len(sizes) - 1:
+            spool.close()
+            self._spool = None
+
+    def _packed(self) -> IO[bytes]:
+        spool = TemporaryFile(dir=self._folder)
+        for record in expert_records(self._checkpoint, self._layer_id, self._experts, self._packer):
+            spool.writelines(record)
+        return spool

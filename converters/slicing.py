@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo, expert_axis
+from edge_moe.checkpoint import Checkpoint, expert_axis
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.source_bytes import read_all, read_float32, rows
 from edge_moe.errors import TargetError
 from edge_moe.formats import get_form
 from edge_moe.plan import Plan, Target
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import TensorInfo
 
 _MIN_EXPERTS_PER_GROUP = 2  # a group's score is the sum of its best two
 DTYPE_OF_FORM = {"bf16": "BF16", "f16": "F16", "f32": "F32"}

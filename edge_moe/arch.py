@@ -85,6 +85,11 @@ class Family:
     layer_memory: MemoryRule = all_full
     state_values: StateRule | None = None
     """Where some layers keep a state instead of keys and values."""
+    state_workspace: StateRule | None = None
+    """float32 values per token that such a layer holds at its largest moment."""
+    holds_scores: bool = False
+    """Attention keeps the scores of all heads, as with sinks, which torch has no fused kernel for.
+    """
     attention: Attention = "grouped"
     """Shapes of the attention weights: grouped queries, DeepSeek's latent attention, or others,
     which only transformers checks."""

@@ -12,7 +12,14 @@ from edge_moe.layer_rules import (
     sparse_step,
     within_interval,
 )
-from edge_moe.recurrent import gated_delta_net, mamba2, short_convolution
+from edge_moe.recurrent import (
+    gated_delta_net,
+    gated_delta_net_workspace,
+    mamba2,
+    mamba2_workspace,
+    short_convolution,
+    short_convolution_workspace,
+)
 
 _BLOCK_SPARSE = "model.layers.{layer}.block_sparse_moe"
 _ROUTED = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -80,10 +87,12 @@ FAMILIES: dict[str, Family] = {
         moe_layers=sparse_step,
         layer_memory=by_layer_types,
         state_values=gated_delta_net,
+        state_workspace=gated_delta_net_workspace,
         attention="other",
         shared_width_key="shared_expert_intermediate_size",
         shared_module="shared_expert",
         config_defaults={
+            "full_attention_interval": 4,
             "num_key_value_heads": 2,
             "head_dim": 256,
             "max_position_embeddings": 32768,
@@ -101,11 +110,13 @@ FAMILIES: dict[str, Family] = {
         architecture="Qwen3_5MoeForCausalLM",
         layer_memory=by_layer_types,
         state_values=gated_delta_net,
+        state_workspace=gated_delta_net_workspace,
         attention="other",
         shared_width_key="shared_expert_intermediate_size",
         shared_module="shared_expert",
         always_renormalises=True,
         config_defaults={
+            "full_attention_interval": 4,
             "num_key_value_heads": 2,
             "head_dim": 256,
             "max_position_embeddings": 32768,
@@ -244,6 +255,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
+        holds_scores=True,
         is_transposed=True,
         router="router",
         router_tensors=(
@@ -303,6 +315,7 @@ FAMILIES: dict[str, Family] = {
         moe_layers=after_first_dense,
         layer_memory=by_layer_types,
         state_values=short_convolution,
+        state_workspace=short_convolution_workspace,
         expert_width_keys=("moe_intermediate_size",),
         config_defaults={
             "num_key_value_heads": 8,
@@ -428,6 +441,7 @@ FAMILIES: dict[str, Family] = {
         moe_layers=moe_blocks_of_hybrid,
         layer_memory=by_hybrid_blocks,
         state_values=mamba2,
+        state_workspace=mamba2_workspace,
         expert_width_keys=("moe_intermediate_size",),
         shared_width_key="moe_shared_expert_intermediate_size",
         config_defaults={

@@ -474,7 +474,7 @@ def test_a_failed_export_leaves_nothing_behind(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edge_moe.converters.export_gguf._pack_projection", fail)
+    monkeypatch.setattr("edge_moe.converters.export_gguf.write_tensor", fail)
     checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe"))
     plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8))
     with pytest.raises(KeyboardInterrupt):
