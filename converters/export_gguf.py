@@ -20,7 +20,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.config_reader import read_config, text_config
 from edge_moe.converters.gguf_dense import dense_tensors
 from edge_moe.converters.gguf_families import GGUF_FAMILIES
-from edge_moe.converters.gguf_family import GgufSource
+from edge_moe.converters.gguf_family import GgufSource, Rule
 from edge_moe.converters.gguf_metadata import add_metadata, add_vocabulary, check_source
 from edge_moe.converters.gguf_provenance import add_provenance
 from edge_moe.converters.gguf_tokenizer import read_vocabulary
@@ -33,7 +33,7 @@ from edge_moe.converters.gguf_writer import (
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.packing import expert_records, is_stored_as
 from edge_moe.converters.progress import byte_progress
-from edge_moe.converters.slicing import slice_experts, whole_tensor
+from edge_moe.converters.slicing import check_groups, slice_experts, whole_tensor
 from edge_moe.converters.source_bytes import read_all
 from edge_moe.errors import TargetError
 from edge_moe.files import atomic_path, require_free_disk
@@ -114,7 +114,7 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
                 f"{plan.moe_layer_ids[0]} keeps {counts[0]}, but GGUF holds one count for all: "
                 "plan again with --target gguf"
             )
-        _check_groups(layer_id, plan.kept(row), spec)
+        check_groups(layer_id, plan.kept(row), spec, "gguf")
         forms = sorted({row[expert_id] for expert_id in plan.kept(row)})
         if len(forms) > 1:
             raise TargetError(
@@ -132,21 +132,6 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
                 f"{get_form(forms[0]).block_size} do not divide {spec.expert_hidden} and "
                 f"{spec.expert_width}: plan again"
             )
-
-
-def _check_groups(layer_id: int, kept: list[int], spec: ModelSpec) -> None:
-    """llama.cpp cuts experts into equal groups, and ranks a group by its best two."""
-    num_groups = spec.router.num_groups
-    if num_groups == spec.router.top_groups:
-        return
-    width = spec.num_experts // num_groups
-    counts = [sum(expert_id // width == group for expert_id in kept) for group in range(num_groups)]
-    if len(set(counts)) > 1 or counts[0] < 2:
-        raise TargetError(
-            f"target gguf: layer {layer_id} keeps {', '.join(map(str, counts))} experts of its "
-            f"{num_groups} groups, but llama.cpp wants equally many, and two or more: plan again "
-            "with --target gguf"
-        )
 
 
 def gguf_source(checkpoint: Checkpoint, plan: Plan) -> GgufSource:
@@ -181,6 +166,8 @@ def _dense_tensors(plan: Plan, checkpoint: Checkpoint, source: GgufSource) -> It
             continue
         form = "f32" if is_exact else _FORM_OF_DTYPE[info.dtype]
         yield from dense_tensors(rule, whole_tensor(info), source, form)
+        if info.name == spec.embedding_name and spec.tie_word_embeddings and family.needs_output:
+            yield from dense_tensors(Rule(("output.weight",)), whole_tensor(info), source, form)
 
 
 def _extra_tensors(source: GgufSource) -> Iterator[GgufTensor]:

@@ -29,6 +29,7 @@ from edge_moe.converters.sidecar import (
 from edge_moe.converters.slicing import (
     DTYPE_OF_FORM,
     SlicedTensor,
+    check_groups,
     data_bytes,
     dense_tensors,
     slice_experts,
@@ -46,7 +47,6 @@ from edge_moe.tensor_info import TensorInfo
 
 SHARD_BYTES = 5 * 10**9
 _SMALL_FILES_BYTES = 2**20  # index, plan, model card
-_MIN_EXPERTS_PER_GROUP = 2  # a group's score is the sum of its best two
 
 
 def export_hf(
@@ -104,28 +104,7 @@ def check_hf(plan: Plan, spec: ModelSpec) -> None:
             "--target native"
         )
     for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
-        _check_groups(layer_id, plan.kept(row), spec)
-
-
-def _check_groups(layer_id: int, kept: list[int], spec: ModelSpec) -> None:
-    """Groups are equal consecutive runs of experts: dropping must keep them so."""
-    router = spec.router
-    if router.num_groups == 1:
-        return
-    group_width = spec.num_experts // router.num_groups
-    members = [expert_id // group_width for expert_id in kept]
-    counts = [members.count(group) for group in range(router.num_groups)]
-    if len(set(counts)) != 1 or counts[0] < _MIN_EXPERTS_PER_GROUP:
-        raise TargetError(
-            f"target hf needs the same number of experts, at least {_MIN_EXPERTS_PER_GROUP}, in "
-            f"each of the router's {router.num_groups} groups; the plan keeps {counts} in layer "
-            f"{layer_id}: plan again with --target hf, or build with --target native"
-        )
-    if counts[0] * router.top_groups < spec.top_k:
-        raise TargetError(
-            f"target hf: layer {layer_id} keeps {counts[0]} experts per group, so "
-            f"{router.top_groups} groups hold fewer than top_k={spec.top_k}: keep more experts"
-        )
+        check_groups(layer_id, plan.kept(row), spec, "hf")
 
 
 def _kept_experts(plan: Plan, checkpoint: Checkpoint) -> Iterator[SlicedTensor]:

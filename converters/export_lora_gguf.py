@@ -89,7 +89,7 @@ def export_lora_gguf(package: Path, original: Path, output: Path) -> Path:
 
 def _branch_tensors(package: Package) -> Iterator[GgufTensor]:
     for branch in read_branches(package):
-        name = _gguf_name(package.spec, f"{branch.module}.weight")
+        name = lora_name(package.spec, f"{branch.module}.weight")
         yield from _pair(name, *_factors(branch))
 
 
@@ -104,7 +104,7 @@ def _router_tensors(package: Package, original: Checkpoint, alpha: float) -> Ite
             num_rows = np.float32(len(kept))
             identity = np.eye(len(kept), dtype=np.float32)
             scaled = change * (num_rows / np.float32(alpha))
-            yield from _pair(_gguf_name(package.spec, name), scaled, identity)
+            yield from _pair(lora_name(package.spec, name), scaled, identity)
 
 
 def _factors(branch: BranchTensors) -> tuple[FloatArray, FloatArray]:
@@ -117,8 +117,12 @@ def _pair(name: str, lora_a: FloatArray, lora_b: FloatArray) -> Iterator[GgufTen
         yield GgufTensor(f"{name}.{suffix}", values.shape, "f32", chunks)
 
 
-def _gguf_name(spec: ModelSpec, name: str) -> str:
-    """llama.cpp's name of the matrix that a pair is added to."""
+def lora_name(spec: ModelSpec, name: str) -> str:
+    """llama.cpp's name of the matrix that a pair is added to.
+
+    Raises:
+        TargetError: GGUF has no such matrix, or one whose rows lie otherwise.
+    """
     rule = GGUF_FAMILIES[spec.model_type].rule(spec, name)
     if rule.transform is not None:
         raise TargetError(

@@ -142,6 +142,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
         checks=(*_PLAIN, *_FULL_ATTENTION),
     ),
     "olmoe": GgufFamily(
+        needs_output=True,
         layer={**_NORMS, **_ATTENTION, **_QK_NORMS, **_ROUTER},
         keys=_GROUPED,
         checks=(
@@ -157,6 +158,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
         checks=(*_PLAIN, only("sliding_window", None), checks.experts_in_every_layer),
     ),
     "qwen2_moe": GgufFamily(
+        needs_output=True,
         layer={**_NORMS, **_ATTENTION, **_ROUTER, **_GATED_SHARED},
         keys=(*_GROUPED, keys.shared_width),
         checks=(*_PLAIN, *_FULL_ATTENTION, checks.as_wide_as_hidden),
@@ -182,6 +184,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
         ),
     ),
     "gpt_oss": GgufFamily(
+        needs_output=True,
         layer={
             **_POST_NORMS,
             **_ATTENTION,
@@ -201,6 +204,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
         ),
     ),
     "minimax_m2": GgufFamily(
+        needs_output=True,
         layer={
             **_NORMS,
             **_ATTENTION,

@@ -107,6 +107,8 @@ class GgufFamily:
     checks: tuple[Check, ...] = ()
     extra: Callable[[GgufSource], dict[str, FloatArray]] | None = None
     """Tensors that the checkpoint has no counterpart of, float32."""
+    needs_output: bool = False
+    """llama.cpp wants an output matrix even where it is the embeddings again."""
 
     def rule(self, spec: ModelSpec, tensor_name: str) -> Rule:
         """Where the checkpoint's tensor goes, with complete names.

@@ -14,6 +14,13 @@ from edge_moe.layer_rules import hybrid_blocks
 _GATING = {"softmax": 1, "sigmoid": 2}  # llama_expert_gating_func_type
 
 
+def norm_epsilon(source: GgufSource) -> float:
+    """What norms add to the mean square."""
+    keys = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
+    key = next((key for key in keys if key in source.config), keys[0])
+    return float(source.number(key))
+
+
 def kv_heads(writer: Any, source: GgufSource) -> None:
     """Heads of keys and values, the same in every layer."""
     writer.add_head_count_kv(source.spec.num_kv_heads)
@@ -172,7 +179,7 @@ def mamba(writer: Any, source: GgufSource) -> None:
     writer.add_ssm_group_count(source.number("n_groups"))
     writer.add_ssm_time_step_rank(heads)
     writer.add_ssm_inner_size(heads * source.number("mamba_head_dim"))
-    writer.add_layer_norm_eps(source.number("layer_norm_epsilon"))
+    writer.add_layer_norm_eps(norm_epsilon(source))
     writer.add_key_length(source.head_width)
     writer.add_value_length(source.head_width)
     if spec.latent_width:

@@ -6,6 +6,7 @@ from typing import Any
 
 from edge_moe.converters.gguf_families import GGUF_FAMILIES
 from edge_moe.converters.gguf_family import GgufSource
+from edge_moe.converters.gguf_keys import norm_epsilon
 from edge_moe.converters.gguf_tokenizer import GgufVocabulary
 from edge_moe.errors import TargetError
 from edge_moe.plan import Plan
@@ -53,7 +54,7 @@ def add_metadata(writer: Any, plan: Plan, source: GgufSource) -> None:
     writer.add_block_count(spec.num_layers)
     writer.add_vocab_size(spec.vocab_size)
     writer.add_head_count(spec.num_attention_heads)
-    writer.add_layer_norm_rms_eps(_epsilon(source))
+    writer.add_layer_norm_rms_eps(norm_epsilon(source))
     writer.add_expert_count(source.num_kept)
     writer.add_expert_used_count(spec.top_k)
     writer.add_expert_feed_forward_length(spec.expert_width)
@@ -61,13 +62,6 @@ def add_metadata(writer: Any, plan: Plan, source: GgufSource) -> None:
         add_keys(writer, source)
     writer.add_file_type(_file_type(plan))
     writer.add_quantization_version(_QUANTIZATION_VERSION)
-
-
-def _epsilon(source: GgufSource) -> float:
-    """What norms add to the mean square."""
-    keys = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
-    key = next((key for key in keys if key in source.config), keys[0])
-    return float(source.number(key))
 
 
 def add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:

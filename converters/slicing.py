@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from edge_moe.checkpoint import Checkpoint, expert_axis
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.source_bytes import read_all, read_float32, rows
+from edge_moe.errors import TargetError
 from edge_moe.formats import get_form
-from edge_moe.plan import Plan
+from edge_moe.plan import Plan, Target
+from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo
 
+_MIN_EXPERTS_PER_GROUP = 2  # a group's score is the sum of its best two
 DTYPE_OF_FORM = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 """Forms that are plain numbers, and how safetensors spells them."""
 
@@ -74,6 +77,32 @@ def whole_tensor(
     """`info` as it is, possibly under another name or converted to plain `form`."""
     dtype = info.dtype if form is None else DTYPE_OF_FORM[form]
     return SlicedTensor(TensorEntry(name or info.name, dtype, info.shape), (info,), form)
+
+
+def check_groups(layer_id: int, kept: list[int], spec: ModelSpec, target: Target) -> None:
+    """Groups are equal consecutive runs of experts: dropping must keep them so.
+
+    Raises:
+        TargetError: names the layer and what its groups keep.
+    """
+    router = spec.router
+    if router.num_groups == 1:
+        return
+    group_width = spec.num_experts // router.num_groups
+    members = [expert_id // group_width for expert_id in kept]
+    counts = [members.count(group) for group in range(router.num_groups)]
+    if len(set(counts)) != 1 or counts[0] < _MIN_EXPERTS_PER_GROUP:
+        raise TargetError(
+            f"target {target} needs the same number of experts, at least "
+            f"{_MIN_EXPERTS_PER_GROUP}, in each of the router's {router.num_groups} groups; the "
+            f"plan keeps {counts} in layer {layer_id}: plan again with --target {target}, or build "
+            "with --target native"
+        )
+    if counts[0] * router.top_groups < spec.top_k:
+        raise TargetError(
+            f"target {target}: layer {layer_id} keeps {counts[0]} experts per group, so "
+            f"{router.top_groups} groups hold fewer than top_k={spec.top_k}: keep more experts"
+        )
 
 
 def data_bytes(tensors: Iterable[SlicedTensor]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from edge_moe.candidates import check_target, find_candidates, gguf_reason
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.export_gguf import export_gguf, gguf_source
+from edge_moe.converters.export_lora_gguf import lora_name
 from edge_moe.converters.gguf_families import GGUF_FAMILIES
 from edge_moe.errors import TargetError
 from edge_moe.families import COMPOSITES, FAMILIES
@@ -78,6 +78,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "ernie4_5_moe",
         {"moe_num_shared_experts": 2, "tie_word_embeddings": True},
     ),
+    "qwen2_moe tied": ("qwen2_moe", {"tie_word_embeddings": True}),
     "lfm2_moe tied": ("lfm2_moe", {"tie_word_embeddings": True}),
     "gemma4_text capped": (
         "gemma4_text",
@@ -154,7 +155,10 @@ def test_quantised_experts_stay_near(case: str, source: Source, tmp_path: Path) 
     types = {tensor.name: tensor.type_name for tensor in read_gguf_header(path).tensors}
     assert types[f"blk.{checkpoint.spec.moe_layer_ids[0]}.ffn_down_exps.weight"] == "Q8_0"
     expected = transformers_logits(checkpoint.folder, {}, checkpoint.spec)
-    found = ask_llama(path, tmp_path, IDS).logits
+    assert_near(ask_llama(path, tmp_path, IDS).logits, expected)
+
+
+def assert_near(found: FloatArray, expected: FloatArray) -> None:
     errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert np.median(errors) < 0.12
 
@@ -176,8 +180,7 @@ def test_the_language_model_of_a_larger_one(family: str, source: Source, tmp_pat
     checkpoint = Checkpoint(tmp_path)
     plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8, "f32"), "gguf")
     path = export_gguf(plan, checkpoint, tmp_path / "model.gguf")
-    spec = replace(checkpoint.spec)
-    expected = transformers_logits(tmp_path, {}, spec, AutoModelForImageTextToText)
+    expected = transformers_logits(tmp_path, {}, checkpoint.spec, AutoModelForImageTextToText)
     assert np.abs(ask_llama(path, tmp_path, IDS).logits - expected).max() < 1e-3
 
 
@@ -201,6 +204,8 @@ def test_a_bfloat16_checkpoint_keeps_its_matrices(case: str, tmp_path: Path) -> 
     }
     small = ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm", "exps.bias")
     assert all(any(part in name for part in small) for name in in_float32)
+    expected = transformers_logits(folder, {}, checkpoint.spec)
+    assert_near(ask_llama(tmp_path / "bf16.gguf", tmp_path, IDS).logits, expected)
 
 
 # ---------------------------------------------------------------------------- refusals
@@ -270,10 +275,10 @@ def test_refuses_what_the_graph_does_not_compute(
 
 def test_refuses_groups_that_llama_cpp_would_cut_elsewhere(source: Source, tmp_path: Path) -> None:
     checkpoint = source("deepseek_v3")
-    for kept, message in (([0, 1, 2, 4], "keeps 3, 1 experts"), ([0, 4], "keeps 1, 1 experts")):
+    for kept, counts in (([0, 1, 2, 4], "3, 1"), ([0, 4], "1, 1")):
         row = ["f32" if e in kept else DROP for e in range(8)]
         plan = hand_plan(checkpoint, [row] * 2, "gguf")
-        with pytest.raises(TargetError, match=message):
+        with pytest.raises(TargetError, match=rf"keeps \[{counts}\] in layer 1"):
             export_gguf(plan, checkpoint, tmp_path / "model.gguf")
 
 
@@ -283,6 +288,13 @@ def test_an_unknown_tensor_is_named(source: Source) -> None:
         TargetError, match=r"no place for tensor 'model\.layers\.0\.self_attn\.rope"
     ):
         GGUF_FAMILIES["mixtral"].rule(spec, "model.layers.0.self_attn.rope.weight")
+
+
+def test_a_lora_of_rearranged_rows_is_refused(source: Source) -> None:
+    spec = source("mixtral").spec
+    assert lora_name(spec, "model.layers.1.self_attn.o_proj.weight") == "blk.1.attn_output.weight"
+    with pytest.raises(TargetError, match="does not rearrange what recovery changed"):
+        lora_name(spec, "model.layers.1.self_attn.q_proj.weight")
 
 
 # ---------------------------------------------------------------------------- provenance
@@ -332,6 +344,19 @@ def test_nothing_is_said_that_nobody_stated(source: Source, tmp_path: Path) -> N
     assert metadata["general.base_model.0.name"] == checkpoint.folder.name
     for key in ("license", "languages", "source.url", "base_model.0.repo_url"):
         assert f"general.{key}" not in metadata
+
+
+def test_older_files_do_not_list_their_layers(tmp_path: Path) -> None:
+    layers = ["linear_attention"] * 3 + ["full_attention"]
+    folder = make_tiny_checkpoint(
+        tmp_path / "old", "qwen3_next", dtype="float32", layer_types=layers
+    )
+    expected = transformers_logits(folder, {}, Checkpoint(folder).spec)
+    edit_config(folder, layer_types=None, full_attention_interval=4)
+    checkpoint = Checkpoint(folder)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8, "f32"), "gguf")
+    path = export_gguf(plan, checkpoint, tmp_path / "model.gguf")
+    assert np.abs(ask_llama(path, tmp_path, IDS).logits - expected).max() < 1e-3
 
 
 def test_keys_are_computed_from_defaults_too(source: Source, tmp_path: Path) -> None:
