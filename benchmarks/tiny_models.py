@@ -10,7 +10,7 @@ from edge_moe.minimal_model import minimal_config
 ROUTER_NAMES = ("gate.weight", "router.weight", "router.proj.weight")
 
 
-def _byte_tokenizer(folder: Path) -> None:
+def write_byte_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer without merges: 256 bytes plus <|endoftext|> (id 0)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -56,5 +56,5 @@ def make_tiny_checkpoint(
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.uniform_(-0.1, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    _byte_tokenizer(folder)
+    write_byte_tokenizer(folder)
     return folder
