@@ -16,7 +16,7 @@ from edge_moe.spec import ModelSpec
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 _SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".py"}
-_LEGAL_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_LEGAL_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "USAGE_POLICY")
 _INDEX_SUFFIX = ".index.json"
 _ROPE = "rope_parameters"
 _OLDER_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")

@@ -110,6 +110,23 @@ def test_keeping_everything_changes_no_weight(
         assert Checkpoint(output).read_raw(name) == checkpoint.read_raw(name)
 
 
+def test_what_a_published_folder_needs_is_there(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_checkpoint("gpt_oss"), tmp_path / "source")
+    for name in ("chat_template.jinja", "LICENSE", "USAGE_POLICY", "tokenizer.model", "merges.txt"):
+        (source / name).write_bytes(name.encode())
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("x")
+    checkpoint = Checkpoint(source)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
+    found, expected = tree(build(plan, tmp_path / "out")), tree(source)
+    assert "generation_config.json" in expected and "tokenizer_config.json" in expected
+    changed = {"config.json", "model.safetensors"}
+    assert found.keys() == expected.keys() | {"README.md", "plan.json"}
+    assert all(found[name] == expected[name] for name in expected.keys() - changed)
+
+
 def test_shards_and_index(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tiny_checkpoint("mixtral"))
     plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
