@@ -40,6 +40,18 @@ def logits(model: Any) -> FloatArray:
 
 
 @contextmanager
+def table_gelu() -> Iterator[None]:
+    """transformers computes GELU as llama.cpp does on a CPU: from a table of float16 values."""
+    real = torch.nn.functional.gelu
+
+    def gelu(values: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return real(values.half().float(), *arguments, **options).half().float()
+
+    with mock.patch("torch.nn.functional.gelu", gelu):
+        yield
+
+
+@contextmanager
 def masked(model: Any, spec: ModelSpec, dropped: Mapping[int, Sequence[int]]) -> Iterator[None]:
     """Routers give the experts `dropped[layer_id]` no chance, whatever they compute."""
     real, gone = torch.nn.functional.linear, {}

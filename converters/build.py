@@ -16,11 +16,12 @@ from edge_moe.converters.model_card import SizeRow, model_card, plan_fingerprint
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
-from edge_moe.errors import PlanError, TargetError
+from edge_moe.errors import InputError, PlanError
 from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_model import GgufModel
+from edge_moe.onnx_folder import OnnxOptions
 from edge_moe.open_model import open_model
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, Target
@@ -39,24 +40,27 @@ def build(
     model: Path | None = None,
     target: Target | None = None,
     stats: Path | None = None,
+    onnx: OnnxOptions | None = None,
 ) -> Path:
     """Build what `plan` says into the new folder `output`, which is returned.
 
     The source is `model`, or else `plan.model` (a folder, a .gguf file or a hub id); `target`
     overrides the plan's. `stats` are the plan's statistics, whose moments weigh columns where the
-    types of a .gguf file change. A build that was killed resumes when the same call is made again,
-    with the same bytes as a result. `output` appears when it is complete, never before.
+    types of a .gguf file change; `onnx` holds options of that target. A build that was killed
+    resumes when the same call is made again, with the same bytes as a result. `output` appears
+    when it is complete, never before.
 
     Raises:
         PlanError: the plan was made from another checkpoint.
         TargetError: the target cannot express the plan.
         BudgetError: the plan was made for another target, and does not fit its budget in this one.
-        InputError: `output` exists already.
+        InputError: `output` exists already, or options of another target were given.
         DiskSpaceError: too little free space.
         CheckpointError: weights that are missing, damaged, NaN or infinite.
     """
     target = target or plan.target
-    _check_target(target)
+    if onnx is not None and target != "onnx":
+        raise InputError(f"target {target} has no ONNX options: leave them out")
     require_new_output(output)
     source = open_model(model or _resolve(plan.model))
     check_target(source.spec, target)
@@ -64,24 +68,20 @@ def build(
     if target == "hf":
         check_hf(plan, source.spec)
     plan = rebill(plan, source, target)
-    with build_folder(output, _build_fingerprint(plan, target)) as work:
+    with build_folder(output, _build_fingerprint(plan, target, onnx)) as work:
         if isinstance(source, GgufModel):
             _slice(plan, source, work, stats)
         elif target == "native":
             export_native(plan, source, work, _packer(plan, source))
         elif target == "hf":
             export_hf(plan, source, work)
+        elif target == "onnx":
+            from edge_moe.converters.onnx.export import export_onnx
+
+            export_onnx(plan, source, work, _packer(plan, source), onnx or OnnxOptions())
         else:
             _build_gguf(plan, source, work)
     return output
-
-
-def _check_target(target: Target) -> None:
-    if target not in ("native", "hf", "gguf"):
-        raise TargetError(
-            f"target {target} cannot be built yet: use --target native, --target gguf or "
-            "--target hf"
-        )
 
 
 def _resolve(model: str) -> Path:
@@ -144,9 +144,9 @@ def _packer(plan: Plan, checkpoint: Checkpoint) -> Packer:
     return packer
 
 
-def _build_fingerprint(plan: Plan, target: Target) -> str:
+def _build_fingerprint(plan: Plan, target: Target, onnx: OnnxOptions | None) -> str:
     """Equal for builds of one output whose bytes are equal."""
-    parts = (__version__, plan_fingerprint(plan), target)
+    parts = (__version__, plan_fingerprint(plan), target, *([repr(onnx)] if onnx else []))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

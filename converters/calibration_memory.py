@@ -11,10 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.plan import MemoryTerm
+from edge_moe.tensor_info import TensorInfo
 from edge_moe.units import format_bytes
 
 PACK_CHUNK_WEIGHTS = 2**17
@@ -36,8 +37,8 @@ def calibration_terms(
     layer        4 bytes x (E 3HI + the largest layer's dense weights) + 32 E (H + I) of moments
     activations  T x (4H MoE inputs + 4H outputs of an expert that gets every token
                  + 16 (k + 1) routing + 4E router scores)
-    window       W x (4 ((k + 11) H + 6I + 6 x widest dense row) + 32 k (k + 1))
-                 + 8 x heads x W**2 attention scores
+    window       W x (4 ((k + 11) H + 6I + 6 x widest dense row + S) + 32 k (k + 1)), S what a
+                 recurrent layer holds per token, + 8 x heads x W**2 attention scores
     scratch      the largest tensor while it is read, one expert unpacked, one chunk being packed
     hessians     where `quantiser` needs them: 4 (H^2 + I^2) of one expert, and 24 max(H, I)^2 while
                  one is factored and the scales are solved
@@ -51,6 +52,7 @@ def calibration_terms(
     largest_weights = max([2 * hidden * width, *map(_num_weights, tensors)])
     widest = max(max(info.shape, default=1) for info in tensors)
     row_bytes = 4 * ((top_k + 11) * hidden + 6 * width + 6 * widest) + 32 * top_k * (top_k + 1)
+    row_bytes += 4 * spec.state_workspace
     terms = {
         "layer": 4 * (spec.num_experts * spec.expert_weights + dense_weights)
         + 32 * spec.num_experts * (hidden + width),

@@ -116,7 +116,7 @@ def _narrowed(
     """(form, experts per layer, width) with all experts as wide as fits."""
     num_experts = spec.num_experts * spec.num_moe_layers
     offered = [forms[index] for index in kept_forms(forms)]
-    for names in (*BIT_CLASSES.values(), (forms[-1],)):
+    for names in (*BIT_CLASSES, (forms[-1],)):
         if not set(names) & set(offered):
             continue  # the target does not store so few bits
         for width in range(spec.expert_width - WIDTH_STEP, 0, -WIDTH_STEP):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.model_card import model_card, size_rows
 from edge_moe.converters.progress import Advance, byte_progress
 from edge_moe.converters.safetensors_writer import (
@@ -40,8 +40,10 @@ from edge_moe.errors import TargetError
 from edge_moe.files import require_free_disk, write_text
 from edge_moe.formats import DROP
 from edge_moe.package import PLAN_NAME
+from edge_moe.packed_tensors import PackedInfo
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import TensorInfo
 
 SHARD_BYTES = 5 * 10**9
 _SMALL_FILES_BYTES = 2**20  # index, plan, model card
@@ -64,7 +66,7 @@ def export_hf(
     """
     name = work.output.name
     check_hf(plan, checkpoint.spec)
-    dense = dense_tensors(plan, checkpoint)
+    dense = [part for tensor in dense_tensors(plan, checkpoint) for part in _as_stored(tensor)]
     experts = list(_kept_experts(plan, checkpoint))
     others = [whole_tensor(info) for info in checkpoint.other_tensors]
     tensors = {tensor.entry.name: tensor for tensor in dense + experts + others}
@@ -140,20 +142,38 @@ def _layer_experts(
     spec, tensors = checkpoint.spec, checkpoint.tensors
     if checkpoint.is_fused:
         for name in spec.fused_tensor_names(layer_id):
-            info = tensors[name]
-            yield slice_experts(info, kept, spec.num_experts, _conversion(info, form))
+            convert = _conversion(tensors[name], form)
+            for info in stored_parts(tensors[name]):
+                yield slice_experts(info, kept, spec.num_experts, convert)
         return
     for new_id, expert_id in enumerate(kept):
         old_names = spec.expert_tensor_names(layer_id, expert_id)
         new_names = spec.expert_tensor_names(layer_id, new_id)
         for old_name, new_name in zip(old_names, new_names, strict=True):
-            info = tensors[old_name]
-            yield whole_tensor(info, new_name, _conversion(info, form))
+            convert = _conversion(tensors[old_name], form)
+            for info in stored_parts(tensors[old_name]):
+                renamed = new_name + info.name.removeprefix(old_name)
+                yield whole_tensor(info, renamed, convert)
+
+
+def _as_stored(tensor: SlicedTensor) -> list[SlicedTensor]:
+    """A dense tensor; the ones it is packed in where it is."""
+    packed = tensor.pieces[0] if len(tensor.pieces) == 1 else None
+    if not isinstance(packed, PackedInfo):
+        return [tensor]
+    return [whole_tensor(info) for info in packed.packing.stored]
+
+
+def stored_parts(info: TensorInfo) -> tuple[TensorInfo, ...]:
+    """`info`, or the tensors that it is packed in: those go out as they are."""
+    return info.packing.stored if isinstance(info, PackedInfo) else (info,)
 
 
 def _conversion(info: TensorInfo, form: str) -> str | None:
-    """`form` when it is another dtype than the stored one."""
-    return None if DTYPE_OF_FORM[form] == info.dtype else form
+    """`form` when it is another dtype than a plain tensor's; packed ones stay as they are."""
+    if isinstance(info, PackedInfo) or DTYPE_OF_FORM[form] == info.dtype:
+        return None
+    return form
 
 
 def _write_config(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:

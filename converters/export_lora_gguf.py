@@ -16,7 +16,7 @@ import numpy as np
 from edge_moe.adapter import BranchTensors, read_branches
 from edge_moe.candidates import check_target
 from edge_moe.checkpoint import Checkpoint, FloatArray, read_header
-from edge_moe.converters.export_gguf import gguf_name
+from edge_moe.converters.gguf_families import GGUF_FAMILIES
 from edge_moe.converters.gguf_writer import (
     GgufTensor,
     add_tensor_info,
@@ -24,9 +24,10 @@ from edge_moe.converters.gguf_writer import (
     write_tensor,
 )
 from edge_moe.converters.source_bytes import read_float32
-from edge_moe.errors import InputError
+from edge_moe.errors import InputError, TargetError
 from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.package import RESIDENT_NAME, Package
+from edge_moe.spec import ModelSpec
 
 ADAPTER_GGUF_NAME = "adapter.gguf"
 _HEADER_BYTES = 2**20
@@ -88,7 +89,8 @@ def export_lora_gguf(package: Path, original: Path, output: Path) -> Path:
 
 def _branch_tensors(package: Package) -> Iterator[GgufTensor]:
     for branch in read_branches(package):
-        yield from _pair(f"{branch.module}.weight", *_factors(branch))
+        name = _gguf_name(package.spec, f"{branch.module}.weight")
+        yield from _pair(name, *_factors(branch))
 
 
 def _router_tensors(package: Package, original: Checkpoint, alpha: float) -> Iterator[GgufTensor]:
@@ -101,7 +103,8 @@ def _router_tensors(package: Package, original: Checkpoint, alpha: float) -> Ite
         if change.any():
             num_rows = np.float32(len(kept))
             identity = np.eye(len(kept), dtype=np.float32)
-            yield from _pair(name, change * (num_rows / np.float32(alpha)), identity)
+            scaled = change * (num_rows / np.float32(alpha))
+            yield from _pair(_gguf_name(package.spec, name), scaled, identity)
 
 
 def _factors(branch: BranchTensors) -> tuple[FloatArray, FloatArray]:
@@ -111,7 +114,18 @@ def _factors(branch: BranchTensors) -> tuple[FloatArray, FloatArray]:
 def _pair(name: str, lora_a: FloatArray, lora_b: FloatArray) -> Iterator[GgufTensor]:
     for suffix, values in (("lora_a", lora_a), ("lora_b", lora_b)):
         chunks = partial(_chunks, values)
-        yield GgufTensor(f"{gguf_name(name)}.{suffix}", values.shape, "f32", chunks)
+        yield GgufTensor(f"{name}.{suffix}", values.shape, "f32", chunks)
+
+
+def _gguf_name(spec: ModelSpec, name: str) -> str:
+    """llama.cpp's name of the matrix that a pair is added to."""
+    rule = GGUF_FAMILIES[spec.model_type].rule(spec, name)
+    if rule.transform is not None:
+        raise TargetError(
+            f"GGUF stores {name!r} rearranged, and this export does not rearrange what recovery "
+            "changed in it: run the package with `edge-moe run` instead"
+        )
+    return rule.names[0]
 
 
 def _chunks(values: FloatArray) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_moe.errors import MissingExtraError
+from edge_moe.errors import MissingExtraError, TargetError
 from edge_moe.formats import get_form
 
 Chunks = Callable[[], Iterator[bytes]]
@@ -82,6 +82,8 @@ def _ggml_type(form_name: str) -> Any:
     gguf = import_gguf()
     form = get_form(form_name)
     types = gguf.GGMLQuantizationType
+    if form.ggml_type is None:
+        raise TargetError(f"target gguf: ggml does not know form {form_name}: plan again for gguf")
     if form.ggml_type not in types._value2member_map_:  # q2_0 (42), in gguf up to 0.19
         member = int.__new__(types, form.ggml_type)
         member._name_, member._value_ = form_name.upper(), form.ggml_type

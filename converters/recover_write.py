@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import Tensor
 
 from edge_moe.adapter import ADAPTER_CONFIG_NAME, adapter_config, tensor_names
-from edge_moe.checkpoint import TensorInfo
 from edge_moe.converters.recover_student import Branch
 from edge_moe.converters.safetensors_writer import TensorEntry, file_bytes, safetensors_file
 from edge_moe.converters.sidecar import CARD_NAME, sidecar_files
@@ -29,6 +28,7 @@ from edge_moe.package import (
     PackageManifest,
 )
 from edge_moe.runtime.allotment import dense_tensors
+from edge_moe.tensor_info import TensorInfo
 
 RECOVERY_NAME = "recovery.json"
 _SMALL_FILES_BYTES = 2**22

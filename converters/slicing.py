@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo, expert_axis
+from edge_moe.checkpoint import Checkpoint, expert_axis
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.source_bytes import read_all, read_float32, rows
 from edge_moe.formats import get_form
 from edge_moe.plan import Plan
+from edge_moe.tensor_info import TensorInfo
 
 DTYPE_OF_FORM = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 """Forms that are plain numbers, and how safetensors spells them."""

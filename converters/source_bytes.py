@@ -7,8 +7,10 @@ from io import FileIO
 
 import numpy as np
 
-from edge_moe.checkpoint import FloatArray, TensorInfo, to_float32
+from edge_moe.checkpoint import FloatArray, to_float32
 from edge_moe.errors import CheckpointError
+from edge_moe.packed_tensors import PackedInfo
+from edge_moe.tensor_info import TensorInfo
 
 CHUNK_BYTES = 8 * 2**20
 # dtype -> (unsigned integer of the same width, exponent bits: all ones in NaN and infinity)
@@ -25,6 +27,9 @@ def read_chunks(info: TensorInfo) -> Iterator[bytes]:
     Raises:
         CheckpointError: the file ends early, or a float tensor holds NaN or infinity.
     """
+    if isinstance(info, PackedInfo):
+        yield from info.chunks()
+        return
     with info.path.open("rb", buffering=0) as handle:
         handle.seek(info.offset)
         remaining_bytes = info.num_bytes

@@ -17,6 +17,7 @@ from edge_moe.converters.transforms.heapr import check_width
 from edge_moe.converters.transforms.selection import check_num_experts
 from edge_moe.errors import InputError
 from edge_moe.formats import DROP
+from edge_moe.packed_tensors import PackedInfo
 from edge_moe.stats import StatsInfo
 
 PLAIN_QUANTISER = "nearest"
@@ -101,6 +102,11 @@ def check_request(
     """
     checkpoint = Checkpoint(model)
     checkpoint.spec.require_plain_blocks(f"method {name}")
+    if any(isinstance(info, PackedInfo) for info in checkpoint.tensors.values()):
+        raise InputError(
+            f"{model} is stored in 8 or 4 bits, which method {name} would have to write again: "
+            "give it the original bf16 checkpoint, or use `edge-moe plan` and `edge-moe build`"
+        )
     values = method.parse(settings)
     num_experts, expert_width = _shape(checkpoint, method, num_experts, expert_width)
     info, windows = calibration_text(

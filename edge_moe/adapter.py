@@ -14,9 +14,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_moe.checkpoint import TensorInfo, read_header
+from edge_moe.checkpoint import read_header
 from edge_moe.errors import CheckpointError, PackageError
 from edge_moe.package import ADAPTER_NAME, AdapterRecord, Package
+from edge_moe.tensor_info import TensorInfo
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")

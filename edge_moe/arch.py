@@ -85,6 +85,11 @@ class Family:
     layer_memory: MemoryRule = all_full
     state_values: StateRule | None = None
     """Where some layers keep a state instead of keys and values."""
+    state_workspace: StateRule | None = None
+    """float32 values per token that such a layer holds at its largest moment."""
+    holds_scores: bool = False
+    """Attention keeps the scores of all heads, as with sinks, which torch has no fused kernel for.
+    """
     attention: Attention = "grouped"
     """Shapes of the attention weights: grouped queries, DeepSeek's latent attention, or others,
     which only transformers checks."""
@@ -101,9 +106,12 @@ class Family:
     """config.json keys of a minimal model, beside those that `minimal_config` sets for all."""
 
     gguf_arch: str | None = None
-    """llama.cpp architecture this project can export to; None where it cannot."""
-    gguf_renormalises: bool | None = None
-    """llama.cpp hard-codes renormalisation per architecture; an export must agree."""
+    """llama.cpp architecture that this family is exported to; `edge_moe.gguf_arch` says how that
+    routes. None where there is none."""
+    gguf_reason: str = ""
+    """Why there is none."""
+    gguf_limits: tuple[str, ...] = ()
+    """What llama.cpp computes a little differently, in sentences."""
 
     @property
     def has_plain_blocks(self) -> bool:

@@ -28,8 +28,9 @@ _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 GGUF_RUNTIME_BYTES = 60_000_000
 """A Python process with llama-cpp-python loaded takes 41 MB; the rest is vocabulary and graph."""
-ONNX_RUNTIME_BYTES = 100_000_000
-
+ONNX_RUNTIME_BYTES = 310_000_000
+"""A Python process with torch, transformers and onnxruntime: 309 MB measured on Linux. One with
+onnxruntime-genai takes 87 MB, demo model included."""
 
 PROCESS_TARGETS: tuple[Target, ...] = ("native", "hf")
 """Targets that run in a Python process, whose own memory is measured; the others' is a constant."""
@@ -83,7 +84,10 @@ def memory_terms(
     }
     experts = sum(per_expert[form] for row in forms for form in row)
     kv_itemsize = kv_itemsize_bytes(spec, device, target)
-    kv_bytes = spec.kv_bytes(context_tokens, kv_itemsize)
+    if target == "onnx" and spec.expanded_kv_width:
+        kv_bytes = context_tokens * _expanded_values(spec) * kv_itemsize
+    else:
+        kv_bytes = spec.kv_bytes(context_tokens, kv_itemsize)
     kv_note = f"{context_tokens} tokens, {kv_itemsize} bytes per value"
     return [
         MemoryTerm(
@@ -107,9 +111,9 @@ def memory_terms(
 def dense_bytes(model: SourceModel, device: Device, target: Target) -> int:
     """Bytes of everything but routed experts, as the target's runtime holds it.
 
-    The native runtime computes in float32 on a CPU, so every weight takes 4 bytes there. GGUF
-    stores vectors and routers as float32 and matrices in the checkpoint's dtype. A tied lm_head is
-    not counted again. A model that is a GGUF already keeps its tensors as they are.
+    The native runtime on a CPU and the ONNX graph compute in float32: every weight takes 4 bytes.
+    GGUF stores vectors and routers as float32 and matrices in the checkpoint's dtype. A tied
+    lm_head is not counted again. A model that is a GGUF already keeps its tensors as they are.
     """
     spec = model.spec
     if spec.is_gguf:
@@ -133,7 +137,7 @@ def num_weights(info: StoredTensor) -> int:
 
 
 def kv_itemsize_bytes(spec: ModelSpec, device: Device, target: Target) -> int:
-    """Bytes per cached value: native on a CPU float32, hf the checkpoint's dtype, else 16 bits."""
+    """Bytes per cached value: native on a CPU and onnx 4, hf the checkpoint's dtype, else 2."""
     if _computes_in_float32(device, target):
         return FLOAT32_BYTES
     if target == "hf":
@@ -156,6 +160,9 @@ def workspace_bytes(
     experts    one expert unpacked, with half as much again for the codes of a matrix; inputs,
                outputs and their sum [T, 3H]; gate, up and their product [T, 3I]; router logits
 
+    Layers that keep a state instead of a cache hold their own values per token instead, where
+    those are more. Attention with sinks holds the scores of all heads, too.
+
     Multi-head latent attention expands its cache for one layer at a time, and since its keys and
     values differ in width torch has no fused attention for it on a CPU and holds the scores of all
     heads [heads, T, C] about 2.4 times (measured: 316 MB at 256 x 4096 tokens, 32 heads).
@@ -165,11 +172,13 @@ def workspace_bytes(
     always = 2 * tokens * hidden + scored_tokens * spec.vocab_size
     attention = tokens * (2 * query + hidden + spec.kv_key_width + spec.kv_value_width)
     attention += tokens * context * 5 // 4
-    if spec.expanded_kv_width:
+    if spec.expanded_kv_width or spec.holds_scores:
         attention += tokens * context * spec.num_attention_heads * 12 // 5
         attention += context * spec.expanded_kv_width
-    elif device == "cuda" and spec.num_kv_heads != spec.num_attention_heads:
+    is_grouped = spec.num_kv_heads != spec.num_attention_heads and not spec.expanded_kv_width
+    if is_grouped and (device == "cuda" or spec.holds_scores):
         attention += 2 * context * query
+    attention = max(attention, tokens * spec.state_workspace)
     experts = spec.expert_weights * 7 // 6 + tokens * (
         3 * hidden + 3 * spec.expert_width + spec.num_experts
     )
@@ -207,8 +216,14 @@ def describe_terms(terms: Sequence[MemoryTerm]) -> str:
     return " + ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
 
 
+def _expanded_values(spec: ModelSpec) -> int:
+    """Values that a token takes in the ONNX graph's cache of latent attention: keys of all heads,
+    and values as wide as them, in all layers."""
+    return spec.num_layers * 2 * spec.query_width
+
+
 def _computes_in_float32(device: Device, target: Target) -> bool:
-    return target == "native" and device == "cpu"
+    return target == "onnx" or (target == "native" and device == "cpu")
 
 
 def _workspace_bytes(
@@ -226,11 +241,18 @@ def _workspace_note(target: Target) -> str:
 
 
 def _runtime_term(target: Target, num_bytes: int, source: Source) -> MemoryTerm:
-    """Only native and hf run in the process that was measured."""
+    """llama.cpp and onnxruntime run in processes of their own, which are not measured.
+
+    `num_bytes` is the measured process and the tokenizer, or the tokenizer alone.
+    """
     if target == "gguf":
         note = "a llama.cpp process without weights"
         return MemoryTerm(name="runtime", num_bytes=GGUF_RUNTIME_BYTES, source="assumed", note=note)
     if target == "onnx":
-        note = "an onnxruntime process without weights"
-        return MemoryTerm(name="runtime", num_bytes=ONNX_RUNTIME_BYTES, source="assumed", note=note)
+        return MemoryTerm(
+            name="runtime",
+            num_bytes=num_bytes + ONNX_RUNTIME_BYTES,
+            source="assumed",
+            note="`edge-moe run` with onnxruntime; onnxruntime-genai takes about 90 MB",
+        )
     return MemoryTerm(name="runtime", num_bytes=num_bytes, source=source)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from edge_moe.errors import TargetError
-from edge_moe.formats import DROP, expert_bytes, form_fits, get_form
+from edge_moe.formats import DROP, EXACT, expert_bytes, form_fits, get_form
+from edge_moe.gguf_arch import GGUF_ARCHS
 from edge_moe.plan import Device, Target
 from edge_moe.problem import FormScope
 from edge_moe.spec import ModelSpec
@@ -13,7 +15,8 @@ from edge_moe.spec import ModelSpec
 SOURCE_FORMS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 """Checkpoint dtype -> the form that stores it without loss."""
 
-_CLASSES = {
+_Classes = Mapping[str, tuple[str, ...]]
+_GGML_CLASSES: _Classes = {
     "ternary": ("tq1_0",),
     "2-bit": ("q2_k", "q2_0"),
     "3-bit": ("q3_k",),
@@ -23,6 +26,23 @@ _CLASSES = {
     "8-bit": ("q8_0",),
 }
 """Class -> forms, preferred first; the first that fits the shapes is the candidate."""
+_QMOE_CLASSES: _Classes = {
+    "2-bit": ("int2_b64", "int2_b32"),
+    "4-bit": ("int4_b64", "int4_b32"),
+    "8-bit": ("int8_row",),
+}
+ONNX_FAMILIES = (
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "minimax_m2",
+)
+"""Architectures whose decoder `edge_moe.converters.onnx` can write."""
 _LLAMA_CPU_ONLY = ("tq1_0", "tq2_0")
 
 
@@ -32,17 +52,17 @@ class TargetRules:
 
     scope: FormScope
     """Which experts share a form; see `edge_moe.problem.Problem`."""
-    classes: tuple[str, ...]
-    """Classes of bits offered besides `drop` and 16 bits."""
+    classes: _Classes = field(default_factory=dict)
+    """Classes of bits offered besides `drop` and the widest form, with their forms."""
     limits: tuple[str, ...] = ()
     """What it cannot express, in sentences."""
 
 
 TARGET_RULES: dict[Target, TargetRules] = {
-    "native": TargetRules(scope="expert", classes=tuple(_CLASSES)),
+    "native": TargetRules(scope="expert", classes=_GGML_CLASSES),
     "gguf": TargetRules(
         scope="layer",
-        classes=tuple(_CLASSES),
+        classes=_GGML_CLASSES,
         limits=(
             "GGUF holds one expert count for the whole model: every layer keeps the same number.",
             "GGUF stores the experts of a layer in one tensor per projection: "
@@ -51,7 +71,6 @@ TARGET_RULES: dict[Target, TargetRules] = {
     ),
     "hf": TargetRules(
         scope="model",
-        classes=(),
         limits=(
             "Hugging Face safetensors holds one expert count for the whole model: "
             "every layer keeps the same number.",
@@ -60,13 +79,13 @@ TARGET_RULES: dict[Target, TargetRules] = {
         ),
     ),
     "onnx": TargetRules(
-        scope="model",
-        classes=("4-bit", "8-bit"),
+        scope="expert",
+        classes=_QMOE_CLASSES,
         limits=(
-            "ONNX export keeps the same number of experts in every layer.",
-            "onnxruntime's QMoE is planned with one width for the whole model, 4, 8 or 16 bits.",
-            "Losses for ONNX are those of ggml forms of the same width: QMoE rounds differently.",
-            "`build` cannot write ONNX yet: this plan only shows what it would take.",
+            "onnxruntime computes each width of a layer in a node of its own, with up to top_k "
+            "experts each: a layer that mixes widths decodes more slowly.",
+            "onnxruntime has no 3, 5 or 6-bit experts in a float32 graph; experts of more than 8 "
+            "bits, and all dense weights, are float32.",
         ),
     ),
 }
@@ -77,14 +96,14 @@ class Candidates:
     """The forms on offer, and what is missing."""
 
     forms: tuple[str, ...]
-    """`drop` first, then ascending in bytes; the last is 16-bit (for hf: the checkpoint's own).
+    """`drop` first, then ascending in bytes; the last is 16-bit (hf: as stored; onnx: float32).
     A GGUF model has no 16-bit one: its layers may stay as they are stored, see `edge_moe.offer`."""
     limits: tuple[str, ...]
     """What the target or the shapes rule out, in sentences."""
 
 
 def candidate_forms(spec: ModelSpec, target: Target, device: Device = "cpu") -> tuple[str, ...]:
-    """`drop`, then one form per class of bits that fits, then 16 bits.
+    """`drop`, then one form per class of bits that fits, then the widest.
 
     Raises:
         TargetError: the target cannot hold this architecture at all.
@@ -114,8 +133,17 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
     check_target(spec, target)
     rules = TARGET_RULES[target]
     forms, limits = [DROP], list(rules.limits)
-    for name in rules.classes:
-        form, sentences = _pick(spec, name)
+    classes = rules.classes
+    if target == "onnx" and device == "cuda":
+        classes = {}
+        limits.append(
+            "onnxruntime computes integer experts in a float32 graph on the CPU only: on cuda they "
+            "are not offered."
+        )
+    if target == "gguf" and not spec.is_gguf:
+        limits += spec.family.gguf_limits
+    for name, choices in classes.items():
+        form, sentences = _pick(spec, name, choices)
         limits += sentences
         if form in _LLAMA_CPU_ONLY and target == "gguf":
             limits.append(_llama_sentence(device))
@@ -140,24 +168,60 @@ def check_target(spec: ModelSpec, target: Target) -> None:
                 "give the Hugging Face folder that it was made from"
             )
         return
-    if target != "gguf":
-        return
-    family = spec.family
+    if target == "onnx":
+        _check_onnx(spec)
+    reason = gguf_reason(spec) if target == "gguf" else None
+    if reason is not None:
+        raise TargetError(f"target gguf: {reason}: use --target native")
+
+
+def gguf_reason(spec: ModelSpec) -> str | None:
+    """Why llama.cpp cannot run this architecture, or this router; None where it can.
+
+    What only config.json's other values or the tokenizer rule out, `build` says.
+    """
+    if spec.is_gguf:
+        return None
+    family, router = spec.family, spec.router
     if family.gguf_arch is None:
-        raise TargetError(
-            f"target gguf cannot hold architecture {spec.model_type!r} yet: use --target native"
+        return family.gguf_reason or f"llama.cpp has no architecture for {spec.model_type!r}"
+    arch, name = GGUF_ARCHS[family.gguf_arch], f"llama.cpp's {family.gguf_arch}"
+    if arch.renormalises not in (None, router.renormalises):
+        return (
+            f"{name} always has norm_topk_prob={arch.renormalises}, this checkpoint has "
+            f"{router.renormalises}"
         )
-    renormalises = spec.router.renormalises
-    if family.gguf_renormalises not in (None, renormalises):
+    if not arch.reads_scale and router.scale != 1.0:
+        return f"{name} has no routed_scaling_factor={router.scale:g}"
+    if not (arch.reads_gating or arch.score == router.score_function):
+        return f"{name} scores experts by {arch.score}, this model by {router.score_function}"
+    if router.num_groups > router.top_groups and router.group_score != "best two":
+        return (
+            f"{name} ranks groups of experts by their two best scores, this checkpoint by the best"
+        )
+    return None
+
+
+def _check_onnx(spec: ModelSpec) -> None:
+    if spec.model_type not in ONNX_FAMILIES:
         raise TargetError(
-            f"target gguf: llama.cpp's {family.gguf_arch} always has norm_topk_prob="
-            f"{family.gguf_renormalises}, this checkpoint has {renormalises}: use --target native"
+            f"target onnx cannot hold architecture {spec.model_type!r} yet: use --target native"
+        )
+    if spec.router.score_function not in ("softmax", "sigmoid"):
+        raise TargetError(
+            f"target onnx does not compute the router {spec.router.score_function!r}: use --target "
+            "native"
+        )
+    if spec.hidden_act != "silu":
+        raise TargetError(
+            f"target onnx: onnxruntime's MoE computes gated experts with silu, this checkpoint "
+            f"has {spec.hidden_act}: use --target native"
         )
 
 
-def _pick(spec: ModelSpec, class_name: str) -> tuple[str | None, list[str]]:
+def _pick(spec: ModelSpec, class_name: str, names: tuple[str, ...]) -> tuple[str | None, list[str]]:
     """(the class's first form that fits or None, a sentence if it is not the preferred one)."""
-    preferred, *_ = names = _CLASSES[class_name]
+    preferred = names[0]
     widths = spec.expert_shape
     chosen = next((name for name in names if form_fits(name, *widths)), None)
     if chosen == preferred:
@@ -177,6 +241,8 @@ def _llama_sentence(device: Device) -> str:
 
 def _widest(spec: ModelSpec, target: Target) -> str:
     source_form = SOURCE_FORMS[spec.dtype]
+    if target == "onnx":
+        return EXACT
     if target == "hf" or source_form == "bf16":
         return source_form
     return "f16"

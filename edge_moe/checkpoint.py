@@ -13,7 +13,6 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,28 +24,20 @@ from edge_moe.config_reader import read_config, text_config
 from edge_moe.dense_shapes import dense_shapes
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import os_problem, read_json
+from edge_moe.onnx_folder import is_onnx_folder
+from edge_moe.packed_tensors import PackedInfo, unpacked_tensors
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import TensorInfo
 
 FloatArray = npt.NDArray[np.float32]
 
-ITEMSIZE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
+ITEMSIZE_BYTES = {
+    **{"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1},
+    **{"U8": 1, "I8": 1, "I32": 4, "I64": 8},
+}
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
 _PIECE_BYTES = 16 * 2**20
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies."""
-
-    name: str
-    path: Path
-    dtype: str
-    """safetensors spelling: BF16, F16, F32, ..."""
-    shape: tuple[int, ...]
-    offset: int
-    """First byte, counted from the start of the file."""
-    num_bytes: int
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -170,7 +161,9 @@ class Checkpoint:
         config_path = folder / "config.json"
         config = read_config(config_path)
         spec = ModelSpec.from_config(config, source=str(config_path))
-        self.tensors = _read_all_headers(folder) if tensors is None else tensors
+        stored = _read_all_headers(folder) if tensors is None else tensors
+        self.tensors = unpacked_tensors(stored, text_config(config), str(config_path))
+        """By name; packed ones as what they stand for."""
         self.spec = spec.with_names_of(self.tensors)
         self._check_tensors(dense_shapes(self.spec, text_config(config), str(config_path)))
 
@@ -202,9 +195,8 @@ class Checkpoint:
     def unused_tensors(self) -> frozenset[str]:
         """Tensors of layers past `num_layers` (multi-token prediction heads): never loaded."""
         num_layers = self.spec.num_layers
-        prefixes = tuple(
-            self.spec.layer_prefix(layer) for layer in range(num_layers, num_layers + 16)
-        )
+        layers = range(num_layers, num_layers + 16)
+        prefixes = "mtp.", *(self.spec.layer_prefix(layer) for layer in layers)
         return frozenset(name for name in self.tensors if name.startswith(prefixes))
 
     @cached_property
@@ -213,7 +205,7 @@ class Checkpoint:
         return tuple(
             info
             for name, info in self.tensors.items()
-            if not self.spec.is_part_of_language_model(name)
+            if not self.spec.is_part_of_language_model(name) and name not in self.unused_tensors
         )
 
     @cached_property
@@ -240,7 +232,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """sha256 over config.json, every header and sixteen 4 KiB samples of each weight file."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in sorted({info.path for info in self.tensors.values()}):
+        for path in sorted({path for info in self.tensors.values() for path in _paths(info)}):
             digest.update(path.name.encode())
             for piece in _samples(path):
                 digest.update(piece)
@@ -253,6 +245,8 @@ class Checkpoint:
             CheckpointError: unknown name, a dtype that is not a plain float, NaN or infinity.
         """
         info = self._info(name)
+        if isinstance(info, PackedInfo):
+            return info.values()
         return self._checked(info, info.offset, info.num_bytes).reshape(info.shape)
 
     def read_raw(self, name: str) -> bytes:
@@ -272,7 +266,9 @@ class Checkpoint:
         gate_up_name, down_name = self.spec.fused_tensor_names(layer_id)
         gate_up = self._row_block(gate_up_name, expert_id)
         down = self._row_block(down_name, expert_id)
-        if not self.has_contiguous_experts:  # [H, 2I], gate and up taking turns; [I, H]
+        if self.has_packed_experts and self.spec.family.is_transposed:  # gate and up taking turns
+            return gate_up[::2], gate_up[1::2], down
+        if self.spec.family.is_transposed:  # [H, 2I], gate and up taking turns; [I, H]
             return _turned(gate_up[:, ::2]), _turned(gate_up[:, 1::2]), _turned(down)
         if not self.spec.has_gate:
             return self._no_gate(), gate_up, down
@@ -295,7 +291,16 @@ class Checkpoint:
     @cached_property
     def has_contiguous_experts(self) -> bool:
         """Every row of gate_proj, up_proj and down_proj is one range of bytes."""
-        return not (self.is_fused and self.spec.family.is_transposed)
+        is_turned = self.is_fused and self.spec.family.is_transposed
+        return not (is_turned or self.has_packed_experts)
+
+    @cached_property
+    def has_packed_experts(self) -> bool:
+        """Experts are stored in 8 or 4 bits with scales."""
+        layer_id, spec = self.spec.moe_layer_ids[0], self.spec
+        if self.is_fused:
+            return isinstance(self._info(spec.fused_tensor_names(layer_id)[1]), PackedInfo)
+        return isinstance(self._info(spec.expert_tensor_names(layer_id, 0)[-1]), PackedInfo)
 
     def expert_dtypes(self, layer_id: int, expert_id: int) -> tuple[str, ...]:
         """Stored dtypes of (gate_proj, up_proj, down_proj)."""
@@ -348,6 +353,8 @@ class Checkpoint:
     def _row_block(self, name: str, index: int) -> FloatArray:
         """`tensor[index]` of a stacked tensor, reading only its own bytes."""
         info = self._info(name)
+        if isinstance(info, PackedInfo):
+            return info.expert_values(index)
         block_bytes = info.num_bytes // info.shape[0]
         flat = self._checked(info, info.offset + index * block_bytes, block_bytes)
         return flat.reshape(info.shape[1:])
@@ -369,6 +376,10 @@ class Checkpoint:
             CheckpointError: as for `read`.
         """
         info = self._info(name)
+        if isinstance(info, PackedInfo):
+            for _ in info.chunks():
+                pass
+            return
         for start in range(0, info.num_bytes, _PIECE_BYTES):
             self._checked(info, info.offset + start, min(_PIECE_BYTES, info.num_bytes - start))
 
@@ -387,6 +398,7 @@ class Checkpoint:
                 f"first {missing[0]!r}; a weight file may not have been downloaded"
             )
         self._check_shapes(shapes)
+        self._check_plain((self.spec.embedding_name, self.spec.final_norm_name, *routers))
         for name in routers:
             if expert_axis(self.tensors[name], self.spec.num_experts) is None:
                 raise CheckpointError(
@@ -400,6 +412,15 @@ class Checkpoint:
             if name not in self.unused_tensors:
                 _require_float(info)
 
+    def _check_plain(self, names: Iterable[str]) -> None:
+        """Rows of these are read one by one, so they may not be packed."""
+        for name in names:
+            if isinstance(self.tensors[name], PackedInfo):
+                raise CheckpointError(
+                    f"{self.folder}: {name!r} is stored packed, which edge-moe only reads of "
+                    "linear layers and experts: give it the original bf16 checkpoint"
+                )
+
     def _expert_shapes(self, layer_id: int) -> dict[str, tuple[int, ...]]:
         spec = self.spec
         up, down = (spec.expert_width, spec.expert_hidden), (spec.expert_hidden, spec.expert_width)
@@ -407,7 +428,7 @@ class Checkpoint:
         if self.is_fused:
             gate_up_name, down_name = spec.fused_tensor_names(layer_id)
             gate_up = spec.inner_rows, up[1]
-            if not self.has_contiguous_experts:
+            if spec.family.is_transposed and not self.has_packed_experts:
                 gate_up, down = gate_up[::-1], down[::-1]
             expected[gate_up_name] = (spec.num_experts, *gate_up)
             expected[down_name] = (spec.num_experts, *down)
@@ -442,6 +463,12 @@ def expert_axis(info: TensorInfo, num_experts: int) -> int | None:
     return 1 if info.shape == (1, num_experts) else None
 
 
+def _paths(info: TensorInfo) -> tuple[Path, ...]:
+    if isinstance(info, PackedInfo):
+        return tuple(part.path for part in info.packing.stored)
+    return (info.path,)
+
+
 def _turned(matrix: FloatArray) -> FloatArray:
     return np.ascontiguousarray(matrix.T)
 
@@ -467,6 +494,11 @@ def _weight_files(folder: Path) -> list[Path]:
         single = folder / "model.safetensors"
         if single.exists():
             return [single]
+        if is_onnx_folder(folder):
+            raise InputError(
+                f"{folder} holds an ONNX decoder, which only run and eval read: give the Hugging "
+                "Face folder that it was made from"
+            )
         raise CheckpointError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json: "
             "edge-moe reads safetensors checkpoints"

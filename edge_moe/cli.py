@@ -46,6 +46,8 @@ _EXTRAS = {
     "llama_cpp": "gguf",
     "onnx": "onnx",
     "onnxruntime": "onnx",
+    "onnxruntime_genai": "genai",
+    "optimum": "optimum",
     "pynvml": "cuda",
     "triton": "cuda",
     "jinja2": "report",
@@ -98,10 +100,15 @@ app.command("report")(report_command)
 app.command("demo")(demo_command)
 
 
-def main() -> None:
-    """Run `sys.argv` and exit with the command's code."""
+def prepare_environment() -> None:
+    """Set what libraries read from the environment, before they are imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def main() -> None:
+    """Run `sys.argv` and exit with the command's code."""
+    prepare_environment()
     sys.exit(run(sys.argv[1:] or ["--help"]))
 
 

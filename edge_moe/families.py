@@ -12,7 +12,14 @@ from edge_moe.layer_rules import (
     sparse_step,
     within_interval,
 )
-from edge_moe.recurrent import gated_delta_net, mamba2, short_convolution
+from edge_moe.recurrent import (
+    gated_delta_net,
+    gated_delta_net_workspace,
+    mamba2,
+    mamba2_workspace,
+    short_convolution,
+    short_convolution_workspace,
+)
 
 _BLOCK_SPARSE = "model.layers.{layer}.block_sparse_moe"
 _ROUTED = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -60,7 +67,6 @@ FAMILIES: dict[str, Family] = {
         moe_layers=sparse_step,
         config_defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768},
         gguf_arch="qwen3moe",
-        gguf_renormalises=True,
         minimal={"head_dim": 32, "norm_topk_prob": True},
     ),
     "qwen2_moe": Family(
@@ -73,6 +79,7 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 32768,
             "shared_expert_intermediate_size": 5632,
         },
+        gguf_arch="qwen2moe",
         minimal={"shared_expert_intermediate_size": 96, "norm_topk_prob": False},
     ),
     "qwen3_next": Family(
@@ -80,10 +87,12 @@ FAMILIES: dict[str, Family] = {
         moe_layers=sparse_step,
         layer_memory=by_layer_types,
         state_values=gated_delta_net,
+        state_workspace=gated_delta_net_workspace,
         attention="other",
         shared_width_key="shared_expert_intermediate_size",
         shared_module="shared_expert",
         config_defaults={
+            "full_attention_interval": 4,
             "num_key_value_heads": 2,
             "head_dim": 256,
             "max_position_embeddings": 32768,
@@ -94,17 +103,20 @@ FAMILIES: dict[str, Family] = {
             "linear_num_value_heads": 32,
             "norm_topk_prob": True,
         },
+        gguf_arch="qwen3next",
         minimal=_HYBRID_QWEN | {"norm_topk_prob": True},
     ),
     "qwen3_5_moe_text": Family(
         architecture="Qwen3_5MoeForCausalLM",
         layer_memory=by_layer_types,
         state_values=gated_delta_net,
+        state_workspace=gated_delta_net_workspace,
         attention="other",
         shared_width_key="shared_expert_intermediate_size",
         shared_module="shared_expert",
         always_renormalises=True,
         config_defaults={
+            "full_attention_interval": 4,
             "num_key_value_heads": 2,
             "head_dim": 256,
             "max_position_embeddings": 32768,
@@ -114,6 +126,7 @@ FAMILIES: dict[str, Family] = {
             "linear_num_key_heads": 16,
             "linear_num_value_heads": 32,
         },
+        gguf_arch="qwen35moe",
         minimal=_HYBRID_QWEN,
     ),
     "olmoe": Family(
@@ -122,7 +135,6 @@ FAMILIES: dict[str, Family] = {
         expert_width_keys=("intermediate_size",),
         config_defaults={"max_position_embeddings": 4096},
         gguf_arch="olmoe",
-        gguf_renormalises=False,
         minimal={"num_key_value_heads": 4, "norm_topk_prob": False},
     ),
     "mixtral": Family(
@@ -133,6 +145,7 @@ FAMILIES: dict[str, Family] = {
         expert_width_keys=("intermediate_size",),
         always_renormalises=True,
         config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        gguf_arch="llama",
         minimal={"head_dim": 32},
     ),
     "phimoe": Family(
@@ -145,6 +158,7 @@ FAMILIES: dict[str, Family] = {
         expert_width_keys=("intermediate_size",),
         score_function="sparsemixer",
         config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        gguf_reason="llama.cpp's phimoe weighs experts by a softmax, this model by sparsemixer",
         refused={"num_experts_per_tok": (2,)},
     ),
     "deepseek_v2": Family(
@@ -165,6 +179,7 @@ FAMILIES: dict[str, Family] = {
             "routed_scaling_factor": 1.0,
         },
         refused={"topk_method": ("greedy", "group_limited_greedy")},
+        gguf_arch="deepseek2",
         minimal=_SMALL_ROUTED
         | _SMALL_LATENT
         | {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
@@ -189,6 +204,7 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
             "routed_scaling_factor": 2.5,
         },
+        gguf_arch="deepseek2",
         minimal=_SMALL_ROUTED | _SMALL_LATENT | {"n_group": 2, "topk_group": 1},
     ),
     "glm4_moe": Family(
@@ -207,6 +223,7 @@ FAMILIES: dict[str, Family] = {
             "n_shared_experts": 1,
             "norm_topk_prob": True,
         },
+        gguf_arch="glm4moe",
         minimal=_SMALL_ROUTED | {"head_dim": 32, "use_qk_norm": True},
     ),
     "glm4_moe_lite": Family(
@@ -231,12 +248,14 @@ FAMILIES: dict[str, Family] = {
             "qk_rope_head_dim": 64,
             "v_head_dim": 256,
         },
+        gguf_arch="deepseek2",
         minimal=_SMALL_ROUTED
         | _SMALL_LATENT
         | {"q_lora_rank": 48, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
+        holds_scores=True,
         is_transposed=True,
         router="router",
         router_tensors=(
@@ -256,6 +275,11 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 131072,
             "sliding_window": 128,
         },
+        gguf_arch="gpt-oss",
+        gguf_limits=(
+            "llama.cpp rounds the bounds of yarn's ramp and has no truncate=false: some rotary "
+            "frequencies of gpt-oss differ from transformers', in every GGUF file of it.",
+        ),
         minimal={
             "head_dim": 32,
             "sliding_window": 16,
@@ -274,6 +298,7 @@ FAMILIES: dict[str, Family] = {
         always_renormalises=True,
         qk_norm="all",
         config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 196608},
+        gguf_arch="minimax-m2",
         minimal={"head_dim": 32},
     ),
     "lfm2_moe": Family(
@@ -290,6 +315,7 @@ FAMILIES: dict[str, Family] = {
         moe_layers=after_first_dense,
         layer_memory=by_layer_types,
         state_values=short_convolution,
+        state_workspace=short_convolution_workspace,
         expert_width_keys=("moe_intermediate_size",),
         config_defaults={
             "num_key_value_heads": 8,
@@ -299,6 +325,7 @@ FAMILIES: dict[str, Family] = {
             "use_expert_bias": True,
             "norm_topk_prob": True,
         },
+        gguf_arch="lfm2moe",
         minimal={
             "num_hidden_layers": 4,
             "num_dense_layers": 1,
@@ -319,6 +346,7 @@ FAMILIES: dict[str, Family] = {
         expert_width_keys=("intermediate_size",),
         always_renormalises=True,
         config_defaults={"max_position_embeddings": 2048},
+        gguf_arch="granitemoe",
         minimal={
             "embedding_multiplier": 2.0,
             "logits_scaling": 3.0,
@@ -342,6 +370,7 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
             "moe_layer_start_index": 1,
         },
+        gguf_arch="ernie4_5-moe",
         minimal={
             "num_hidden_layers": 3,
             "moe_num_shared_experts": 1,
@@ -377,6 +406,11 @@ FAMILIES: dict[str, Family] = {
             "hidden_size_per_layer_input": (0, None),
             "num_kv_shared_layers": (0, None),
         },
+        gguf_arch="gemma4",
+        gguf_limits=(
+            "llama.cpp looks GELU up in a table of float16 values on CPU: logits differ from "
+            "transformers' by about 0.1 %.",
+        ),
         minimal={
             "enable_moe_block": True,
             "head_dim": 32,
@@ -407,6 +441,7 @@ FAMILIES: dict[str, Family] = {
         moe_layers=moe_blocks_of_hybrid,
         layer_memory=by_hybrid_blocks,
         state_values=mamba2,
+        state_workspace=mamba2_workspace,
         expert_width_keys=("moe_intermediate_size",),
         shared_width_key="moe_shared_expert_intermediate_size",
         config_defaults={
@@ -417,6 +452,7 @@ FAMILIES: dict[str, Family] = {
             "n_groups": 8,
             "mlp_hidden_act": "relu2",
         },
+        gguf_arch="nemotron_h_moe",
         minimal={
             "layers_block_type": ["mamba", "moe", "attention", "moe"],
             "moe_latent_size": 32,

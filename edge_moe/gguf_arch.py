@@ -30,6 +30,8 @@ class GgufArch:
     reads_scale: bool = False
     """The key expert_weights_scale is used; other graphs ignore it."""
     hidden_act: str = "silu"
+    is_source: bool = True
+    """Files of this architecture are read too, not only written."""
 
 
 _KEYED = GgufArch(None, reads_gating=True, renormalises=None, reads_scale=True)
@@ -64,6 +66,9 @@ GGUF_ARCHS: dict[str, GgufArch] = {
     # softmax over the chosen experts is softmax over all of them, renormalised
     "gpt-oss": GgufArch(hidden_act="swiglu_oai"),
     "gemma4": GgufArch(hidden_act="gelu"),
+    "nemotron_h_moe": GgufArch(
+        "sigmoid", renormalises=None, reads_scale=True, hidden_act="relu2", is_source=False
+    ),
 }
 _GLM_LITE_LAYERS, _GLM_LITE_VOCAB = (47, 48), 154_880
 """deepseek2 without expert_gating_func: GLM-4.7-Lite scores with a sigmoid, DeepSeek-V2 not."""
@@ -88,10 +93,11 @@ def gguf_arch(header: GgufHeader) -> GgufArch:
         SpecError: it has no experts that are understood here.
     """
     found = GGUF_ARCHS.get(header.architecture)
-    if found is None:
+    if found is None or not found.is_source:
+        known = sorted(name for name, arch in GGUF_ARCHS.items() if arch.is_source)
         raise SpecError(
             f"{header.path}: llama.cpp architecture {header.architecture!r} is not supported as a "
-            f"source; supported are {', '.join(sorted(GGUF_ARCHS))}: give a model of one of these, "
+            f"source; supported are {', '.join(known)}: give a model of one of these, "
             "or the Hugging Face folder that it was made from"
         )
     return found

@@ -25,7 +25,7 @@ from pydantic import Field
 from edge_moe.additive import AdditiveStats
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
-from edge_moe.formats import DROP
+from edge_moe.formats import DROP, EXACT
 from edge_moe.stats import INCIDENTAL, StatsInfo, brief, first_difference
 
 GRADIENT_VERSION = 2
@@ -119,7 +119,8 @@ class GradientStats(AdditiveStats[GradientInfo]):
         Raises:
             StatsError: the cost of a form was not measured.
         """
-        missing = [form for form in forms if form not in (*self.info.forms, source_form)]
+        known = (*self.info.forms, source_form, EXACT)
+        missing = [form for form in forms if form not in known]
         if missing:
             raise StatsError(
                 f"the gradient statistics hold no cost for form {missing[0]!r}, only for "
@@ -128,7 +129,7 @@ class GradientStats(AdditiveStats[GradientInfo]):
         measured = self.form_cost[kind].values()
         table = np.zeros((*measured.shape[:2], len(forms)))
         for index, form in enumerate(forms):
-            if form != source_form:
+            if form not in (source_form, EXACT):
                 table[..., index] = measured[..., self.info.forms.index(form)]
         return table
 

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_moe.checkpoint import Checkpoint, TensorInfo
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import InputError
+from edge_moe.tensor_info import TensorInfo
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SNAPSHOT_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "README.md"]

@@ -12,13 +12,14 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict
 
 from edge_moe.candidates import find_candidates
-from edge_moe.checkpoint import Checkpoint, TensorInfo, read_header
+from edge_moe.checkpoint import Checkpoint, read_header
 from edge_moe.errors import TargetError
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes, form_fits, get_form
 from edge_moe.hub import is_hub_id, local_path, remote_checkpoint
 from edge_moe.package import ADAPTER_NAME, RESIDENT_NAME, Package, is_package
 from edge_moe.plan import Target
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import TensorInfo
 
 KV_TOKENS = 1024
 """KV cache bytes are stated for this many tokens."""
@@ -150,7 +151,7 @@ def sum_components(
     sizes: Counter[str] = Counter()
     for info in tensors:
         counts[names[info.name]] += 1
-        sizes[names[info.name]] += info.num_bytes
+        sizes[names[info.name]] += info.stored_bytes
     return {name: (counts[name], sizes[name]) for name in counts}
 
 
@@ -161,6 +162,7 @@ def _inspect_checkpoint(
     names = {info.name: component_of(info.name) for info in checkpoint.dense_tensors}
     names |= dict.fromkeys(checkpoint.expert_tensors, "routed experts")
     names |= dict.fromkeys(checkpoint.unused_tensors, "not loaded")
+    names |= {info.name: "not loaded" for info in checkpoint.other_tensors}
     return _inspection(
         model,
         kind,

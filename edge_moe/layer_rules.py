@@ -83,13 +83,16 @@ def all_full(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:
 
 
 def by_layer_types(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:
-    """As `layer_types` says; without it every `full_attention_interval`-th is full attention."""
+    """As `layer_types` says, or the older `full_attn_idxs`, or `full_attention_interval`."""
     types = read.items("layer_types")
     if types is not None:
         return tuple(_memory(read, name) for name in types[:num_layers])
-    step = read.count("full_attention_interval", default=4)
-    kinds: tuple[Memory, Memory] = "full", "state"
-    return tuple(kinds[min(1, (layer + 1) % step)] for layer in range(num_layers))
+    kinds: tuple[Memory, Memory] = "state", "full"
+    full = read.items("full_attn_idxs")
+    if full is not None:
+        return tuple(kinds[layer in full] for layer in range(num_layers))
+    step = read.count("full_attention_interval")
+    return tuple(kinds[(layer + 1) % step == 0] for layer in range(num_layers))
 
 
 def by_hybrid_blocks(read: ConfigReader, num_layers: int) -> tuple[Memory, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe.errors import StatsError
-from edge_moe.formats import DROP
+from edge_moe.formats import DROP, EXACT
 from edge_moe.gradient_stats import FormCost, GradientStats
 from edge_moe.stats import ExpertStats
 
@@ -170,7 +170,7 @@ def _change_table(
         is_lossless = np.array([form == own for own in stored])[:, None]  # [1 or L, 1]
         if form == DROP:
             table[..., index] = _drop_loss(stats, measured, drop)
-        elif not is_lossless.any() or form in stats.info.forms:
+        elif form != EXACT and (not is_lossless.any() or form in stats.info.forms):
             loss = measured[..., stats.form_index(form)]
             table[..., index] = np.where(is_lossless, 0.0, loss)
     return table

@@ -29,10 +29,10 @@ from edge_moe.plan import MemoryTerm
 
 MEASUREMENT_VERSION = 1
 MEASUREMENTS_FOLDER = "measurements"
-_PACKAGES = ("torch", "transformers", "numpy", "llama-cpp-python")
+_PACKAGES = ("torch", "transformers", "numpy", "llama-cpp-python", "onnxruntime", "onnxruntime-gpu")
 
 RecoveryKind = Literal["1 / perplexity", "exact match"]
-ModelKind = Literal["package", "checkpoint", "gguf"]
+ModelKind = Literal["package", "checkpoint", "gguf", "onnx"]
 
 
 class _Model(BaseModel):

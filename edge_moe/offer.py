@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_moe.candidates import SOURCE_FORMS, find_candidates
 from edge_moe.errors import StatsError
-from edge_moe.formats import DROP, expert_bytes, in_order, join_form
+from edge_moe.formats import DROP, EXACT, expert_bytes, in_order, join_form
 from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import Device, Target
 from edge_moe.problem import BoolArray
@@ -48,7 +48,8 @@ def find_offer(
     spec = source.spec
     candidates = find_candidates(spec, target, device)
     stored = stored_forms(source)
-    offered = [form for form in candidates.forms if form in measured or form in stored]
+    lossless = {*stored, EXACT}
+    offered = [form for form in candidates.forms if form in measured or form in lossless]
     if spec.is_gguf:
         every = in_order({*offered, *stored})
         offered = sorted(every, key=lambda form: _bytes(spec, form))  # stable: ties by bits
@@ -56,7 +57,7 @@ def find_offer(
         raise StatsError(
             f"the statistics hold losses for {', '.join(measured) or 'no form'}; "
             f"target {target} needs {DROP} and one of {', '.join(candidates.forms[1:])}: "
-            "calibrate again"
+            f"calibrate again{'' if spec.is_gguf else f' with --target {target}'}"
         )
 
     def may_take(form: str, own: str, known: Sequence[str]) -> bool:
@@ -69,7 +70,7 @@ def find_offer(
     unmeasured = [
         f"{form} was not measured in this calibration: not offered."
         for form in candidates.forms
-        if form not in (*measured, *stored)
+        if form not in (*measured, *lossless)
         and any(may_take(form, own, candidates.forms) for own in stored)
     ]
     used = np.flatnonzero(allowed.any(axis=0))

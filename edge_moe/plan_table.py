@@ -96,8 +96,11 @@ def form_counts(forms: Sequence[Sequence[str]]) -> dict[str, int]:
     return {form: counts[form] for form in in_order(counts)}
 
 
-def print_plan(plan: Plan, path: Path, console: Console) -> None:
-    """Verdict, bytes by term, experts by form, frontier, rivals, limits, and what to do next."""
+def print_plan(plan: Plan, path: Path, console: Console, stats: Path) -> None:
+    """Verdict, bytes by term, experts by form, frontier, rivals, limits, and what to do next.
+
+    `stats` is the folder that the plan was made from.
+    """
     spare_bytes = plan.budget_bytes - plan.total_bytes
     verdict = (
         f" {format_bytes(plan.budget_bytes)} with {format_bytes(spare_bytes)} to spare: "
@@ -117,9 +120,8 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
     for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
         for sentence in sentences:
             console.print(f"{heading}: {sentence}", style="yellow", markup=False)
-    if plan.target != "onnx":  # its limits say that it cannot be built
-        line = command_line("build", path, "-o", "OUT", *stats_options(plan, "STATS"))
-        console.print(f"next: {line}", markup=False)
+    line = command_line("build", path, "-o", "OUT", *stats_options(plan, str(stats)))
+    console.print(f"next: {line}", markup=False)
 
 
 def _terms_table(plan: Plan) -> Table:

@@ -41,7 +41,7 @@ def rebill(plan: Plan, model: SourceModel, target: Target) -> Plan:
 def _process(plan: Plan, model: SourceModel, target: Target) -> tuple[int, Source]:
     """(bytes, source) of the process that runs `target`, its tokenizer included."""
     if target not in PROCESS_TARGETS:
-        return 0, "assumed"
+        return tokenizer_bytes(model.location), "assumed"
     if plan.bill_target in PROCESS_TARGETS:
         term = plan.term("runtime")
         return term.num_bytes, term.source

@@ -31,3 +31,28 @@ def mamba2(read: ConfigReader) -> int:
 def short_convolution(read: ConfigReader) -> int:
     """LFM2: the convolution's window."""
     return read.count("hidden_size") * read.count("conv_L_cache", default=3)
+
+
+def gated_delta_net_workspace(read: ConfigReader) -> int:
+    """Projections in, through the convolution and out; queries, keys and values five times; the
+    64 x 64 products of a piece four times."""
+    key_width, value_width = read.count("linear_key_head_dim"), read.count("linear_value_head_dim")
+    key_heads = read.count("linear_num_key_heads")
+    heads = read.count("linear_num_value_heads")
+    projected = 2 * key_heads * key_width + 2 * heads * value_width
+    return 3 * projected + 5 * heads * (2 * key_width + value_width) + 4 * heads * 64
+
+
+def mamba2_workspace(read: ConfigReader) -> int:
+    """Projections in, through the convolution and out; inputs six times; B and C of every head,
+    with their copies; the products within a piece and the state after each, four times."""
+    heads, width = read.count("mamba_num_heads"), read.count("mamba_head_dim")
+    state, piece = read.count("ssm_state_size"), read.count("chunk_size", default=128)
+    projected = 2 * heads * width + 2 * read.count("n_groups", default=1) * state
+    within = heads * piece + heads * width * state // piece
+    return 3 * projected + 6 * heads * width + 5 * heads * state + 4 * within
+
+
+def short_convolution_workspace(read: ConfigReader) -> int:
+    """Three projections, their product, and both sides of the convolution."""
+    return 8 * read.count("hidden_size")

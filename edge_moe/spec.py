@@ -111,6 +111,10 @@ class ModelSpec:
     """Layers that keep a fixed state per sequence, or nothing, instead of keys and values."""
     state_values: int = 0
     """Values in the states of all those layers."""
+    state_workspace: int = 0
+    """float32 values per token that such a layer holds at its largest moment."""
+    holds_scores: bool = False
+    """Attention keeps the scores of all heads and every token at once."""
     logit_divisor: float = 1.0
     """What the output matrix gives is divided by this."""
     logit_softcap: float = 0.0
@@ -353,6 +357,8 @@ class ModelSpec:
             sliding_kv_width=2 * kv_heads * head_width if family.has_global_heads else 0,
             num_state_layers=memory.count("state") + memory.count("none"),
             state_values=state_values * memory.count("state"),
+            state_workspace=family.state_workspace(read) if family.state_workspace else 0,
+            holds_scores=family.holds_scores,
             logit_divisor=read.number("logits_scaling") or 1.0,
             logit_softcap=read.number("final_logit_softcapping"),
         )
@@ -445,11 +451,7 @@ def _num_shared_experts(read: ConfigReader, family: Family) -> int:
 
 def _dtype(config: dict[str, Any], source: str) -> str:
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise SpecError(
-            f"{source}: the checkpoint is already quantised ({method}); "
-            "give edge-moe the original bf16, f16 or f32 checkpoint"
-        )
+        return "bfloat16"  # what `edge_moe.packed_tensors` makes of packed tensors
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise SpecError(f"{source}: dtype is {dtype!r}, expected bfloat16, float16 or float32")

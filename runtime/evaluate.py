@@ -1,7 +1,8 @@
 """The quality of a model on held-out text of its task and of others, alone or beside a reference.
 
-Models are native packages, Hugging Face folders or GGUF files. The reference's logits are computed
-once per window, compared, and dropped: memory is that of the open models and two windows of logits.
+Models are native packages, Hugging Face or ONNX folders, or GGUF files. The reference's logits are
+computed once per window, compared, and dropped: memory is that of the open models and two windows
+of logits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edge_moe.demo.arithmetic import extract_answer
 from edge_moe.errors import InputError, TargetError
 from edge_moe.measurement import EvalResult, ModelKind, Provenance, RecoveryKind, SkippingCost
 from edge_moe.metrics import Comparison, Estimate, TokenScores
+from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.package import is_package
 from edge_moe.runtime.heldout import is_in_task, text_to_score
 from edge_moe.runtime.policy import RoutedCounts
@@ -45,7 +47,7 @@ Advance = Callable[[], None]
 
 
 class LanguageModel(Protocol):
-    """What evaluation needs of a model; `Session` and `GgufModel` offer it."""
+    """What evaluation needs of a model; `Session`, `GgufModel` and `OnnxSession` offer it."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -133,11 +135,21 @@ def open_model(
     budget_bytes: int | None = None,
     skip: SkipRule | None = None,
 ) -> LanguageModel:
-    """A native package or Hugging Face folder as a Session, a .gguf file through llama.cpp.
+    """A native package or Hugging Face folder as a Session, others through their own programs.
 
     Raises:
-        TargetError: a skipping rule for a .gguf file, whose routing llama.cpp does itself.
+        TargetError: a skipping rule for a .gguf file or an ONNX folder, which route themselves; a
+            budget for an ONNX folder.
     """
+    if model_kind(path) == "onnx":
+        if skip is not None or budget_bytes is not None:
+            raise TargetError(
+                f"{path} runs in onnxruntime, which neither skips experts nor keeps to a budget: "
+                "leave out --skip and --budget, or use a native package"
+            )
+        from edge_moe.runtime.onnx_session import OnnxSession
+
+        return OnnxSession.open(path, context_tokens=context_tokens)
     if model_kind(path) == "gguf":
         if skip is not None:
             raise TargetError(
@@ -162,6 +174,8 @@ def model_kind(path: Path) -> ModelKind:
     """What `path` is, from its name and its manifest."""
     if path.suffix == ".gguf":
         return "gguf"
+    if is_onnx_folder(path):
+        return "onnx"
     return "package" if is_package(path) else "checkpoint"
 
 

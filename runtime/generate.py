@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from edge_moe.budget import PREFILL_CHUNK_TOKENS
+from edge_moe.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -42,34 +46,37 @@ class Timing:
         return decoded / self.decode_seconds if self.decode_seconds else 0.0
 
 
-@dataclass
-class Decoder:
-    """One sequence being generated: the model, its KV cache and where it stands."""
+class TokenLoop(ABC):
+    """One sequence being generated: prefill in chunks, then token by token."""
 
-    model: Any
-    device: torch.device
-    context_tokens: int
-    cache: Any = None
-    num_tokens: int = 0
-    timing: Timing = field(default_factory=Timing)
+    def __init__(self, context_tokens: int) -> None:
+        self.context_tokens = context_tokens
+        self.num_tokens = 0
+        self.timing = Timing()
 
-    def __post_init__(self) -> None:
-        from edge_moe.runtime.kv_cache import make_cache
-
-        self.cache = make_cache(self.model.config, self.context_tokens)
-
-    @torch.inference_mode()
+    @abstractmethod
     def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:
         """Feed tokens; float32 logits [1 or T, V] of the last or of every position."""
-        inputs = torch.tensor([list(token_ids)], device=self.device)
-        output = self.model(
-            input_ids=inputs,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=0 if keep_all else 1,
-        )
-        self.num_tokens += len(token_ids)
-        logits: torch.Tensor = output.logits[0].float()
+
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Bytes of the tensors that the KV cache holds."""
+
+    def logits(self, token_ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.float32]:
+        """float32 [T, V]: row t predicts token t + 1.
+
+        Raises:
+            InputError: more tokens than the context holds.
+        """
+        if not 0 < len(token_ids) <= self.context_tokens:
+            raise InputError(
+                f"{len(token_ids)} tokens do not fit a context of {self.context_tokens}"
+            )
+        logits = np.empty((len(token_ids), vocab_size), np.float32)
+        done = 0
+        for chunk in chunks(token_ids):
+            logits[done : done + len(chunk)] = self.step(chunk, keep_all=True).cpu().numpy()
+            done += len(chunk)
         return logits
 
     def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -92,12 +99,6 @@ class Decoder:
             self.timing.cached_tokens = self.num_tokens
             self.timing.cache_bytes = self.cache_bytes()
 
-    def cache_bytes(self) -> int:
-        """Bytes of the keys, values and states that the cache holds."""
-        from edge_moe.runtime.kv_cache import cached_tensors
-
-        return sum(tensor.nbytes for tensor in cached_tensors(self.cache))
-
     def _tokens(
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, eos: set[int]
     ) -> Iterator[int]:
@@ -119,6 +120,92 @@ class Decoder:
                 self.timing.stop_reason = "context"
                 return
             logits = self.step([token])[-1]
+
+
+class Decoder(TokenLoop):
+    """A sequence through a torch model and its KV cache."""
+
+    def __init__(self, model: Any, device: torch.device, context_tokens: int) -> None:
+        from edge_moe.runtime.kv_cache import make_cache
+
+        super().__init__(context_tokens)
+        self.model = model
+        self.device = device
+        self.cache = make_cache(model.config, context_tokens)
+
+    @torch.inference_mode()
+    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:
+        inputs = torch.tensor([list(token_ids)], device=self.device)
+        output = self.model(
+            input_ids=inputs,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=0 if keep_all else 1,
+        )
+        self.num_tokens += len(token_ids)
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    def cache_bytes(self) -> int:
+        """Bytes of the keys, values and states that the cache holds."""
+        from edge_moe.runtime.kv_cache import cached_tensors
+
+        return sum(tensor.nbytes for tensor in cached_tensors(self.cache))
+
+
+def generate_text(
+    loop: TokenLoop,
+    tokenizer: Any,
+    prompt_ids: Sequence[int],
+    eos: set[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop: Sequence[str],
+) -> Iterator[str]:
+    """Text that follows `prompt_ids`; `loop.timing` says afterwards why it ended.
+
+    Raises:
+        InputError: the prompt fills the context.
+    """
+    check_prompt_length(prompt_ids, loop.context_tokens)
+    stream = TextStream(tokenizer, stop)
+    for token in loop.tokens(prompt_ids, max_new_tokens, sampling, eos):
+        piece = stream.push(token)
+        if piece:
+            yield piece
+        if stream.is_stopped:
+            loop.timing.stop_reason = "stop"
+            return
+    rest = stream.finish()
+    if rest:
+        yield rest
+
+
+def check_prompt_length(prompt_ids: Sequence[int], context_tokens: int) -> None:
+    """Raise `InputError` unless there is room for an answer."""
+    if len(prompt_ids) >= context_tokens:
+        raise InputError(
+            f"the prompt has {len(prompt_ids)} tokens but the context holds "
+            f"{context_tokens}: shorten it or raise --ctx"
+        )
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of text, or of chat messages in the tokenizer's chat template.
+
+    Raises:
+        InputError: nothing in it, or messages without a chat template.
+    """
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+    else:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError("this model has no chat template: give plain text with --prompt")
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise InputError("the prompt is empty: give it at least one character")
+    return ids
 
 
 def chunks(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:

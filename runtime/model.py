@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from edge_moe.checkpoint import TensorInfo
 from edge_moe.errors import CheckpointError, PackageError, SpecError
 from edge_moe.package import RESIDENT_NAME, Package
+from edge_moe.packed_tensors import PackedInfo
 from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import TensorInfo
 
 EXPERTS_IMPLEMENTATION = "edge_moe_paged"
 _PIECE_BYTES = 16 * 2**20
@@ -161,6 +162,13 @@ def read_tensor(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> t
         raise CheckpointError(f"{info.path}: {info.name!r} is {info.dtype}, expected BF16/F16/F32")
     result = torch.empty(info.shape, dtype=dtype, device=device)
     flat = result.view(-1)
+    if isinstance(info, PackedInfo):
+        first = 0
+        for chunk in info.chunks():
+            values = torch.frombuffer(bytearray(chunk), dtype=torch.bfloat16)
+            flat[first : first + len(values)] = values.to(device)
+            first += len(values)
+        return result
     descriptor = os.open(info.path, os.O_RDONLY)
     try:
         for start in range(0, info.num_bytes, _PIECE_BYTES):

@@ -36,7 +36,14 @@ from edge_moe.runtime.allotment import (
     with_slots,
 )
 from edge_moe.runtime.expert_store import ExpertStore
-from edge_moe.runtime.generate import Decoder, Sampling, TextStream, Timing, chunks
+from edge_moe.runtime.generate import (
+    Decoder,
+    Sampling,
+    Timing,
+    check_prompt_length,
+    encode_prompt,
+    generate_text,
+)
 from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
 from edge_moe.runtime.paged_experts import register_experts
@@ -201,7 +208,7 @@ class Session:
         Raises:
             InputError: a prompt that does not fit the context, or no pattern.
         """
-        self._check_length(prompt_ids)
+        check_prompt_length(prompt_ids, self.context_tokens)
         with self.tracing() as recorder:
             Decoder(self.model, self.device, self.context_tokens).prefill(prompt_ids)
         trace = recorder.finish(self.trace_info())
@@ -245,21 +252,12 @@ class Session:
             InputError: an empty prompt, one longer than the context, or chat without a template.
         """
         prompt_ids = self.prompt_ids(prompt)
-        self._check_length(prompt_ids)
         decoder = Decoder(self.model, self.device, self.context_tokens)
         self.timing = decoder.timing
-        stream = TextStream(self.tokenizer, stop)
         sampling = Sampling(temperature, top_p, seed)
-        for token in decoder.tokens(prompt_ids, max_new_tokens, sampling, self.eos_ids):
-            piece = stream.push(token)
-            if piece:
-                yield piece
-            if stream.is_stopped:
-                decoder.timing.stop_reason = "stop"
-                return
-        rest = stream.finish()
-        if rest:
-            yield rest
+        yield from generate_text(
+            decoder, self.tokenizer, prompt_ids, self.eos_ids, sampling, max_new_tokens, stop
+        )
 
     def generate_ids(
         self, prompt_ids: Sequence[int], max_new_tokens: int, *, stop_at_eos: bool = True
@@ -276,17 +274,8 @@ class Session:
         Raises:
             InputError: more tokens than the context holds.
         """
-        if not 0 < len(token_ids) <= self.context_tokens:
-            raise InputError(
-                f"{len(token_ids)} tokens do not fit a context of {self.context_tokens}"
-            )
         decoder = Decoder(self.model, self.device, self.context_tokens)
-        logits = np.empty((len(token_ids), self.model.config.vocab_size), np.float32)
-        done = 0
-        for chunk in chunks(token_ids):
-            logits[done : done + len(chunk)] = decoder.step(chunk, keep_all=True).cpu().numpy()
-            done += len(chunk)
-        return logits
+        return decoder.logits(token_ids, self.model.config.vocab_size)
 
     def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a prompt.
@@ -294,18 +283,7 @@ class Session:
         Raises:
             InputError: nothing in it, or messages without a chat template.
         """
-        if isinstance(prompt, str):
-            ids = list(self.tokenizer(prompt)["input_ids"])
-        else:
-            if not self.has_chat_template:
-                raise InputError("this model has no chat template: give plain text with --prompt")
-            text = self.tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True
-            )
-            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not ids:
-            raise InputError("the prompt is empty: give it at least one character")
-        return ids
+        return encode_prompt(self.tokenizer, prompt)
 
     @property
     def has_chat_template(self) -> bool:
@@ -392,13 +370,6 @@ class Session:
             limits.budget_bytes,
             limits.num_slots,
         )
-
-    def _check_length(self, prompt_ids: Sequence[int]) -> None:
-        if len(prompt_ids) >= self.context_tokens:
-            raise InputError(
-                f"the prompt has {len(prompt_ids)} tokens but the context holds "
-                f"{self.context_tokens}: shorten it or raise --ctx"
-            )
 
     def __enter__(self) -> Session:
         return self

@@ -129,13 +129,24 @@ def _add_key(writer: Any, key: str, value: Any) -> None:
         writer.add_uint32(key, value)
 
 
-def requantised(source: Path, output: Path, types: Mapping[str, str]) -> Path:
-    """`source` with every tensor whose name matches a pattern stored in that type."""
+def requantised(
+    source: Path,
+    output: Path,
+    types: Mapping[str, str],
+    *,
+    merged: bool = False,
+    split_max_tensors: int = 0,
+) -> Path:
+    """`source` with every tensor whose name matches a pattern stored in that type.
+
+    `merged` stores gate_proj and up_proj in one tensor. A split file is written beside `output`,
+    and its first part returned.
+    """
     import gguf
 
     model, header = GgufModel(source), read_gguf_header(source)
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(output, header.architecture)
+    writer = gguf.GGUFWriter(output, header.architecture, split_max_tensors=split_max_tensors)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
@@ -143,10 +154,16 @@ def requantised(source: Path, output: Path, types: Mapping[str, str]) -> Path:
         sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
     for info in header.tensors:
-        chosen = next((t for p, t in types.items() if re.search(p, info.name)), None)
-        add(writer, info.name, model.read(info.name), chosen or info.type_name)
+        name, values = info.name, model.read(info.name)
+        if merged and "_up_exps" in name:
+            continue
+        if merged and "_gate_exps" in name:
+            other = model.read(name.replace("_gate_exps", "_up_exps"))
+            name, values = name.replace("_gate_", "_gate_up_"), np.concatenate([values, other], 1)
+        chosen = next((t for p, t in types.items() if re.search(p, name)), None)
+        add(writer, name, values, chosen or info.type_name)
     finish(writer)
-    return output
+    return min(output.parent.glob(f"{output.stem}-00001-of-*.gguf"), default=output)
 
 
 def write_gpt_oss(

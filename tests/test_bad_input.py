@@ -29,6 +29,7 @@ from edge_moe.errors import (
     SpecError,
     TargetError,
 )
+from edge_moe.onnx_folder import OnnxOptions
 from edge_moe.plan import Plan
 
 
@@ -220,10 +221,25 @@ def test_form_that_does_not_fit(source: Path, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_onnx_cannot_be_built(source: Path, tmp_path: Path) -> None:
+def test_onnx_has_no_kernel_for_forms_of_ggml(source: Path, tmp_path: Path) -> None:
     check_refused(
-        TargetError, "target onnx cannot be built yet: use --target native", plan_for(source),
-        tmp_path / "out", model=source, target="onnx",
+        TargetError, "layer 0 is planned with bf16, which onnxruntime has no kernel for: plan",
+        plan_for(source), tmp_path / "out", model=source, target="onnx",
+    )  # fmt: skip
+
+
+def test_gguf_does_not_know_integer_forms_of_onnx(source: Path, tmp_path: Path) -> None:
+    forms = [["int4_b64"] * 8 for _ in Checkpoint(source).spec.moe_layer_ids]
+    check_refused(
+        TargetError, "layer 0 is planned as int4_b64, which ggml does not know: plan again",
+        hand_plan(Checkpoint(source), forms), tmp_path / "out", model=source, target="gguf",
+    )  # fmt: skip
+
+
+def test_onnx_options_of_another_target(source: Path, tmp_path: Path) -> None:
+    check_refused(
+        InputError, "target native has no ONNX options", plan_for(source), tmp_path / "out",
+        model=source, target="native", onnx=OnnxOptions(),
     )  # fmt: skip
 
 

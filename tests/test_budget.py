@@ -102,6 +102,21 @@ def test_workspace_by_hand() -> None:
     assert workspace_bytes(whole, 900, "cuda") == workspace_bytes(whole, 900, "cpu")
 
 
+def test_onnx_caches_latent_attention_expanded() -> None:
+    latent = {"model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    widths = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 6}
+    spec = small_spec(**latent, **widths, first_k_dense_replace=0)
+    found = {
+        target: memory_terms(
+            spec, forms=[], dense_bytes=0, context_tokens=10, device="cpu", target=target,
+            runtime_bytes=0, runtime_source="assumed",
+        )[2].num_bytes
+        for target in ("native", "onnx")
+    }  # fmt: skip
+    assert found["native"] == 10 * 3 * (6 + 4) * 4
+    assert found["onnx"] == 10 * 3 * 2 * (2 * 12) * 4  # two heads of 12, values padded to them
+
+
 def test_latent_attention_holds_its_scores() -> None:
     latent = {"model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
     widths = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 6}

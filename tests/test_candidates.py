@@ -75,9 +75,8 @@ def test_gguf_says_where_ternary_runs() -> None:
 
 def test_gguf_refuses_families_it_cannot_hold() -> None:
     assert candidate_forms(spec("olmoe"), "gguf")[0] == "drop"
-    for model_type in ("mixtral", "deepseek_v3", "qwen2_moe"):
-        with pytest.raises(TargetError, match=model_type):
-            candidate_forms(spec(model_type), "gguf")
+    with pytest.raises(TargetError, match="phimoe weighs experts by a softmax"):
+        candidate_forms(spec("phimoe"), "gguf")
 
 
 def test_gguf_refuses_a_router_that_llama_would_change() -> None:
@@ -87,7 +86,20 @@ def test_gguf_refuses_a_router_that_llama_would_change() -> None:
         candidate_forms(other, "gguf")
 
 
-def test_onnx_offers_three_widths_and_says_it_is_not_written_yet() -> None:
+def test_onnx_offers_the_integer_forms_of_qmoe() -> None:
     found = find_candidates(spec(), "onnx")
-    assert found.forms == ("drop", "q4_k", "q8_0", "bf16")
-    assert any("cannot write ONNX yet" in line for line in found.limits)
+    assert found.forms == ("drop", "int2_b64", "int4_b64", "int8_row", "f32")
+    assert any("decodes more slowly" in line for line in found.limits)
+    narrow = candidate_forms(spec(hidden=96, width=32), "onnx")
+    assert narrow == ("drop", "int2_b32", "int4_b32", "int8_row", "f32")
+
+
+def test_onnx_has_no_integer_experts_on_cuda() -> None:
+    found = find_candidates(spec(), "onnx", "cuda")
+    assert found.forms == ("drop", "f32")
+    assert any("on the CPU only" in line for line in found.limits)
+
+
+def test_onnx_refuses_activations_that_its_moe_does_not_compute() -> None:
+    with pytest.raises(TargetError, match="with silu, this checkpoint has gelu"):
+        candidate_forms(replace(spec(), hidden_act="gelu"), "onnx")

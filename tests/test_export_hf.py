@@ -16,6 +16,7 @@ from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import fused_copy, hand_plan, tree, uniform_forms
 from hypothesis import given
 from hypothesis import strategies as st
+from masked_routing import mask_routers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +28,6 @@ from edge_moe.converters.sidecar import add_older_rope_keys, patch_expert_count
 from edge_moe.converters.staging import build_folder
 from edge_moe.errors import TargetError
 from edge_moe.families import FAMILIES
-from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)
@@ -47,32 +47,6 @@ def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(TOKENS).logits
     return result
-
-
-def mask_routers(model: nn.Module, plan: Plan, spec: ModelSpec) -> None:
-    """Give dropped experts a router logit of -inf, so that none is ever chosen."""
-    for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
-        router = model.get_submodule(spec.moe_module(layer_id)).gate
-        assert isinstance(router, nn.Module)
-        dropped = [index for index, form in enumerate(row) if form == "drop"]
-        if spec.router.has_selection_bias:
-            bias = router.e_score_correction_bias
-            assert isinstance(bias, Tensor)
-            bias[dropped] = -torch.inf
-        _mask_linear(router, dropped)
-
-
-def _mask_linear(router: nn.Module, dropped: list[int]) -> None:
-    forward, linear = router.forward, torch.nn.functional.linear
-
-    def masked_linear(values: Tensor, weight: Tensor) -> Tensor:
-        return linear(values, weight).index_fill(-1, torch.tensor(dropped), -torch.inf)
-
-    def masked_forward(hidden_states: Tensor) -> object:
-        with mock.patch("torch.nn.functional.linear", masked_linear):
-            return forward(hidden_states)
-
-    router.forward = masked_forward
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

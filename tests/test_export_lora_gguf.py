@@ -119,7 +119,7 @@ def test_bad_input_is_named(
 def test_an_architecture_that_llama_cpp_lacks_is_refused(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
-    source = tiny_checkpoint("mixtral")
+    source = tiny_checkpoint("phimoe")
     package = build(hand_plan(Checkpoint(source), [["q8_0"] * 8] * 2), tmp_path / "package")
     with pytest.raises(TargetError, match="gguf"):
         export_lora_gguf(package, source, tmp_path / "lora.gguf")

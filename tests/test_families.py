@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from conftest import TinyCheckpoint
 from hand_plan import hand_plan, uniform_forms
 from reference_model import TOKENS, FloatArray, load, logits, masked
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -19,7 +21,7 @@ from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.gradient_loss import measure_gradients
 from edge_moe.converters.transform import transform
-from edge_moe.errors import InputError
+from edge_moe.errors import InputError, SpecError
 from edge_moe.families import COMPOSITES, FAMILIES
 from edge_moe.formats import DROP
 from edge_moe.inspect import inspect_model
@@ -27,6 +29,7 @@ from edge_moe.minimal_model import minimal_config
 from edge_moe.runtime import overhead
 from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.runtime.session import Session, load_tokenizer
+from edge_moe.spec import ModelSpec
 from edge_moe.tasks import task_windows
 
 TINY = sorted(FAMILIES)
@@ -196,3 +199,45 @@ def test_gradients_of_latent_experts_are_refused(
 ) -> None:
     with pytest.raises(InputError, match="calibrate without --gradients"):
         measure_gradients(tiny_checkpoint("nemotron_h"), ["code"], tmp_path / "stats")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "num_state_layers"),
+    [
+        ("qwen3_next", {"layer_types": None}, 3),
+        ("qwen3_next", {"layer_types": None, "full_attention_interval": 2}, 2),
+        ("lfm2_moe", {"layer_types": None, "full_attn_idxs": [1, 3]}, 2),
+        ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "ME*E"}, 3),
+    ],
+)
+def test_older_spellings_of_the_layers(
+    family: str, changes: dict[str, Any], num_state_layers: int
+) -> None:
+    config = {"model_type": family, **minimal_config(family), **changes}
+    spec = ModelSpec.from_config(config)
+    assert (spec.num_layers, spec.num_state_layers) == (4, num_state_layers)
+    assert len(spec.moe_layer_ids) in (2, 3, 4)
+
+
+def test_layers_that_nothing_describes_are_refused() -> None:
+    config = {"model_type": "lfm2_moe", **minimal_config("lfm2_moe"), "layer_types": None}
+    with pytest.raises(SpecError, match="full_attention_interval has no value"):
+        ModelSpec.from_config(config)
+
+
+def test_heads_for_later_tokens_are_neither_loaded_nor_written(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """They would keep their own experts while config.json counts fewer."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint("qwen3_next"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["mtp.fc.weight"] = torch.ones(4, 4)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint(source)
+    np.testing.assert_array_equal(
+        package_logits(source), package_logits(tiny_checkpoint("qwen3_next"))
+    )
+    hf = build(hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf"), tmp_path / "hf")
+    assert "mtp.fc.weight" not in Checkpoint(hf).tensors
+    assert "1 tensors of multi-token prediction" in (hf / "README.md").read_text()

@@ -26,7 +26,10 @@ from edge_moe.formats.base import ByteArray, FloatArray
 PACKED_FORMS = FORM_NAMES[1:]
 BLOCK_FORMS = tuple(name for name in PACKED_FORMS if get_form(name).block_size > 1)
 TERNARY_FORMS = ("tq1_0", "tq2_0")
-GGML_FORMS = tuple(name for name in PACKED_FORMS if name != "q2_0")  # the package lacks type 42
+GGML_FORMS = tuple(  # the package lacks type 42
+    name for name in PACKED_FORMS if get_form(name).ggml_type is not None and name != "q2_0"
+)
+GGML_BLOCKS = tuple(name for name in BLOCK_FORMS if get_form(name).ggml_type is not None)
 HALF_ONE, HALF_HALF, HALF_QUARTER = [0x00, 0x3C], [0x00, 0x38], [0x00, 0x34]
 
 
@@ -153,6 +156,10 @@ def _ramp(width: int) -> FloatArray:
 
 
 FROZEN = {
+    "int2_b64": "e439794e9e93e7e439794e9ed3e7f4390020033f",
+    "int2_b32": "e439794e9e93e7e40060073f",
+    "int4_b64": "40e9720c952ec750ea720ca52fc750fa730ca53fc850fa830da53fd851fa831d00a0f23d",
+    "int4_b32": "40e9720c952ec750ea720ca52fc750fa0020f33d",
     "tq1_0": (
         "0f2da2af128ce50f2da2af2f8ce50f2da2af2f8ce50f36a2af2f8ce50f36a2afcb4a61de24456ece"
         "4a61de249a6ece4ae40d8cf76339"
@@ -275,7 +282,7 @@ def _ggml_pack(name: str, weights: FloatArray) -> ByteArray:
     return packed
 
 
-@pytest.mark.parametrize("name", BLOCK_FORMS)
+@pytest.mark.parametrize("name", GGML_BLOCKS)
 def test_no_worse_than_ggml_on_gaussian_weights(name: str) -> None:
     weights = _gaussian(64, 1024)
     form = get_form(name)

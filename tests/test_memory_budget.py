@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import make_tiny_checkpoint
 from hand_plan import hand_plan
 from memory_cgroup import memory_cgroup, missing_reason, run_in
 
@@ -61,6 +63,29 @@ def test_peak_is_within_five_percent_of_the_plan(package: Path, expert_share: fl
     assert measured.peak_memory_bytes == pytest.approx(measured.planned_bytes, rel=0.05)
     assert measured.peak_memory_bytes <= budget * 1.02
     assert (measured.paging["misses"] > 0) == (expert_share < 1)
+
+
+WIDER: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 32},
+    "nemotron_h": {"mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128},
+    "qwen3_next": {"linear_num_value_heads": 16, "linear_value_head_dim": 128},
+}
+"""What makes sinks, Mamba's states and the delta rule show beside the process itself."""
+
+
+@pytest.mark.parametrize("family", sorted(WIDER))
+def test_the_bill_knows_other_mixers_than_attention(family: str, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(
+        tmp_path / family, family, width=512, max_position_embeddings=2048, **WIDER[family]
+    )
+    runtime_overhead(family, "cpu")  # else the bill assumes more than the process takes
+    prompt = ("--prompt", "def f(x):\n" * 120, "--max-new-tokens", 4)
+    command = _edge_moe("run", folder, "--ctx", 1536, "--raw", "--json", *prompt)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = RunMeasurement.model_validate_json(done.stdout)
+    assert 0.9 * measured.planned_bytes < measured.peak_memory_bytes
+    assert measured.peak_memory_bytes < 1.02 * measured.planned_bytes
 
 
 @pytest.mark.skipif(NO_CGROUP is not None, reason=str(NO_CGROUP))

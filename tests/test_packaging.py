@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("converters", "profiles", "runtime")
+NAMESPACE = "optimum.commands.register"
+"""A folder of optimum's, to which this project adds a module."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,13 @@ def packages_in_tree() -> set[str]:
 
 
 def test_every_package_is_listed(settings: dict[str, Any]) -> None:
-    assert set(settings["packages"]) == packages_in_tree()
+    assert set(settings["packages"]) == packages_in_tree() | {NAMESPACE}
+
+
+def test_the_namespace_of_optimum_stays_one() -> None:
+    folder = ROOT.joinpath(*NAMESPACE.split("."))
+    assert [path.name for path in folder.glob("*.py")] == ["register_edge_moe.py"]
+    assert not list((ROOT / "optimum").rglob("__init__.py"))
 
 
 def test_package_dir_maps_the_linked_folders(settings: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from fake_stats import fake_stats
 
+from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, StatsError, TargetError
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes, get_form
@@ -103,12 +104,13 @@ def test_a_budget_above_everything_keeps_everything_whole(
     qwen3: Checkpoint, target: Target
 ) -> None:
     plan = plan_for(qwen3, 10**12, target)
-    assert {form for row in plan.forms for form in row} == {"bf16"}
+    widest = "f32" if target == "onnx" else "bf16"
+    assert {form for row in plan.forms for form in row} == {widest}
     assert plan.loss == 0.0
     assert plan.frontier[-1].loss == 0.0
 
 
-@pytest.mark.parametrize("target", ["gguf", "hf", "onnx"])
+@pytest.mark.parametrize("target", ["gguf", "hf"])
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
 def test_uniform_targets_keep_one_count_and_share_forms(
     qwen3: Checkpoint, target: Target, share: float
@@ -123,8 +125,6 @@ def test_uniform_targets_keep_one_count_and_share_forms(
         assert len(set.union(*used)) == 1
     if target == "hf":
         assert set.union(*used) == {"bf16"}
-    if target == "onnx":
-        assert set.union(*used) <= {"q4_k", "q8_0", "bf16"}
     for rival in plan.rivals:
         assert len({len(Plan.kept(row)) for row in rival.forms}) == 1
     assert any("same number" in line for line in plan.limits)
@@ -138,6 +138,18 @@ def test_native_is_never_worse_than_a_constrained_target(qwen3: Checkpoint) -> N
         fixed_bytes = fixed.total_bytes - fixed.term("experts").num_bytes
         same_experts = fixed_bytes + native.budget_bytes - spare
         assert plan_for(qwen3, same_experts, target).loss >= native.loss
+
+
+def test_onnx_plans_mix_widths_and_counts(tiny_checkpoint: TinyCheckpoint) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe"))
+    forms = candidate_forms(checkpoint.spec, "onnx")
+    stats = fake_stats(checkpoint, forms)
+    plan = plan_for(checkpoint, 10**12, "onnx", stats=stats)
+    experts = plan.term("experts").num_bytes
+    plan = plan_for(checkpoint, plan.total_bytes - experts * 7 // 8, "onnx", stats=stats)
+    used = {form for row in plan.forms for form in row}
+    assert used <= set(forms) and len(used - {DROP}) > 1
+    assert any(len(set(row) - {DROP}) > 1 for row in plan.forms)
 
 
 def test_gguf_is_refused_early_where_it_cannot_work(tiny_checkpoint: TinyCheckpoint) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.errors import InputError, PackageError
+from edge_moe.formats import FORM_NAMES
 from edge_moe.measurement import EvalResult, Provenance, RunMeasurement
 from edge_moe.metrics import Estimate
 from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, Rival, SearchRecord, SearchTrial
@@ -331,3 +332,7 @@ def _browse(page: Path, profile: Path, *options: str) -> str:
         [*command, page.as_uri()], capture_output=True, text=True, timeout=180, check=True
     )
     return done.stdout
+
+
+def test_every_form_has_a_colour() -> None:
+    assert set(FORM_NAMES) <= set(charts.FORM_COLOURS)

@@ -25,8 +25,8 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import hand_plan
+from masked_routing import mask_routers
 from safetensors.torch import load_file, save_file
-from test_export_hf import mask_routers
 from transform_cases import rearranged
 from transformers import AutoModelForCausalLM
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import fused_copy, hand_plan, tree
+from masked_routing import mask_routers
 from peak_memory import measure_peak, needs_proc
 from test_export_hf import load as load_plain
 from test_export_hf import logits as plain_logits
-from test_export_hf import mask_routers
 from transform_cases import (
     MERGING,
     TEXT,

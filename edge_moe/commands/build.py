@@ -34,10 +34,25 @@ def build_command(
             show_default=False,
         ),
     ] = None,
+    onnx_exact: Annotated[
+        bool,
+        typer.Option(
+            "--onnx-exact",
+            help="Target onnx: 4-bit experts with float32 activations, slower on a CPU.",
+        ),
+    ] = False,
+    onnx_standard: Annotated[
+        bool,
+        typer.Option(
+            "--onnx-standard",
+            help="Target onnx: also write model_standard.onnx, without contrib operations.",
+        ),
+    ] = False,
 ) -> None:
     """Build what a plan says, streaming. A killed build resumes by running it again."""
     from edge_moe.errors import PlanError
     from edge_moe.hub import is_hub_id, resolve_model
+    from edge_moe.onnx_folder import OnnxOptions
     from edge_moe.plan import Plan
     from edge_moe.units import format_bytes
 
@@ -49,9 +64,15 @@ def build_command(
     folder = resolve_model(model or loaded.model)
     from edge_moe.converters.build import build
 
+    options = OnnxOptions(onnx_exact, onnx_standard)
     with resumable():
         path = build(
-            loaded, output, model=folder, target=target.value if target else None, stats=stats
+            loaded,
+            output,
+            model=folder,
+            target=target.value if target else None,
+            stats=stats,
+            onnx=options if options != OnnxOptions() else None,
         )
     num_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
     console = stderr()
@@ -62,7 +83,8 @@ def build_command(
 def _next_command(path: Path, target: str, plan: Plan) -> str:
     from edge_moe.reproduce import RAW_HINT, command_line, prompt_options
 
-    if target == "native":
+    if target in ("native", "onnx"):
         return f"{command_line('run', path, *prompt_options(plan))}\n  ({RAW_HINT})"
     artefact = path / "model.gguf" if target == "gguf" else path
-    return command_line("eval", artefact, "--against", "MODEL", "--task", "TASK")
+    tasks = [part for task in plan.tasks for part in ("--task", task)]
+    return command_line("eval", artefact, "--against", plan.model, *tasks)

@@ -12,6 +12,7 @@ from edge_moe.commands.options import (
     CalibratedModel,
     Output,
     Revision,
+    TargetName,
     Tasks,
     parse_names,
     parse_shard,
@@ -41,6 +42,10 @@ def calibrate_command(
             help="Forms to measure, comma separated; else one per class of bits.",
             show_default=False,
         ),
+    ] = None,
+    target: Annotated[
+        TargetName | None,
+        typer.Option(help="Measure the forms that this target offers.", show_default=False),
     ] = None,
     quantiser: Annotated[
         str | None,
@@ -72,8 +77,12 @@ def calibrate_command(
     if not gradients or GradientStats.settings_path(output).exists():
         require_unfinished(output)
     part = parse_shard(shard)
+    if forms is not None and target is not None:
+        raise InputError("--forms and --target both name forms to measure: give one of them")
     names = parse_names(forms) if forms is not None else None
     folder = resolve_model(model, revision)
+    if target is not None:
+        names = _offered_forms(folder, target)
     measure = _measurement(folder, gradients)
     with resumable():
         stats = measure(
@@ -99,7 +108,17 @@ def calibrate_command(
             f"next, with every shard: {command_line('stats', 'merge', 'OUT', output)} ..."
         )
         return
-    console.print(f"next: {command_line('plan', model, '--stats', output, '--budget', 'SIZE')}")
+    options = ("--target", target.value) if target is not None else ()
+    plan = command_line("plan", model, "--stats", output, *options, "--budget", "SIZE")
+    console.print(f"next: {plan}")
+
+
+def _offered_forms(model: Path, target: TargetName) -> tuple[str, ...]:
+    """What `target` offers for the experts of `model`."""
+    from edge_moe.candidates import candidate_forms
+    from edge_moe.open_model import open_model
+
+    return candidate_forms(open_model(model).spec, target.value)
 
 
 def _measurement(model: Path, gradients: bool) -> Callable[..., ExpertStats]:

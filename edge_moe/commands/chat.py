@@ -9,12 +9,12 @@ from edge_moe.commands.generation import Prompt, Sampling, answer, as_prompt
 from edge_moe.commands.options import stderr
 
 if TYPE_CHECKING:
-    from edge_moe.runtime.session import Session
+    from edge_moe.commands.generation import Runnable
 
 _HINT = "one line is one message; Ctrl-C stops an answer, Ctrl-D ends the chat"
 
 
-def chat(session: Session, sampling: Sampling, *, is_raw: bool) -> None:
+def chat(session: Runnable, sampling: Sampling, *, is_raw: bool) -> None:
     """Answer lines from stdin until it ends. Without a chat template every line stands alone."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:

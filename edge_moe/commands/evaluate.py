@@ -8,8 +8,8 @@ import typer
 
 from edge_moe.commands.options import (
     Budget,
+    EvaluatedModel,
     Json,
-    Model,
     Skip,
     SkipCalibrationFile,
     Tasks,
@@ -20,7 +20,7 @@ from edge_moe.commands.options import (
 
 
 def eval_command(
-    model: Model,
+    model: EvaluatedModel,
     task: Tasks,
     against: Annotated[
         str | None,

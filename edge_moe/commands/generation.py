@@ -14,7 +14,10 @@ from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
     from edge_moe.measurement import RunMeasurement
+    from edge_moe.runtime.onnx_session import OnnxSession
     from edge_moe.runtime.session import Session
+
+    Runnable = Session | OnnxSession
 
 Prompt = str | list[dict[str, str]]
 """Text to continue, or chat messages."""
@@ -48,7 +51,7 @@ class Sampling:
             raise InputError("--stop is empty: give the text to stop at")
 
 
-def as_prompt(session: Session, text: str, is_raw: bool) -> Prompt:
+def as_prompt(session: Runnable, text: str, is_raw: bool) -> Prompt:
     """`text` as a chat message where the model has a chat template, else as it is."""
     if is_raw or not session.has_chat_template:
         return text
@@ -56,7 +59,7 @@ def as_prompt(session: Session, text: str, is_raw: bool) -> Prompt:
 
 
 def answer(
-    session: Session, prompt: Prompt, sampling: Sampling, show: Callable[[str], None]
+    session: Runnable, prompt: Prompt, sampling: Sampling, show: Callable[[str], None]
 ) -> tuple[str, bool]:
     """(text, whether Ctrl-C ended it early); every piece goes to `show` as it comes.
 
@@ -77,25 +80,25 @@ def ignore(piece: str) -> None:
 
 
 def measure(
-    session: Session, model: Path, text: str, *, budget_bytes: int | None, seed: int | None
+    session: Runnable, model: Path, text: str, *, budget_bytes: int | None, seed: int | None
 ) -> RunMeasurement:
     """The run as a record: what the memory was planned to hold, what was used, how fast."""
     from edge_moe.measurement import Provenance, RunMeasurement
-    from edge_moe.package import is_package
+    from edge_moe.runtime.evaluate import model_kind
     from edge_moe.runtime.memory import peak_memory_bytes
 
-    timing = session.timing
+    timing, kind = session.timing, model_kind(model)
     return RunMeasurement(
         provenance=Provenance.here(seed=seed, accelerator=_accelerator(session)),
         model=str(model),
-        model_kind="package" if is_package(model) else "checkpoint",
+        model_kind=kind,
         device=session.device.type,
         budget_bytes=budget_bytes,
         context_tokens=session.context_tokens,
         terms=session.memory(),
         measured_terms=_measured_terms(session, model),
         cached_tokens=timing.cached_tokens,
-        peak_memory_bytes=peak_memory_bytes(session.device.type),
+        peak_memory_bytes=peak_memory_bytes("cpu" if kind == "onnx" else session.device.type),
         prompt_tokens=timing.prompt_tokens,
         generated_tokens=timing.generated_tokens,
         load_seconds=session.load_seconds,
@@ -107,7 +110,7 @@ def measure(
     )
 
 
-def _measured_terms(session: Session, model: Path) -> dict[str, int]:
+def _measured_terms(session: Runnable, model: Path) -> dict[str, int]:
     from edge_moe.overhead import probed_bytes
 
     found = session.measured_terms | {"KV cache": session.timing.cache_bytes}
@@ -117,17 +120,19 @@ def _measured_terms(session: Session, model: Path) -> dict[str, int]:
     return found
 
 
-def _accelerator(session: Session) -> str:
+def _accelerator(session: Runnable) -> str:
     """Name of the GPU in use, or empty."""
-    if session.device.type != "cuda":
-        return ""
     import torch
 
-    return str(torch.cuda.get_device_name(session.device))
+    if session.device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_name())
 
 
-def _paging(session: Session) -> dict[str, float]:
+def _paging(session: Runnable) -> dict[str, float]:
     statistics = session.statistics()
+    if statistics is None:
+        return {}
     return dataclasses.asdict(statistics) | {"hit_rate": statistics.hit_rate}
 
 

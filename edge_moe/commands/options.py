@@ -45,7 +45,10 @@ def _model(kinds: str) -> Any:
 
 
 Model = Annotated[str, _model("Checkpoint folder, native package, .gguf file")]
-RunnableModel = Annotated[str, _model("Checkpoint folder, native package")]
+EvaluatedModel = Annotated[
+    str, _model("Checkpoint folder, native package, ONNX folder, .gguf file")
+]
+RunnableModel = Annotated[str, _model("Checkpoint folder, native package, ONNX folder")]
 SourceModel = Annotated[str, _model("Hugging Face checkpoint folder")]
 CalibratedModel = Annotated[str, _model("Hugging Face checkpoint folder, .gguf file")]
 Revision = Annotated[

@@ -143,7 +143,7 @@ def plan_command(
     if json:
         print(summarise_plan(plan, output).model_dump_json(indent=1))
         return
-    print_plan(plan, output, stdout())
+    print_plan(plan, output, stdout(), stats)
 
 
 def _planned_target(asked: TargetName | None, spec: ModelSpec) -> Target:

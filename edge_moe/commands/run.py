@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,11 +32,14 @@ from edge_moe.commands.options import (
 )
 from edge_moe.commands.task_choice import AUTO, choose_task, known_patterns
 from edge_moe.errors import InputError, TargetError
+from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.units import parse_bytes
 
 if TYPE_CHECKING:
+    from edge_moe.commands.generation import Runnable
     from edge_moe.measurement import RunMeasurement
     from edge_moe.runtime.session import Session
+    from edge_moe.task_pattern import TaskPattern
 
 EXIT_INTERRUPTED = 130
 
@@ -125,33 +128,49 @@ def run_command(
     path = gguf_inside(Path(model).expanduser()) or resolve_model(model, revision)
     if path.suffix == ".gguf":
         raise TargetError(
-            f"run cannot load {path}: it runs native packages and Hugging Face folders; for GGUF "
-            f"use llama.cpp, as in `llama-cli -m {path}`, or build with --target native"
+            f"run cannot load {path}: it runs native packages, Hugging Face and ONNX folders; for "
+            f"GGUF use llama.cpp, as in `llama-cli -m {path}`, or build with --target native"
         )
-    rule = skip_rule(skip, skip_calibration, path)
-    known = known_patterns(path, task, patterns)
     from edge_moe.runtime.session import Session
 
-    with (
-        Session.open(
+    opened: Runnable
+    device_name = device.value if device else None
+    known: dict[str, TaskPattern] = {}
+    if is_onnx_folder(path):
+        options = {
+            "--budget": budget,
+            "--slots": slots,
+            "--ram": ram,
+            "--task": task,
+            "--patterns": patterns,
+            "--skip": skip,
+            "--skip-calibration": skip_calibration,
+            "--trace": trace,
+        }
+        refuse_paging_options(path, options)
+        from edge_moe.runtime.onnx_session import OnnxSession
+
+        opened = OnnxSession.open(path, context_tokens=ctx, device=device_name)
+    else:
+        known = known_patterns(path, task, patterns)
+        opened = Session.open(
             path,
             budget_bytes=budget,
             context_tokens=ctx,
-            device=device.value if device else None,
+            device=device_name,
             num_slots=slots,
             prefetch=prefetch,
             ram_bytes=ram,
-            skip=rule,
+            skip=skip_rule(skip, skip_calibration, path),
             pattern=known.get(task) if task else None,
             match_first=task == AUTO,
-        ) as session,
-        ExitStack() as stack,
-    ):
-        if task is not None:
+        )
+    with opened as session, ExitStack() as stack:
+        if task is not None and isinstance(session, Session):
             choose_task(session, task, known, as_prompt(session, prompt or "", raw))
         for warning in session.warnings:
             stderr().print(f"warning: {warning}", style="yellow")
-        if trace is not None:
+        if trace is not None and isinstance(session, Session):
             stack.enter_context(tracing(session, trace))
         if prompt is None:
             chat(session, sampling, is_raw=raw)
@@ -167,6 +186,16 @@ def run_command(
         stderr().print(f"recorded {measured.save(path)}")
     if was_interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def refuse_paging_options(path: Path, options: Mapping[str, object]) -> None:
+    """Raise `TargetError` where an option was given that onnxruntime has nothing for."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise TargetError(
+            f"{path} runs in onnxruntime, which neither pages nor skips experts: leave out "
+            f"{', '.join(given)}, or build with --target native"
+        )
 
 
 @contextmanager

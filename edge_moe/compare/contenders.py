@@ -35,8 +35,8 @@ LOSSES = {
     "raw change": replace(DEFAULT_LOSS, layers=LayerScale.RAW),
 }
 """Kinds of loss whose plans are compared: the two defaults, and each with one thing changed."""
-BIT_CLASSES = {4: ("q4_k", "q4_0"), 8: ("q8_0",)}
-"""Bits -> forms that pruned models are stored in, preferred first."""
+BIT_CLASSES = (("q4_k", "q4_0"), ("int4_b64", "int4_b32"), ("q8_0",), ("int8_row",))
+"""Forms of 4 and 8 bits that pruned models are stored in, preferred first; one target's each."""
 
 
 class Kind(StrEnum):
@@ -121,7 +121,7 @@ def kept_forms(forms: Sequence[str]) -> list[int]:
     """Positions of the forms that pruned models are kept in: 4 bits, 8 bits and the last one."""
     found = [
         next((list(forms).index(name) for name in names if name in forms), None)
-        for names in BIT_CLASSES.values()
+        for names in BIT_CLASSES
     ]
     return [*(index for index in found if index is not None), len(forms) - 1]
 

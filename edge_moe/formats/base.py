@@ -16,6 +16,8 @@ ByteArray = npt.NDArray[np.uint8]
 
 DROP = "drop"
 """The form of a pruned expert: zero bytes, no router row."""
+EXACT = "f32"
+"""The form that holds the weights of every checkpoint without loss."""
 
 # name -> module that implements it; the order is from fewest to most bits
 _MODULES = {
@@ -23,11 +25,16 @@ _MODULES = {
     "tq2_0": "edge_moe.formats.ternary",
     "q2_0": "edge_moe.formats.ternary",
     "q2_k": "edge_moe.formats.k_quants",
+    "int2_b64": "edge_moe.formats.integers",
+    "int2_b32": "edge_moe.formats.integers",
     "q3_k": "edge_moe.formats.k_quants",
     "q4_0": "edge_moe.formats.grouped",
     "q4_k": "edge_moe.formats.k_quants",
+    "int4_b64": "edge_moe.formats.integers",
+    "int4_b32": "edge_moe.formats.integers",
     "q5_k": "edge_moe.formats.k_quants",
     "q6_k": "edge_moe.formats.k_quants",
+    "int8_row": "edge_moe.formats.integers",
     "q8_0": "edge_moe.formats.grouped",
     "f16": "edge_moe.formats.floats",
     "bf16": "edge_moe.formats.floats",
@@ -45,8 +52,8 @@ class Form(ABC):
     name: ClassVar[str]
     label: ClassVar[str]
     """For people: `ternary`, `4-bit`, ..."""
-    ggml_type: ClassVar[int]
-    """Number of the type in ggml, as written to GGUF files."""
+    ggml_type: ClassVar[int | None]
+    """Number of the type in ggml, as written to GGUF files; None where ggml has no such type."""
     block_size: ClassVar[int]
     """Weights per block; rows must be a multiple of it."""
     block_bytes: ClassVar[int]

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from edge_moe.errors import FormError
-from edge_moe.formats.base import DROP, FORM_NAMES, ByteArray, FloatArray, get_form
+from edge_moe.formats.base import DROP, FORM_NAMES, ByteArray, FloatArray, Form, get_form
 from edge_moe.formats.dequantise import dequantise
 from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME, GgmlType
 
@@ -21,6 +21,7 @@ _NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 """Types for activations, indices and tests: no expert is stored in them."""
 STORED_NAMES = tuple(name.lower() for name in GGML_TYPES_BY_NAME if name not in _NO_WEIGHTS)
 """Types that an expert's matrix may be stored in."""
+_KNOWN_NAMES = {*STORED_NAMES, *FORM_NAMES} - {DROP}
 Parts = tuple[str, str, str]
 """Types of (gate_proj, up_proj, down_proj)."""
 
@@ -35,7 +36,7 @@ def split_form(name: str) -> Parts:
     parts = tuple(name.split("/"))
     if len(parts) == 1:
         parts *= 3
-    if len(parts) != 3 or not set(parts) <= set(STORED_NAMES) or join_form(*parts) != name:
+    if len(parts) != 3 or not set(parts) <= _KNOWN_NAMES or join_form(*parts) != name:
         raise FormError(
             f"form {name!r} is unknown; known forms: {', '.join(FORM_NAMES)}, other ggml types as "
             "a GGUF stores them, and three of them as gate/up/down"
@@ -153,8 +154,9 @@ def _unpack(part: str, piece: ByteArray, shape: tuple[int, int]) -> FloatArray:
     return dequantise(part.upper(), piece.tobytes(), shape[0] * shape[1]).reshape(shape)
 
 
-def _type(part: str) -> GgmlType:
-    return GGML_TYPES_BY_NAME[part.upper()]
+def _type(part: str) -> GgmlType | Form:
+    known = GGML_TYPES_BY_NAME.get(part.upper())
+    return get_form(part) if known is None else known
 
 
 def _part_label(part: str) -> str:

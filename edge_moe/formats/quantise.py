@@ -192,6 +192,8 @@ def _nearest(form: BlockForm, weights: FloatArray, moments: InputMoments) -> Byt
 def _imatrix(form: BlockForm, weights: FloatArray, moments: InputMoments) -> ByteArray:
     if form.name == "q8_0":
         return form.pack(weights)  # ggml has no weighted search for it
+    if form.ggml_type is None:
+        return _weighted(form, weights, moments)
     importance = moments.diagonal()
     if form.name in TERNARY_FORMS:
         return _refit(form, weights, InputMoments(squares=importance))

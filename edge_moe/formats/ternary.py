@@ -16,8 +16,8 @@ from edge_moe.formats.grid import CodeArray, Grid, column_weights
 from edge_moe.formats.layout import join_2bit_planes, split_2bit_planes
 from edge_moe.formats.scales import as_half, reciprocal
 
-TERNARY_FORMS = ("tq1_0", "tq2_0", "q2_0")
-"""Forms of one scale per block that hold trits exactly; q2_0 has the level 2 besides."""
+TERNARY_FORMS = ("tq1_0", "tq2_0", "q2_0", "int2_b64", "int2_b32")
+"""Forms of one scale per block that hold trits exactly; those of 2 bits have the level 2 or -2."""
 
 _POWERS = np.array([81, 27, 9, 3, 1], dtype=np.uint16)
 
@@ -152,8 +152,8 @@ class Q2_0(BlockForm):
         self, blocks: FloatArray, importance: FloatArray | None = None
     ) -> tuple[Grid, CodeArray]:
         columns = np.ascontiguousarray(blocks.T)  # [64, n]: reductions run over the outer axis
-        scale = _search_scale(columns, column_weights(importance, 64))
-        codes = _levels(columns, as_half(scale)).astype(np.int8)
+        scale = search_four_levels(columns, column_weights(importance, 64))
+        codes = to_four_levels(columns, as_half(scale)).astype(np.int8)
         return Grid(scale, np.ones_like(scale)[:, None]), np.ascontiguousarray(codes.T)
 
     def join(self, grid: Grid, codes: CodeArray) -> ByteArray:
@@ -171,19 +171,19 @@ class Q2_0(BlockForm):
 _Q2_0_STARTS = tuple(sign * share for share in (0.5, 1.0, 0.36, 0.43) for sign in (1, -1))
 
 
-def _levels(columns: FloatArray, scale: FloatArray) -> FloatArray:
-    """Nearest of -1, 0, 1, 2 to `columns` [64, n] / `scale` [n]."""
+def to_four_levels(columns: FloatArray, scale: FloatArray) -> FloatArray:
+    """Nearest of -1, 0, 1, 2 to `columns` [B, n] / `scale` [n]."""
     levels: FloatArray = columns * reciprocal(scale)
     np.rint(levels, out=levels)
     np.clip(levels, -1, 2, out=levels)
     return levels
 
 
-def _search_scale(columns: FloatArray, weights: FloatArray | None) -> FloatArray:
-    """Scale of least squared error per column [64, n]: several starts, alternating least squares.
+def search_four_levels(columns: FloatArray, weights: FloatArray | None) -> FloatArray:
+    """Scale of least squared error per column [B, n]: several starts, alternating least squares.
 
     With levels fixed the best scale is (w . q) / (q . q), which leaves |w|^2 - (w . q)^2 / (q . q).
-    `weights` [64, 1] enter every product.
+    `weights` [B, 1] enter every product.
     """
     largest = np.abs(columns).max(axis=0)
     best_scale: FloatArray = np.zeros_like(largest)
@@ -191,7 +191,7 @@ def _search_scale(columns: FloatArray, weights: FloatArray | None) -> FloatArray
     for share in _Q2_0_STARTS:
         scale = largest * np.float32(share)
         for _ in range(3):
-            levels = _levels(columns, scale)
+            levels = to_four_levels(columns, scale)
             weighted = levels if weights is None else levels * weights
             dot = np.einsum("bn,bn->n", columns, weighted)
             scale = dot * reciprocal(np.einsum("bn,bn->n", levels, weighted))

@@ -37,6 +37,8 @@ def unpack(form_name: str, packed: Tensor, width: int) -> Tensor:
             f"a row of {width} weights in form {form_name} takes {row_bytes} bytes, "
             f"found {packed.shape[-1]}"
         )
+    if form_name == "int8_row":
+        return _unpack_int8_row(packed)
     if form.block_size == 1:
         return _words(packed, _FLOAT_DTYPES[form_name]).float()
     blocks = packed.reshape(-1, form.block_bytes)
@@ -177,15 +179,43 @@ def _unpack_q6_k(blocks: Tensor) -> Tensor:
     return _signed_bytes(words, (len(blocks), 16, 16), 32).mul_(scale)
 
 
+def _integers(blocks: Tensor, bits: int) -> Tensor:
+    """Blocks of ONNX Runtime's integer forms: codes lowest bits first, then a float32 scale."""
+    codes = blocks[:, :-4]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=blocks.device)
+    signed = (codes.unsqueeze(-1) >> shifts).bitwise_and_(2**bits - 1).float()
+    scales = _words(blocks[:, -4:], torch.float32)
+    return signed.view(len(blocks), -1).sub_(2 ** (bits - 1)).mul_(scales)
+
+
+def _unpack_int2(blocks: Tensor) -> Tensor:
+    return _integers(blocks, 2)
+
+
+def _unpack_int4(blocks: Tensor) -> Tensor:
+    return _integers(blocks, 4)
+
+
+def _unpack_int8_row(packed: Tensor) -> Tensor:
+    rows = packed.reshape(-1, packed.shape[-1])
+    scales = _words(rows[:, -4:], torch.float32)
+    weights = rows[:, :-4].float().sub_(128).mul_(scales)
+    return weights.view(*packed.shape[:-1], -1)
+
+
 _FLOAT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _UNPACK_BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "tq1_0": _unpack_tq1_0,
     "tq2_0": _unpack_tq2_0,
     "q2_0": _unpack_q2_0,
     "q2_k": _unpack_q2_k,
+    "int2_b64": _unpack_int2,
+    "int2_b32": _unpack_int2,
     "q3_k": _unpack_q3_k,
     "q4_0": _unpack_q4_0,
     "q4_k": _unpack_q4_k,
+    "int4_b64": _unpack_int4,
+    "int4_b32": _unpack_int4,
     "q5_k": _unpack_q5_k,
     "q6_k": _unpack_q6_k,
     "q8_0": _unpack_q8_0,

@@ -1,0 +1,272 @@
+"""`OnnxSession`: a folder of `build --target onnx` in onnxruntime, ready to generate and to score.
+
+Weights stay mapped from their files where a kernel reads them as they lie. The KV cache has one
+buffer per layer for the longest sequence, which nodes extend in place; pages that no token has
+reached are not in memory yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edge_moe.errors import InputError, TargetError
+from edge_moe.files import read_json
+from edge_moe.formats import DROP, EXACT
+from edge_moe.measurement import usable_cores
+from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME
+from edge_moe.package import PLAN_NAME
+from edge_moe.plan import Device, MemoryTerm, Plan
+from edge_moe.runtime.allotment import context_length
+from edge_moe.runtime.generate import (
+    Sampling,
+    Timing,
+    TokenLoop,
+    encode_prompt,
+    generate_text,
+)
+from edge_moe.runtime.onnx_library import PROVIDERS, import_onnxruntime, require_provider
+from edge_moe.runtime.session import load_tokenizer
+from edge_moe.spec import ModelSpec
+
+_QUIET = 3  # onnxruntime's severity: errors only
+
+
+@dataclass(frozen=True)
+class Where:
+    """The device, as `torch.device` names it."""
+
+    type: Device
+
+
+class OnnxSession:
+    """The interface of `runtime.session.Session` that running, chatting and evaluating need."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        runtime: Any,
+        network: Any,
+        context_tokens: int,
+        device: Device,
+    ) -> None:
+        """Use `OnnxSession.open`."""
+        self.folder = folder
+        self.spec = ModelSpec.from_file(folder / "config.json")
+        self.tokenizer = load_tokenizer(folder)
+        self.context_tokens = context_tokens
+        self.device = Where(device)
+        self.timing = Timing()
+        self.load_seconds = 0.0
+        self.warnings: list[str] = []
+        self.measured_terms: dict[str, int] = {}
+        self._plan = plan
+        self._runtime = runtime
+        self._network = network
+        self._head: Any = None
+        """Opened by the first `logits`."""
+
+    @classmethod
+    def open(
+        cls, folder: Path, *, context_tokens: int | None = None, device: str | None = None
+    ) -> OnnxSession:
+        """Load `folder`, on a CPU unless `device` is cuda.
+
+        Raises:
+            InputError: the folder is incomplete, or the device is not there.
+            TargetError: quantised experts on cuda, where onnxruntime wants half precision.
+            MissingExtraError: onnxruntime is not installed.
+        """
+        start = time.perf_counter()
+        runtime = import_onnxruntime(f"running {folder}")
+        plan = _plan_of(folder)
+        spec = ModelSpec.from_file(folder / "config.json")
+        context = context_length(spec, context_tokens)
+        where: Device = "cuda" if device == "cuda" else "cpu"
+        _check_device(folder, plan, where)
+        network = _load(runtime, folder / MODEL_NAME, where)
+        session = cls(folder, plan, runtime, network, context, where)
+        session.load_seconds = time.perf_counter() - start
+        return session
+
+    def generate(
+        self,
+        prompt: str | list[dict[str, str]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """As `Session.generate`: with one seed both draw the same tokens from equal logits."""
+        prompt_ids = encode_prompt(self.tokenizer, prompt)
+        loop = self._loop()
+        self.timing = loop.timing
+        sampling = Sampling(temperature, top_p, seed)
+        yield from generate_text(
+            loop, self.tokenizer, prompt_ids, self.eos_ids, sampling, max_new_tokens, stop
+        )
+
+    def generate_ids(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, *, stop_at_eos: bool = True
+    ) -> list[int]:
+        """Greedy continuation as token ids."""
+        loop = self._loop()
+        self.timing = loop.timing
+        eos = self.eos_ids if stop_at_eos else set()
+        return list(loop.tokens(prompt_ids, max_new_tokens, Sampling(), eos))
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """float32 [T, V]: row t predicts token t + 1.
+
+        Raises:
+            InputError: more tokens than the context holds.
+        """
+        if self._head is None:
+            self._head = _load(self._runtime, self.folder / HEAD_NAME, self.device.type)
+        return self._loop().logits(token_ids, self.spec.vocab_size)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Tokens that end a text, from generation_config.json or the tokenizer."""
+        path = self.folder / "generation_config.json"
+        found = None
+        if path.exists():
+            missing = f"{path} was removed: build {self.folder} again"
+            content = read_json(path, InputError, missing=missing, damaged="build it again")
+            found = content.get("eos_token_id") if isinstance(content, dict) else None
+        if found is None:
+            found = self.tokenizer.eos_token_id
+        if found is None:
+            return set()
+        return set(found) if isinstance(found, list) else {found}
+
+    def memory(self) -> list[MemoryTerm]:
+        """The plan's bill."""
+        return list(self._plan.terms)
+
+    def statistics(self) -> None:
+        """onnxruntime pages nothing that could be counted."""
+        return None
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._network = self._head = None
+
+    def _loop(self) -> _OnnxLoop:
+        if self._network is None:
+            raise RuntimeError("the session is closed")
+        return _OnnxLoop(self._network, self._head, self.context_tokens, self.device.type)
+
+    def __enter__(self) -> OnnxSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _OnnxLoop(TokenLoop):
+    """A sequence through onnxruntime."""
+
+    def __init__(self, network: Any, head: Any, context_tokens: int, device: Device) -> None:
+        """`head` gives the logits of all positions; needed for `keep_all` only."""
+        super().__init__(context_tokens)
+        self._network = network
+        self._head = head
+        self._device = device
+        self._cache = {
+            value.name: _buffer(value.shape, context_tokens, device)
+            for value in network.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+
+    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:
+        binding = self._network.io_binding()
+        total = self.num_tokens + len(token_ids)
+        ids = np.array([list(token_ids)], np.int64)
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        for name, buffer in self._cache.items():
+            binding.bind_ortvalue_input(name, buffer)
+            present = name.replace("past_key_values.", "present.")
+            binding.bind_ortvalue_output(present, buffer)
+        binding.bind_output("hidden_states" if keep_all else "logits")
+        self._network.run_with_iobinding(binding)
+        self.num_tokens = total
+        output: npt.NDArray[np.float32] = binding.get_outputs()[-1].numpy()
+        if keep_all:
+            (output,) = self._head.run(["logits"], {"hidden_states": output})
+        return torch.from_numpy(output[0])
+
+    def cache_bytes(self) -> int:
+        """Of the tokens so far: later rows of the buffers were not touched."""
+        held = sum(int(np.prod(buffer.shape())) * 4 for buffer in self._cache.values())
+        return held * self.num_tokens // self.context_tokens
+
+
+def _buffer(shape: Sequence[Any], context_tokens: int, device: Device) -> Any:
+    """Keys or values [1, m, context, d] of one layer, zero."""
+    import onnxruntime
+
+    _, heads, _, width = shape
+    zeros = np.zeros((1, heads, context_tokens, width), np.float32)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(zeros, device)
+
+
+def _plan_of(folder: Path) -> Plan:
+    if not (folder / PLAN_NAME).is_file():
+        raise InputError(
+            f"{folder} holds {MODEL_NAME} but no {PLAN_NAME}: edge-moe runs what `edge-moe build "
+            "--target onnx` wrote; use onnxruntime-genai for other models"
+        )
+    return Plan.load(folder / PLAN_NAME)
+
+
+def _check_device(folder: Path, plan: Plan, device: Device) -> None:
+    """onnxruntime would compute such experts on the CPU, moving activations to and fro."""
+    quantised = {form for row in plan.forms for form in row} - {DROP, EXACT}
+    if device == "cuda" and quantised:
+        raise TargetError(
+            f"{folder} holds {', '.join(sorted(quantised))} experts in a float32 graph, which "
+            "onnxruntime computes on the CPU only: use --device cpu, or build with --target native"
+        )
+
+
+def _load(runtime: Any, path: Path, device: Device) -> Any:
+    """An InferenceSession of one graph on `device`.
+
+    Raises:
+        InputError: the files are damaged, or the device is not there.
+    """
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
+    options.log_severity_level = _QUIET
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    wanted = PROVIDERS[device]
+    if wanted not in runtime.get_available_providers():
+        raise InputError(
+            f"device {device} was asked for, but this build of onnxruntime has no {wanted}: "
+            "pip uninstall -y onnxruntime, then pip install 'edge-moe[onnx-gpu]', or use "
+            "--device cpu"
+        )
+    providers = [wanted] if device == "cpu" else [wanted, PROVIDERS["cpu"]]
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # the library's errors share no base but Exception
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: onnxruntime cannot load it ({reason}): build it again") from None
+    require_provider(session, device, path)
+    return session

@@ -1,0 +1,41 @@
+"""The source model with dropped experts masked out of its routers: what pruning must equal."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from edge_moe.plan import Plan
+from edge_moe.spec import ModelSpec
+
+
+def mask_routers(model: nn.Module, plan: Plan, spec: ModelSpec) -> None:
+    """Give dropped experts a router logit of -inf, so that none is ever chosen."""
+    for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
+        router = model.get_submodule(spec.moe_module(layer_id)).gate
+        assert isinstance(router, nn.Module)
+        dropped = [index for index, form in enumerate(row) if form == "drop"]
+        if spec.router.has_selection_bias:
+            block = model.get_submodule(spec.moe_module(layer_id))
+            holder = router if hasattr(router, "e_score_correction_bias") else block
+            bias = holder.e_score_correction_bias
+            assert isinstance(bias, Tensor)
+            bias[dropped] = -torch.inf
+        _mask_linear(router, dropped)
+
+
+def _mask_linear(router: nn.Module, dropped: list[int]) -> None:
+    forward, linear = router.forward, torch.nn.functional.linear
+
+    def masked_linear(values: Tensor, weight: Tensor) -> Tensor:
+        return linear(values, weight).index_fill(
+            -1, torch.tensor(dropped, dtype=torch.long), -torch.inf
+        )
+
+    def masked_forward(*inputs: Tensor) -> object:
+        with mock.patch("torch.nn.functional.linear", masked_linear):
+            return forward(*inputs)
+
+    router.forward = masked_forward

@@ -1,0 +1,404 @@
+"""ONNX folders: logits of transformers' model with the same weights, layouts, refusals, resuming.
+
+Tolerances: onnxruntime's float32, 4-bit (accuracy_level 0), 2-bit without lookup tables and 8-bit
+row-wise kernels are exact but for the order of sums, 1e-6 here. Rounding activations to 8 bits
+changes the logits of these random models by 2 to 3 %; for 2 bits the fast kernel always does it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
+from hand_plan import fused_copy, hand_plan, random_forms, tree, uniform_forms
+from peak_memory import deep_checkpoint, measure_peak, needs_proc
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from onnx_runs import decode, planned_model, reference_logits, relative_error  # noqa: E402
+
+from edge_moe.candidates import ONNX_FAMILIES  # noqa: E402
+from edge_moe.checkpoint import Checkpoint  # noqa: E402
+from edge_moe.converters.build import build  # noqa: E402
+from edge_moe.converters.onnx import data_files, graph  # noqa: E402
+from edge_moe.converters.onnx.routing import Routing, group_columns  # noqa: E402
+from edge_moe.errors import DiskSpaceError, TargetError  # noqa: E402
+from edge_moe.onnx_folder import MODEL_NAME, STANDARD_NAME, OnnxOptions  # noqa: E402
+from edge_moe.plan import Plan  # noqa: E402
+
+EXACT = OnnxOptions(is_exact=True, with_standard=True)
+EXACT_ERROR = 1e-5
+ROUNDED_ERROR = 5e-2
+
+
+def export(folder: Path, forms: list[list[str]], output: Path, options: OnnxOptions) -> Plan:
+    plan = hand_plan(Checkpoint(folder), forms, "onnx")
+    build(plan, output, model=folder, onnx=options)
+    return plan
+
+
+def check_logits(folder: Path, forms: list[list[str]], output: Path, limit: float) -> None:
+    """Both graphs against transformers, prefill and cached decoding."""
+    plan = export(folder, forms, output, EXACT)
+    model = planned_model(plan, folder)
+    for name in (MODEL_NAME, STANDARD_NAME):
+        tokens, found = decode(output / name)
+        expected = reference_logits(model, tokens)
+        assert relative_error(found, expected) < limit, name
+        assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
+def test_whole_models_equal_transformers(
+    family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(family)
+    spec = Checkpoint(folder).spec
+    forms = [["f32"] * spec.num_experts for _ in spec.moe_layer_ids]
+    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+
+
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
+@pytest.mark.parametrize("form", ["int8_row", "int4_b64", "int4_b32"])
+def test_one_width_equals_the_fake_quantised_model(
+    family: str, form: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(family)
+    spec = Checkpoint(folder).spec
+    forms = [[form] * spec.num_experts for _ in spec.moe_layer_ids]
+    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+
+
+@pytest.fixture(scope="module")
+def odd_widths(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Rows whose count is no multiple of 128: onnxruntime's exact 2-bit kernel."""
+
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        width_key = {"mixtral": "intermediate_size", "olmoe": "intermediate_size"}
+        changes: dict[str, Any] = {width_key.get(family, "moe_intermediate_size"): 96}
+        if family in ("qwen2_moe", "olmoe"):  # heads of 48: GroupQueryAttention wants 16 n
+            changes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+        return make_tiny_checkpoint(folder, family, width=96, **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_2_bit_experts_equal_the_fake_quantised_model(
+    family: str, odd_widths: Any, tmp_path: Path
+) -> None:
+    folder = odd_widths(family)
+    spec = Checkpoint(folder).spec
+    forms = [["int2_b32"] * spec.num_experts for _ in spec.moe_layer_ids]
+    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_expert_has_the_width_of_the_plan(
+    family: str, odd_widths: Any, tmp_path: Path
+) -> None:
+    """Four widths and dropped experts in each layer, another count in every one."""
+    folder = odd_widths(family)
+    checkpoint = Checkpoint(folder)
+    forms = random_forms(checkpoint, ("f32", "drop", "int2_b32", "int4_b32", "int8_row"))
+    if checkpoint.spec.router.num_groups > 1:
+        half = checkpoint.spec.num_experts // 2
+        for row in forms:  # the best two of a group rank it
+            for start in (0, half):
+                for expert_id in (start, start + 1):
+                    row[expert_id] = "int4_b32" if row[expert_id] == "drop" else row[expert_id]
+    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+
+
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
+def test_pruning_is_masked_routing(
+    family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(family)
+    forms = uniform_forms(Checkpoint(folder), 4, "f32")
+    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+
+
+@pytest.mark.parametrize("form", ["int4_b64", "int2_b64"])
+def test_fast_kernels_round_activations(
+    form: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint("qwen3_moe", wide=True)
+    spec = Checkpoint(folder).spec
+    forms = [[form] * spec.num_experts for _ in spec.moe_layer_ids]
+    plan = export(folder, forms, tmp_path / "out", OnnxOptions(with_standard=True))
+    model = planned_model(plan, folder)
+    tokens, found = decode(tmp_path / "out" / MODEL_NAME)
+    expected = reference_logits(model, tokens)
+    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    assert EXACT_ERROR < error < ROUNDED_ERROR
+    tokens, found = decode(tmp_path / "out" / STANDARD_NAME)
+    assert relative_error(found, reference_logits(model, tokens)) < EXACT_ERROR
+
+
+def test_ternary_weights_pass_through_2_bit_codes(odd_widths: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = shutil.copytree(odd_widths("olmoe"), tmp_path / "ternary")
+    tensors = load_file(source / "model.safetensors")
+    for name, values in tensors.items():
+        if ".experts." in name:
+            scale = values.float().abs().mean(dim=1, keepdim=True).half().float()
+            trits = (values.float() / scale).round().clamp(-1, 1)
+            tensors[name] = trits * scale
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    spec = Checkpoint(source).spec
+    forms = [["int2_b32"] * spec.num_experts for _ in spec.moe_layer_ids]
+    export(source, forms, tmp_path / "out", EXACT)
+    whole = hand_plan(Checkpoint(source), [["f32"] * spec.num_experts] * spec.num_moe_layers)
+    tokens, found = decode(tmp_path / "out" / MODEL_NAME)
+    expected = reference_logits(planned_model(whole, source), tokens)
+    assert relative_error(found, expected) < EXACT_ERROR
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_latent_queries_yarn_and_dense_layers(interleaved: bool, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(
+        tmp_path / "deepseek",
+        "deepseek_v3",
+        q_lora_rank=48,
+        rope_interleave=interleaved,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+    )
+    forms = random_forms(Checkpoint(folder), ("int4_b32", "int8_row"))
+    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+
+
+def test_tied_heads_clipped_values_and_stacked_experts(tmp_path: Path) -> None:
+    plain = make_tiny_checkpoint(
+        tmp_path / "olmoe", "olmoe", tie_word_embeddings=True, clip_qkv=0.05
+    )
+    folder = fused_copy(plain, tmp_path / "stacked")
+    forms = random_forms(Checkpoint(folder), ("int4_b32", "drop"))
+    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+
+
+def test_group_columns_of_a_pruned_router(tiny_checkpoint: TinyCheckpoint) -> None:
+    router = Checkpoint(tiny_checkpoint("deepseek_v3")).spec.router  # two groups
+    columns, groups = group_columns(Routing(router, 2, 8, (0, 1, 3, 4, 7)))
+    assert columns.tolist() == [[0, 1, 2], [3, 4, 5]]  # 5 is no expert
+    assert groups.tolist() == [0, 0, 0, 1, 1]
+
+
+def operations(graph: Any) -> Iterator[tuple[str, str]]:
+    """(domain, operation) of every node, branches included."""
+    for node in graph.node:
+        yield node.domain, node.op_type
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from operations(attribute.g)
+
+
+def test_the_standard_graph_is_onnx_alone(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    import onnx
+
+    folder = tiny_checkpoint("deepseek_v3")
+    forms = random_forms(Checkpoint(folder), ("int2_b64", "int4_b64", "int8_row", "f32"))
+    export(folder, forms, tmp_path / "out", EXACT)
+    onnx.checker.check_model(str(tmp_path / "out" / STANDARD_NAME), full_check=True)
+    found = set(operations(onnx.load(tmp_path / "out" / STANDARD_NAME).graph))
+    assert {domain for domain, _ in found} == {""}
+    assert ("", "If") in found and ("", "DequantizeLinear") in found
+
+
+def test_layout_can_be_mapped(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    import onnx
+
+    folder = tiny_checkpoint("olmoe", wide=True)
+    forms = random_forms(Checkpoint(folder), ("int4_b64", "f32", "drop"))
+    export(folder, forms, tmp_path / "out", OnnxOptions())
+    model = onnx.load(str(tmp_path / "out" / MODEL_NAME), load_external_data=False)
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        start, length = int(entries["offset"]), int(entries["length"])
+        assert start % (65536 if length >= 2**20 else 4096) == 0
+        spans.setdefault(entries["location"], []).append((start, start + length))
+    assert set(spans) == {"model-dense.data", "experts-00001.data", "experts-00002.data"}
+    for location, found in spans.items():
+        ordered = sorted(found)
+        assert all(end <= start for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False))
+        assert (tmp_path / "out" / location).stat().st_size == ordered[-1][1]
+
+
+def test_nodes_carry_the_attributes_that_onnxruntime_reads_differently(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Router weights where they are not renormalised, plain codes, gated silu, plan's widths."""
+    import onnx
+
+    folder = tiny_checkpoint("olmoe")
+    spec = Checkpoint(folder).spec
+    forms = [["int4_b64"] * 8, ["int2_b64"] * 3 + ["drop"] * 2 + ["int8_row"] * 3]
+    export(folder, forms, tmp_path / "out", OnnxOptions())
+    model = onnx.load(str(tmp_path / "out" / MODEL_NAME), load_external_data=False)
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type != "QMoE":
+            continue
+        values = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        assert values["weights_prepacked"] == 0 and values["swiglu_fusion"] == 1
+        assert values["activation_alpha"] == 1.0 and values["normalize_routing_weights"] == 0
+        assert node.input[14]
+        found.append(
+            (values["expert_weight_bits"], values.get("block_size"), shapes[node.input[2]][0])
+        )
+        assert values["k"] == min(spec.top_k, found[-1][2])
+    assert sorted(found, key=str) == [(2, 64, 3), (4, 64, 8), (8, None, 3)]
+
+
+@contextmanager
+def stopped_after(monkeypatch: pytest.MonkeyPatch, num_files: int) -> Iterator[None]:
+    """The process is interrupted when it starts the next expert file."""
+    write, count = data_files.ExpertFile.write, 0
+
+    def counted(self: Any, *arguments: Any) -> None:
+        nonlocal count
+        if count == num_files:
+            raise KeyboardInterrupt
+        count += 1
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_files.ExpertFile, "write", counted)
+        yield
+
+
+def test_a_killed_build_resumes_with_the_same_bytes(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint("qwen3_moe")
+    forms = random_forms(Checkpoint(folder), ("int4_b32", "int8_row"))
+    export(folder, forms, tmp_path / "a" / "out", EXACT)
+    with stopped_after(monkeypatch, 1), pytest.raises(KeyboardInterrupt):
+        export(folder, forms, tmp_path / "b" / "out", EXACT)
+    first = tmp_path / "b" / ".out.building" / "output" / "experts-00001.data"
+    before = first.stat().st_ino
+    assert not (tmp_path / "b" / "out").exists()
+    export(folder, forms, tmp_path / "b" / "out", EXACT)
+    assert (tmp_path / "b" / "out" / first.name).stat().st_ino == before
+    assert tree(tmp_path / "a" / "out") == tree(tmp_path / "b" / "out")
+
+
+def test_a_graph_beyond_protobuf_is_refused(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint("olmoe")
+    monkeypatch.setattr(graph, "PROTOBUF_LIMIT_BYTES", 1000)
+    with pytest.raises(TargetError, match=r"graph of model.onnx alone takes \d+ bytes"):
+        export(folder, [["f32"] * 8] * 2, tmp_path / "out", OnnxOptions())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_noticed_before_writing(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(DiskSpaceError, match="output out needs"):
+        export(tiny_checkpoint("olmoe"), [["f32"] * 8] * 2, tmp_path / "out", OnnxOptions())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic",
+        ),
+        ({"sliding_window": 64}, "window of 64"),
+    ],
+)
+def test_what_the_graph_cannot_compute_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "mixtral", "mixtral", **changes)
+    with pytest.raises(TargetError, match=message):
+        export(folder, [["f32"] * 8] * 2, tmp_path / "out", OnnxOptions())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mixtral"]
+
+
+def test_genai_generates_the_same_tokens(tmp_path: Path, odd_widths: Any) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    for family in FAMILY_NAMES:
+        folder = odd_widths(family)
+        output = tmp_path / family
+        forms = random_forms(Checkpoint(folder), ("int4_b32", "int8_row"))
+        plan = export(folder, forms, output, OnnxOptions(is_exact=True))
+        model = genai.Model(str(output))
+        prompt = genai.Tokenizer(model).encode("hello world")
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=40, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(prompt)
+        found: list[int] = []
+        while not generator.is_done() and len(found) < 10:
+            generator.generate_next_token()
+            found.append(int(generator.get_next_tokens()[0]))
+        tokens = np.concatenate([np.asarray(prompt), found])[None].astype(np.int64)
+        expected = reference_logits(planned_model(plan, folder), tokens).argmax(-1)
+        assert found == expected[len(prompt) - 1 :].tolist(), family
+
+
+def test_genai_config_holds_the_special_tokens(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "source")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [0, 7]}))
+    export(folder, [["f32"] * 8] * 2, tmp_path / "out", OnnxOptions())
+    model = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    assert model["eos_token_id"] == [0, 7] and model["type"] == "decoder"
+    assert model["decoder"]["num_key_value_heads"] == 4
+
+
+@needs_proc
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A source of 300 MB; float32 experts would be 600 MB, one of them is 3 MB."""
+    source = deep_checkpoint(tmp_path / "source")
+    checkpoint = Checkpoint(source)
+    forms = random_forms(checkpoint, ("f32", "int8_row"))
+    hand_plan(checkpoint, forms, "onnx").save(tmp_path / "plan.json")
+    peak = measure_peak(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import onnx, onnx.helper, onnx.numpy_helper\n"
+        "from transformers import AutoConfig, OlmoeConfig\n"
+        "from edge_moe.converters.build import build\n"
+        "from edge_moe.converters.onnx import export\n"
+        "from edge_moe.plan import Plan\n",
+        "build(Plan.load(Path(sys.argv[1])), Path(sys.argv[2]))",
+        tmp_path / "plan.json",
+        tmp_path / "out",
+    )
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert written > 250 * 10**6
+    assert peak.grown_bytes < 64 * 10**6, peak.grown_bytes

@@ -1,0 +1,212 @@
+"""`run` and `eval` on an ONNX folder: the native session's text and scores, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TinyCheckpoint
+from hand_plan import hand_plan
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from onnx_runs import planned_model, reference_logits  # noqa: E402
+
+from edge_moe.checkpoint import Checkpoint  # noqa: E402
+from edge_moe.cli import run  # noqa: E402
+from edge_moe.converters.build import build  # noqa: E402
+from edge_moe.errors import InputError, MissingExtraError, TargetError  # noqa: E402
+from edge_moe.onnx_folder import OnnxOptions  # noqa: E402
+from edge_moe.plan import Plan  # noqa: E402
+from edge_moe.runtime import onnx_library  # noqa: E402
+from edge_moe.runtime.evaluate import evaluate, open_model  # noqa: E402
+from edge_moe.runtime.onnx_session import OnnxSession  # noqa: E402
+from edge_moe.runtime.session import Session  # noqa: E402
+
+FORMS = [["int4_b64"] * 4 + ["int8_row"] * 2 + ["drop"] * 2, ["int8_row"] * 8]
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """One plan built natively and as ONNX, and its source."""
+    source, root = tiny_checkpoint("olmoe"), tmp_path_factory.mktemp("built")
+    plan = hand_plan(Checkpoint(source), FORMS)
+    build(plan, root / "native", model=source)
+    onnx = hand_plan(Checkpoint(source), FORMS, "onnx")
+    build(onnx, root / "onnx", model=source, onnx=OnnxOptions(is_exact=True))
+    return {"source": source, "native": root / "native", "onnx": root / "onnx"}
+
+
+def test_logits_over_several_chunks(folders: dict[str, Path]) -> None:
+    tokens = np.random.default_rng(3).integers(1, 250, (1, 400))
+    plan = hand_plan(Checkpoint(folders["source"]), FORMS)
+    expected = reference_logits(planned_model(plan, folders["source"]), tokens)
+    with OnnxSession.open(folders["onnx"], context_tokens=399) as session:
+        found = session.logits(tokens[0, :-1].tolist())
+        with pytest.raises(InputError, match="400 tokens do not fit"):
+            session.logits(tokens[0].tolist())
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_text_is_the_native_runtimes(folders: dict[str, Path], temperature: float) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": temperature, "top_p": 0.9}
+    with Session.open(folders["native"]) as native, OnnxSession.open(folders["onnx"]) as session:
+        for seed in range(3):
+            wanted = "".join(native.generate("one two", seed=seed, **options))
+            assert "".join(session.generate("one two", seed=seed, **options)) == wanted
+        assert session.timing.generated_tokens == native.timing.generated_tokens
+        assert session.timing.cache_bytes == native.timing.cache_bytes
+        stop = next(letter for letter in wanted if letter.isprintable())
+        stopped = "".join(session.generate("one two", seed=2, stop=[stop], **options))
+        assert stopped == wanted.split(stop)[0]
+        assert session.timing.stop_reason == "stop"
+
+
+def test_chat_template_and_end_of_text(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["onnx"], tmp_path / "chat")
+    path = folder / "tokenizer_config.json"
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with OnnxSession.open(folder) as session:
+        assert session.has_chat_template
+        text = "".join(session.generate([{"role": "user", "content": "hi"}], max_new_tokens=8))
+        assert text == "".join(session.generate("<user>hi", max_new_tokens=8))
+        first = session.generate_ids(session.tokenizer.encode("<user>hi"), 1, stop_at_eos=False)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    with OnnxSession.open(folder) as session:
+        assert not "".join(session.generate("<user>hi", max_new_tokens=8))
+        assert session.timing.stop_reason == "eos"
+
+
+def test_eval_measures_the_divergence_of_the_plan(folders: dict[str, Path]) -> None:
+    source = folders["source"]
+    (onnx,) = evaluate(folders["onnx"], source, ["code"], max_windows=2, window_tokens=64)
+    (native,) = evaluate(folders["native"], source, ["code"], max_windows=2, window_tokens=64)
+    assert onnx.model_kind == "onnx" and onnx.comparison and native.comparison
+    assert onnx.comparison.mean_kld.value == pytest.approx(
+        native.comparison.mean_kld.value, rel=1e-3
+    )
+    with pytest.raises(TargetError, match="leave out --skip and --budget"):
+        open_model(folders["onnx"], context_tokens=64, budget_bytes=10**9)
+
+
+def test_run_prints_the_answer_and_records(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(folders["onnx"])
+    assert run(["run", folder, "--prompt", "one", "--max-new-tokens", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model_kind"] == "onnx" and found["generated_tokens"] == 4
+    assert found["measured_terms"]["KV cache"] > 0
+    assert run(["run", folder, "--prompt", "one", "--max-new-tokens", "4", "--record"]) == 0
+    assert list((folders["onnx"] / "measurements").glob("run-*.json"))
+
+
+def test_options_of_paging_are_refused(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", str(folders["onnx"]), "--prompt", "a", "--budget", "1GB", "--slots", "4"]
+    assert run(command) == 2
+    assert "leave out --budget, --slots, or build with --target native" in capsys.readouterr().err
+
+
+def test_cuda_is_never_fallen_back_from(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="int4_b64, int8_row experts in a float32 graph"):
+        OnnxSession.open(folders["onnx"], device="cuda")
+    source = folders["source"]
+    plan = hand_plan(Checkpoint(source), [["f32"] * 8] * 2, "onnx")
+    whole = build(plan, tmp_path / "whole", model=source)
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(InputError, match="has no CUDAExecutionProvider"):
+            OnnxSession.open(whole, device="cuda")
+
+    class Fallen:
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    with pytest.raises(InputError, match="runs m on CPUExecutionProvider"):
+        onnx_library.require_provider(Fallen(), "cuda", "m")
+
+
+@pytest.mark.parametrize(
+    ("versions", "kind", "message"),
+    [
+        ({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}, InputError, "overwrite each"),
+        ({"onnxruntime": "1.30.0"}, InputError, "1.30.0 computes the experts of other models"),
+    ],
+)
+def test_installations_that_do_not_work(
+    versions: dict[str, str], kind: type, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_library, "_version", versions.get)
+    with pytest.raises(kind, match=message):
+        onnx_library.import_onnxruntime("running")
+
+
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setattr(onnx_library, "_version", lambda _: None)
+    with pytest.raises(MissingExtraError, match=r"edge-moe\[onnx\]"):
+        onnx_library.import_onnxruntime("running")
+
+
+def test_damaged_folders(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["onnx"], tmp_path / "damaged")
+    graph = folder / "model.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="onnxruntime cannot load it"):
+        OnnxSession.open(folder)
+    graph.write_bytes(whole)
+    (folder / "experts-00001.data").unlink()
+    with pytest.raises(InputError, match="onnxruntime cannot load it"):
+        OnnxSession.open(folder)
+    (folder / "plan.json").unlink()
+    with pytest.raises(InputError, match="no plan.json"):
+        OnnxSession.open(folder)
+
+
+def test_commands_that_need_the_source_say_so(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(folders["onnx"])]) == 2
+    assert "holds an ONNX decoder, which only run and eval read" in capsys.readouterr().err
+
+
+def test_the_loop_on_the_command_line(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """calibrate, plan, build, run and eval with --target onnx; the plan's forms are its own."""
+    source, stats = str(tiny_checkpoint("qwen3_moe")), str(tmp_path / "stats")
+    plan, output = str(tmp_path / "plan.json"), str(tmp_path / "out")
+    few = ["--max-windows", "2", "--window-tokens", "64"]
+    assert run(["calibrate", source, "--task", "code", "--target", "onnx", "-o", stats, *few]) == 0
+    command = ["plan", source, "--stats", stats, "--target", "onnx", "-o", plan, "--no-search"]
+    assert run([*command, "--budget", "1GB"]) == 0
+    whole = Plan.load(Path(plan))
+    budget_bytes = whole.total_bytes - whole.term("experts").num_bytes * 7 // 8
+    assert run([*command, "--budget", f"{budget_bytes}B"]) == 0
+    forms = {form for row in Plan.load(Path(plan)).forms for form in row}
+    assert forms <= {"drop", "int2_b64", "int4_b64", "int8_row", "f32"} and len(forms) > 1
+    assert run(["build", plan, "-o", output, "--onnx-exact", "--onnx-standard"]) == 0
+    assert "edge-moe run" in capsys.readouterr().err
+    assert run(["run", output, "--prompt", "def", "--raw", "--max-new-tokens", "3"]) == 0
+    assert run(["eval", output, "--against", source, "--task", "code", *few]) == 0
+    assert "KLD" in capsys.readouterr().out
+
+
+def test_forms_or_a_target_but_not_both(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["calibrate", str(tiny_checkpoint("olmoe")), "--task", "code"]
+    command += ["-o", str(tmp_path / "stats")]
+    assert run([*command, "--target", "onnx", "--forms", "q8_0"]) == 2
+    assert "give one of them" in capsys.readouterr().err
