@@ -8,6 +8,7 @@ Reads one JSON list a line and answers with one JSON object a line:
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -60,5 +61,8 @@ def _answer(verb: str, *arguments: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for line in sys.stdin:
         print(json.dumps(_answer(*json.loads(line))), flush=True)
