@@ -22,6 +22,7 @@ from edge_moe.converters.safetensors_writer import (
 from edge_moe.converters.sidecar import (
     CARD_NAME,
     CONFIG_NAME,
+    add_older_rope_keys,
     copy_sidecar,
     patch_expert_count,
     sidecar_bytes,
@@ -157,6 +158,7 @@ def _conversion(info: TensorInfo, form: str) -> str | None:
 def _write_config(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None:
     text = (checkpoint.folder / CONFIG_NAME).read_bytes().decode("utf-8")
     patched = patch_expert_count(text, checkpoint.spec, len(plan.kept(plan.forms[0])))
+    patched = add_older_rope_keys(patched, checkpoint.spec)
     (work.path / CONFIG_NAME).write_bytes(patched.encode("utf-8"))
 
 

@@ -16,8 +16,11 @@ from edge_moe.spec import ModelSpec
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 _SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".py"}
-_LEGAL_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_LEGAL_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "USAGE_POLICY")
 _INDEX_SUFFIX = ".index.json"
+_ROPE = "rope_parameters"
+_OLDER_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
+"""Members of `rope_parameters` that transformers 4 keeps beside `rope_scaling`, not in it."""
 _TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -120,6 +123,33 @@ def _with_expert_width(text: str, spec: ModelSpec, width: int) -> str:
     for key in sorted(values, key=lambda name: spans[name], reverse=True):  # last one first
         start, end = spans[key]
         text = f"{text[:start]}{values[key]}{text[end:]}"
+    return text
+
+
+def add_older_rope_keys(text: str, spec: ModelSpec) -> str:
+    """config.json with the rotary values also under the keys of transformers 4, where they are not.
+
+    transformers 5 saves `rope_parameters` alone. Version 4 and other programs that read
+    `rope_theta` by name then take a default in its place, without a word.
+    """
+    return _inside(text, spec, _with_older_rope_keys)
+
+
+def _with_older_rope_keys(text: str) -> str:
+    spans = _top_level_values(text)
+    if _ROPE not in spans:
+        return text
+    start, end = spans[_ROPE]
+    values = json.loads(text[start:end])
+    if not isinstance(values, dict) or "rope_theta" not in values:  # one per kind of layer
+        return text
+    moved = {key: values[key] for key in _OLDER_ROPE_KEYS if key in values}
+    if values.get("rope_type", "default") != "default":
+        rest = {key: value for key, value in values.items() if key not in moved}
+        moved["rope_scaling"] = rest
+    for key, value in moved.items():
+        if key not in spans:
+            text = _insert_before(text, _ROPE, f'"{key}": {json.dumps(value)}')
     return text
 
 

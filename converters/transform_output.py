@@ -25,6 +25,7 @@ from edge_moe.converters.safetensors_writer import (
 )
 from edge_moe.converters.sidecar import (
     CONFIG_NAME,
+    add_older_rope_keys,
     copy_sidecar,
     patch_expert_count,
     patch_expert_width,
@@ -133,7 +134,7 @@ class TransformOutput:
         return size_rows(self._checkpoint, data_bytes(self._dense) + router_bytes, expert_bytes)
 
     def config_text(self) -> str:
-        """config.json with the new counts; every other byte stays.
+        """config.json with the new counts, and what older readers miss; every other byte stays.
 
         Raises:
             TargetError: config.json cannot state the new width.
@@ -144,7 +145,7 @@ class TransformOutput:
             text = patch_expert_count(text, spec, self._num_experts)
         if self._width != spec.expert_width:
             text = patch_expert_width(text, spec, self._width)
-        return text
+        return add_older_rope_keys(text, spec)
 
     def _write_small_files(self) -> None:
         copy_sidecar(self._checkpoint.folder, self._work.path)

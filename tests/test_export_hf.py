@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.export_hf import check_hf, export_hf
 from edge_moe.converters.model_card import base_model
-from edge_moe.converters.sidecar import patch_expert_count
+from edge_moe.converters.sidecar import add_older_rope_keys, patch_expert_count
 from edge_moe.converters.staging import build_folder
 from edge_moe.errors import TargetError
+from edge_moe.families import FAMILIES
 from edge_moe.spec import ModelSpec
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)
@@ -73,11 +75,30 @@ def test_keeping_everything_changes_no_weight(
     plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8), "hf")
     output = build(plan, tmp_path / "out", model=folder)
     found, source = tree(output), tree(folder)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert found[name] == source[name]
+    config = source["config.json"].decode()
+    assert found["config.json"].decode() == add_older_rope_keys(config, checkpoint.spec)
     assert sorted(Checkpoint(output).tensors) == sorted(checkpoint.tensors)
     for name in checkpoint.tensors:
         assert Checkpoint(output).read_raw(name) == checkpoint.read_raw(name)
+
+
+def test_what_a_published_folder_needs_is_there(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_checkpoint("gpt_oss"), tmp_path / "source")
+    for name in ("chat_template.jinja", "LICENSE", "USAGE_POLICY", "tokenizer.model", "merges.txt"):
+        (source / name).write_bytes(name.encode())
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("x")
+    checkpoint = Checkpoint(source)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "hf")
+    found, expected = tree(build(plan, tmp_path / "out")), tree(source)
+    assert "generation_config.json" in expected and "tokenizer_config.json" in expected
+    changed = {"config.json", "model.safetensors"}
+    assert found.keys() == expected.keys() | {"README.md", "plan.json"}
+    assert all(found[name] == expected[name] for name in expected.keys() - changed)
 
 
 def test_shards_and_index(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
@@ -168,6 +189,91 @@ def test_patched_config_means_the_same(extra: dict[str, object], indent: int | N
     spec = ModelSpec.from_config(QWEN3 | {"num_local_experts": 16})
     patched = json.loads(patch_expert_count(json.dumps(config, indent=indent), spec, 4))
     assert patched == config | {"num_experts": 4, "num_local_experts": 4}
+
+
+def _with_older_keys(config: dict[str, object], indent: int | None = None) -> dict[str, object]:
+    spec = ModelSpec.from_config(QWEN3 | {"num_experts": 16})
+    changed: dict[str, object] = json.loads(
+        add_older_rope_keys(json.dumps(config, indent=indent), spec)
+    )
+    return changed
+
+
+def test_rotary_values_are_repeated_where_transformers_4_looks() -> None:
+    plain = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.25}
+    assert _with_older_keys({"a": 1, "rope_parameters": plain}, 2) == {
+        "a": 1,
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 0.25,
+        "rope_parameters": plain,
+    }
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+    assert _with_older_keys({"rope_parameters": yarn}) == {
+        "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+        "rope_parameters": yarn,
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_theta": 1e4, "rope_scaling": None},
+        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        {"rope_parameters": None},
+    ],
+)
+def test_rotary_values_that_are_there_stay(config: dict[str, object]) -> None:
+    assert _with_older_keys(config) == config
+
+
+COUNT_KEYS = {
+    "deepseek_v2": "n_routed_experts",
+    "deepseek_v3": "n_routed_experts",
+    "ernie4_5_moe": "moe_num_experts",
+    "gemma4_text": "num_experts",
+    "glm4_moe": "n_routed_experts",
+    "glm4_moe_lite": "n_routed_experts",
+    "gpt_oss": "num_local_experts",
+    "granitemoe": "num_local_experts",
+    "lfm2_moe": "num_experts",
+    "minimax_m2": "num_local_experts",
+    "mixtral": "num_local_experts",
+    "nemotron_h": "n_routed_experts",
+    "olmoe": "num_experts",
+    "phimoe": "num_local_experts",
+    "qwen2_moe": "num_experts",
+    "qwen3_5_moe_text": "num_experts",
+    "qwen3_moe": "num_experts",
+    "qwen3_next": "num_experts",
+}
+"""What the families' own config.json files call it: vLLM and mlx-lm look there."""
+COUNT = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_names_are_those_that_other_programs_read(
+    family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    source = Checkpoint(tiny_checkpoint(family))
+    plan = hand_plan(source, uniform_forms(source, 4), "hf")
+    output = Checkpoint(build(plan, tmp_path / "out"))
+    before, after = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (source.folder, output.folder)
+    )
+    counts = {key for key in before if COUNT.fullmatch(key)}
+    assert all(after[key] == 4 for key in counts | {COUNT_KEYS[family]})
+    rope = before["rope_parameters"] if "rope_parameters" in before else {}
+    added = {COUNT_KEYS[family], *(rope if "rope_theta" in rope else ())} - {"rope_type"}
+    assert after.keys() - before.keys() <= added
+    assert all(after[key] == before[key] for key in before.keys() - counts)
+    numbers = {name: EXPERT.search(name) for name in source.tensors}
+    kept = {name for name, found in numbers.items() if not found or int(found.group(1)) < 4}
+    assert output.tensors.keys() == kept - set(source.unused_tensors)
+    assert any(numbers.values()) or kept == source.tensors.keys()
 
 
 def test_plans_that_hf_cannot_express(tiny_checkpoint: TinyCheckpoint) -> None:

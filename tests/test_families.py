@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from conftest import TinyCheckpoint
 from hand_plan import hand_plan, uniform_forms
+from reference_model import TOKENS, FloatArray, load, logits, masked
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
@@ -35,10 +32,6 @@ from edge_moe.runtime.session import Session, load_tokenizer
 from edge_moe.spec import ModelSpec
 from edge_moe.tasks import task_windows
 
-FloatArray = npt.NDArray[np.float32]
-
-TOKENS = [(7 * i * i + 3 * i) % 320 for i in range(300)]
-"""More than one chunk of a prompt, and than a sliding window."""
 TINY = sorted(FAMILIES)
 GROUPED = ("deepseek_v2", "deepseek_v3")
 """Without an expert, another group may be the best: the statistics then do not know who is next."""
@@ -47,50 +40,9 @@ TOLERANCE = {"ernie4_5_moe": 0.05}
 """Its choice adds a bias to a softmax, so who is next hangs on the scores of those who are left."""
 
 
-def load(folder: Path) -> Any:
-    """transformers' model in float32, every tensor accounted for."""
-    pair: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    model, info = pair
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
-
-
-def logits(model: Any) -> FloatArray:
-    with torch.no_grad():
-        found: FloatArray = model(torch.tensor([TOKENS])).logits[0].numpy()
-    return found
-
-
 def package_logits(folder: Path) -> FloatArray:
     with Session.open(folder, context_tokens=320) as session:
         return session.logits(TOKENS)
-
-
-@contextmanager
-def masked(model: Any, spec: ModelSpec, dropped: Mapping[int, Sequence[int]]) -> Iterator[None]:
-    """Routers give the experts `dropped[layer_id]` no chance, whatever they compute."""
-    real, gone = torch.nn.functional.linear, {}
-    biases = []
-    for layer_id, expert_ids in dropped.items():
-        block = MoeBlock(model, spec, layer_id)
-        gone[id(block.module.get_parameter(spec.router_module_names(layer_id)[0]))] = expert_ids
-        if spec.router.has_selection_bias:
-            bias = block.tensor(spec.router_module_names(layer_id)[-1])
-            biases.append((bias, bias.clone()))
-            bias[..., list(expert_ids)] = -torch.inf
-
-    def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        found = real(values, weight, bias)
-        if id(weight) not in gone:
-            return found
-        return found.index_fill(-1, torch.tensor(gone[id(weight)]), -torch.inf)
-
-    with mock.patch("torch.nn.functional.linear", linear):
-        yield
-    for bias, before in biases:
-        bias.copy_(before)
 
 
 @pytest.mark.parametrize("family", TINY)

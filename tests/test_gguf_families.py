@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,8 @@ import torch
 from conftest import make_tiny_checkpoint
 from hand_plan import edit_config, hand_plan, uniform_forms
 from llama_worker import ask_llama
-from test_families import COMPOSITE_CONFIGS, masked
+from reference_model import masked, table_gelu
+from test_families import COMPOSITE_CONFIGS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from edge_moe.candidates import check_target, find_candidates, gguf_reason
@@ -105,20 +105,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return build
 
 
-def _table_gelu(values: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-    """llama.cpp's on CPU: a table of float16 values."""
-    exact = _GELU(values.half().float(), *arguments, **options)
-    return exact.half().float()
-
-
-_GELU = torch.nn.functional.gelu
-
-
 def transformers_logits(
     folder: Path, dropped: dict[int, list[int]], spec: ModelSpec, kind: Any = AutoModelForCausalLM
 ) -> FloatArray:
     """[T, V] of `IDS` with experts masked out."""
-    with mock.patch("torch.nn.functional.gelu", _table_gelu), torch.no_grad():
+    with table_gelu(), torch.no_grad():
         model = kind.from_pretrained(folder, dtype=torch.float32).eval()
         with masked(model, spec, dropped):
             found: FloatArray = model(torch.tensor([IDS])).logits[0].numpy()

@@ -1,0 +1,307 @@
+"""Which models work, for which targets, and how exactly? Builds a tiny model of every family.
+
+    python benchmarks/parity.py [--family qwen3_moe] [--target gguf]
+
+A random checkpoint of each family goes through inspect, calibrate, plan, build and run, for every
+target. Two builds are compared with transformers in float32: one that keeps all experts, and one
+that drops about half of them, against the whole model with those experts masked out of its
+routers. llama.cpp looks GELU up in a table, so the model that GGUF is compared with does too.
+Prints the table of the README and writes it, and benchmarks/results/parity.json, when all families
+and targets were measured. An empty cell holds the error that edge-moe raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinning threads stall
+
+import math
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from reference_model import TOKENS, FloatArray, load, logits, masked, table_gelu
+from rich.console import Console
+from tiny_models import make_tiny_checkpoint
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import GGUF_NAME, build
+from edge_moe.converters.calibrate import calibrate
+from edge_moe.errors import EdgeMoeError, MissingExtraError
+from edge_moe.families import FAMILIES
+from edge_moe.files import write_text
+from edge_moe.formats import DROP, expert_bytes
+from edge_moe.inspect import inspect_model
+from edge_moe.measurement import Provenance
+from edge_moe.plan import Plan, Target
+from edge_moe.planner import make_plan
+from edge_moe.runtime.evaluate import open_model
+from edge_moe.spec import ModelSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "parity.json"
+README = ROOT / "README.md"
+MARKS = "<!-- benchmarks/parity.py writes this table -->\n", "<!-- end of the table -->\n"
+TARGETS: tuple[Target, ...] = ("native", "hf", "gguf", "onnx")
+HEADINGS = {"native": "native", "hf": "Hugging Face", "gguf": "GGUF", "onnx": "ONNX"}
+LARGEST_ERROR = 1e-3
+"""No cell may have more, or twice that with a remark. The largest logits are 1 to 10."""
+_EXACT = {"gguf": "f32", "onnx": "f32"}
+"""Form in which llama.cpp and onnxruntime compute in float32; the others store bf16 and do so."""
+Kind = Literal["whole", "pruned"]
+_LEAST_EFFECT = 0.01
+"""Dropping half of the experts changes some logit by more, or the pruned cells prove nothing."""
+_GENEROUS_BYTES = 10**9
+_CONTEXT_TOKENS = 320
+_TEXT = "def add(a, b):\n    return a + b\n\nIt was a fine evening, and 12 + 7 = 19.\n" * 12
+
+
+class Cell(BaseModel):
+    """One family built for one target."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: str
+    target: Target
+    keep_all_error: float | None = None
+    """Largest absolute difference of a logit from transformers, all experts kept."""
+    pruned_error: float | None = None
+    """The same with dropped experts, from transformers with those masked out."""
+    reason: str = ""
+    """Why an error is missing: what edge-moe said."""
+    remark: str = ""
+    """What the target is known to compute a little differently, as `edge-moe plan` says it too."""
+
+    @property
+    def largest_error(self) -> float:
+        """What the errors may be: `tests/test_parity.py`."""
+        return LARGEST_ERROR * (2 if self.remark else 1)
+
+
+class Parity(BaseModel):
+    """benchmarks/results/parity.json"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    provenance: Provenance
+    num_tokens: int
+    largest_logit: dict[str, float]
+    """Of the whole model of each family: what an error is to be compared with."""
+    cells: list[Cell]
+
+
+class Subject:
+    """A tiny checkpoint of one family that was inspected, calibrated and planned."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        """`work` gets the statistics and the builds."""
+        inspect_model(str(folder))
+        self.checkpoint = Checkpoint(folder)
+        self.work = work
+        text = work / "mine.txt"
+        text.write_text(_TEXT, encoding="utf-8")
+        self._stats = calibrate(
+            folder, [str(text)], work / "stats", window_tokens=128, forms=(), quantiser="nearest"
+        )
+        self._model = load(folder)
+        self.expected = logits(self._model)
+        self._kept = self._plan("hf", self._half_of_the_experts()).forms
+
+    @property
+    def family(self) -> str:
+        return self.checkpoint.spec.model_type
+
+    def cell(self, target: Target) -> Cell:
+        """Both builds for `target`, or what edge-moe says against them.
+
+        Raises:
+            MissingExtraError: a package that the target needs is not installed.
+        """
+        whole_error = pruned_error = None
+        reason = ""
+        try:
+            whole_error = self._error(target, "whole")
+            pruned_error = self._error(target, "pruned")
+        except MissingExtraError:
+            raise
+        except EdgeMoeError as error:
+            reason = shortened(str(error), self.family)
+        return Cell(
+            family=self.family,
+            target=target,
+            keep_all_error=whole_error,
+            pruned_error=pruned_error,
+            reason=reason,
+            remark=" ".join(self.checkpoint.spec.family.gguf_limits) if target == "gguf" else "",
+        )
+
+    def built(self, target: Target, kind: Kind) -> Path:
+        """The folder of a build with all experts, or with about half of them, none quantised."""
+        plan = self._plan(target)
+        exact = _EXACT.get(target, "bf16")
+        forms = plan.forms if kind == "whole" else self._kept
+        rows = [[form if form == DROP else exact for form in row] for row in forms]
+        plan = _with_forms(plan, rows, self.checkpoint.spec)
+        return build(plan, self.work / f"{target}-{kind}")
+
+    def _plan(self, target: Target, budget_bytes: int = _GENEROUS_BYTES) -> Plan:
+        model = str(self.checkpoint.folder)
+        return make_plan(
+            *(self.checkpoint, self._stats, budget_bytes),
+            model=model,
+            target=target,
+            context_tokens=_CONTEXT_TOKENS,
+            runtime=(10**6, "assumed"),
+        )
+
+    def _half_of_the_experts(self) -> int:
+        """The budget, as target hf, in which about half of the experts fit."""
+        plan, spec = self._plan("hf"), self.checkpoint.spec
+        one = expert_bytes(plan.forms[0][0], *spec.expert_shape)
+        return plan.total_bytes - spec.num_moe_layers * (spec.num_experts // 2) * one
+
+    def _error(self, target: Target, kind: Kind) -> float:
+        """Build and run: the largest absolute difference of a logit."""
+        output = self.built(target, kind)
+        path = output / GGUF_NAME if target == "gguf" else output
+        with closing(open_model(path, context_tokens=_CONTEXT_TOKENS)) as model:
+            list(model.generate("def f(", max_new_tokens=4, stop=()))
+            found = model.logits(TOKENS)
+        if target == "hf":  # whose own program is transformers
+            found = logits(load(output))
+        return float(np.abs(found - self._reference(target, kind)).max())
+
+    def _reference(self, target: Target, kind: Kind) -> FloatArray:
+        """transformers' logits, without the experts that a "pruned" build lacks."""
+        if target != "gguf":
+            return self._logits(self._model, kind)
+        with table_gelu():
+            return self._logits(load(self.checkpoint.folder), kind)
+
+    def _logits(self, model: Any, kind: Kind) -> FloatArray:
+        whole = logits(model)
+        if kind == "whole":
+            return whole
+        spec = self.checkpoint.spec
+        dropped = {
+            layer_id: [expert_id for expert_id, form in enumerate(row) if form == DROP]
+            for layer_id, row in zip(spec.moe_layer_ids, self._kept, strict=True)
+        }
+        with masked(model, spec, dropped):
+            found = logits(model)
+        if np.abs(found - whole).max() < _LEAST_EFFECT:
+            raise RuntimeError(f"{self.family}: masking {dropped} changes no logit")
+        return found
+
+
+def _with_forms(plan: Plan, forms: list[list[str]], spec: ModelSpec) -> Plan:
+    """`plan` with other forms, where those live, and what they take."""
+    shape = spec.expert_shape
+    num_bytes = sum(expert_bytes(form, *shape) for row in forms for form in row)
+    terms = [
+        term.model_copy(update={"num_bytes": num_bytes}) if term.name == "experts" else term
+        for term in plan.terms
+    ]
+    tiers = [["none" if form == DROP else "device" for form in row] for row in forms]
+    return plan.model_copy(update={"forms": forms, "tiers": tiers, "terms": terms})
+
+
+def shortened(message: str, family: str) -> str:
+    """An error without the family and the target, which its cell names, and without the remedy.
+
+    Equal reasons of several families become equal texts.
+    """
+    text = re.sub(r"^target \w+:? ", "", message).replace(f" {family!r}", "")
+    return text.rpartition(": ")[0] or text
+
+
+def measure(
+    families: Sequence[str], targets: Sequence[Target], work: Path, console: Console
+) -> Parity:
+    """Every cell of the given families and targets; `work` is an empty folder."""
+    cells, largest = [], {}
+    for family in families:
+        own = work / family
+        own.mkdir()
+        subject = Subject(make_tiny_checkpoint(own / "model", family), own)
+        largest[family] = float(np.abs(subject.expected).max())
+        for target in targets:
+            cells.append(subject.cell(target))
+            console.print(f"{family} as {target}: {_text(cells[-1])} {cells[-1].reason}")
+    return Parity(
+        provenance=Provenance.here(seed=0),
+        num_tokens=len(TOKENS),
+        largest_logit=largest,
+        cells=cells,
+    )
+
+
+def table(found: Parity) -> str:
+    """The README's table: errors with all experts and with about half, and notes below."""
+    targets = [target for target in TARGETS if any(cell.target == target for cell in found.cells)]
+    said = [text for cell in found.cells for text in (cell.reason, cell.remark) if text]
+    notes = list(dict.fromkeys(said))
+    lines = [
+        f"| family | {' | '.join(HEADINGS[target] for target in targets)} |",
+        "|---|" + "---|" * len(targets),
+    ]
+    for family in found.largest_logit:
+        row = [cell for cell in found.cells if cell.family == family]
+        lines.append(f"| {family} | {' | '.join(_text(cell, notes) for cell in row)} |")
+    numbered = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join([*lines, *([""] if notes else []), *numbered, ""])
+
+
+def _text(cell: Cell, notes: Sequence[str] = ()) -> str:
+    errors = cell.keep_all_error, cell.pruned_error
+    parts = ["-" if error is None else _rounded(error) for error in errors]
+    said = [notes.index(text) + 1 for text in (cell.reason, cell.remark) if text in notes]
+    shown = "-" if set(parts) == {"-"} else ", ".join(parts)
+    return " ".join([shown, *(f"({number})" for number in said)])
+
+
+def _rounded(error: float) -> str:
+    """One digit, rounded up: 2e-6."""
+    if error == 0:
+        return "0"
+    exponent = math.floor(math.log10(error))
+    digit = math.ceil(round(error / 10**exponent, 6))
+    return f"{digit}e{exponent}" if digit < 10 else f"1e{exponent + 1}"
+
+
+def with_table(readme: str, found: Parity) -> str:
+    """The README with the table between its marks replaced."""
+    before, _, rest = readme.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n{table(found)}\n{MARKS[1]}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--family", action="append", choices=sorted(FAMILIES), help="repeatable")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable")
+    arguments = parser.parse_args()
+    console = Console(width=200)
+    with TemporaryDirectory(prefix="edge-moe-") as work:
+        found = measure(
+            arguments.family or sorted(FAMILIES),
+            arguments.target or TARGETS,
+            Path(work),
+            Console(stderr=True, width=200),
+        )
+    console.print(table(found), markup=False)
+    if arguments.family or arguments.target:
+        return
+    write_text(RESULTS, found.model_dump_json(indent=1) + "\n")
+    write_text(README, with_table(README.read_text(encoding="utf-8"), found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The reference: transformers' own model in float32, whole or with experts masked out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from edge_moe.runtime.moe_block import MoeBlock
+from edge_moe.spec import ModelSpec
+
+FloatArray = npt.NDArray[np.float32]
+
+TOKENS = [(7 * i * i + 3 * i) % 320 for i in range(300)]
+"""More than one chunk of a prompt, and than a sliding window."""
+
+
+def load(folder: Path) -> Any:
+    """transformers' model in float32, every tensor accounted for."""
+    pair: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    model, info = pair
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def logits(model: Any) -> FloatArray:
+    with torch.no_grad():
+        found: FloatArray = model(torch.tensor([TOKENS])).logits[0].numpy()
+    return found
+
+
+@contextmanager
+def table_gelu() -> Iterator[None]:
+    """transformers computes GELU as llama.cpp does on a CPU: from a table of float16 values."""
+    real = torch.nn.functional.gelu
+
+    def gelu(values: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return real(values.half().float(), *arguments, **options).half().float()
+
+    with mock.patch("torch.nn.functional.gelu", gelu):
+        yield
+
+
+@contextmanager
+def masked(model: Any, spec: ModelSpec, dropped: Mapping[int, Sequence[int]]) -> Iterator[None]:
+    """Routers give the experts `dropped[layer_id]` no chance, whatever they compute."""
+    real, gone = torch.nn.functional.linear, {}
+    biases = []
+    for layer_id, expert_ids in dropped.items():
+        block = MoeBlock(model, spec, layer_id)
+        gone[id(block.module.get_parameter(spec.router_module_names(layer_id)[0]))] = expert_ids
+        if spec.router.has_selection_bias:
+            bias = block.tensor(spec.router_module_names(layer_id)[-1])
+            biases.append((bias, bias.clone()))
+            bias[..., list(expert_ids)] = -torch.inf
+
+    def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found = real(values, weight, bias)
+        if id(weight) not in gone:
+            return found
+        return found.index_fill(-1, torch.tensor(gone[id(weight)]), -torch.inf)
+
+    with mock.patch("torch.nn.functional.linear", linear):
+        yield
+    for bias, before in biases:
+        bias.copy_(before)
