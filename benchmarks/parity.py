@@ -236,7 +236,7 @@ def measure(
             cells.append(subject.cell(target))
             console.print(f"{family} as {target}: {_text(cells[-1])} {cells[-1].reason}")
     return Parity(
-        provenance=Provenance.here(seed=0),
+        provenance=Provenance.published(),
         num_tokens=len(TOKENS),
         largest_logit=largest,
         cells=cells,

@@ -225,7 +225,7 @@ def main() -> None:
     if arguments.family:
         return
     found = Comparison(
-        provenance=Provenance.here(seed=0),
+        provenance=Provenance.published(),
         older=older.version,
         newer=transformers.__version__,
         rows=rows,
