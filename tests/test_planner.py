@@ -153,8 +153,8 @@ def test_onnx_plans_mix_widths_and_counts(tiny_checkpoint: TinyCheckpoint) -> No
 
 
 def test_gguf_is_refused_early_where_it_cannot_work(tiny_checkpoint: TinyCheckpoint) -> None:
-    with pytest.raises(TargetError, match="mixtral"):
-        plan_for(Checkpoint(tiny_checkpoint("mixtral")), 10**12, "gguf")
+    with pytest.raises(TargetError, match="phimoe weighs experts by a softmax"):
+        plan_for(Checkpoint(tiny_checkpoint("phimoe")), 10**12, "gguf")
 
 
 def test_a_super_expert_keeps_at_least_4_bits(qwen3: Checkpoint) -> None:
