@@ -25,7 +25,7 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from edge_moe import __version__, metrics
-from edge_moe.checkpoint import Checkpoint, FloatArray
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.recover import RecoveryReport, recover
 from edge_moe.converters.recover_train import TrainSettings
@@ -37,6 +37,7 @@ from edge_moe.metrics import Estimate
 from edge_moe.plan import MemoryTerm, Plan
 from edge_moe.runtime.evaluate import open_model, score_windows
 from edge_moe.runtime.heldout import heldout_windows
+from edge_moe.tensor_info import FloatArray
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FORM = "tq1_0"

@@ -26,12 +26,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from edge_moe.checkpoint import read_header
 from edge_moe.converters.safetensors_writer import TensorEntry, header
 from edge_moe.converters.staging import locked
 from edge_moe.errors import CheckpointError, EdgeMoeError, InputError, StatsError
 from edge_moe.files import atomic_path, write_text
 from edge_moe.moments import LayerMoments, moments_path
+from edge_moe.safetensors_header import read_header
 from edge_moe.stats import ExpertStats, StatsInfo, first_difference, require_unfinished
 from edge_moe.tensor_info import TensorInfo
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_moe.adapter import BranchTensors, read_branches
 from edge_moe.candidates import check_target
-from edge_moe.checkpoint import Checkpoint, FloatArray, read_header
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.gguf_families import GGUF_FAMILIES
 from edge_moe.converters.gguf_writer import (
     GgufTensor,
@@ -27,7 +27,9 @@ from edge_moe.converters.source_bytes import read_float32
 from edge_moe.errors import InputError, TargetError
 from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.package import RESIDENT_NAME, Package
+from edge_moe.safetensors_header import read_header
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import FloatArray
 
 ADAPTER_GGUF_NAME = "adapter.gguf"
 _HEADER_BYTES = 2**20

@@ -8,12 +8,12 @@ from functools import partial
 
 import numpy as np
 
-from edge_moe.checkpoint import FloatArray
 from edge_moe.converters.gguf_family import GgufSource, Rule, Transform
 from edge_moe.converters.gguf_writer import GgufTensor
 from edge_moe.converters.slicing import DTYPE_OF_FORM, SlicedTensor
 from edge_moe.converters.source_bytes import read_float32
 from edge_moe.formats import get_form
+from edge_moe.tensor_info import FloatArray
 
 
 def dense_tensors(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_moe.checkpoint import FloatArray
 from edge_moe.converters import gguf_checks as checks
 from edge_moe.converters import gguf_keys as keys
 from edge_moe.converters import gguf_transforms as transforms
 from edge_moe.converters.gguf_checks import only
 from edge_moe.converters.gguf_family import MODEL_NAMES, GgufFamily, GgufSource, Names, Rule
+from edge_moe.tensor_info import FloatArray
 
 _NORMS: Names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _POST_NORMS: Names = {

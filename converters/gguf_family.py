@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_moe.checkpoint import FloatArray
 from edge_moe.errors import TargetError
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import FloatArray
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _SUFFIXES = (".weight", ".bias")

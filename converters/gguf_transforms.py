@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_moe.checkpoint import FloatArray
 from edge_moe.converters.gguf_family import GgufSource
+from edge_moe.tensor_info import FloatArray
 
 Arrays = tuple[FloatArray, ...]
 

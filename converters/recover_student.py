@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_moe.checkpoint import FloatArray, to_float32
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.converters.source_bytes import read_all
 from edge_moe.converters.stacked_experts import STACKED, empty_stacks, put_expert
@@ -27,7 +26,7 @@ from edge_moe.runtime.model import build_model, moe_blocks
 from edge_moe.runtime.moe_block import MoeBlock, select_experts
 from edge_moe.runtime.paged_experts import register_experts
 from edge_moe.spec import ModelSpec
-from edge_moe.tensor_info import TensorInfo
+from edge_moe.tensor_info import FloatArray, TensorInfo, to_float32
 
 EXPERTS_IMPLEMENTATION = "grouped_mm"
 """transformers' experts, which autograd can go through."""

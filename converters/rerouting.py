@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from edge_moe.spec import RouterSpec
+from edge_moe.router_spec import RouterSpec
 
 _NEVER = -1e30  # finite: the differences that sparsemixer takes stay numbers
 

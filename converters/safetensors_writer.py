@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from edge_moe.checkpoint import ITEMSIZE_BYTES
 from edge_moe.errors import CheckpointError
 from edge_moe.files import atomic_path, write_text
+from edge_moe.safetensors_header import ITEMSIZE_BYTES
 
 _PREFIX_BYTES = 8
 _DEFAULT_ALIGNMENT_BYTES = 8  # what the safetensors library itself uses

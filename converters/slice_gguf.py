@@ -35,10 +35,11 @@ from edge_moe.formats import FORM_NAMES, form_fits, split_form
 from edge_moe.formats.dequantise import dequantise
 from edge_moe.formats.quantise import get_quantiser, pack_matrix
 from edge_moe.gguf_header import GgufTensorInfo
-from edge_moe.gguf_model import GgufModel, read_range
+from edge_moe.gguf_model import GgufModel
 from edge_moe.gguf_split import SPLIT_KEYS
 from edge_moe.gguf_tensors import EXPERT_MATRIX, is_per_expert, layer_of
 from edge_moe.plan import Plan
+from edge_moe.tensor_info import read_range
 
 _OWN_PREFIX = "edge_moe."
 _PARTS = {"gate": (0,), "up": (1,), "gate_up": (0, 1), "down": (2,)}

@@ -7,10 +7,9 @@ from io import FileIO
 
 import numpy as np
 
-from edge_moe.checkpoint import FloatArray, to_float32
 from edge_moe.errors import CheckpointError
 from edge_moe.packed_tensors import PackedInfo
-from edge_moe.tensor_info import TensorInfo
+from edge_moe.tensor_info import FloatArray, TensorInfo, to_float32
 
 CHUNK_BYTES = 8 * 2**20
 # dtype -> (unsigned integer of the same width, exponent bits: all ones in NaN and infinity)
@@ -53,18 +52,7 @@ def read_float32(info: TensorInfo) -> FloatArray:
 
 def rows(info: TensorInfo, row_ids: Sequence[int]) -> tuple[TensorInfo, ...]:
     """The ranges of `info[row_id]` for every row id; `info` has at least one axis."""
-    row_bytes = info.num_bytes // info.shape[0]
-    return tuple(
-        TensorInfo(
-            info.name,
-            info.path,
-            info.dtype,
-            info.shape[1:],
-            info.offset + row_id * row_bytes,
-            row_bytes,
-        )
-        for row_id in row_ids
-    )
+    return tuple(info.row(row_id) for row_id in row_ids)
 
 
 def _read_exactly(handle: FileIO, num_bytes: int, info: TensorInfo) -> bytes:

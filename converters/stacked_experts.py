@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from edge_moe.checkpoint import FloatArray
 from edge_moe.runtime.moe_block import expert_output
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import FloatArray
 
 Stacks = tuple[Tensor, Tensor]
 """(gate_up_proj [E, 2I, H], down_proj [E, H, I]); [E, I, H] first where there is no gate."""

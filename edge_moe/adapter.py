@@ -14,9 +14,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_moe.checkpoint import read_header
 from edge_moe.errors import CheckpointError, PackageError
 from edge_moe.package import ADAPTER_NAME, AdapterRecord, Package
+from edge_moe.safetensors_header import read_header
 from edge_moe.tensor_info import TensorInfo
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"

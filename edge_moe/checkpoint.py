@@ -1,144 +1,27 @@
-"""Safetensors checkpoints as byte ranges: headers first, one tensor at a time, never the model.
-
-Layout of a safetensors file: 8 bytes little-endian header length N, N bytes of JSON
-{"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}, then the data;
-offsets count from the end of the header.
-"""
+"""A Hugging Face checkpoint as byte ranges: one tensor at a time, never the model."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import struct
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_moe.config_reader import read_config, text_config
 from edge_moe.dense_shapes import dense_shapes
 from edge_moe.errors import CheckpointError, InputError
-from edge_moe.files import os_problem, read_json
+from edge_moe.files import read_json
 from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.packed_tensors import PackedInfo, unpacked_tensors
+from edge_moe.safetensors_header import header_length, read_header
 from edge_moe.spec import ModelSpec
-from edge_moe.tensor_info import TensorInfo
+from edge_moe.tensor_info import FloatArray, TensorInfo, read_range, to_float32
 
-FloatArray = npt.NDArray[np.float32]
-
-ITEMSIZE_BYTES = {
-    **{"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1},
-    **{"U8": 1, "I8": 1, "I32": 4, "I64": 8},
-}
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
 _PIECE_BYTES = 16 * 2**20
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-
-
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """(tensors by name, metadata) of one safetensors file, fully checked against the file's size.
-
-    Raises:
-        CheckpointError: missing, truncated, or a header that contradicts itself.
-    """
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as handle:
-            header_bytes = _header_length(handle.read(8), file_bytes, path)
-            header = json.loads(handle.read(header_bytes))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: download the checkpoint again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {os_problem(error)}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        raise CheckpointError(
-            f"{path} has no readable header ({error}): download the file again"
-        ) from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object: download the file again")
-    metadata = header.pop("__metadata__", {})
-    if not _is_text_table(metadata):
-        raise CheckpointError(
-            f"{path}: the header's __metadata__ is not a table of texts: download the file again"
-        )
-    data_start = 8 + header_bytes
-    tensors = {
-        name: _tensor_info(name, entry, path, data_start, file_bytes)
-        for name, entry in header.items()
-    }
-    _check_overlaps(tensors.values(), path)
-    return tensors, metadata
-
-
-def _is_text_table(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-
-def _check_overlaps(tensors: Iterable[TensorInfo], path: Path) -> None:
-    end, last = 0, ""
-    for info in sorted(tensors, key=lambda info: (info.offset, info.num_bytes)):
-        if info.offset < end:
-            raise CheckpointError(
-                f"{path}: {info.name!r} lies inside {last!r} (byte {info.offset}): "
-                "download the file again"
-            )
-        end, last = info.offset + info.num_bytes, info.name
-
-
-def _header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
-    if len(prefix) < 8:
-        raise CheckpointError(
-            f"{path} is truncated: {file_bytes} bytes hold no header; download the file again"
-        )
-    length: int = struct.unpack("<Q", prefix)[0]
-    if length > _MAX_HEADER_BYTES or 8 + length > file_bytes:
-        raise CheckpointError(
-            f"{path} is truncated or not safetensors: it states a header of {length} bytes "
-            f"in a file of {file_bytes}; download the file again"
-        )
-    return length
-
-
-def _tensor_info(name: str, entry: Any, path: Path, data_start: int, file_bytes: int) -> TensorInfo:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if not isinstance(dtype, str) or not all(type(n) is int for n in (*shape, begin, end)):
-            raise TypeError
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(
-            f"{path}: the header entry of {name!r} is malformed: download the file again"
-        ) from None
-    if begin < 0 or end < begin or min(shape, default=0) < 0:
-        raise CheckpointError(
-            f"{path}: {name!r} has an impossible range {begin}..{end}: download the file again"
-        )
-    if data_start + end > file_bytes:
-        raise CheckpointError(
-            f"{path} is truncated: {name!r} ends at byte {data_start + end} "
-            f"but the file has {file_bytes}; download the file again"
-        )
-    itemsize_bytes = ITEMSIZE_BYTES.get(dtype)
-    expected_bytes = math.prod(shape) * (itemsize_bytes or 0)
-    if itemsize_bytes is not None and expected_bytes != end - begin:
-        raise CheckpointError(
-            f"{path}: {name!r} of shape {list(shape)} {dtype} needs {expected_bytes} bytes, "
-            f"the header gives it {end - begin}: download the file again"
-        )
-    return TensorInfo(name, path, dtype, shape, data_start + begin, end - begin)
-
-
-def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> FloatArray:
-    """Flat float32 values of BF16, F16 or F32 bytes; BF16 is the upper half of a float32."""
-    if dtype == "BF16":
-        return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
-    if dtype == "F16":
-        return np.frombuffer(raw, dtype="<f2").astype(np.float32)
-    return np.frombuffer(raw, dtype="<f4").astype(np.float32)
 
 
 class Checkpoint:
@@ -257,7 +140,7 @@ class Checkpoint:
     def read_raw(self, name: str) -> bytes:
         """The stored bytes of tensor `name`."""
         info = self._info(name)
-        return _read_range(info.path, info.offset, info.num_bytes)
+        return read_range(info.path, info.offset, info.num_bytes)
 
     def expert(self, layer_id: int, expert_id: int) -> tuple[FloatArray, FloatArray, FloatArray]:
         """(gate_proj [I, H], up_proj [I, H], down_proj [H, I]) of one expert, float32.
@@ -329,7 +212,7 @@ class Checkpoint:
             return tuple(self._info(name) for name in names)
         gate_up, down = (self._info(name) for name in spec.fused_tensor_names(layer_id))
         if not spec.has_gate:
-            return rows_of(gate_up, expert_id), rows_of(down, expert_id)
+            return gate_up.row(expert_id), down.row(expert_id)
         shape = (spec.expert_width, spec.expert_hidden)
         part_bytes = gate_up.num_bytes // spec.num_experts // 2
         start = gate_up.offset + 2 * part_bytes * expert_id
@@ -366,7 +249,7 @@ class Checkpoint:
 
     def _checked(self, info: TensorInfo, offset: int, num_bytes: int) -> FloatArray:
         _require_float(info)
-        values = to_float32(_read_range(info.path, offset, num_bytes), info.dtype)
+        values = to_float32(read_range(info.path, offset, num_bytes), info.dtype)
         if not np.isfinite(values).all():
             raise CheckpointError(
                 f"{info.path}: {info.name!r} holds NaN or infinity; the checkpoint is damaged: "
@@ -465,13 +348,6 @@ class Checkpoint:
                 )
 
 
-def rows_of(info: TensorInfo, index: int) -> TensorInfo:
-    """The range of `info[index]`."""
-    row_bytes = info.num_bytes // info.shape[0]
-    start = info.offset + index * row_bytes
-    return TensorInfo(info.name, info.path, info.dtype, info.shape[1:], start, row_bytes)
-
-
 def expert_axis(info: TensorInfo, num_experts: int) -> int | None:
     """The axis of a router's tensor along which experts lie: 0, or 1 after an axis of one row."""
     if info.shape[:1] == (num_experts,):
@@ -535,24 +411,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_range(path: Path, offset: int, num_bytes: int) -> bytes:
-    with path.open("rb") as handle:
-        raw = os.pread(handle.fileno(), num_bytes, offset)
-        while len(raw) < num_bytes:  # pread stops at 2 GiB
-            more = os.pread(handle.fileno(), num_bytes - len(raw), offset + len(raw))
-            if not more:
-                raise CheckpointError(
-                    f"{path} ended early: it was truncated while being read; download it again"
-                )
-            raw += more
-    return raw
-
-
 def _samples(path: Path, count: int = 16, sample_bytes: int = 4096) -> Iterator[bytes]:
     """The header and `count` evenly spaced pieces of the file."""
     file_bytes = path.stat().st_size
     with path.open("rb") as handle:
-        header_bytes = _header_length(handle.read(8), file_bytes, path)
+        header_bytes = header_length(handle.read(8), file_bytes, path)
         yield handle.read(header_bytes)
         for index in range(count):
             handle.seek(8 + header_bytes + (file_bytes - 8 - header_bytes) * index // count)

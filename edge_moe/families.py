@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from edge_moe.arch import Family
 from edge_moe.layer_rules import (
     after_first_dense,
@@ -60,6 +62,16 @@ _HYBRID_QWEN = {
 
 COMPOSITES = {"qwen3_5_moe": "qwen3_5_moe_text", "gemma4": "gemma4_text"}
 """Models of text and pictures -> the family of their language model, in `text_config`."""
+
+_sigmoid_routed = partial(
+    Family,
+    num_experts_keys=_ROUTED,
+    expert_width_keys=("moe_intermediate_size",),
+    selection_bias="gate.e_score_correction_bias",
+    score_function="sigmoid",
+    fewest_experts=2,
+)
+"""DeepSeek-V3's router, which others took over."""
 
 FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
@@ -187,15 +199,10 @@ FAMILIES: dict[str, Family] = {
         | _SMALL_LATENT
         | {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
     ),
-    "deepseek_v3": Family(
+    "deepseek_v3": _sigmoid_routed(
         architecture="DeepseekV3ForCausalLM",
-        num_experts_keys=_ROUTED,
-        selection_bias="gate.e_score_correction_bias",
-        score_function="sigmoid",
-        fewest_experts=2,
         attention="latent",
         moe_layers=after_first_dense,
-        expert_width_keys=("moe_intermediate_size",),
         shared_count_key="n_shared_experts",
         config_defaults=_LATENT
         | {
@@ -210,14 +217,9 @@ FAMILIES: dict[str, Family] = {
         gguf_arch="deepseek2",
         minimal=_SMALL_ROUTED | _SMALL_LATENT | {"n_group": 2, "topk_group": 1},
     ),
-    "glm4_moe": Family(
+    "glm4_moe": _sigmoid_routed(
         architecture="Glm4MoeForCausalLM",
-        num_experts_keys=_ROUTED,
-        selection_bias="gate.e_score_correction_bias",
-        score_function="sigmoid",
-        fewest_experts=2,
         moe_layers=after_first_dense,
-        expert_width_keys=("moe_intermediate_size",),
         shared_count_key="n_shared_experts",
         config_defaults={
             "num_key_value_heads": 8,
@@ -229,15 +231,10 @@ FAMILIES: dict[str, Family] = {
         gguf_arch="glm4moe",
         minimal=_SMALL_ROUTED | {"head_dim": 32, "use_qk_norm": True},
     ),
-    "glm4_moe_lite": Family(
+    "glm4_moe_lite": _sigmoid_routed(
         architecture="Glm4MoeLiteForCausalLM",
-        num_experts_keys=_ROUTED,
-        selection_bias="gate.e_score_correction_bias",
-        score_function="sigmoid",
-        fewest_experts=2,
         attention="latent",
         moe_layers=sparse_mlp_types,
-        expert_width_keys=("moe_intermediate_size",),
         shared_count_key="n_shared_experts",
         config_defaults={
             "max_position_embeddings": 202752,
@@ -427,7 +424,7 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
-    "nemotron_h": Family(
+    "nemotron_h": _sigmoid_routed(
         architecture="NemotronHForCausalLM",
         moe_prefix="backbone.layers.{layer}.mixer",
         moe_module="model.layers.{layer}.mixer",
@@ -437,16 +434,11 @@ FAMILIES: dict[str, Family] = {
         layer_norms=("norm",),
         has_gate=False,
         projections=("up_proj", "down_proj"),
-        num_experts_keys=_ROUTED,
-        selection_bias="gate.e_score_correction_bias",
-        score_function="sigmoid",
-        fewest_experts=2,
         attention="other",
         moe_layers=moe_blocks_of_hybrid,
         layer_memory=by_hybrid_blocks,
         state_values=mamba2,
         state_workspace=mamba2_workspace,
-        expert_width_keys=("moe_intermediate_size",),
         shared_width_key="moe_shared_expert_intermediate_size",
         config_defaults={
             "num_key_value_heads": 8,

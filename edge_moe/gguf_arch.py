@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from edge_moe.errors import SpecError
 from edge_moe.gguf_header import GgufHeader
-from edge_moe.spec import GGUF_PREFIX, ModelSpec, RouterSpec
+from edge_moe.router_spec import RouterSpec
+from edge_moe.spec import GGUF_PREFIX, ModelSpec
 
 _GATING = {1: "softmax", 2: "sigmoid"}
 """`llama_expert_gating_func_type`; 3 is a softmax over the chosen experts only."""

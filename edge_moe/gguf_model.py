@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_moe.errors import CheckpointError, SpecError
 from edge_moe.formats.dequantise import dequantise
@@ -29,8 +27,8 @@ from edge_moe.gguf_tensors import (
     layer_of,
 )
 from edge_moe.spec import ModelSpec
+from edge_moe.tensor_info import FloatArray, read_range
 
-FloatArray = npt.NDArray[np.float32]
 Types = tuple[str, str, str]
 """Names of the ggml types of (gate_proj, up_proj, down_proj), lower case as forms are."""
 
@@ -312,25 +310,6 @@ class GgufModel:
                 f"{info.path}: {info.name!r} holds {weights} {info.type_name} weights per expert, "
                 f"which is no whole number of blocks of {block_size}: store this tensor as F32"
             )
-
-
-def read_range(path: Path, offset: int, num_bytes: int) -> bytes:
-    """Bytes of a file.
-
-    Raises:
-        CheckpointError: it ends before them.
-    """
-    pieces = []
-    with path.open("rb") as handle:
-        while num_bytes:
-            piece = os.pread(handle.fileno(), num_bytes, offset)  # at most 2 GiB at a time
-            if not piece:
-                raise CheckpointError(
-                    f"{path} ended early: it was truncated while being read; download it again"
-                )
-            pieces.append(piece)
-            offset, num_bytes = offset + len(piece), num_bytes - len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _samples(part: GgufHeader, count: int = 16, sample_bytes: int = 4096) -> Iterator[bytes]:

@@ -12,12 +12,13 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict
 
 from edge_moe.candidates import find_candidates
-from edge_moe.checkpoint import Checkpoint, read_header
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import TargetError
 from edge_moe.formats import DROP, FORM_NAMES, expert_bytes, form_fits, get_form
 from edge_moe.hub import is_hub_id, local_path, remote_checkpoint
 from edge_moe.package import ADAPTER_NAME, RESIDENT_NAME, Package, is_package
 from edge_moe.plan import Target
+from edge_moe.safetensors_header import read_header
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo
 

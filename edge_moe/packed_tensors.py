@@ -13,8 +13,7 @@ Values are rounded to bfloat16, as transformers does when it loads such a file w
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,9 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe.errors import CheckpointError, SpecError
-from edge_moe.tensor_info import TensorInfo
+from edge_moe.tensor_info import FloatArray, TensorInfo, read_range, to_float32
 
-FloatArray = npt.NDArray[np.float32]
 _CHUNK_WEIGHTS = 2**22
 _SCALE_SUFFIX = "_scale_inv"
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -271,28 +269,15 @@ def _companion(stored: Mapping[str, TensorInfo], info: TensorInfo, name: str) ->
 
 
 def _bytes(info: TensorInfo, start: int, count: int) -> npt.NDArray[np.uint8]:
-    with info.path.open("rb") as handle:
-        raw = bytearray()
-        while len(raw) < count:  # pread stops at 2 GiB
-            more = os.pread(handle.fileno(), count - len(raw), info.offset + start + len(raw))
-            if not more:
-                raise CheckpointError(
-                    f"{info.path} ended inside {info.name!r}: it was truncated while being read; "
-                    "download the file again"
-                )
-            raw += more
-    return np.frombuffer(raw, np.uint8)
+    return np.frombuffer(read_range(info.path, info.offset + start, count), np.uint8)
 
 
 def _floats(info: TensorInfo) -> FloatArray:
     """A small tensor of plain floats."""
-    decode: dict[str, Callable[[bytes], FloatArray]] = {
-        "F32": lambda raw: np.frombuffer(raw, "<f4"),
-        "BF16": lambda raw: (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32),
-    }
-    if info.dtype not in decode:
+    if info.dtype not in ("F32", "BF16"):
         raise CheckpointError(f"{info.path}: {info.name!r} is {info.dtype}, expected F32 or BF16")
-    return decode[info.dtype](_bytes(info, 0, info.num_bytes).tobytes()).reshape(info.shape)
+    raw = read_range(info.path, info.offset, info.num_bytes)
+    return to_float32(raw, info.dtype).reshape(info.shape)
 
 
 def _e4m3_values() -> FloatArray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_moe import budget as bill
-from edge_moe.checkpoint import Checkpoint, read_header
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
 from edge_moe.overhead import known_overhead, runtime_overhead, tokenizer_bytes
 from edge_moe.package import RESIDENT_NAME, Package, is_package
@@ -22,6 +22,7 @@ from edge_moe.runtime.slots import (
     size_classes,
     smallest_slot_bytes,
 )
+from edge_moe.safetensors_header import read_header
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo
 from edge_moe.units import format_bytes, round_up_bytes

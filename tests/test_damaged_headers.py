@@ -14,11 +14,12 @@ from conftest import FAMILY_NAMES, TinyCheckpoint
 from hand_plan import edit_config
 from safetensors.torch import load_file, save_file
 
-from edge_moe.checkpoint import Checkpoint, read_header
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.config_reader import read_config
 from edge_moe.dense_shapes import dense_shapes
 from edge_moe.errors import CheckpointError, InputError, SpecError
 from edge_moe.families import FAMILIES
+from edge_moe.safetensors_header import read_header
 from edge_moe.spec import ModelSpec
 
 

@@ -15,10 +15,11 @@ import huggingface_hub
 import pytest
 from conftest import FAMILY_NAMES, TinyCheckpoint
 
-from edge_moe.checkpoint import Checkpoint, read_header
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.hub import is_hub_id, local_path, resolve_model
 from edge_moe.inspect import ModelInspection, component_of, inspect_model
+from edge_moe.safetensors_header import read_header
 
 QWEN3_30B = {
     "model_type": "qwen3_moe",

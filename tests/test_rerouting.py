@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from edge_moe.converters.rerouting import fill_slots, weight_changes
-from edge_moe.spec import RouterSpec
+from edge_moe.router_spec import RouterSpec
 
 SOFTMAX = RouterSpec("softmax", False, False, 1, 1, 1.0)
 RENORMALISED = RouterSpec("softmax", True, False, 1, 1, 1.0)

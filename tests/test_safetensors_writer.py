@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load
 
-from edge_moe.checkpoint import read_header
 from edge_moe.converters.safetensors_writer import (
     TensorEntry,
     file_bytes,
@@ -25,6 +24,7 @@ from edge_moe.converters.safetensors_writer import (
     write_index,
 )
 from edge_moe.errors import CheckpointError
+from edge_moe.safetensors_header import read_header
 
 ENTRIES = [TensorEntry("a", "F16", (2, 1)), TensorEntry("b", "U8", (3,))]
 

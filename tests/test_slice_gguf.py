@@ -37,11 +37,12 @@ from edge_moe.formats import DROP, split_form
 from edge_moe.formats.quantise import pack_matrix
 from edge_moe.gguf_arch import GGUF_ARCHS
 from edge_moe.gguf_header import GgufTensorInfo
-from edge_moe.gguf_model import GgufModel, read_range
+from edge_moe.gguf_model import GgufModel
 from edge_moe.moments import LayerMoments, moments_path
 from edge_moe.offer import stored_forms
 from edge_moe.plan import CalibrationOptions, Plan
 from edge_moe.planner import stats_fingerprint
+from edge_moe.tensor_info import read_range
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp", reason="needs libggml")

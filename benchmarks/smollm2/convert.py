@@ -27,7 +27,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edge_moe.checkpoint import read_header
 from edge_moe.converters.safetensors_writer import (
     TensorEntry,
     safetensors_file,
@@ -39,6 +38,7 @@ from edge_moe.demo import task_names
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path, require_free_disk, write_text
 from edge_moe.measurement import Provenance
+from edge_moe.safetensors_header import read_header
 from edge_moe.tasks import task_windows, windows_fingerprint
 from smollm2.block import ROUTER_SPREAD, block_tensors, moe_config
 from smollm2.layer import DenseLayer, refit_down, split_layer

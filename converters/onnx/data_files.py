@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.checkpoint import Checkpoint, to_float32
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.packer import Packer
 from edge_moe.converters.packing import expert_records
 from edge_moe.converters.progress import Advance
@@ -26,7 +26,7 @@ from edge_moe.formats import get_form, unpack_expert
 from edge_moe.formats.base import ByteArray
 from edge_moe.formats.integers import IntegerForm
 from edge_moe.packed_tensors import PackedInfo
-from edge_moe.tensor_info import TensorInfo
+from edge_moe.tensor_info import TensorInfo, to_float32
 
 _PAGE_BYTES, _GRANULARITY_BYTES, _LARGE_BYTES = 4096, 65536, 2**20
 _CHUNK_BYTES = 2 * 2**20

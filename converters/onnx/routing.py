@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe.converters.onnx.operations import Operations
-from edge_moe.spec import RouterSpec
+from edge_moe.router_spec import RouterSpec
 
 _LEAST_SUM = 1e-20  # what transformers adds before it divides by the sum of sigmoids
 
