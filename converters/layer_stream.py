@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from edge_moe.converters.stacked_experts import empty_stacks, put_expert
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.runtime.model import fill_buffers, meta_model
-from edge_moe.runtime.moe_block import EXPERT_STACKS, MoeBlock
+from edge_moe.runtime.moe_block import EXPERT_STACKS, MODULE_STACKS, MoeBlock
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import FloatArray, TensorInfo, to_float32
 
-_STACK_NAMES = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
+_STACK_NAMES = tuple(f"experts.{name}" for name in MODULE_STACKS)
 
 
 class LayerSource(Protocol):

@@ -94,11 +94,11 @@ class MoeBlock:
         """The selection bias where it belongs to the block, which hands it to the router."""
         return tuple(self.tensor(name) for name in self._names if "." not in name)
 
-    def choose_more(self, arguments: tuple[Any, ...], by: int = 1) -> tuple[Tensor, Tensor]:
-        """(ids, weights) of the router's choice of top_k + `by` experts, given its `arguments`."""
+    def choose_more(self, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """(ids, weights) of the router's choice of one expert more, given its `arguments`."""
         holder, name = _top_k_holder(self.router)
         top_k = getattr(holder, name)
-        setattr(holder, name, top_k + by)
+        setattr(holder, name, top_k + 1)
         try:
             _, weights, ids = self.router(*arguments)
         finally:
