@@ -47,6 +47,7 @@ from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import gguf_forms
 from edge_moe.runtime.gguf_logits import gguf_tokenizer
 from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture, require_capturable
+from edge_moe.runtime.llama_graph import ARCHITECTURES
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats, StatsInfo, require_unfinished
 from edge_moe.tasks import task_windows
@@ -152,6 +153,7 @@ class _Run:
         self._info = info
         self._work = work
         self._texts = texts
+        self._expert_scales = expert_scales(model)
         self._form_losses = FormLosses(
             GgufExperts(model), info.forms, info.quantiser, prefers_squares=True
         )
@@ -199,7 +201,8 @@ class _Run:
         num_tokens = len(self._texts[index])
 
         def take(layer_id: int, tokens: slice, block: BlockCapture) -> None:
-            writer.put(layer_id, tokens, block_records(block, self._spec))
+            records = block_records(block, self._spec, self._expert_scales.get(layer_id))
+            writer.put(layer_id, tokens, records)
             self._advance((tokens.stop - tokens.start) / num_tokens)
 
         capture.run(self._texts[index], take)
@@ -237,13 +240,25 @@ class _Run:
         return [router_scores(each.double(), function).float() for each in logits]
 
 
-def block_records(block: BlockCapture, spec: ModelSpec) -> TokenRecords:
-    """What to keep of a MoE block at work."""
+def block_records(
+    block: BlockCapture, spec: ModelSpec, expert_scale: Tensor | None = None
+) -> TokenRecords:
+    """What to keep of a MoE block at work.
+
+    `expert_scale` [E] are factors that llama.cpp multiplies outputs with and that belong to the
+    weights.
+    """
     ids = torch.from_numpy(block.expert_ids).long()
     gates, shares = torch.from_numpy(block.gates), torch.from_numpy(block.shares)
     outputs = torch.from_numpy(block.outputs)
+    if expert_scale is not None:
+        factors = expert_scale[ids]
+        gates, shares = gates * factors[:, : spec.top_k], shares * factors
+        outputs = torch.where(factors != 0, 1 / factors, 0.0)[..., None] * outputs
     has_next_best = ids.shape[1] > spec.top_k
     slots = fill_slots((ids[:, : spec.top_k], gates), (ids, shares) if has_next_best else None)
+    if expert_scale is not None:
+        slots = slots.scaled_by(expert_scale)
     if not has_next_best:
         outputs = torch.cat([outputs, outputs.new_zeros(len(outputs), 1, outputs.shape[2])], dim=1)
     chosen = chosen_experts(torch.from_numpy(block.inputs), slots, outputs, spec)
@@ -253,3 +268,13 @@ def block_records(block: BlockCapture, spec: ModelSpec) -> TokenRecords:
         torch.from_numpy(block.block_output),
         torch.from_numpy(block.hidden),
     )
+
+
+def expert_scales(model: GgufModel) -> dict[int, Tensor]:
+    """Layer -> factors [E] of its experts' weights, for architectures that have them."""
+    if not ARCHITECTURES[model.header.architecture].has_expert_scale:
+        return {}
+    return {
+        layer_id: torch.from_numpy(model.read(f"blk.{layer_id}.ffn_down_exps.scale"))
+        for layer_id in model.spec.moe_layer_ids
+    }

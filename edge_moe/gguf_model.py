@@ -164,11 +164,13 @@ class GgufModel:
             found.append((info, start, num_bytes))
         return tuple(found)
 
-    def expert(self, layer_id: int, expert_id: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def expert(
+        self, layer_id: int, expert_id: int, *, with_scales: bool = True
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """(gate_proj [I, H], up_proj [I, H], down_proj [H, I]) of one expert, float32.
 
-        A `.scale` tensor, where there is one, is multiplied in. Reads that expert's bytes only;
-        memory: one expert packed and one in float32.
+        A `.scale` tensor, where there is one, is multiplied in, or left out. Reads that expert's
+        bytes only; memory: one expert packed and one in float32.
 
         Raises:
             CheckpointError: NaN or infinity, or a file that was truncated since.
@@ -176,7 +178,7 @@ class GgufModel:
         """
         up, down = self.spec.expert_width, self.spec.hidden_size
         shapes = ((up, down), (up, down), (down, up))
-        scales = self._scales(layer_id, expert_id)
+        scales = self._scales(layer_id, expert_id) if with_scales else (1.0, 1.0, 1.0)
         matrices = [
             self._matrix(*where, shape) * scale if scale != 1.0 else self._matrix(*where, shape)
             for where, shape, scale in zip(

@@ -26,8 +26,6 @@ from edge_moe.measurement import usable_cores
 from edge_moe.runtime.llama_api import llama_api
 from edge_moe.runtime.llama_graph import (
     ARCHITECTURES,
-    EXPERTS,
-    LOGITS,
     RANKING,
     WEIGHTS,
     GraphNodes,
@@ -62,7 +60,7 @@ class BlockCapture:
     shares: FloatArray
     """[T, K] the weights when the router chooses K experts."""
     outputs: FloatArray
-    """[T, K, H] un-gated."""
+    """[T, K, H] un-gated; with the factors of the experts, where an architecture has them."""
     block_output: FloatArray
     """[T, H] routed and shared experts."""
     hidden: FloatArray
@@ -86,7 +84,7 @@ class LlamaCapture:
             InputError: an architecture that has not been tested, or llama.cpp refuses the file.
             MissingExtraError: llama-cpp-python is not installed.
         """
-        check_architecture(path, architecture, spec)
+        check_architecture(path, architecture)
         self._path = path
         self._spec = spec
         self._api = llama_api(path)
@@ -250,7 +248,9 @@ class LlamaCapture:
             self._gates = shares
             return
         gates = np.zeros_like(shares)
-        gates[:, :top_k] = real_gates(self._found[WEIGHTS][:, :top_k], self._spec)
+        gates[:, :top_k] = real_gates(
+            self._found[WEIGHTS][:, :top_k], self._nodes.names, self._spec
+        )
         self._api.write(tensor, gates)
         self._gates = gates[:, :top_k]
 
@@ -259,11 +259,11 @@ class LlamaCapture:
         assert self._gates is not None
         return BlockCapture(
             inputs=found[names.inputs],
-            logits=found[LOGITS],
+            logits=found[names.logits],
             expert_ids=found[RANKING][:, : self._num_slots],
             gates=self._gates,
             shares=found[self._nodes.final_weights],
-            outputs=found[EXPERTS],
+            outputs=found[names.experts],
             block_output=found[names.output],
             hidden=found[names.hidden],
         )
@@ -277,7 +277,7 @@ def require_capturable(path: Path, spec: ModelSpec, architecture: str, window_to
         InputError: llama.cpp refuses the file, or aborts on it.
         MissingExtraError: llama-cpp-python is not installed.
     """
-    check_architecture(path, architecture, spec)
+    check_architecture(path, architecture)
     llama_api(path)
     overrides = metadata_overrides(architecture, spec)
     require_loadable(path, window_tokens, batch_tokens(spec, window_tokens), overrides)

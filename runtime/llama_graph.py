@@ -24,43 +24,81 @@ _SMALLEST_SUM = np.float32(6.103515625e-5)
 """llama.cpp divides by no smaller sum of weights."""
 
 
+# nodes of build_moe_ffn
+RANKING = "ffn_moe_argsort"
+WEIGHTS, _NORMED, _SCALED = "ffn_moe_weights", "ffn_moe_weights_norm", "ffn_moe_weights_scaled"
+_SOFTMAXED = "ffn_moe_weights_softmax"
+_FOREIGN = (
+    "ffn_moe_logits_biased",
+    _SOFTMAXED,
+    "ffn_moe_up_clamped",
+    "ffn_moe_up_scaled",
+    "ffn_moe_gate_scaled",
+    "ffn_moe_gate_up_scaled",
+    "ffn_moe_down_scaled",
+    "ffn_moe_up_biased",
+    "ffn_moe_gate_biased",
+    "ffn_moe_gate_up_biased",
+    "ffn_moe_down_biased",
+)
+"""A graph with one of these computes more than the statistics know of, but for the architectures
+that are known to."""
+_BIASED = ("ffn_moe_up_biased", "ffn_moe_gate_biased", "ffn_moe_down_biased")
+
+
 @dataclass(frozen=True)
 class BlockNodes:
-    """How the graph of one architecture names what goes into a MoE block and what comes out."""
+    """How the graph of one architecture names what goes into a MoE block and what comes out.
 
-    output: str
+    A tensor that is named twice goes by its last name.
+    """
+
+    output: str = "ffn_moe_out"
     """Sum of the routed and the shared experts."""
     inputs: str = "ffn_norm"
     hidden: str = "l_out"
     """The hidden state after the layer."""
+    logits: str = "ffn_moe_logits"
+    """Of the router, its bias included."""
+    experts: str = "ffn_moe_down"
+    """What each chosen expert gives, before it is weighed."""
+    softmaxes_chosen: bool = False
+    """Weights are a softmax over the logits of the chosen experts."""
+    has_biases: bool = False
+    """Experts add biases."""
+    has_expert_scale: bool = False
+    """`experts` holds a factor per expert, `ffn_down_exps.scale`, which belongs to its weight."""
+    foreign: tuple[str, ...] = ()
+    """Nodes of variants of this architecture that are not understood."""
 
 
-# llama.cpp 0c1e57098, src/models/<architecture>.cpp; all call build_moe_ffn of src/llama-graph.cpp
-# with SwiGLU. `ffn_out` is something else in `llama`: the residual stream behind the block.
+_POST_NORM = "attn_post_norm"
+# llama.cpp 0c1e57098, src/models/<architecture>.cpp; all call build_moe_ffn of src/llama-graph.cpp.
+# `ffn_out` is something else in `llama`: the residual stream behind the block.
 ARCHITECTURES = {
-    "qwen3moe": BlockNodes(output="ffn_moe_out"),
-    "olmoe": BlockNodes(output="ffn_moe_out"),
-    "llama": BlockNodes(output="ffn_moe_out"),
+    "qwen3moe": BlockNodes(),
+    "olmoe": BlockNodes(),
+    "llama": BlockNodes(),
+    "minimax-m2": BlockNodes(),
+    "granitemoe": BlockNodes(foreign=("ffn_shexp",)),
     "qwen2moe": BlockNodes(output="ffn_out"),
     "deepseek2": BlockNodes(output="ffn_out"),
+    "ernie4_5-moe": BlockNodes(output="ffn_out"),
+    "qwen3next": BlockNodes(output="ffn_out", inputs=_POST_NORM),
+    "qwen35moe": BlockNodes(output="ffn_out", inputs=_POST_NORM),
+    "glm4moe": BlockNodes(output="ffn_out", inputs="post_attn_norm"),
+    "lfm2moe": BlockNodes(inputs="model.layers.{}.ffn_out"),
+    "gpt-oss": BlockNodes(
+        inputs=_POST_NORM,
+        logits="ffn_moe_probs",
+        experts="ffn_moe_down_biased",
+        softmaxes_chosen=True,
+        has_biases=True,
+    ),
+    "gemma4": BlockNodes(
+        inputs="ffn_norm_2", experts="ffn_moe_down_scaled", has_expert_scale=True
+    ),
 }
-
-# nodes of build_moe_ffn
-LOGITS, RANKING = "ffn_moe_logits", "ffn_moe_argsort"
-WEIGHTS, _NORMED, _SCALED = "ffn_moe_weights", "ffn_moe_weights_norm", "ffn_moe_weights_scaled"
-EXPERTS = "ffn_moe_down"
-_FOREIGN = (
-    "ffn_moe_logits_biased",
-    "ffn_moe_weights_softmax",
-    "ffn_moe_up_clamped",
-    "ffn_moe_up_scaled",
-    "ffn_moe_gate_scaled",
-    "ffn_moe_down_scaled",
-    "ffn_moe_up_biased",
-    "ffn_moe_gate_biased",
-    "ffn_moe_down_biased",
-)
-"""A graph with one of these computes more than the statistics know of."""
 
 
 def num_slots(spec: ModelSpec) -> int:
@@ -83,9 +121,12 @@ def metadata_overrides(architecture: str, spec: ModelSpec) -> dict[str, int]:
     return values
 
 
-def real_gates(weights: FloatArray, spec: ModelSpec) -> FloatArray:
+def real_gates(weights: FloatArray, nodes: BlockNodes, spec: ModelSpec) -> FloatArray:
     """[T, k] scores of the chosen experts -> the weights llama.cpp multiplies with, in float32."""
     gates = weights
+    if nodes.softmaxes_chosen:
+        powers = np.exp(weights - weights.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
     if spec.router.renormalises:
         sums = weights.sum(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
         gates = gates / np.maximum(sums, _SMALLEST_SUM)
@@ -94,21 +135,16 @@ def real_gates(weights: FloatArray, spec: ModelSpec) -> FloatArray:
     return gates
 
 
-def check_architecture(path: Path, architecture: str, spec: ModelSpec) -> None:
+def check_architecture(path: Path, architecture: str) -> None:
     """Refuse what has not been tested.
 
     Raises:
-        SpecError: names the architecture or the activation function.
+        SpecError: names the architecture.
     """
     if architecture not in ARCHITECTURES:
         raise SpecError(
             f"{path}: calibration on llama.cpp is tested for {', '.join(ARCHITECTURES)}, not for "
             f"{architecture!r}: calibrate the Hugging Face checkpoint"
-        )
-    if spec.hidden_act != "silu":
-        raise SpecError(
-            f"{path}: calibration on llama.cpp knows experts with SwiGLU (silu), not "
-            f"{spec.hidden_act!r}: calibrate the Hugging Face checkpoint"
         )
 
 
@@ -119,16 +155,13 @@ class GraphNodes:
         self.names = names
         self._spec = spec
         self._slots = num_slots(spec)
-        router = spec.router
-        self.final_weights = _NORMED if router.renormalises else WEIGHTS
-        if router.scale != 1.0:
-            self.final_weights = _SCALED
-        kinds = {names.inputs, LOGITS, RANKING, WEIGHTS, self.final_weights, EXPERTS}
+        self.final_weights = _final_weights(names, spec)
+        kinds = {names.inputs, names.logits, RANKING, WEIGHTS, self.final_weights, names.experts}
         self._kinds = {*kinds, names.output, names.hidden}
-        unexpected = {_NORMED, _SCALED, *_FOREIGN} - self._kinds
-        if router.renormalises:
-            unexpected.discard(_NORMED)
-        self._unexpected = unexpected
+        expected = {*self._kinds, *(_BIASED if names.has_biases else ())}
+        if spec.router.renormalises and not names.softmaxes_chosen:
+            expected.add(_NORMED)
+        self._unexpected = {_NORMED, _SCALED, *_FOREIGN, *names.foreign} - expected
         self._wanted = {
             f"{kind}-{layer_id}" for layer_id in spec.moe_layer_ids for kind in self._kinds
         }
@@ -182,10 +215,19 @@ class GraphNodes:
     def shape(self, kind: str, num_tokens: int) -> tuple[int, ...]:
         """numpy's shape of a node."""
         spec = self._spec
-        if kind in (LOGITS, RANKING):
+        if kind in (self.names.logits, RANKING):
             return num_tokens, spec.num_experts
-        if kind in (WEIGHTS, _NORMED, _SCALED):
+        if kind in (WEIGHTS, self.final_weights):
             return num_tokens, self._slots
-        if kind == EXPERTS:
+        if kind == self.names.experts:
             return num_tokens, self._slots, spec.hidden_size
         return num_tokens, spec.hidden_size
+
+
+def _final_weights(names: BlockNodes, spec: ModelSpec) -> str:
+    """The node that outputs are multiplied with."""
+    if names.softmaxes_chosen:
+        return _SOFTMAXED
+    if spec.router.scale != 1.0:
+        return _SCALED
+    return _NORMED if spec.router.renormalises else WEIGHTS

@@ -9,9 +9,10 @@ from hand_plan import hand_plan
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.export_gguf import export_gguf
+from edge_moe.converters.gguf_families import GGUF_FAMILIES
 from edge_moe.families import FAMILIES
 
-CALIBRATED = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v3")
+CALIBRATED = tuple(sorted(GGUF_FAMILIES.keys() - {"nemotron_h"}))
 """Families that llama.cpp itself calibrates."""
 ARCHITECTURES = {name: str(FAMILIES[name].gguf_arch) for name in CALIBRATED}
 
