@@ -10,8 +10,42 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.errors import CheckpointError, MissingExtraError
+from edge_moe.errors import CheckpointError, InputError, MissingExtraError
 from edge_moe.formats import ggml_library
+
+TESTED_VERSION = "0.3.36"
+"""Of llama-cpp-python."""
+_FIELDS = {
+    "llama_model_params": (
+        "n_gpu_layers",
+        "load_mode",
+        "no_alloc",
+        "use_extra_bufts",
+        "kv_overrides",
+    ),
+    "llama_context_params": (
+        "n_ctx",
+        "n_batch",
+        "n_ubatch",
+        "n_seq_max",
+        "n_threads",
+        "n_threads_batch",
+        "flash_attn_type",
+        "type_k",
+        "type_v",
+        "cb_eval",
+    ),
+    "llama_model_kv_override": ("tag", "key", "value"),
+    "llama_batch": ("n_tokens", "token", "pos", "n_seq_id", "seq_id", "logits"),
+}
+"""Fields of C structures that are set: ctypes would take any other name without a word."""
+_FUNCTIONS = (
+    "ggml_backend_sched_eval_callback",
+    "llama_get_memory",
+    "llama_init_from_model",
+    "llama_memory_clear",
+    "llama_model_load_from_file",
+)
 
 
 class LlamaApi:
@@ -61,10 +95,32 @@ def llama_api(path: Path) -> LlamaApi:
 
     Raises:
         MissingExtraError: it is not installed.
+        InputError: another version, which lacks what is used.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
     try:
         from llama_cpp import llama_cpp
     except ImportError:
         raise MissingExtraError("llama-cpp-python", "gguf", f"running {path}") from None
+    require_known(llama_cpp)
     return LlamaApi(llama_cpp)
+
+
+def require_known(llama: Any) -> None:
+    """Refuse a version whose interface is another one; `llama` is the module llama_cpp.llama_cpp.
+
+    Raises:
+        InputError: names what is missing, the version that is there, and one that works.
+    """
+    missing = [name for name in _FUNCTIONS if not hasattr(llama, name)]
+    for structure, fields in _FIELDS.items():
+        known = {field[0] for field in getattr(getattr(llama, structure, None), "_fields_", ())}
+        missing += [f"{structure}.{field}" for field in fields if field not in known]
+    if not missing:
+        return
+    from importlib.metadata import version
+
+    raise InputError(
+        f"llama-cpp-python {version('llama-cpp-python')} has no {', '.join(missing)}: calibration "
+        f"on llama.cpp needs {TESTED_VERSION}: pip install llama-cpp-python=={TESTED_VERSION}"
+    )

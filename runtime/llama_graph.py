@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe.errors import CheckpointError, SpecError
+from edge_moe.runtime.llama_api import TESTED_VERSION
 from edge_moe.spec import ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
@@ -95,9 +96,7 @@ ARCHITECTURES = {
         softmaxes_chosen=True,
         has_biases=True,
     ),
-    "gemma4": BlockNodes(
-        inputs="ffn_norm_2", experts="ffn_moe_down_scaled", has_expert_scale=True
-    ),
+    "gemma4": BlockNodes(inputs="ffn_norm_2", experts="ffn_moe_down_scaled", has_expert_scale=True),
 }
 
 
@@ -125,8 +124,9 @@ def real_gates(weights: FloatArray, nodes: BlockNodes, spec: ModelSpec) -> Float
     """[T, k] scores of the chosen experts -> the weights llama.cpp multiplies with, in float32."""
     gates = weights
     if nodes.softmaxes_chosen:
-        powers = np.exp(weights - weights.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+        powers: FloatArray = np.exp(weights - weights.max(axis=1, keepdims=True))
+        total: FloatArray = powers.sum(axis=1, keepdims=True)
+        return powers / total
     if spec.router.renormalises:
         sums = weights.sum(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
         gates = gates / np.maximum(sums, _SMALLEST_SUM)
@@ -197,7 +197,7 @@ class GraphNodes:
         if missing:
             raise CheckpointError(
                 f"llama.cpp's graph has no node {min(missing)!r} before {name!r}: this version of "
-                "llama-cpp-python is not known here, install 0.3.36"
+                f"llama-cpp-python is not known here, install {TESTED_VERSION}"
             )
 
     def require_all(self, path: Path) -> None:
@@ -209,7 +209,7 @@ class GraphNodes:
         if self._missing:
             raise CheckpointError(
                 f"{path}: llama.cpp's graph has no node {min(self._missing)!r}: this version of "
-                "llama-cpp-python is not known here, install 0.3.36"
+                f"llama-cpp-python is not known here, install {TESTED_VERSION}"
             )
 
     def shape(self, kind: str, num_tokens: int) -> tuple[int, ...]:

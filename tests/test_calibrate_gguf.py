@@ -467,6 +467,30 @@ def test_an_architecture_that_is_not_tested_is_refused_by_name(
     assert not (tmp_path / "stats").exists()
 
 
+def test_an_older_llama_cpp_python_is_refused(
+    case: Case, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ctypes structures take any attribute: a field that is not there must not be set in vain."""
+    import ctypes
+
+    from llama_cpp import llama_cpp
+
+    class Older(ctypes.Structure):
+        _fields_ = tuple(
+            field
+            for field in llama_cpp.llama_model_params._fields_
+            if field[0] not in ("load_mode", "no_alloc")
+        )
+
+    monkeypatch.setattr(llama_cpp, "llama_model_params", Older)
+    wanted = r"has no llama_model_params.load_mode, llama_model_params.no_alloc: .* needs 0\.3\.36"
+    with pytest.raises(InputError, match=wanted):
+        run(case("olmoe")[1], task, tmp_path / "stats")
+    monkeypatch.delattr(llama_cpp, "llama_memory_clear")
+    with pytest.raises(InputError, match="has no llama_memory_clear, llama_model_params"):
+        run(case("olmoe")[1], task, tmp_path / "stats")
+
+
 def test_forms_that_no_gguf_file_holds_are_refused(case: Case, task: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot hold int4_b64, and"):
         calibrate_gguf(

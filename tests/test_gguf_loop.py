@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def plan_at(model: GgufModel, stats: ExpertStats, expert_share: float) -> Plan:
 
 @pytest.mark.parametrize("family", CALIBRATED)
 def test_what_is_planned_runs_as_the_masked_original(family: str, tmp_path: Path) -> None:
-    greedy = {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+    greedy: dict[str, Any] = {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
     config = greedy if family == "deepseek_v2" else {}
     folder = make_tiny_checkpoint(tmp_path / "source", family, dtype="float32", **config)
     model = GgufModel(float32_gguf(folder, tmp_path / "model.gguf"))
@@ -58,8 +59,8 @@ def test_what_is_planned_runs_as_the_masked_original(family: str, tmp_path: Path
 
     def stats(*forms: str) -> ExpertStats:
         output = tmp_path / "-".join(("stats", *forms))
-        options = {"window_tokens": 32, "max_windows": 2, "quantiser": "nearest"}
-        return calibrate_gguf(model.path, [str(task)], output, forms=forms, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"window_tokens": 32, "max_windows": 2, "quantiser": "nearest"}
+        return calibrate_gguf(model.path, [str(task)], output, forms=forms, **options)
 
     plan = plan_at(model, stats(DROP), 0.6)
     dropped = {
