@@ -31,6 +31,7 @@ from reference_model import TOKENS, FloatArray, load, logits, masked, table_gelu
 from rich.console import Console
 from tiny_models import make_tiny_checkpoint
 
+from edge_moe.budget import resident_expert_bytes
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import GGUF_NAME, build
 from edge_moe.converters.calibrate import calibrate
@@ -203,8 +204,7 @@ class Subject:
 
 def _with_forms(plan: Plan, forms: list[list[str]], spec: ModelSpec) -> Plan:
     """`plan` with other forms, where those live, and what they take."""
-    shape = spec.expert_shape
-    num_bytes = sum(expert_bytes(form, *shape) for row in forms for form in row)
+    num_bytes = sum(resident_expert_bytes(spec, form, plan.target) for row in forms for form in row)
     terms = [
         term.model_copy(update={"num_bytes": num_bytes}) if term.name == "experts" else term
         for term in plan.terms

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from edge_moe import __version__
+from edge_moe.budget import resident_expert_bytes
 from edge_moe.candidates import check_target
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import state_and_require_memory
@@ -18,7 +19,6 @@ from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.errors import InputError, PlanError
 from edge_moe.files import require_new_output, write_text
-from edge_moe.formats import expert_bytes
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_model import GgufModel
 from edge_moe.onnx_folder import OnnxOptions
@@ -115,8 +115,10 @@ def _check_plan(plan: Plan, source: SourceModel) -> None:
 def _check_bill(plan: Plan, spec: ModelSpec) -> None:
     """Refuse a bill that the plan's own forms and budget contradict."""
     counts = Counter(form for row in plan.forms for form in row)
-    shape = spec.expert_shape
-    needed = sum(count * expert_bytes(form, *shape) for form, count in counts.items())
+    target = plan.bill_target
+    needed = sum(
+        count * resident_expert_bytes(spec, form, target) for form, count in counts.items()
+    )
     stated = plan.term("experts").num_bytes
     if needed != stated:
         raise PlanError(

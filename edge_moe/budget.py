@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from edge_moe.formats import expert_bytes
+from edge_moe.formats.integers import onnxruntime_copy_bytes
 from edge_moe.plan import Device, MemoryTerm, Source, Target
 from edge_moe.source_model import SourceModel, StoredTensor
 from edge_moe.spec import ModelSpec
@@ -79,7 +80,7 @@ def memory_terms(
     positions whose logits are held at once: one, but a window's when quality is measured.
     """
     per_expert = {
-        form: expert_bytes(form, *spec.expert_shape)
+        form: resident_expert_bytes(spec, form, target)
         for form in {form for row in forms for form in row}
     }
     experts = sum(per_expert[form] for row in forms for form in row)
@@ -96,7 +97,12 @@ def memory_terms(
             source="headers",
             note="everything but routed experts; router rows of dropped experts are counted",
         ),
-        MemoryTerm(name="experts", num_bytes=experts, source="formula"),
+        MemoryTerm(
+            name="experts",
+            num_bytes=experts,
+            source="formula",
+            note="with what onnxruntime holds twice: scales" if target == "onnx" else "",
+        ),
         MemoryTerm(name="KV cache", num_bytes=kv_bytes, source="formula", note=kv_note),
         MemoryTerm(
             name="workspace",
@@ -106,6 +112,12 @@ def memory_terms(
         ),
         _runtime_term(target, runtime_bytes, runtime_source),
     ]
+
+
+def resident_expert_bytes(spec: ModelSpec, form: str, target: Target) -> int:
+    """What one expert in `form` takes in memory: its bytes, and what the runtime copies of them."""
+    copied = onnxruntime_copy_bytes(form, spec.expert_weights) if target == "onnx" else 0
+    return expert_bytes(form, *spec.expert_shape) + copied
 
 
 def dense_bytes(model: SourceModel, device: Device, target: Target) -> int:

@@ -1,15 +1,110 @@
-"""A folder that `build --target onnx` wrote: its names, and how to tell it from others."""
+"""A folder that `build --target onnx` wrote: its names, its checksums, how to tell it from others.
+
+`checksums.json` has the size and the CRC-32 of every graph and every file of weights; files that
+people edit (genai_config.json, the card) are not in it.
+"""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge_moe.errors import InputError
+from edge_moe.files import read_json, write_text
 
 MODEL_NAME = "model.onnx"
 HEAD_NAME = "model_head.onnx"
 """Logits of every position from `model.onnx`'s hidden states: to score a text, not to go on."""
 STANDARD_NAME = "model_standard.onnx"
 """The same decoder in standard operations, where it was asked for."""
+CHECKSUMS_NAME = "checksums.json"
+_CHUNK_BYTES = 2**20
+
+
+class FileRecord(BaseModel):
+    """What one file must be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_bytes: int = Field(ge=0)
+    crc32: int = Field(ge=0, lt=2**32)
+    """zlib.crc32 of the file."""
+
+
+class Checksums(BaseModel):
+    """`checksums.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = 1
+    files: dict[str, FileRecord]
+    """By name, within the folder."""
+
+
+def write_checksums(folder: Path, names: Sequence[str]) -> None:
+    """Read the files `names` of `folder`, and write down what they are."""
+    files = {
+        name: FileRecord(num_bytes=(folder / name).stat().st_size, crc32=_crc32(folder / name))
+        for name in names
+    }
+    content = Checksums(files=files).model_dump_json(indent=1)
+    write_text(folder / CHECKSUMS_NAME, content + "\n")
+
+
+def require_whole(folder: Path) -> None:
+    """Compare every file of weights, and every graph, with `checksums.json`; reads them all.
+
+    Raises:
+        InputError: one is missing, truncated or changed.
+    """
+    files = _read_checksums(folder).files
+    for name, record in files.items():
+        path = folder / name
+        num_bytes = path.stat().st_size if path.is_file() else 0
+        if num_bytes != record.num_bytes:
+            raise InputError(
+                f"{path} is missing or truncated: {num_bytes} bytes, {record.num_bytes} expected; "
+                "build the folder again, or copy it again"
+            )
+    for name, record in files.items():
+        if _crc32(folder / name) != record.crc32:
+            raise InputError(
+                f"{folder / name} is damaged: its CRC-32 is not the one in {CHECKSUMS_NAME}; build "
+                "the folder again, or copy it again"
+            )
+
+
+def _read_checksums(folder: Path) -> Checksums:
+    path = folder / CHECKSUMS_NAME
+    raw = read_json(
+        path,
+        InputError,
+        missing=f"{path} was removed: build {folder} again",
+        damaged=f"build {folder} again",
+    )
+    try:
+        found = Checksums.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(
+            f"{path} is damaged ({error.errors()[0]['msg']}): build {folder} again"
+        ) from None
+    outside = [name for name in found.files if Path(name).name != name]
+    if outside or MODEL_NAME not in found.files:
+        where = f"points outside the folder: {outside[0]!r}" if outside else f"lacks {MODEL_NAME}"
+        raise InputError(f"{path} {where}: build {folder} again")
+    return found
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK_BYTES):
+            found = zlib.crc32(chunk, found)
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from edge_moe.budget import (
     describe_terms,
     minimum_budget_bytes,
     non_expert_bytes,
+    resident_expert_bytes,
 )
 from edge_moe.candidates import SOURCE_FORMS, TARGET_RULES
 from edge_moe.errors import BudgetError, StatsError
-from edge_moe.formats import DROP, expert_bytes, form_bits
+from edge_moe.formats import DROP, form_bits
 from edge_moe.gradient_stats import FormCost, GradientStats
 from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
 from edge_moe.offer import Offer, find_offer
@@ -198,7 +199,6 @@ def build_problem(
 
     `supers` [L, E] are neither dropped nor stored below 4 bits, or stay as they are stored.
     """
-    shape = spec.expert_shape
     protected = np.array([form_bits(form) >= MINIMUM_BITS for form in forms])  # [F]
     if offer is not None:
         as_stored = [[form == own for form in forms] for own in offer.stored]
@@ -208,7 +208,9 @@ def build_problem(
         allowed &= offer.allowed[:, None]
     return Problem(
         loss=losses,
-        form_bytes=np.array([expert_bytes(form, *shape) for form in forms], np.int64),
+        form_bytes=np.array(
+            [resident_expert_bytes(spec, form, target) for form in forms], np.int64
+        ),
         allowed=allowed,
         budget_bytes=expert_budget_bytes,
         top_k=max(spec.top_k, spec.fewest_experts),

@@ -139,22 +139,32 @@ def open_model(
 
     Raises:
         TargetError: a skipping rule for a .gguf file or an ONNX folder, which route themselves; a
-            budget for an ONNX folder.
+            budget for a .gguf file.
+        BudgetError: an ONNX folder that takes more than the budget.
     """
     if model_kind(path) == "onnx":
-        if skip is not None or budget_bytes is not None:
+        if skip is not None:
             raise TargetError(
-                f"{path} runs in onnxruntime, which neither skips experts nor keeps to a budget: "
-                "leave out --skip and --budget, or use a native package"
+                f"{path} runs in onnxruntime, which cannot skip experts: use a native package or a "
+                "Hugging Face folder with --skip"
             )
         from edge_moe.runtime.onnx_session import OnnxSession
 
-        return OnnxSession.open(path, context_tokens=context_tokens)
+        return OnnxSession.open(
+            path,
+            context_tokens=context_tokens,
+            budget_bytes=budget_bytes,
+            scored_tokens=context_tokens,
+        )
     if model_kind(path) == "gguf":
         if skip is not None:
             raise TargetError(
                 f"{path} runs in llama.cpp, which cannot skip experts: use a native package or a "
                 "Hugging Face folder with --skip"
+            )
+        if budget_bytes is not None:
+            raise TargetError(
+                f"{path} runs in llama.cpp, which keeps to no budget: leave out --budget"
             )
         from edge_moe.runtime.gguf_logits import GgufModel
 

@@ -8,6 +8,7 @@ reached are not in memory yet.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_moe.errors import InputError, TargetError
+from edge_moe.budget import memory_terms
+from edge_moe.errors import BudgetError, InputError, TargetError
 from edge_moe.files import read_json
 from edge_moe.formats import DROP, EXACT
 from edge_moe.measurement import usable_cores
-from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME
+from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME, require_whole
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Device, MemoryTerm, Plan
 from edge_moe.runtime.allotment import context_length
@@ -35,6 +37,7 @@ from edge_moe.runtime.generate import (
 from edge_moe.runtime.onnx_library import PROVIDERS, import_onnxruntime, require_provider
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
+from edge_moe.units import format_bytes, round_up_bytes
 
 _QUIET = 3  # onnxruntime's severity: errors only
 
@@ -52,7 +55,7 @@ class OnnxSession:
     def __init__(
         self,
         folder: Path,
-        plan: Plan,
+        terms: list[MemoryTerm],
         runtime: Any,
         network: Any,
         context_tokens: int,
@@ -68,7 +71,7 @@ class OnnxSession:
         self.load_seconds = 0.0
         self.warnings: list[str] = []
         self.measured_terms: dict[str, int] = {}
-        self._plan = plan
+        self._terms = terms
         self._runtime = runtime
         self._network = network
         self._head: Any = None
@@ -76,12 +79,22 @@ class OnnxSession:
 
     @classmethod
     def open(
-        cls, folder: Path, *, context_tokens: int | None = None, device: str | None = None
+        cls,
+        folder: Path,
+        *,
+        context_tokens: int | None = None,
+        device: str | None = None,
+        budget_bytes: int | None = None,
+        scored_tokens: int = 1,
     ) -> OnnxSession:
         """Load `folder`, on a CPU unless `device` is cuda.
 
+        The context defaults to the plan's. Nothing is paged: a budget holds the whole bill of this
+        context, or nothing is loaded. `scored_tokens` positions have their logits held at once.
+
         Raises:
-            InputError: the folder is incomplete, or the device is not there.
+            BudgetError: the bill is larger than the budget.
+            InputError: the folder is incomplete or damaged, or the device is not there.
             TargetError: quantised experts on cuda, where onnxruntime wants half precision.
             MissingExtraError: onnxruntime is not installed.
         """
@@ -89,11 +102,15 @@ class OnnxSession:
         runtime = import_onnxruntime(f"running {folder}")
         plan = _plan_of(folder)
         spec = ModelSpec.from_file(folder / "config.json")
-        context = context_length(spec, context_tokens)
+        context = context_length(spec, context_tokens or plan.context_tokens)
         where: Device = "cuda" if device == "cuda" else "cpu"
         _check_device(folder, plan, where)
+        bill = _Bill(plan, spec, where, scored_tokens)
+        if budget_bytes is not None:
+            bill.require(budget_bytes, context)
+        require_whole(folder)
         network = _load(runtime, folder / MODEL_NAME, where)
-        session = cls(folder, plan, runtime, network, context, where)
+        session = cls(folder, bill.terms(context), runtime, network, context, where)
         session.load_seconds = time.perf_counter() - start
         return session
 
@@ -155,8 +172,8 @@ class OnnxSession:
         return set(found) if isinstance(found, list) else {found}
 
     def memory(self) -> list[MemoryTerm]:
-        """The plan's bill."""
-        return list(self._plan.terms)
+        """The plan's bill, for the context of this session."""
+        return list(self._terms)
 
     def statistics(self) -> None:
         """onnxruntime pages nothing that could be counted."""
@@ -176,6 +193,54 @@ class OnnxSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Bill:
+    """What a folder takes at any context: the plan's terms, with another cache and workspace."""
+
+    plan: Plan
+    spec: ModelSpec
+    device: Device
+    scored_tokens: int
+
+    def terms(self, context_tokens: int) -> list[MemoryTerm]:
+        """The memory terms."""
+        fresh = memory_terms(
+            self.spec,
+            forms=(),
+            dense_bytes=0,
+            context_tokens=context_tokens,
+            device=self.device,
+            target="onnx",
+            runtime_bytes=0,
+            runtime_source="assumed",
+            scored_tokens=self.scored_tokens,
+        )
+        changed = {term.name: term for term in fresh if term.name in ("KV cache", "workspace")}
+        return [changed.get(term.name, term) for term in self.plan.terms]
+
+    def total_bytes(self, context_tokens: int) -> int:
+        """Of all terms."""
+        return sum(term.num_bytes for term in self.terms(context_tokens))
+
+    def require(self, budget_bytes: int, context_tokens: int) -> None:
+        """Refuse a context that does not fit.
+
+        Raises:
+            BudgetError: says which context does, if one does.
+        """
+        needed_bytes = self.total_bytes(context_tokens)
+        if needed_bytes <= budget_bytes:
+            return
+        fitting = bisect_right(range(1, context_tokens), budget_bytes, key=self.total_bytes)
+        shorter = f"use --ctx {fitting} or less, " if fitting else ""
+        raise BudgetError(
+            f"with {context_tokens} tokens of context {round_up_bytes(needed_bytes)} are needed, "
+            f"more than the budget of {format_bytes(budget_bytes)}, and onnxruntime pages no "
+            f"experts: {shorter}raise --budget, or plan and build again with a smaller one",
+            needed_bytes,
+        )
 
 
 class _OnnxLoop(TokenLoop):

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
+from edge_moe.budget import resident_expert_bytes
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.formats import DROP, expert_bytes, form_fits
+from edge_moe.formats import DROP, form_fits
 from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import MemoryTerm, Plan, Target
 
@@ -23,7 +24,7 @@ def hand_plan(
     spec = checkpoint.spec
     widths = spec.expert_shape
     fitting = [form for row in forms for form in row if form_fits(form, *widths)]
-    experts = sum(expert_bytes(form, *widths) for form in fitting)
+    experts = sum(resident_expert_bytes(spec, form, target) for form in fitting)
     rows = [list(row) for row in forms]
     ones = [[1 / spec.num_experts] * spec.num_experts for _ in rows]
     return Plan(

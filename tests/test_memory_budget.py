@@ -11,9 +11,12 @@ import pytest
 from conftest import make_tiny_checkpoint
 from hand_plan import hand_plan
 from memory_cgroup import memory_cgroup, missing_reason, run_in
+from synthetic import Sizes, synthetic_checkpoint
 
+from edge_moe.budget import Setting
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
+from edge_moe.formats import expert_bytes
 from edge_moe.measurement import RunMeasurement
 from edge_moe.overhead import runtime_overhead, tokenizer_bytes
 
@@ -118,3 +121,31 @@ def test_the_cgroup_does_kill(package: Path) -> None:
     with memory_cgroup(120_000_000) as group:
         done = run_in(group, _run_command(package, 10**9))
     assert done.returncode != 0
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 million weights in experts: what onnxruntime copies of them shows beside its process."""
+    folder = tmp_path_factory.mktemp("large") / "model"
+    return synthetic_checkpoint(folder, Sizes(6, 1024, 512, 32))
+
+
+@pytest.mark.parametrize("form", ["int4_b64", "int2_b64"])
+def test_onnxruntime_keeps_to_the_bill(form: str, large: Path, tmp_path: Path) -> None:
+    """It packs the codes anew while it keeps the scales of the file."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    checkpoint = Checkpoint(large)
+    plan = hand_plan(checkpoint, [[form] * 32] * 6, "onnx")
+    process = tokenizer_bytes(large), "assumed"
+    terms = Setting(checkpoint, "onnx", "cpu", 512, process).bill(plan.forms)
+    plan = plan.model_copy(update={"terms": terms, "context_tokens": 512})
+    build(plan, tmp_path / "out")
+    done = subprocess.run(
+        _run_command(tmp_path / "out", plan.total_bytes), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    measured = RunMeasurement.model_validate_json(done.stdout)
+    assert 0.9 * plan.total_bytes < measured.peak_memory_bytes < 1.04 * plan.total_bytes
+    copied = plan.term("experts").num_bytes - 32 * 6 * expert_bytes(form, 1024, 512)
+    assert measured.peak_memory_bytes > plan.total_bytes - copied, "nothing is copied any more"

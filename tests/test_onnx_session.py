@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from onnx_runs import planned_model, reference_logits  # noqa: E402
 
+from edge_moe.budget import Setting  # noqa: E402
 from edge_moe.checkpoint import Checkpoint  # noqa: E402
 from edge_moe.cli import run  # noqa: E402
 from edge_moe.converters.build import build  # noqa: E402
 from edge_moe.errors import InputError, MissingExtraError, TargetError  # noqa: E402
-from edge_moe.onnx_folder import OnnxOptions  # noqa: E402
+from edge_moe.onnx_folder import CHECKSUMS_NAME, OnnxOptions, write_checksums  # noqa: E402
 from edge_moe.plan import Plan  # noqa: E402
 from edge_moe.runtime import onnx_library  # noqa: E402
 from edge_moe.runtime.evaluate import evaluate, open_model  # noqa: E402
 from edge_moe.runtime.onnx_session import OnnxSession  # noqa: E402
 from edge_moe.runtime.session import Session  # noqa: E402
+from edge_moe.runtime.skipping import parse_skip  # noqa: E402
 
 FORMS = [["int4_b64"] * 4 + ["int8_row"] * 2 + ["drop"] * 2, ["int8_row"] * 8]
 
@@ -94,8 +97,8 @@ def test_eval_measures_the_divergence_of_the_plan(folders: dict[str, Path]) -> N
     assert onnx.comparison.mean_kld.value == pytest.approx(
         native.comparison.mean_kld.value, rel=1e-3
     )
-    with pytest.raises(TargetError, match="leave out --skip and --budget"):
-        open_model(folders["onnx"], context_tokens=64, budget_bytes=10**9)
+    with pytest.raises(TargetError, match="cannot skip experts"):
+        open_model(folders["onnx"], context_tokens=64, skip=parse_skip("top-p=0.9"))
 
 
 def test_run_prints_the_answer_and_records(
@@ -113,9 +116,35 @@ def test_run_prints_the_answer_and_records(
 def test_options_of_paging_are_refused(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["run", str(folders["onnx"]), "--prompt", "a", "--budget", "1GB", "--slots", "4"]
+    command = ["run", str(folders["onnx"]), "--prompt", "a", "--ram", "1GB", "--slots", "4"]
     assert run(command) == 2
-    assert "leave out --budget, --slots, or build with --target native" in capsys.readouterr().err
+    assert "leave out --slots, --ram, or build with --target native" in capsys.readouterr().err
+
+
+def test_a_budget_holds_the_bill_or_nothing_is_loaded(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bill is the plan's with this session's cache; the context that is named does fit."""
+    source = Checkpoint(folders["source"])
+    plan = hand_plan(source, FORMS, "onnx")
+    terms = Setting(source, "onnx", "cpu", 256, (10**6, "assumed")).bill(plan.forms)
+    folder = shutil.copytree(folders["onnx"], folders["onnx"].with_name("billed"))
+    plan.model_copy(update={"terms": terms, "budget_bytes": 10**9}).save(folder / "plan.json")
+    with OnnxSession.open(folder, context_tokens=256) as session:
+        assert session.memory() == terms
+    total_bytes = sum(term.num_bytes for term in terms)
+    command = ["run", str(folder), "--prompt", "a", "--raw", "--max-new-tokens", "2", "--ctx"]
+    assert run([*command, "256", "--budget", f"{total_bytes}B"]) == 0
+    capsys.readouterr()
+    assert run([*command, "256", "--budget", f"{total_bytes - 1}B"]) == 3
+    message = capsys.readouterr().err
+    found = re.search(r"use --ctx (\d+) or less", message)
+    assert found is not None and 200 < int(found[1]) < 256
+    assert run([*command, found[1], "--budget", f"{total_bytes - 1}B"]) == 0
+    assert run([*command, str(int(found[1]) + 1), "--budget", f"{total_bytes - 1}B"]) == 3
+    capsys.readouterr()
+    assert run([*command, "256", "--budget", "1MB"]) == 3
+    assert "--ctx" not in capsys.readouterr().err
 
 
 def test_cuda_is_never_fallen_back_from(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -163,12 +192,27 @@ def test_damaged_folders(folders: dict[str, Path], tmp_path: Path) -> None:
     graph = folder / "model.onnx"
     whole = graph.read_bytes()
     graph.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"model\.onnx is missing or truncated"):
+        OnnxSession.open(folder)
+    graph.write_bytes(b"not a graph")
+    write_checksums(folder, ["model.onnx"])
     with pytest.raises(InputError, match="onnxruntime cannot load it"):
         OnnxSession.open(folder)
+    shutil.copyfile(folders["onnx"] / CHECKSUMS_NAME, folder / CHECKSUMS_NAME)
     graph.write_bytes(whole)
-    (folder / "experts-00001.data").unlink()
-    with pytest.raises(InputError, match="onnxruntime cannot load it"):
+    experts = folder / "experts-00001.data"
+    packed = bytearray(experts.read_bytes())
+    packed[1000] ^= 1
+    experts.write_bytes(packed)
+    with pytest.raises(InputError, match=r"experts-00001\.data is damaged: its CRC-32"):
         OnnxSession.open(folder)
+    experts.unlink()
+    with pytest.raises(InputError, match=r"experts-00001\.data is missing"):
+        OnnxSession.open(folder)
+    for text in ("{}", '{"files": {"../x": {"num_bytes": 1, "crc32": 2}}}', "[", '{"files": {}}'):
+        (folder / CHECKSUMS_NAME).write_text(text)
+        with pytest.raises(InputError, match=f"{CHECKSUMS_NAME}.*build"):
+            OnnxSession.open(folder)
     (folder / "plan.json").unlink()
     with pytest.raises(InputError, match="no plan.json"):
         OnnxSession.open(folder)

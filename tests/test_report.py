@@ -210,7 +210,8 @@ def test_a_gguf_file_is_not_to_be_measured_by_run(tmp_path: Path) -> None:
 def test_the_command_to_measure_is_one_that_run_takes(target: Target, tmp_path: Path) -> None:
     _plan().model_copy(update={"target": target}).save(tmp_path / "plan.json")
     command = record_command(load_report(tmp_path))
-    assert command.startswith("edge-moe run") and ("--budget" in command) == (target == "native")
+    assert command.startswith("edge-moe run")
+    assert " --budget 21000000B --ctx 1000 --prompt" in command
 
 
 def test_one_measured_plan_is_no_chart(artefact: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
     model-dense.data                everything but routed experts, in float32
     experts-00001.data, ...         one file per MoE layer
     model_standard.onnx             on request: the same bytes through standard operations
+    checksums.json                  of all these files
     genai_config.json, plan.json, config.json, tokenizer files, README.md
 
 Peak memory: `packing.packing_peak_bytes`, one expert per core in float32 and packed, or a 2 MiB
@@ -31,7 +32,13 @@ from edge_moe.errors import SpecError, TargetError
 from edge_moe.files import atomic_path, require_free_disk, write_text
 from edge_moe.formats import EXACT, FORM_NAMES, form_fits, get_form
 from edge_moe.formats.integers import IntegerForm
-from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME, STANDARD_NAME, OnnxOptions
+from edge_moe.onnx_folder import (
+    HEAD_NAME,
+    MODEL_NAME,
+    STANDARD_NAME,
+    OnnxOptions,
+    write_checksums,
+)
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
@@ -81,6 +88,7 @@ def export_onnx(
     for graph_name, data in protobufs.items():
         with atomic_path(work.path / graph_name) as temporary:
             temporary.write_bytes(data)
+    write_checksums(work.path, [dense.name, *(file.name for file in experts.values()), *protobufs])
     plain = read_config(checkpoint.folder / CONFIG_NAME)
     text = genai_config(spec, decoder.heads, plain, checkpoint.folder, MODEL_NAME)
     write_text(work.path / GENAI_CONFIG_NAME, text)

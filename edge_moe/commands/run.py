@@ -138,7 +138,6 @@ def run_command(
     known: dict[str, TaskPattern] = {}
     if is_onnx_folder(path):
         options = {
-            "--budget": budget,
             "--slots": slots,
             "--ram": ram,
             "--task": task,
@@ -150,7 +149,7 @@ def run_command(
         refuse_paging_options(path, options)
         from edge_moe.runtime.onnx_session import OnnxSession
 
-        opened = OnnxSession.open(path, context_tokens=ctx, device=device_name)
+        opened = OnnxSession.open(path, context_tokens=ctx, device=device_name, budget_bytes=budget)
     else:
         known = known_patterns(path, task, patterns)
         opened = Session.open(

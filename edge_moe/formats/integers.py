@@ -12,7 +12,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from edge_moe.formats.base import ByteArray, FloatArray, Form, register
+from edge_moe.formats.base import (
+    DROP,
+    FORM_NAMES,
+    ByteArray,
+    FloatArray,
+    Form,
+    get_form,
+    register,
+)
 from edge_moe.formats.blocks import BlockForm, check_row_bytes, require_weights
 from edge_moe.formats.grid import CodeArray, Grid, column_weights
 from edge_moe.formats.k_search import search_scale
@@ -38,12 +46,24 @@ def unpack_codes(packed: ByteArray, bits: int) -> ByteArray:
     return codes.reshape(*packed.shape[:-1], -1)
 
 
+def onnxruntime_copy_bytes(form: str, num_weights: int) -> int:
+    """Bytes that onnxruntime holds of so many weights beyond those of `form` itself."""
+    kind = get_form(form) if form in FORM_NAMES and form != DROP else None
+    if not isinstance(kind, IntegerForm):
+        return 0
+    return num_weights // kind.block_size * kind.onnxruntime_copy_bytes
+
+
 class IntegerForm(Form):
     """What the graph builder needs to know of a form that QMoE reads."""
 
     bits: ClassVar[int]
     row_blocks: ClassVar[bool] = False
     """One scale for the whole row, whatever its width."""
+    onnxruntime_copy_bytes: ClassVar[int] = 0
+    """What onnxruntime 1.32 holds on a CPU per block beyond its bytes in the file, measured: it
+    packs codes anew with the scales between them, and with sums where activations are rounded to 8
+    bits, while the scales of the file stay."""
 
     def split(self, packed: ByteArray, width: int) -> tuple[ByteArray, FloatArray]:
         """[rows, row_bytes] -> (codes [rows, width * bits / 8], scales [rows, blocks])."""
@@ -78,6 +98,7 @@ class _Int4(_IntegerBlocks):
     """4-bit codes -8..7 times d of least squared error, which may be negative."""
 
     label = "4-bit"
+    onnxruntime_copy_bytes = 2 * SCALE_BYTES
     bits = 4
     code_range = (-8, 7)
 
@@ -97,6 +118,7 @@ class _Int2(_IntegerBlocks):
     """
 
     label = "2-bit"
+    onnxruntime_copy_bytes = SCALE_BYTES
     bits = 2
     code_range = (-2, 1)
 

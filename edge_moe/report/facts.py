@@ -176,9 +176,8 @@ def record_command(data: ReportData) -> str:
     """The command that measures memory and speed; empty for GGUF, which `run` does not load."""
     if data.target == "gguf":
         return ""
-    is_paged = data.target != "onnx"  # onnxruntime takes what the plan bills, whatever the budget
-    budget = ("--budget", f"{data.plan.budget_bytes}B") if is_paged else ()
-    return command_line("run", data.artefact, *budget, *prompt_options(data.plan), "--record")
+    limits = "--budget", f"{data.plan.budget_bytes}B", "--ctx", str(data.plan.context_tokens)
+    return command_line("run", data.artefact, *limits, *prompt_options(data.plan), "--record")
 
 
 def eval_command(data: ReportData) -> str:
