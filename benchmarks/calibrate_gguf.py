@@ -31,6 +31,7 @@ from synthetic import Sizes, synthetic_checkpoint
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibrate_gguf import (
+    LayerExtras,
     block_records,
     calibrate_gguf,
     gguf_calibration_text,
@@ -198,7 +199,7 @@ class Bench:
 def _keep(
     writer: WindowWriter, spec: ModelSpec, layer_id: int, tokens: slice, block: BlockCapture
 ) -> None:
-    writer.put(layer_id, tokens, block_records(block, spec))
+    writer.put(layer_id, tokens, block_records(block, spec, LayerExtras()))
 
 
 def random_gguf(work: Path) -> Path:

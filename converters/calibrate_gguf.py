@@ -13,9 +13,11 @@ Cost per token: llama.cpp's own evaluation at top_k + 1 without the output head,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from edge_moe.converters.block_sums import (
@@ -153,7 +155,9 @@ class _Run:
         self._info = info
         self._work = work
         self._texts = texts
-        self._expert_scales = expert_scales(model)
+        self._extras = {
+            layer_id: LayerExtras.of(model, layer_id) for layer_id in model.spec.moe_layer_ids
+        }
         self._form_losses = FormLosses(
             GgufExperts(model), info.forms, info.quantiser, prefers_squares=True
         )
@@ -201,7 +205,7 @@ class _Run:
         num_tokens = len(self._texts[index])
 
         def take(layer_id: int, tokens: slice, block: BlockCapture) -> None:
-            records = block_records(block, self._spec, self._expert_scales.get(layer_id))
+            records = block_records(block, self._spec, self._extras[layer_id])
             writer.put(layer_id, tokens, records)
             self._advance((tokens.stop - tokens.start) / num_tokens)
 
@@ -240,14 +244,32 @@ class _Run:
         return [router_scores(each.double(), function).float() for each in logits]
 
 
-def block_records(
-    block: BlockCapture, spec: ModelSpec, expert_scale: Tensor | None = None
-) -> TokenRecords:
-    """What to keep of a MoE block at work.
+@dataclass(frozen=True)
+class LayerExtras:
+    """What a layer of some architectures does beside its graph's named nodes."""
 
-    `expert_scale` [E] are factors that llama.cpp multiplies outputs with and that belong to the
-    weights.
-    """
+    expert_scale: Tensor | None = None
+    """[E] factors that llama.cpp multiplies outputs with and that belong to the weights."""
+    latent: Tensor | None = None
+    """[latent, H] makes experts' inputs of the block's. llama.cpp rounds those where this is
+    quantised, which the moments and the change by a form then do not know."""
+
+    @classmethod
+    def of(cls, model: GgufModel, layer_id: int) -> LayerExtras:
+        prefix, latent, scale = f"blk.{layer_id}", None, None
+        if ARCHITECTURES[model.header.architecture].has_expert_scale:
+            scale = torch.from_numpy(model.read(f"{prefix}.ffn_down_exps.scale"))
+        if model.spec.latent_width:
+            latent = torch.from_numpy(model.read(f"{prefix}.ffn_latent_down.weight"))
+        return cls(scale, latent)
+
+
+def block_records(block: BlockCapture, spec: ModelSpec, extras: LayerExtras) -> TokenRecords:
+    """What to keep of a MoE block at work."""
+    expert_scale = extras.expert_scale
+    inputs = torch.from_numpy(block.inputs)
+    if extras.latent is not None:
+        inputs = F.linear(inputs, extras.latent)
     ids = torch.from_numpy(block.expert_ids).long()
     gates, shares = torch.from_numpy(block.gates), torch.from_numpy(block.shares)
     outputs = torch.from_numpy(block.outputs)
@@ -261,20 +283,10 @@ def block_records(
         slots = slots.scaled_by(expert_scale)
     if not has_next_best:
         outputs = torch.cat([outputs, outputs.new_zeros(len(outputs), 1, outputs.shape[2])], dim=1)
-    chosen = chosen_experts(torch.from_numpy(block.inputs), slots, outputs, spec)
+    chosen = chosen_experts(inputs, slots, outputs, spec)
     return token_records(
         chosen,
         torch.from_numpy(block.logits),
         torch.from_numpy(block.block_output),
         torch.from_numpy(block.hidden),
     )
-
-
-def expert_scales(model: GgufModel) -> dict[int, Tensor]:
-    """Layer -> factors [E] of its experts' weights, for architectures that have them."""
-    if not ARCHITECTURES[model.header.architecture].has_expert_scale:
-        return {}
-    return {
-        layer_id: torch.from_numpy(model.read(f"blk.{layer_id}.ffn_down_exps.scale"))
-        for layer_id in model.spec.moe_layer_ids
-    }

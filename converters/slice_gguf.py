@@ -180,7 +180,7 @@ def _check_form(model: GgufModel, layer_id: int, form: str) -> None:
     if not form_fits(form, *spec.expert_shape):
         raise TargetError(
             f"target gguf: layer {layer_id} is planned as {form}, whose blocks do not divide "
-            f"{spec.hidden_size} and {spec.expert_width}: plan again"
+            f"{spec.expert_hidden} and {spec.expert_width}: plan again"
         )
     if model.layers[layer_id].gate_up is not None and parts[0] != parts[1]:
         raise TargetError(

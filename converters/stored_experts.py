@@ -49,13 +49,14 @@ GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "swiglu_oai": _swiglu_oai,
 }
 """`GgufArch.hidden_act` -> what down_proj multiplies, of gate_proj's and up_proj's outputs."""
+GATELESS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda up: F.relu(up).square()}
+"""The same of experts without a gate."""
 
 
 class StoredExperts:
     """The experts of one MoE layer, dequantised one at a time."""
 
     is_concatenated = True
-    has_gate = True
 
     def __init__(self, model: GgufModel, layer_id: int) -> None:
         self._model = model
@@ -64,12 +65,13 @@ class StoredExperts:
         spec = model.spec
         nodes = ARCHITECTURES[model.header.architecture]
         self.has_bias = nodes.has_biases
+        self.has_gate = spec.has_gate
         self._with_scales = not nodes.has_expert_scale
-        self._gated = GATED[spec.hidden_act]
-        self._gate_up = torch.empty(2 * spec.expert_width, spec.hidden_size)
-        self._down = torch.empty(spec.hidden_size, spec.expert_width)
+        self._activation = spec.hidden_act
+        self._gate_up = torch.empty(spec.inner_rows, spec.expert_hidden)
+        self._down = torch.empty(spec.expert_hidden, spec.expert_width)
         self.gate_up_proj = _Rows(self, lambda expert_id: self.load(expert_id)[0])
-        """[e] -> [2I, H]; valid until another expert is asked for."""
+        """[e] -> [2I, H], or [I, H] without a gate; valid until another expert is asked for."""
         self.down_proj = _Rows(self, lambda expert_id: self.load(expert_id)[1])
         """[e] -> [H, I]"""
         self.gate_up_proj_bias = _Rows(self, lambda expert_id: self._biases(expert_id)[0])
@@ -82,7 +84,10 @@ class StoredExperts:
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return self._gated(gate, up)
+        return GATED[self._activation](gate, up)
+
+    def act_fn(self, up: Tensor) -> Tensor:
+        return GATELESS[self._activation](up)
 
     def load(self, expert_id: int) -> tuple[Tensor, Tensor]:
         """(gate_up [2I, H], down [H, I]) of one expert."""

@@ -3,7 +3,7 @@
     windows/0007.safetensors   window 7: for MoE layer L the tensors `L.inputs`, `L.gates`, ...
 
 A window's file appears when the window is complete, so a killed run goes on with the next one.
-Letters: T tokens of a window, H hidden_size, E experts, k top_k.
+Letters: T tokens of a window, H what an expert takes, E experts, k top_k.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _fields(spec: ModelSpec) -> tuple[_Field, ...]:
         _Field("shifts", "F64", 1),
         _Field("moe_squares", "F64", 1),
         _Field("residual_squares", "F64", 1),
-        _Field("inputs", "F32", spec.hidden_size),
+        _Field("inputs", "F32", spec.expert_hidden),
         _Field("gates", "F32", spec.top_k),
         _Field("largest", "F32", spec.top_k),
         _Field("logits", "F32", spec.num_experts),

@@ -31,8 +31,8 @@ class GgufArch:
     reads_scale: bool = False
     """The key expert_weights_scale is used; other graphs ignore it."""
     hidden_act: str = "silu"
-    is_source: bool = True
-    """Files of this architecture are read too, not only written."""
+    has_gate: bool = True
+    """Experts multiply gate_proj's and up_proj's outputs; else they have no gate_proj."""
 
 
 _KEYED = GgufArch(None, reads_gating=True, renormalises=None, reads_scale=True)
@@ -68,7 +68,7 @@ GGUF_ARCHS: dict[str, GgufArch] = {
     "gpt-oss": GgufArch(hidden_act="swiglu_oai"),
     "gemma4": GgufArch(hidden_act="gelu"),
     "nemotron_h_moe": GgufArch(
-        "sigmoid", renormalises=None, reads_scale=True, hidden_act="relu2", is_source=False
+        "sigmoid", renormalises=None, reads_scale=True, hidden_act="relu2", has_gate=False
     ),
 }
 _GLM_LITE_LAYERS, _GLM_LITE_VOCAB = (47, 48), 154_880
@@ -94,11 +94,10 @@ def gguf_arch(header: GgufHeader) -> GgufArch:
         SpecError: it has no experts that are understood here.
     """
     found = GGUF_ARCHS.get(header.architecture)
-    if found is None or not found.is_source:
-        known = sorted(name for name, arch in GGUF_ARCHS.items() if arch.is_source)
+    if found is None:
         raise SpecError(
             f"{header.path}: llama.cpp architecture {header.architecture!r} is not supported as a "
-            f"source; supported are {', '.join(known)}: give a model of one of these, "
+            f"source; supported are {', '.join(sorted(GGUF_ARCHS))}: give a model of one of these, "
             "or the Hugging Face folder that it was made from"
         )
     return found
@@ -147,6 +146,8 @@ def gguf_spec(header: GgufHeader, shapes: GgufShapes) -> ModelSpec:
         dtype="float16",
         hidden_act=gguf_arch(header).hidden_act,
         router=_router(keys, header, shapes, num_experts, top_k),
+        latent_width=keys.count("moe_latent_size", 0, least=0),
+        is_gateless=not gguf_arch(header).has_gate,
     )
 
 

@@ -47,11 +47,11 @@ class GgufModel:
         self.path = path
         self.parts: tuple[GgufHeader, ...] = parts or read_parts(path)
         header = self.header
-        gguf_arch(header)
+        self._has_gate = gguf_arch(header).has_gate
         self.tensors: dict[str, GgufTensorInfo] = {
             info.name: info for part in self.parts for info in part.tensors
         }
-        self._all_layers = expert_layers(self.tensors)
+        self._all_layers = expert_layers(self.tensors, self._has_gate)
         num_layers = self._num_layers()
         self.layers: dict[int, LayerTensors] = {
             layer_id: layer for layer_id, layer in self._all_layers.items() if layer_id < num_layers
@@ -161,6 +161,8 @@ class GgufModel:
             if info is layer.gate_up:
                 num_bytes = stride // 2
                 start += part * num_bytes
+            elif part == 0 and not self._has_gate:
+                num_bytes = 0
             found.append((info, start, num_bytes))
         return tuple(found)
 
@@ -169,15 +171,15 @@ class GgufModel:
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """(gate_proj [I, H], up_proj [I, H], down_proj [H, I]) of one expert, float32.
 
-        A `.scale` tensor, where there is one, is multiplied in, or left out. Reads that expert's
-        bytes only; memory: one expert packed and one in float32.
+        Without a gate gate_proj is [0, H]. A `.scale` tensor, where there is one, is multiplied in,
+        or left out. Reads that expert's bytes only; memory: one expert packed and one in float32.
 
         Raises:
             CheckpointError: NaN or infinity, or a file that was truncated since.
             MissingExtraError: a type that only the extra `gguf` can dequantise.
         """
-        up, down = self.spec.expert_width, self.spec.hidden_size
-        shapes = ((up, down), (up, down), (down, up))
+        up, down = self.spec.expert_width, self.spec.expert_hidden
+        shapes = ((up if self._has_gate else 0, down), (up, down), (down, up))
         scales = self._scales(layer_id, expert_id) if with_scales else (1.0, 1.0, 1.0)
         matrices = [
             self._matrix(*where, shape) * scale if scale != 1.0 else self._matrix(*where, shape)
@@ -280,8 +282,8 @@ class GgufModel:
     def _check_tensors(self) -> None:
         """Matrices have the shapes that the metadata implies, and experts are whole blocks."""
         spec = self.spec
-        up, down = (spec.expert_width, spec.hidden_size), (spec.hidden_size, spec.expert_width)
-        merged = (2 * spec.expert_width, spec.hidden_size)
+        width, hidden = spec.expert_width, spec.expert_hidden
+        up, down, merged = (width, hidden), (hidden, width), (2 * width, hidden)
         for layer in self._all_layers.values():
             wanted = ((layer.gate, up), (layer.up, up), (layer.gate_up, merged), (layer.down, down))
             for info, shape in wanted:

@@ -25,6 +25,8 @@ _NOT_PER_EXPERT = re.compile(
     r"blk\.\d+\.(?:ffn_gate_inp_shexp\..*|ffn_gate_inp\.scale|ffn_norm_exps\..*|.*_shexp\..*)"
 )
 _LOOKS_PER_EXPERT = re.compile(r"blk\.\d+\..*(?:exp|gate_inp|router)")
+_GATED = ({"gate", "up", "down"}, {"gate_up", "down"}), "gate, up and down, or gate_up and down"
+_GATELESS = ({"up", "down"},), "up and down"
 _ONE_BY_ONE = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down)\.\d+\.weight")
 
 
@@ -33,7 +35,7 @@ class LayerTensors:
     """The matrices of one layer's experts."""
 
     gate: GgufTensorInfo | None
-    """[E, I, H]; None where `gate_up` holds it."""
+    """[E, I, H]; None where `gate_up` holds it, or where experts have no gate."""
     up: GgufTensorInfo | None
     gate_up: GgufTensorInfo | None
     """[E, 2I, H], gate rows first."""
@@ -48,11 +50,14 @@ class LayerTensors:
 
     @property
     def projections(self) -> tuple[GgufTensorInfo, GgufTensorInfo, GgufTensorInfo]:
-        """The tensors that hold (gate_proj, up_proj, down_proj)."""
+        """The tensors that hold (gate_proj, up_proj, down_proj).
+
+        Without a gate, what would be its tensor is that of up_proj, of which it has no rows.
+        """
         if self.gate_up is not None:
             return self.gate_up, self.gate_up, self.down
-        assert self.gate is not None and self.up is not None
-        return self.gate, self.up, self.down
+        assert self.up is not None
+        return self.gate or self.up, self.up, self.down
 
 
 def layer_of(name: str) -> int | None:
@@ -95,7 +100,7 @@ def has_selection_bias(names: Iterable[str]) -> bool:
     return any(_SELECTION_BIAS.fullmatch(name) for name in names)
 
 
-def expert_layers(tensors: Mapping[str, GgufTensorInfo]) -> dict[int, LayerTensors]:
+def expert_layers(tensors: Mapping[str, GgufTensorInfo], has_gate: bool) -> dict[int, LayerTensors]:
     """Layer -> its experts' matrices, for every layer that has some, ascending.
 
     Raises:
@@ -106,15 +111,16 @@ def expert_layers(tensors: Mapping[str, GgufTensorInfo]) -> dict[int, LayerTenso
         match = EXPERT_MATRIX.fullmatch(name)
         if match is not None:
             found.setdefault(int(match.group(1)), {})[match.group(2)] = info
-    return {layer_id: _layer(layer_id, found[layer_id]) for layer_id in sorted(found)}
+    return {layer_id: _layer(layer_id, found[layer_id], has_gate) for layer_id in sorted(found)}
 
 
-def _layer(layer_id: int, parts: dict[str, GgufTensorInfo]) -> LayerTensors:
-    if set(parts) not in ({"gate", "up", "down"}, {"gate_up", "down"}):
+def _layer(layer_id: int, parts: dict[str, GgufTensorInfo], has_gate: bool) -> LayerTensors:
+    wanted, words = _GATED if has_gate else _GATELESS
+    if set(parts) not in wanted:
         info = next(iter(parts.values()))
         raise CheckpointError(
             f"{info.path}: layer {layer_id} stores its experts as {', '.join(sorted(parts))}; "
-            "edge-moe needs gate, up and down, or gate_up and down: a part may be missing, or "
-            "these experts have no gate, which is not supported"
+            f"llama.cpp's graph of this architecture needs {words}: a part may be missing, "
+            "download or export the file again"
         )
     return LayerTensors(parts.get("gate"), parts.get("up"), parts.get("gate_up"), parts["down"])

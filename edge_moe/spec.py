@@ -89,6 +89,8 @@ class ModelSpec:
     """What the output matrix gives is divided by this."""
     logit_softcap: float = 0.0
     """Logits z become c tanh(z / c); 0 leaves them."""
+    is_gateless: bool = False
+    """Of a GGUF file: experts have no gate_proj."""
 
     @property
     def is_gguf(self) -> bool:
@@ -123,7 +125,7 @@ class ModelSpec:
     @property
     def has_gate(self) -> bool:
         """An expert multiplies gate_proj's and up_proj's outputs; else it has no gate_proj."""
-        return self.is_gguf or self.family.has_gate
+        return not self.is_gateless if self.is_gguf else self.family.has_gate
 
     @property
     def expert_hidden(self) -> int:

@@ -50,7 +50,7 @@ class BlockCapture:
     """One MoE block on one piece of a window."""
 
     inputs: FloatArray
-    """[T, H] what the block was given."""
+    """[T, H] what the block was given; where experts take a latent, what that is made of."""
     logits: FloatArray
     """[T, E] of the router."""
     expert_ids: npt.NDArray[np.int32]
@@ -60,7 +60,7 @@ class BlockCapture:
     shares: FloatArray
     """[T, K] the weights when the router chooses K experts."""
     outputs: FloatArray
-    """[T, K, H] un-gated; with the factors of the experts, where an architecture has them."""
+    """[T, K, what an expert gives] un-gated; times the expert's factor, where it has one."""
     block_output: FloatArray
     """[T, H] routed and shared experts."""
     hidden: FloatArray

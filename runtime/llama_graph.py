@@ -89,6 +89,7 @@ ARCHITECTURES = {
     "qwen35moe": BlockNodes(output="ffn_out", inputs=_POST_NORM),
     "glm4moe": BlockNodes(output="ffn_out", inputs="post_attn_norm"),
     "lfm2moe": BlockNodes(inputs="model.layers.{}.ffn_out"),
+    "nemotron_h_moe": BlockNodes(output="l_out", inputs="attn_norm", hidden="nemotron_h_block_out"),
     "gpt-oss": BlockNodes(
         inputs=_POST_NORM,
         logits="ffn_moe_probs",
@@ -220,7 +221,7 @@ class GraphNodes:
         if kind in (WEIGHTS, self.final_weights):
             return num_tokens, self._slots
         if kind == self.names.experts:
-            return num_tokens, self._slots, spec.hidden_size
+            return num_tokens, self._slots, spec.expert_hidden
         return num_tokens, spec.hidden_size
 
 

@@ -12,7 +12,7 @@ from edge_moe.converters.export_gguf import export_gguf
 from edge_moe.converters.gguf_families import GGUF_FAMILIES
 from edge_moe.families import FAMILIES
 
-CALIBRATED = tuple(sorted(GGUF_FAMILIES.keys() - {"nemotron_h"}))
+CALIBRATED = tuple(sorted(GGUF_FAMILIES))
 """Families that llama.cpp itself calibrates."""
 ARCHITECTURES = {name: str(FAMILIES[name].gguf_arch) for name in CALIBRATED}
 

@@ -61,7 +61,7 @@ from edge_moe.tasks import task_windows  # noqa: E402
 TEXT = "def f(x):\n    return x + 1\n\nIt was the best of times, it was the worst of times.\n" * 3
 FORMS = ("q8_0", "q4_0", "bf16")
 WINDOW_TOKENS = 32
-CASES = (*CALIBRATED, "no_groups", "every_expert", "every_oai_expert")
+CASES = (*CALIBRATED, "no_groups", "every_expert", "every_oai_expert", "nemotron_h wide")
 
 Case = Callable[[str], tuple[Path, Path]]
 
@@ -84,12 +84,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         "qwen3_5_moe_text": {"seed": 1},  # the next-best expert is a tie of float32 elsewhere
         "every_oai_expert": {"num_local_experts": 4, "num_experts_per_tok": 4},
         "wide": {"width": 256},
+        "nemotron_h wide": {"moe_latent_size": None},
     }
     families = {
         "no_groups": "deepseek_v3",
         "every_expert": "olmoe",
         "every_oai_expert": "gpt_oss",
         "wide": "qwen3_moe",
+        "nemotron_h wide": "nemotron_h",
     }
 
     @cache

@@ -57,10 +57,9 @@ def test_what_is_planned_runs_as_the_masked_original(family: str, tmp_path: Path
     task = tmp_path / "task.txt"
     task.write_text(TEXT)
 
-    def stats(*forms: str) -> ExpertStats:
-        output = tmp_path / "-".join(("stats", *forms))
-        options: dict[str, Any] = {"window_tokens": 32, "max_windows": 2, "quantiser": "nearest"}
-        return calibrate_gguf(model.path, [str(task)], output, forms=forms, **options)
+    def stats(form: str) -> ExpertStats:
+        options: dict[str, Any] = {"window_tokens": 32, "max_windows": 2, "forms": (form,)}
+        return calibrate_gguf(model.path, [str(task)], tmp_path / form, **options)
 
     plan = plan_at(model, stats(DROP), 0.6)
     dropped = {
@@ -76,8 +75,9 @@ def test_what_is_planned_runs_as_the_masked_original(family: str, tmp_path: Path
             wanted = original(torch.tensor([IDS])).logits[0].numpy()
     scale = np.abs(wanted).max()
     assert np.abs(found - wanted).max() < 1e-3 * max(scale, 1.0)
-    smaller = plan_at(model, stats("q8_0"), 0.2)
-    assert {form for row in smaller.forms for form in row} == {DROP, "q8_0"}
-    path = build(smaller, tmp_path / "smaller") / GGUF_NAME
+    smaller = plan_at(model, stats("q4_0"), 0.1)
+    assert smaller.quantiser == "imatrix"
+    assert {form for row in smaller.forms for form in row} == {DROP, "q4_0"}
+    path = build(smaller, tmp_path / "smaller", stats=tmp_path / "q4_0") / GGUF_NAME
     logits = ask_llama(path, tmp_path, IDS).logits
     assert logits.shape == found.shape and np.isfinite(logits).all()
