@@ -42,6 +42,7 @@ from edge_moe.plan import Plan
 from edge_moe.tensor_info import read_range
 
 _OWN_PREFIX = "edge_moe."
+_SIZE_LABEL = "general.size_label"
 _PARTS = {"gate": (0,), "up": (1,), "gate_up": (0, 1), "down": (2,)}
 """Matrices of an expert that a tensor holds: 0 gate, 1 up, 2 down."""
 
@@ -243,6 +244,9 @@ def _keys(plan: Plan, model: GgufModel, cuts: list[_Cut]) -> list[bytes]:
         if key in SPLIT_KEYS or key.startswith(_OWN_PREFIX):
             continue
         raw = header.raw_key(key)
+        if key == _SIZE_LABEL and num_kept < model.spec.num_experts:
+            keys += _size_label(header.metadata[key], model.spec.num_experts, num_kept)
+            continue
         keys.append(integer_key_like(raw, changes[key]) if key in changes else raw)
     own = {
         "version": __version__,
@@ -250,6 +254,14 @@ def _keys(plan: Plan, model: GgufModel, cuts: list[_Cut]) -> list[bytes]:
         "plan_fingerprint": plan_fingerprint(plan),
     }
     return keys + [string_key(f"{_OWN_PREFIX}{name}", value) for name, value in own.items()]
+
+
+def _size_label(label: object, num_experts: int, num_kept: int) -> list[bytes]:
+    """`8x7B` with the new count; nothing where the label does not start with the old one."""
+    count, cross, size = str(label).partition("x")
+    if not cross or count != str(num_experts):
+        return []
+    return [string_key(_SIZE_LABEL, f"{num_kept}x{size}")]
 
 
 def _file_type(cuts: list[_Cut]) -> int | None:

@@ -47,6 +47,12 @@ def read_parts(path: Path) -> tuple[GgufHeader, ...]:
     return tuple(parts)
 
 
+def is_later_part(path: Path) -> bool:
+    """Whether a file's name says that it is a part of a split model, and not the first."""
+    match = _NAME.fullmatch(path.name)
+    return match is not None and int(match.group(2)) != 1
+
+
 def part_names(path: Path, count: int) -> list[str]:
     """File names of all `count` parts of the model that `path` is a part of.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import InputError
+from edge_moe.gguf_split import is_later_part
 from edge_moe.tensor_info import TensorInfo
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -31,7 +32,7 @@ def local_path(model: str) -> Path:
     """`model` as an existing local folder or file.
 
     Raises:
-        InputError: it does not exist, or is the folder of a GGUF file.
+        InputError: it does not exist, or is the folder of one or several GGUF files.
     """
     path = Path(model).expanduser()
     if not path.exists():
@@ -55,10 +56,21 @@ def local_path(model: str) -> Path:
 
 
 def gguf_inside(folder: Path) -> Path | None:
-    """The GGUF file that `build --target gguf` wrote into `folder`, which holds no checkpoint."""
+    """The GGUF model in `folder`, which holds no checkpoint; of a split one the first part.
+
+    Raises:
+        InputError: there are several.
+    """
     if not folder.is_dir() or (folder / "config.json").exists():
         return None
-    return min(folder.glob("*.gguf"), default=None)
+    found = sorted(path for path in folder.glob("*.gguf") if not is_later_part(path))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise InputError(
+            f"model {str(folder)!r} is a folder of several GGUF models, {names}: give one of these "
+            "files"
+        )
+    return found[0] if found else None
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:

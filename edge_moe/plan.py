@@ -15,6 +15,7 @@ from edge_moe.files import read_json, write_text
 from edge_moe.formats import DROP, is_form
 
 PLAN_VERSION = 1
+_MODEL_SUFFIXES = (".gguf", ".safetensors", ".onnx")
 Target = Literal["native", "gguf", "hf", "onnx"]
 Device = Literal["cpu", "cuda"]
 Source = Literal["headers", "formula", "measured", "assumed", "plan"]
@@ -232,6 +233,12 @@ class Plan(_Model):
         Raises:
             PlanError: missing, not JSON, another version, or inconsistent.
         """
+        if path.is_dir() or path.suffix in _MODEL_SUFFIXES:
+            raise PlanError(
+                f"{path} is no plan but a model: first `edge-moe calibrate {path} -o stats`, then "
+                f"`edge-moe plan {path} --stats stats --budget SIZE -o plan.json`, and give "
+                "plan.json"
+            )
         missing = f"plan {path} does not exist: make one with `edge-moe plan`"
         raw = read_json(path, PlanError, missing=missing, damaged="make it again")
         version = raw.get("version") if isinstance(raw, dict) else None

@@ -69,6 +69,7 @@ def write_moe(
     split_max_tensors: int = 0,
     file_type: int | None = None,
     licence: str | None = None,
+    size_label: str | None = None,
 ) -> Path:
     """`keys` are added under the architecture's prefix (None leaves one out), `tensors` as F32
     or as `tensor_types` says.
@@ -94,6 +95,8 @@ def write_moe(
         writer.add_file_type(file_type)
     if licence is not None:
         writer.add_license(licence)
+    if size_label is not None:
+        writer.add_size_label(size_label)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{index}" for index in range(64)])
     add(writer, "token_embd.weight", random.normal(size=(64, width)))

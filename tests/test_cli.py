@@ -390,6 +390,26 @@ def test_the_folder_of_a_gguf_build_points_to_its_file(fails: Failure, tmp_path:
         assert f"`llama-cli -m {file}`, or build with --target native" in message
 
 
+def test_of_several_gguf_files_none_is_guessed(fails: Failure, tmp_path: Path) -> None:
+    for name in ("b.gguf", "a.gguf", "big-00001-of-00002.gguf", "big-00002-of-00002.gguf"):
+        (tmp_path / name).touch()
+    wanted = "several GGUF models, a.gguf, b.gguf, big-00001-of-00002.gguf: give one of these files"
+    for command in (("inspect",), ("run", "--prompt", "x")):
+        assert wanted in fails(command[0], tmp_path, *command[1:])
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).unlink()
+    assert "big-00001-of-00002.gguf itself" in fails("inspect", tmp_path)
+
+
+def test_build_of_a_model_says_how_to_make_a_plan(fails: Failure, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    for model in (file, tmp_path):
+        message = fails("build", model, "-o", tmp_path / "out")
+        assert f"{model} is no plan but a model: first `edge-moe calibrate {model}" in message
+        assert message.endswith("-o plan.json`, and give plan.json")
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -386,6 +386,20 @@ def test_the_file_type_is_that_of_most_experts(tmp_path: Path) -> None:
     assert "general.file_type" not in found.header.metadata  # nothing is made up
 
 
+@pytest.mark.parametrize(
+    ("label", "wanted"),
+    [("4x7B", "3x7B"), ("4x128x7B", "3x128x7B"), ("8x7B", None), ("30B-A3B", None), (None, None)],
+)
+def test_the_size_label_counts_the_kept_experts(
+    label: str | None, wanted: str | None, tmp_path: Path
+) -> None:
+    model = GgufModel(write_moe(tmp_path / "m.gguf", size_label=label))
+    whole = GgufModel(slice_gguf(keep_all(model), model, tmp_path / "whole.gguf"))
+    assert whole.header.metadata.get("general.size_label") == label
+    found = GgufModel(slice_gguf(stored_plan(model, [[0, 1, 3]] * 2), model, tmp_path / "o.gguf"))
+    assert found.header.metadata.get("general.size_label") == wanted
+
+
 # ---------------------------------------------------------------------------- groups and MTP
 
 
