@@ -38,7 +38,7 @@ def gguf_calibration_terms(
 def _running(model: GgufModel, window_tokens: int) -> dict[str, int]:
     """While windows run through llama.cpp.
 
-    kv cache   float32 keys and values of W tokens, rounded up
+    kv cache   float32 keys and values of W tokens, rounded up, and recurrent layers' states
     logits     2 x 4 B V: llama.cpp's answer and its place in the graph
     graph      4 B (K (3I + 2H) + 8H + 2E + 4 x widest dense row) and 3 x 4 x heads x B x W
     capture    4 B (K H + 3H + 2E) copied out, B (12 K H + 48 H + 64 K^2) of sums made of it
@@ -52,7 +52,9 @@ def _running(model: GgufModel, window_tokens: int) -> dict[str, int]:
     row = slots * (3 * spec.expert_width + 2 * hidden) + 8 * hidden + 2 * spec.num_experts
     row += 4 * widest
     return {
-        "kv cache": spec.kv_bytes_per_token(4) * cache_tokens,
+        "kv cache": spec.kv_bytes_per_token(4) * cache_tokens
+        + 4 * spec.num_sliding_layers * spec.sliding_kv_width * cache_tokens
+        + 4 * spec.state_values,
         "logits": 2 * 4 * batch * spec.vocab_size,
         "graph": 4 * batch * row + 12 * spec.num_attention_heads * batch * cache_tokens,
         "capture": 4 * batch * (slots * hidden + 3 * hidden + 2 * spec.num_experts)

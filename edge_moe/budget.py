@@ -6,7 +6,7 @@ Units: every result is bytes of the device that runs the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from edge_moe.formats import expert_bytes
@@ -24,6 +24,8 @@ READING_THREADS = 2
 """The model's own thread, and the one that reads ahead."""
 LLAMA_UBATCH_TOKENS = 512
 """llama.cpp's default micro-batch."""
+_LLAMA_CACHE_STEP_TOKENS = 256
+"""llama.cpp rounds sliding windows up to this."""
 FLOAT32_BYTES = 4
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -88,7 +90,7 @@ def memory_terms(
     if target == "onnx" and spec.expanded_kv_width:
         kv_bytes = context_tokens * _expanded_values(spec) * kv_itemsize
     else:
-        kv_bytes = spec.kv_bytes(context_tokens, kv_itemsize)
+        kv_bytes = _kv_bytes(spec, context_tokens, kv_itemsize, target)
     kv_note = f"{context_tokens} tokens, {kv_itemsize} bytes per value"
     return [
         MemoryTerm(
@@ -118,6 +120,23 @@ def resident_expert_bytes(spec: ModelSpec, form: str, target: Target) -> int:
     """What one expert in `form` takes in memory: its bytes, and what the runtime copies of them."""
     copied = onnxruntime_copy_bytes(form, spec.expert_weights) if target == "onnx" else 0
     return expert_bytes(form, *spec.expert_shape) + copied
+
+
+def _kv_bytes(spec: ModelSpec, context_tokens: int, itemsize: int, target: Target) -> int:
+    """Bytes that the context leaves behind.
+
+    llama.cpp keeps the states of recurrent layers in float32, and in sliding layers room for a
+    batch besides the window, rounded up (its programs do; llama-cpp-python needs swa_full=False).
+    """
+    if target != "gguf":
+        return spec.kv_bytes(context_tokens, itemsize)
+    room = spec.sliding_window + LLAMA_UBATCH_TOKENS
+    changed = replace(
+        spec,
+        sliding_window=-(-room // _LLAMA_CACHE_STEP_TOKENS) * _LLAMA_CACHE_STEP_TOKENS,
+        state_values=spec.state_values * FLOAT32_BYTES // itemsize,
+    )
+    return changed.kv_bytes(context_tokens, itemsize)
 
 
 def dense_bytes(model: SourceModel, device: Device, target: Target) -> int:

@@ -6,10 +6,12 @@ The table says what metadata does not: it was read from llama.cpp's src/models/*
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge_moe.errors import SpecError
+from edge_moe.gguf_cache import CacheRules, layer_caches
 from edge_moe.gguf_header import GgufHeader
+from edge_moe.gguf_keys import GgufKeys
 from edge_moe.router_spec import RouterSpec
 from edge_moe.spec import GGUF_PREFIX, ModelSpec
 
@@ -31,6 +33,7 @@ class GgufArch:
     reads_scale: bool = False
     """The key expert_weights_scale is used; other graphs ignore it."""
     hidden_act: str = "silu"
+    cache: CacheRules = CacheRules()
     has_gate: bool = True
     """Experts multiply gate_proj's and up_proj's outputs; else they have no gate_proj."""
 
@@ -41,15 +44,15 @@ GGUF_ARCHS: dict[str, GgufArch] = {
     "qwen2moe": GgufArch(renormalises=False),
     "qwen3moe": GgufArch(),
     "qwen3vlmoe": GgufArch(),
-    "qwen3next": GgufArch(),
-    "qwen35moe": GgufArch(),
+    "qwen3next": GgufArch(cache=CacheRules(has_interval=True)),
+    "qwen35moe": GgufArch(cache=CacheRules(has_interval=True)),
     "llama": GgufArch(),
     "phimoe": GgufArch(),
     "dbrx": GgufArch(),
     "granitemoe": GgufArch(),
     "granitehybrid": GgufArch(),
     "hunyuan-moe": GgufArch(),
-    "mellum": GgufArch(),
+    "mellum": GgufArch(cache=CacheRules(sliding_period=4)),
     "rnd1": GgufArch(),
     "ernie4_5-moe": GgufArch(),
     "llada-moe": GgufArch(renormalises=False),
@@ -57,18 +60,29 @@ GGUF_ARCHS: dict[str, GgufArch] = {
     "deepseek": GgufArch(renormalises=False, reads_scale=True),
     "deepseek2": GgufArch("softmax", reads_gating=True, renormalises=None, reads_scale=True),
     "glm4moe": GgufArch("sigmoid", reads_gating=True, renormalises=None, reads_scale=True),
-    "afmoe": GgufArch("sigmoid", reads_gating=True, renormalises=None, reads_scale=True),
+    "afmoe": GgufArch(
+        "sigmoid",
+        reads_gating=True,
+        renormalises=None,
+        reads_scale=True,
+        cache=CacheRules(sliding_period=4),
+    ),
     "bailingmoe": GgufArch(renormalises=None, reads_scale=True),
     "bailingmoe2": _KEYED,
     "dots1": _KEYED,
-    "exaone-moe": _KEYED,
+    "exaone-moe": replace(_KEYED, cache=CacheRules(sliding_period=4)),
     "minimax-m2": GgufArch(None, reads_gating=True),
     "lfm2moe": GgufArch(None, reads_gating=True),
     # softmax over the chosen experts is softmax over all of them, renormalised
-    "gpt-oss": GgufArch(hidden_act="swiglu_oai"),
-    "gemma4": GgufArch(hidden_act="gelu"),
+    "gpt-oss": GgufArch(hidden_act="swiglu_oai", cache=CacheRules(sliding_period=2)),
+    "gemma4": GgufArch(hidden_act="gelu", cache=CacheRules(sliding_period=0)),
     "nemotron_h_moe": GgufArch(
-        "sigmoid", renormalises=None, reads_scale=True, hidden_act="relu2", has_gate=False
+        "sigmoid",
+        renormalises=None,
+        reads_scale=True,
+        hidden_act="relu2",
+        cache=CacheRules(has_lone_experts=True),
+        has_gate=False,
     ),
 }
 _GLM_LITE_LAYERS, _GLM_LITE_VOCAB = (47, 48), 154_880
@@ -106,13 +120,10 @@ def gguf_arch(header: GgufHeader) -> GgufArch:
 def gguf_spec(header: GgufHeader, shapes: GgufShapes) -> ModelSpec:
     """The spec of a GGUF model: metadata, with what its tensors say.
 
-    The KV cache is counted as if every layer were full attention over the whole context: an upper
-    bound for models with sliding windows or recurrent layers.
-
     Raises:
         SpecError: an unknown architecture, a missing key or a value out of range.
     """
-    keys = _Keys(header)
+    keys = GgufKeys(header)
     num_experts, top_k = keys.count("expert_count"), keys.count("expert_used_count")
     if top_k > num_experts:
         raise SpecError(
@@ -122,8 +133,9 @@ def gguf_spec(header: GgufHeader, shapes: GgufShapes) -> ModelSpec:
     hidden_size = keys.count("embedding_length")
     num_layers = keys.count("block_count") - keys.count("nextn_predict_layers", 0, least=0)
     heads = keys.largest("attention.head_count")
-    key_width, value_width = _kv_widths(keys, hidden_size, heads, num_layers)
-    head_width = keys.count("attention.key_length", max(hidden_size // heads, 1))
+    plain_width = max(hidden_size // heads, 1)
+    caches = layer_caches(keys, gguf_arch(header).cache, num_layers, heads, plain_width)
+    head_width = keys.count("attention.key_length", plain_width)
     return ModelSpec(
         model_type=f"{GGUF_PREFIX}{header.architecture}",
         architecture=header.architecture,
@@ -138,8 +150,13 @@ def gguf_spec(header: GgufHeader, shapes: GgufShapes) -> ModelSpec:
         num_attention_heads=heads,
         num_kv_heads=keys.largest("attention.head_count_kv", heads),
         query_width=heads * head_width,
-        kv_key_width=key_width,
-        kv_value_width=value_width,
+        kv_key_width=caches.key_width,
+        kv_value_width=caches.value_width,
+        num_sliding_layers=caches.num_sliding_layers,
+        sliding_window=caches.sliding_window,
+        sliding_kv_width=caches.sliding_kv_width,
+        num_state_layers=caches.num_state_layers,
+        state_values=caches.state_values,
         expanded_kv_width=0,
         max_position_embeddings=keys.count("context_length"),
         tie_word_embeddings=not shapes.has_output,
@@ -151,70 +168,8 @@ def gguf_spec(header: GgufHeader, shapes: GgufShapes) -> ModelSpec:
     )
 
 
-class _Keys:
-    """Positive integers under an architecture's keys, with errors that name the key."""
-
-    def __init__(self, header: GgufHeader) -> None:
-        self._header = header
-
-    def fail(self, key: str, value: object, wanted: str) -> SpecError:
-        name = f"{self._header.architecture}.{key}"
-        return SpecError(
-            f"{self._header.path}: the key {name} is {value!r}, expected {wanted}: "
-            "download or export the file again"
-        )
-
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """One integer, or an array that repeats it for every layer."""
-        values = self._counts(key, default, least)
-        if len(set(values)) > 1:
-            raise self.fail(key, list(values)[:8], "one number for all layers")
-        return values[0]
-
-    def largest(self, key: str, default: int | None = None) -> int:
-        """The largest of an array that may hold 0 for layers without attention."""
-        value = max(self._counts(key, default, 0))
-        if value < 1:
-            raise self.fail(key, value, "an integer of at least 1")
-        return value
-
-    def mean(self, key: str, num_layers: int, default: int) -> tuple[int, int]:
-        """(sum over layers, number of layers): one number stands for all of them."""
-        values = self._counts(key, default, 0)[:num_layers]
-        return sum(values), len(values)
-
-    def number(self, key: str) -> float | None:
-        values = self._header.numbers(key)
-        return None if values is None else float(values[0])
-
-    def _counts(self, key: str, default: int | None, least: int) -> tuple[int, ...]:
-        values = self._header.numbers(key)
-        if values is None:
-            if default is None:
-                raise self.fail(key, None, f"an integer of at least {least}")
-            return (default,)
-        for value in values:
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise self.fail(key, value, f"an integer of at least {least}")
-        return tuple(int(value) for value in values)
-
-
-def _kv_widths(keys: _Keys, hidden_size: int, heads: int, num_layers: int) -> tuple[int, int]:
-    """(key, value) widths that llama.cpp caches per token, the mean over layers rounded up.
-
-    With multi-head latent attention in its absorbed form (key_length_mla) only keys are cached.
-    """
-    head_width = max(hidden_size // heads, 1)
-    kv_heads, layers = keys.mean("attention.head_count_kv", num_layers, heads)
-    key_width = kv_heads * keys.count("attention.key_length", head_width)
-    value_width = kv_heads * keys.count("attention.value_length", head_width)
-    if keys.number("attention.key_length_mla") and keys.number("attention.value_length_mla"):
-        value_width = 0
-    return -(-key_width // layers), -(-value_width // layers)
-
-
 def _router(
-    keys: _Keys, header: GgufHeader, shapes: GgufShapes, num_experts: int, top_k: int
+    keys: GgufKeys, header: GgufHeader, shapes: GgufShapes, num_experts: int, top_k: int
 ) -> RouterSpec:
     arch = gguf_arch(header)
     score, is_of_chosen = _score(keys, header, arch, shapes)
@@ -243,7 +198,9 @@ def _router(
     )
 
 
-def _score(keys: _Keys, header: GgufHeader, arch: GgufArch, shapes: GgufShapes) -> tuple[str, bool]:
+def _score(
+    keys: GgufKeys, header: GgufHeader, arch: GgufArch, shapes: GgufShapes
+) -> tuple[str, bool]:
     """(score function, whether it runs over the chosen experts only)."""
     stated = keys.count("expert_gating_func", 0, least=0) if arch.reads_gating else 0
     if stated == _SOFTMAX_OF_CHOSEN:

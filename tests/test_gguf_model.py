@@ -106,7 +106,8 @@ def test_arrays_over_layers_and_absorbed_attention(tmp_path: Path) -> None:
     path = write_moe(tmp_path / "a.gguf", types=("F32",) * 3, width=32, num_layers=12, keys=keys)
     spec = GgufModel(path).spec
     assert (spec.num_attention_heads, spec.num_kv_heads) == (4, 2)
-    assert (spec.kv_key_width, spec.kv_value_width, spec.query_width) == (16, 8, 64)
+    assert (spec.kv_key_width, spec.kv_value_width, spec.query_width) == (32, 16, 64)
+    assert spec.num_state_layers == 6 and spec.kv_bytes_per_token(2) == 6 * 2 * (32 + 16)
     mla = {
         "attention.head_count_kv": 1,
         "attention.key_length": 40,
