@@ -253,7 +253,8 @@ def table(found: Parity) -> str:
         "|---|" + "---|" * len(targets),
     ]
     for family in found.largest_logit:
-        row = [cell for cell in found.cells if cell.family == family]
+        cells = {cell.target: cell for cell in found.cells if cell.family == family}
+        row = [cells[target] for target in targets]
         lines.append(f"| {family} | {' | '.join(_text(cell, notes) for cell in row)} |")
     numbered = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     return "\n".join([*lines, *([""] if notes else []), *numbered, ""])

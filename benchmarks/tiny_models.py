@@ -47,9 +47,10 @@ def make_tiny_checkpoint(
             if name.endswith("bias") or name.endswith("sinks"):
                 parameter.uniform_(-0.1, 0.1)
             elif name.endswith("A_log"):
-                parameter.uniform_(-1.0, 1.0)
+                parameter.uniform_(-4.0, -1.0)  # states that last for tens of tokens
             elif parameter.ndim == 1:
-                parameter.uniform_(0.7, 1.3)
+                usual = float(parameter.any())  # 0: a norm that multiplies by 1 + its weight
+                parameter.uniform_(usual - 0.3, usual + 0.3)
             else:
                 parameter.normal_(0.0, 0.5 if name.endswith(ROUTER_NAMES) else 0.1)
         for name, buffer in model.named_buffers():

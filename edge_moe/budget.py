@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from edge_moe.formats import expert_bytes
+from edge_moe.candidates import stored_expert_bytes, stored_shape
 from edge_moe.formats.integers import onnxruntime_copy_bytes
 from edge_moe.plan import Device, MemoryTerm, Source, Target
 from edge_moe.source_model import SourceModel, StoredTensor
@@ -118,8 +118,11 @@ def memory_terms(
 
 def resident_expert_bytes(spec: ModelSpec, form: str, target: Target) -> int:
     """What one expert in `form` takes in memory: its bytes, and what the runtime copies of them."""
-    copied = onnxruntime_copy_bytes(form, spec.expert_weights) if target == "onnx" else 0
-    return expert_bytes(form, *spec.expert_shape) + copied
+    stored = stored_expert_bytes(spec, form, target)
+    if target != "onnx":
+        return stored
+    hidden_size, expert_width, has_gate = stored_shape(spec, target)
+    return stored + onnxruntime_copy_bytes(form, (2 + has_gate) * hidden_size * expert_width)
 
 
 def _kv_bytes(spec: ModelSpec, context_tokens: int, itemsize: int, target: Target) -> int:

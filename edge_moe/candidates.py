@@ -41,6 +41,10 @@ ONNX_FAMILIES = (
     "glm4_moe",
     "glm4_moe_lite",
     "minimax_m2",
+    "lfm2_moe",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "nemotron_h",
 )
 """Architectures whose decoder `edge_moe.converters.onnx` can write."""
 _LLAMA_CPU_ONLY = ("tq1_0", "tq2_0")
@@ -111,16 +115,30 @@ def candidate_forms(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
     return find_candidates(spec, target, device).forms
 
 
+def stored_expert_bytes(spec: ModelSpec, form: str, target: Target) -> int:
+    """One whole expert in `form`, as `target` stores it."""
+    return expert_bytes(form, *stored_shape(spec, target))
+
+
+def stored_shape(spec: ModelSpec, target: Target) -> tuple[int, int, bool]:
+    """`ModelSpec.expert_shape` as `target` stores it.
+
+    onnxruntime computes experts without a gate as gated ones: up_proj is there twice.
+    """
+    hidden_size, expert_width, has_gate = spec.expert_shape
+    return hidden_size, expert_width, has_gate or target == "onnx"
+
+
 def full_expert_bytes(spec: ModelSpec, target: Target) -> int:
     """All experts in the target's largest form."""
-    largest = expert_bytes(candidate_forms(spec, target)[-1], *spec.expert_shape)
+    largest = stored_expert_bytes(spec, candidate_forms(spec, target)[-1], target)
     return spec.num_moe_layers * spec.num_experts * largest
 
 
 def least_expert_bytes(spec: ModelSpec, target: Target) -> int:
     """No plan takes fewer bytes: top_k experts per layer in the target's smallest form."""
     smallest = candidate_forms(spec, target)[1]
-    one_bytes = expert_bytes(smallest, *spec.expert_shape)
+    one_bytes = stored_expert_bytes(spec, smallest, target)
     return spec.num_moe_layers * spec.top_k * one_bytes
 
 
@@ -139,6 +157,11 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
         limits.append(
             "onnxruntime computes integer experts in a float32 graph on the CPU only: on cuda they "
             "are not offered."
+        )
+    if target == "onnx" and not spec.has_gate:
+        limits.append(
+            "onnxruntime's MoE squares relu only as a gated expert whose gate is up_proj once "
+            "more: experts take half as much again."
         )
     if target == "gguf" and not spec.is_gguf:
         limits += spec.family.gguf_limits
@@ -212,7 +235,7 @@ def _check_onnx(spec: ModelSpec) -> None:
             f"target onnx does not compute the router {spec.router.score_function!r}: use --target "
             "native"
         )
-    if spec.hidden_act != "silu":
+    if spec.hidden_act != ("silu" if spec.has_gate else "relu2"):
         raise TargetError(
             f"target onnx: onnxruntime's MoE computes gated experts with silu, this checkpoint "
             f"has {spec.hidden_act}: use --target native"

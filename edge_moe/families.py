@@ -51,7 +51,7 @@ _SMALL_LATENT = {
 }
 _HYBRID_QWEN = {
     "num_hidden_layers": 4,
-    "head_dim": 32,
+    "head_dim": 64,
     "shared_expert_intermediate_size": 96,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,

@@ -2,7 +2,8 @@
 
 Weights stay mapped from their files where a kernel reads them as they lie. The KV cache has one
 buffer per layer for the longest sequence, which nodes extend in place; pages that no token has
-reached are not in memory yet.
+reached are not in memory yet. Layers with a state of one size change that in place, too: kernels
+have read what they need of it before they write.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ from edge_moe.runtime.session import load_tokenizer
 from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes, round_up_bytes
 
+_PASTS, _PRESENT = ("past_key_values.", "past."), "present."
+"""What names of states start with, as inputs and as outputs; the rest is the same."""
+_PAST_TOKENS = "past_tokens"
+"""Name of the axis of keys and values that grows."""
 _QUIET = 3  # onnxruntime's severity: errors only
 
 
@@ -252,11 +257,11 @@ class _OnnxLoop(TokenLoop):
         self._network = network
         self._head = head
         self._device = device
-        self._cache = {
-            value.name: _buffer(value.shape, context_tokens, device)
-            for value in network.get_inputs()
-            if value.name.startswith("past_key_values.")
+        states = [value for value in network.get_inputs() if value.name.startswith(_PASTS)]
+        self._states = {
+            value.name: _buffer(value.shape, context_tokens, device) for value in states
         }
+        self._growing = {value.name for value in states if _PAST_TOKENS in value.shape}
 
     def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:
         binding = self._network.io_binding()
@@ -264,10 +269,9 @@ class _OnnxLoop(TokenLoop):
         ids = np.array([list(token_ids)], np.int64)
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
-        for name, buffer in self._cache.items():
+        for name, buffer in self._states.items():
             binding.bind_ortvalue_input(name, buffer)
-            present = name.replace("past_key_values.", "present.")
-            binding.bind_ortvalue_output(present, buffer)
+            binding.bind_ortvalue_output(_PRESENT + name.partition(".")[2], buffer)
         binding.bind_output("hidden_states" if keep_all else "logits")
         self._network.run_with_iobinding(binding)
         self.num_tokens = total
@@ -278,17 +282,17 @@ class _OnnxLoop(TokenLoop):
 
     def cache_bytes(self) -> int:
         """Of the tokens so far: later rows of the buffers were not touched."""
-        held = sum(int(np.prod(buffer.shape())) * 4 for buffer in self._cache.values())
-        return held * self.num_tokens // self.context_tokens
+        sizes = {name: int(np.prod(buffer.shape())) * 4 for name, buffer in self._states.items()}
+        growing = sum(size for name, size in sizes.items() if name in self._growing)
+        return sum(sizes.values()) - growing + growing * self.num_tokens // self.context_tokens
 
 
 def _buffer(shape: Sequence[Any], context_tokens: int, device: Device) -> Any:
-    """Keys or values [1, m, context, d] of one layer, zero."""
+    """Keys or values [1, m, context, d] of one layer, or a fixed state [1, ...], zero."""
     import onnxruntime
 
-    _, heads, _, width = shape
-    zeros = np.zeros((1, heads, context_tokens, width), np.float32)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(zeros, device)
+    sizes = [context_tokens if size == _PAST_TOKENS else size for size in shape[1:]]
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros([1, *sizes], np.float32), device)
 
 
 def _plan_of(folder: Path) -> Plan:

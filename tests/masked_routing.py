@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_moe.plan import Plan
+from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.spec import ModelSpec
 
 
@@ -18,11 +19,9 @@ def mask_routers(model: nn.Module, plan: Plan, spec: ModelSpec) -> None:
         assert isinstance(router, nn.Module)
         dropped = [index for index, form in enumerate(row) if form == "drop"]
         if spec.router.has_selection_bias:
-            block = model.get_submodule(spec.moe_module(layer_id))
-            holder = router if hasattr(router, "e_score_correction_bias") else block
-            bias = holder.e_score_correction_bias
-            assert isinstance(bias, Tensor)
-            bias[dropped] = -torch.inf
+            block = MoeBlock(model, spec, layer_id)
+            bias = block.tensor(spec.router_module_names(layer_id)[-1])
+            bias[..., dropped] = -torch.inf
         _mask_linear(router, dropped)
 
 

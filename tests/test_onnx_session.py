@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TinyCheckpoint
-from hand_plan import hand_plan
+from hand_plan import hand_plan, uniform_forms
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from onnx_runs import planned_model, reference_logits  # noqa: E402
+from onnx_runs import (  # noqa: E402
+    RECURRENT,
+    exact_error,
+    planned_model,
+    reference_logits,
+)
 
 from edge_moe.budget import Setting  # noqa: E402
 from edge_moe.checkpoint import Checkpoint  # noqa: E402
@@ -71,6 +76,32 @@ def test_text_is_the_native_runtimes(folders: dict[str, Path], temperature: floa
         stopped = "".join(session.generate("one two", seed=2, stop=[stop], **options))
         assert stopped == wanted.split(stop)[0]
         assert session.timing.stop_reason == "stop"
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_fixed_states_last_over_chunks_and_steps(
+    family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Two chunks of a prompt, then token by token: the logits of one pass over all of it."""
+    source = tiny_checkpoint(family)
+    checkpoint = Checkpoint(source)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 6, "f32"), "onnx")
+    build(plan, tmp_path / "out", model=source)
+    tokens = np.random.default_rng(3).integers(1, 250, (1, 300))
+    expected = reference_logits(planned_model(plan, source), tokens)
+    limit = exact_error(family) * np.abs(expected).max()
+    with OnnxSession.open(tmp_path / "out", context_tokens=320) as session:
+        assert np.abs(session.logits(tokens[0, :-1].tolist()) - expected).max() < limit
+        loop = session._loop()
+        prompt = loop.prefill(tokens[0, :290].tolist())
+        steps = [prompt.numpy(), *(loop.step([int(each)])[0].numpy() for each in tokens[0, 290:-1])]
+        assert np.abs(np.stack(steps) - expected[289:]).max() < limit
+        spec = checkpoint.spec
+        width = spec.kv_key_width + spec.kv_value_width
+        num_full = spec.num_layers - spec.num_state_layers
+        growing = num_full * width * 4 * loop.num_tokens
+        held = loop.cache_bytes()
+        assert growing < held <= spec.kv_bytes(loop.num_tokens, 4)  # whose windows are a token more
 
 
 def test_chat_template_and_end_of_text(folders: dict[str, Path], tmp_path: Path) -> None:

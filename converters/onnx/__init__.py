@@ -7,12 +7,18 @@ would need a second pass to bring in QMoE, per-expert widths and external weight
 here is one graph of about twenty nodes per layer with the input names of onnxruntime-genai, its
 weights never enter the protobuf or this process as a whole, and its logits equal those of
 transformers to 1e-6. A family whose attention and router are like those of one that is there is a
-line in `edge_moe.candidates.ONNX_FAMILIES`.
+line in `edge_moe.candidates.ONNX_FAMILIES`, and an entry in layouts.py where its parts have other
+names.
 
     graph.py        nodes and initializers, the protobuf and its limit
     data_files.py   where every weight lies in the external files, and writing them
     operations.py   norms, linear layers and attention, as contrib or as standard operations
     decoder.py      the layers, and the head that scores every position
+    layouts.py      what families call the parts of a layer
+    weights.py      dense tensors of the checkpoint, and which of them were used
+    states.py       what a layer keeps from one run to the next
+    recurrences.py  causal convolution and linear attention
+    recurrent.py    the layers made of them
     rope.py         rotary tables
     routing.py      the router's weights from standard operations
     experts.py      MoE and QMoE nodes, one per width

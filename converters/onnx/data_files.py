@@ -26,6 +26,7 @@ from edge_moe.formats import get_form, unpack_expert
 from edge_moe.formats.base import ByteArray
 from edge_moe.formats.integers import IntegerForm
 from edge_moe.packed_tensors import PackedInfo
+from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo, to_float32
 
 _PAGE_BYTES, _GRANULARITY_BYTES, _LARGE_BYTES = 4096, 65536, 2**20
@@ -216,7 +217,7 @@ class ExpertFile(DataFile):
         if work.finished(self.name) is not None:
             advance(self.num_bytes)
             return
-        hidden_size = checkpoint.spec.hidden_size
+        spec = checkpoint.spec
         with atomic_path(work.path / self.name) as temporary, temporary.open("wb") as handle:
             handle.truncate(self.num_bytes)
             for stack in self.stacks:
@@ -224,7 +225,7 @@ class ExpertFile(DataFile):
                 records = expert_records(checkpoint, self.layer_id, experts, packer)
                 for index, chunks in enumerate(records):
                     record = np.frombuffer(b"".join(chunks), np.uint8)
-                    for stored, data in _node_arrays(stack, record, hidden_size):
+                    for stored, data in _node_arrays(stack, record, spec):
                         item_bytes = stored.length // stored.shape[0]
                         assert data.nbytes == item_bytes
                         _write_at(handle.fileno(), data, stored.offset + index * item_bytes)
@@ -240,23 +241,23 @@ def _write_at(descriptor: int, data: npt.NDArray[np.generic], offset: int) -> No
 
 
 def _node_arrays(
-    stack: ExpertStack, record: ByteArray, hidden_size: int
+    stack: ExpertStack, record: ByteArray, spec: ModelSpec
 ) -> Iterator[tuple[StoredTensor, npt.NDArray[np.generic]]]:
-    """One expert's packed record as the node reads it."""
-    form, expert_width = stack.integer_form, stack.fc1.shape[1] // 2
+    """One expert's packed record as the node reads it; without a gate, up rows stand for it."""
+    form, (hidden_size, expert_width, has_gate) = stack.integer_form, spec.expert_shape
     if form is None:
-        gate, up, down = unpack_expert(stack.form, record, hidden_size, expert_width)
-        yield stack.fc1, interleave(gate, up)
+        gate, up, down = unpack_expert(stack.form, record, *spec.expert_shape)
+        yield stack.fc1, interleave(gate if has_gate else up, up)
         yield stack.fc2, down
         return
     assert stack.scales1 is not None and stack.scales2 is not None
     row_bytes, down_bytes = form.row_bytes(hidden_size), form.row_bytes(expert_width)
-    half = expert_width * row_bytes
+    *inner, last = np.split(record, [expert_width * row_bytes * n for n in range(1, 2 + has_gate)])
     gate_rows, up_rows = (
-        form.split(record[start : start + half].reshape(expert_width, row_bytes), hidden_size)
-        for start in (0, half)
+        form.split(rows.reshape(expert_width, row_bytes), hidden_size)
+        for rows in (inner[0], inner[-1])
     )
-    codes, scales = form.split(record[2 * half :].reshape(hidden_size, down_bytes), expert_width)
+    codes, scales = form.split(last.reshape(hidden_size, down_bytes), expert_width)
     yield stack.fc1, interleave(gate_rows[0], up_rows[0])
     yield stack.scales1, interleave(gate_rows[1], up_rows[1])
     yield stack.fc2, codes

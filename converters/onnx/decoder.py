@@ -7,7 +7,6 @@ experts. A checkpoint whose dense tensors are not all used is refused, so that n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +18,27 @@ from edge_moe.converters.onnx.data_files import (
     ExpertFile,
     StoredTensor,
     array_chunks,
-    float32_chunks,
 )
 from edge_moe.converters.onnx.experts import ExpertLayer, contrib_experts
 from edge_moe.converters.onnx.graph import MICROSOFT, Graph
+from edge_moe.converters.onnx.layouts import layout_of
 from edge_moe.converters.onnx.operations import (
     ContribOperations,
     Heads,
     Operations,
     StandardOperations,
 )
-from edge_moe.converters.onnx.rope import Rotary, read_rotary
+from edge_moe.converters.onnx.recurrent import recurrent_layer
+from edge_moe.converters.onnx.rope import NO_ROTARY, Rotary, read_rotary
 from edge_moe.converters.onnx.routing import Routing
 from edge_moe.converters.onnx.standard import standard_experts
-from edge_moe.converters.source_bytes import rows
+from edge_moe.converters.onnx.states import (
+    State,
+    declare_inputs,
+    declare_outputs,
+    keys_and_values,
+)
+from edge_moe.converters.onnx.weights import Weights
 from edge_moe.errors import TargetError
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
@@ -56,16 +62,18 @@ class Decoder:
 
     def __post_init__(self) -> None:
         spec = self.checkpoint.spec
-        check_config(spec, self.config)
         is_latent = spec.expanded_kv_width > 0
         self._kept = {
             layer_id: self.plan.kept(row)
             for layer_id, row in zip(self.plan.moe_layer_ids, self.plan.forms, strict=True)
         }
+        self._weights = Weights(self.checkpoint, self.dense)
+        self._layout = layout_of(spec.model_type)
+        self._epsilon = getattr(self.config, self._layout.epsilon_key)
         width = spec.query_width // spec.num_attention_heads
-        self._rotary = read_rotary(
-            self.config, self.config.qk_rope_head_dim if is_latent else width
-        )
+        rotated = self.config.qk_rope_head_dim if is_latent else width
+        self._rotary = read_rotary(self.config, rotated) if self._layout.is_rotary else NO_ROTARY
+        check_config(spec, self.config, self._rotary.width)
         self.heads = Heads(
             num_query=spec.num_attention_heads,
             num_kv=spec.num_kv_heads,
@@ -74,7 +82,26 @@ class Decoder:
             is_interleaved=is_latent and getattr(self.config, "rope_interleave", True),
             scale=_scale(self.config, width),
         )
-        self._used: set[str] = set()
+        self._prefixes = [
+            spec.layer_prefix(layer).removesuffix(".") for layer in range(spec.num_layers)
+        ]
+        tensors = self.checkpoint.tensors
+        self._recurrent = {
+            layer: found
+            for layer, prefix in enumerate(self._prefixes)
+            if (found := recurrent_layer(tensors, self.config, layer, prefix)) is not None
+        }
+
+    @property
+    def states(self) -> list[State]:
+        """What the layers keep from one run to the next."""
+        found: list[State] = []
+        for layer_id in range(self.checkpoint.spec.num_layers):
+            if layer_id in self._recurrent:
+                found += self._recurrent[layer_id].states
+            elif self._attends(layer_id):
+                found += keys_and_values(layer_id, self.heads.num_kv, self.heads.width)
+        return found
 
     def graph(self, *, is_standard: bool) -> Graph:
         """The whole decoder; every weight has its place in the files afterwards.
@@ -86,20 +113,22 @@ class Decoder:
             TargetError: the checkpoint holds tensors that the graph has no place for.
         """
         spec, graph = self.checkpoint.spec, Graph(is_standard=is_standard)
-        self._declare_inputs(graph)
+        graph.input("input_ids", "INT64", ["batch", "new_tokens"])
+        graph.input("attention_mask", "INT64", ["batch", "all_tokens"])
+        declare_inputs(graph, self.states)
         kind = StandardOperations if is_standard else ContribOperations
-        operations = kind(graph, *self._rotary_tables(self._rotary))
-        embedding = self._weight("model.embed_tokens")
+        operations = kind(graph, self._rotary_tables(self._rotary))
+        embedding = self._weights.tensor(spec.embedding_name)
         stream = graph.op("Gather", [graph.weight(embedding), "input_ids"])
         for layer_id in range(spec.num_layers):
             stream = self._layer(operations, layer_id, stream)
-        stream = operations.rms_norm(stream, self._weight("model.norm"), self.config.rms_norm_eps)
+        stream = self._norm(operations, stream, spec.final_norm_name.removesuffix(".weight"))
         if not is_standard:
             graph.op("Identity", [stream], name="hidden_states")
             stream = graph.op("Gather", [stream, graph.constant([-1])], axis=1)  # [b, 1, H]
         graph.op("Identity", [operations.linear(stream, self._head())], name="logits")
         self._declare_outputs(graph)
-        self._require_all_used()
+        self._weights.require_all_used()
         return graph
 
     def head_graph(self) -> Graph:
@@ -112,41 +141,81 @@ class Decoder:
         return graph
 
     def _head(self) -> StoredTensor:
-        is_tied = self.checkpoint.spec.tie_word_embeddings
-        return self._weight("model.embed_tokens" if is_tied else "lm_head")
+        spec = self.checkpoint.spec
+        is_tied = spec.tie_word_embeddings
+        return self._weights.tensor(spec.embedding_name if is_tied else "lm_head.weight")
 
     def _layer(self, operations: Operations, layer_id: int, stream: str) -> str:
-        prefix, epsilon = f"model.layers.{layer_id}", self.config.rms_norm_eps
-        op = operations.graph.op
-        inputs = operations.rms_norm(stream, self._weight(f"{prefix}.input_layernorm"), epsilon)
+        """A block that looks back and one that does not, or a single one of them."""
+        op, norms = operations.graph.op, self.checkpoint.spec.family.layer_norms
+        blocks = [self._looking_back, self._feed_forward]
+        if len(norms) == 1:
+            blocks = blocks[:1] if self._looks_back(layer_id) else blocks[1:]
+        for norm, block in zip(norms, blocks, strict=True):
+            inputs = self._norm(operations, stream, f"{self._prefixes[layer_id]}.{norm}")
+            stream = op("Add", [stream, block(operations, layer_id, inputs)])
+        return stream
+
+    def _looks_back(self, layer_id: int) -> bool:
+        return layer_id in self._recurrent or self._attends(layer_id)
+
+    def _attends(self, layer_id: int) -> bool:
+        layout = self._layout
+        output = f"{self._prefixes[layer_id]}.{layout.attention}.{layout.attention_output}.weight"
+        return output in self.checkpoint.tensors
+
+    def _looking_back(self, operations: Operations, layer_id: int, inputs: str) -> str:
+        if layer_id in self._recurrent:
+            return self._recurrent[layer_id].mix(operations, self._weights, inputs)
         is_latent = self.checkpoint.spec.expanded_kv_width > 0
         attend = self._latent_attention if is_latent else self._attention
-        stream = op("Add", [stream, attend(operations, layer_id, f"{prefix}.self_attn", inputs)])
-        norm = self._weight(f"{prefix}.post_attention_layernorm")
-        inputs = operations.rms_norm(stream, norm, epsilon)
+        prefix = f"{self._prefixes[layer_id]}.{self._layout.attention}"
+        return attend(operations, layer_id, prefix, inputs)
+
+    def _feed_forward(self, operations: Operations, layer_id: int, inputs: str) -> str:
         if layer_id in self._kept:
-            return op("Add", [stream, self._mixture(operations, layer_id, inputs)])
-        return op("Add", [stream, self._mlp(operations, f"{prefix}.mlp", inputs)])
+            return self._mixture(operations, layer_id, inputs)
+        return self._mlp(operations, f"{self._prefixes[layer_id]}.{self._layout.mlp}", inputs)
+
+    def _norm(self, operations: Operations, value: str, module: str) -> str:
+        weight = self._weights.norm(module, adds_one=self._layout.adds_one)
+        return operations.rms_norm(value, weight, self._epsilon)
 
     def _attention(self, operations: Operations, layer_id: int, prefix: str, inputs: str) -> str:
         """Query, key and value projections, with the norms that the checkpoint has."""
-        parts = []
+        layout, op = self._layout, operations.graph.op
+        names = dict(zip("qk", layout.attention_norms, strict=True))
+        parts, gate = [], ""
         for name, count in (("q", self.heads.num_query), ("k", self.heads.num_kv), ("v", 0)):
-            value = self._linear(operations, f"{prefix}.{name}_proj", inputs)
-            if count and f"{prefix}.{name}_norm.weight" in self.checkpoint.tensors:
-                value = self._query_norm(operations, value, f"{prefix}.{name}_norm", count)
+            value = self._weights.linear(operations, f"{prefix}.{name}_proj", inputs)
+            if name == "q" and layout.has_gated_attention:
+                value, gate = self._without_gate(operations, value)
+            norm = f"{prefix}.{names.get(name)}"
+            if f"{norm}.weight" in self.checkpoint.tensors:
+                value = self._query_norm(operations, value, norm, count)
             parts.append(self._clipped(operations, value))
         query, key, value = parts
         mixed = operations.attention(query, key, value, layer_id, self.heads)
-        return self._linear(operations, f"{prefix}.o_proj", mixed)
+        if gate:
+            mixed = op("Mul", [mixed, op("Sigmoid", [gate])])
+        return self._weights.linear(operations, f"{prefix}.{layout.attention_output}", mixed)
+
+    def _without_gate(self, operations: Operations, value: str) -> tuple[str, str]:
+        """Queries and the gates of what attention gives, which every head has side by side."""
+        count, width = self.heads.num_query, self.heads.width
+        pairs = operations.reshape(value, 0, 0, count, 2 * width)
+        query, gate = (
+            operations.reshape(part, 0, 0, count * width)
+            for part in operations.split(pairs, (width, width))
+        )
+        return query, gate
 
     def _query_norm(self, operations: Operations, value: str, name: str, count: int) -> str:
         """One norm for every head, or one over all of them: the width of its weight tells."""
-        weight, epsilon = self._weight(name), self.config.rms_norm_eps
-        if weight.shape[0] != self.heads.width:
-            return operations.rms_norm(value, weight, epsilon)
+        if self.checkpoint.tensors[f"{name}.weight"].shape[0] != self.heads.width:
+            return self._norm(operations, value, name)
         by_head = operations.reshape(value, 0, 0, count, self.heads.width)
-        normed = operations.rms_norm(by_head, weight, epsilon)
+        normed = self._norm(operations, by_head, name)
         return operations.reshape(normed, 0, 0, count * self.heads.width)
 
     def _clipped(self, operations: Operations, value: str) -> str:
@@ -173,11 +242,11 @@ class Decoder:
             operations.reshape(query, 0, 0, count, width), (plain, rotary)
         )
         query = op("Concat", [turned, rest], axis=-1)
-        latent = self._linear(operations, f"{prefix}.kv_a_proj_with_mqa", inputs)
+        latent = self._weights.linear(operations, f"{prefix}.kv_a_proj_with_mqa", inputs)
         latent, turned = operations.split(latent, (config.kv_lora_rank, rotary))
-        norm = self._weight(f"{prefix}.kv_a_layernorm")
+        norm = self._weights.weight(f"{prefix}.kv_a_layernorm")
         latent = operations.rms_norm(latent, norm, _LATENT_EPSILON)
-        expanded = self._linear(operations, f"{prefix}.kv_b_proj", latent)
+        expanded = self._weights.linear(operations, f"{prefix}.kv_b_proj", latent)
         expanded = operations.reshape(expanded, 0, 0, count, plain + value_width)
         rest, value = operations.split(expanded, (plain, value_width))
         turned = op(
@@ -195,92 +264,70 @@ class Decoder:
             operations.reshape(mixed, 0, 0, count, width), (value_width, width - value_width)
         )
         mixed = operations.reshape(mixed, 0, 0, count * value_width)
-        return self._linear(operations, f"{prefix}.o_proj", mixed)
+        return self._weights.linear(operations, f"{prefix}.o_proj", mixed)
 
     def _latent_query(self, operations: Operations, prefix: str, inputs: str) -> str:
         if f"{prefix}.q_proj.weight" in self.checkpoint.tensors:
-            return self._linear(operations, f"{prefix}.q_proj", inputs)
-        latent = self._linear(operations, f"{prefix}.q_a_proj", inputs)
-        norm = self._weight(f"{prefix}.q_a_layernorm")
+            return self._weights.linear(operations, f"{prefix}.q_proj", inputs)
+        latent = self._weights.linear(operations, f"{prefix}.q_a_proj", inputs)
+        norm = self._weights.weight(f"{prefix}.q_a_layernorm")
         latent = operations.rms_norm(latent, norm, _LATENT_EPSILON)
-        return self._linear(operations, f"{prefix}.q_b_proj", latent)
+        return self._weights.linear(operations, f"{prefix}.q_b_proj", latent)
 
     def _mixture(self, operations: Operations, layer_id: int, inputs: str) -> str:
         """Routed experts, and the shared one where there is one."""
         spec, graph, kept = self.checkpoint.spec, operations.graph, self._kept[layer_id]
         router, *biases = spec.router_tensor_names(layer_id)
-        weight = self._rows(router, kept)
+        weight = self._weights.rows(router, kept)
         logits = operations.reshape(operations.linear(inputs, weight), -1, len(kept))
-        bias = graph.weight(self._rows(biases[0], kept)) if biases else ""
-        routing = Routing(spec.router, spec.top_k, spec.num_experts, tuple(kept))
+        bias = graph.weight(self._weights.rows(biases[0], kept)) if biases else ""
+        least_sum = self._layout.least_sum
+        routing = Routing(spec.router, spec.top_k, spec.num_experts, tuple(kept), least_sum)
         stacks = tuple(self.experts[layer_id].stacks)
-        layer = ExpertLayer(inputs, logits, bias, routing, stacks)
+        prefix, hidden = spec.moe_prefix(layer_id), inputs
+        if spec.latent_width:
+            hidden = self._weights.linear(operations, f"{prefix}.fc1_latent_proj", inputs)
+        layer = ExpertLayer(hidden, logits, bias, routing, stacks, has_gate=spec.has_gate)
         if graph.is_standard:
             output = standard_experts(operations, layer)
         else:
             output = contrib_experts(operations, layer, is_exact=self.is_exact)
-        shared = self._shared_expert(operations, spec.moe_prefix(layer_id), inputs)
+        if spec.latent_width:
+            output = self._weights.linear(operations, f"{prefix}.fc2_latent_proj", output)
+        shared = self._shared_expert(operations, prefix, inputs)
         return graph.op("Add", [output, shared]) if shared else output
 
     def _shared_expert(self, operations: Operations, prefix: str, inputs: str) -> str:
         """The expert that every token goes through, gated where there is a gate; "" for none."""
         tensors, op = self.checkpoint.tensors, operations.graph.op
         for name in ("shared_expert", "shared_experts"):
-            if f"{prefix}.{name}.gate_proj.weight" in tensors:
+            if f"{prefix}.{name}.{self._layout.projections[-1]}.weight" in tensors:
                 output = self._mlp(operations, f"{prefix}.{name}", inputs)
                 gate = f"{prefix}.{name}_gate"
                 if f"{gate}.weight" not in tensors:
                     return output
-                share = op("Sigmoid", [self._linear(operations, gate, inputs)])
+                share = op("Sigmoid", [self._weights.linear(operations, gate, inputs)])
                 return op("Mul", [output, share])
         return ""
 
     def _mlp(self, operations: Operations, prefix: str, inputs: str) -> str:
-        gate, up = (
-            self._linear(operations, f"{prefix}.{name}_proj", inputs) for name in ("gate", "up")
-        )
-        hidden = operations.silu_gated(gate, up)
-        return self._linear(operations, f"{prefix}.down_proj", hidden)
+        *inner, down = self._layout.projections
+        parts = [self._weights.linear(operations, f"{prefix}.{name}", inputs) for name in inner]
+        if len(parts) == 1:
+            hidden = operations.relu_squared(parts[0])
+        else:
+            hidden = operations.silu_gated(parts[0], parts[1])
+        return self._weights.linear(operations, f"{prefix}.{down}", hidden)
 
-    def _linear(self, operations: Operations, name: str, value: str) -> str:
-        output = operations.linear(value, self._weight(name))
-        if f"{name}.bias" not in self.checkpoint.tensors:
-            return output
-        bias = operations.graph.weight(self._tensor(f"{name}.bias"))
-        return operations.graph.op("Add", [output, bias])
-
-    def _weight(self, name: str) -> StoredTensor:
-        return self._tensor(f"{name}.weight")
-
-    def _tensor(self, name: str) -> StoredTensor:
-        """A dense tensor of the checkpoint, whole."""
-        info = self.checkpoint.tensors[name]
-        self._used.add(name)
-        return self.dense.add(name, info.shape, float32_chunks([info]))
-
-    def _rows(self, name: str, kept: Sequence[int]) -> StoredTensor:
-        """The rows of kept experts."""
-        info = self.checkpoint.tensors[name]
-        self._used.add(name)
-        shape = (len(kept), *info.shape[1:])
-        return self.dense.add(name, shape, float32_chunks(rows(info, kept)))
-
-    def _rotary_tables(self, rotary: Rotary) -> tuple[StoredTensor, StoredTensor]:
+    def _rotary_tables(self, rotary: Rotary) -> list[StoredTensor]:
         num_rows = self.checkpoint.spec.max_position_embeddings
+        if not rotary.width:
+            return []
         shape = (num_rows, rotary.width // 2)
-        cos, sin = (
+        return [
             self.dense.add(name, shape, array_chunks(rotary.rows(function), num_rows))
             for name, function in (("rotary.cos", np.cos), ("rotary.sin", np.sin))
-        )
-        return cos, sin
-
-    def _declare_inputs(self, graph: Graph) -> None:
-        graph.input("input_ids", "INT64", ["batch", "new_tokens"])
-        graph.input("attention_mask", "INT64", ["batch", "all_tokens"])
-        for name in cache_names("past_key_values", self.checkpoint.spec.num_layers):
-            graph.input(
-                name, "FLOAT", ["batch", self.heads.num_kv, "past_tokens", self.heads.width]
-            )
+        ]
 
     def _declare_outputs(self, graph: Graph) -> None:
         spec = self.checkpoint.spec
@@ -289,39 +336,20 @@ class Decoder:
         else:
             graph.output("logits", "FLOAT", ["batch", 1, spec.vocab_size])
             graph.output("hidden_states", "FLOAT", ["batch", "new_tokens", spec.hidden_size])
-        for name in cache_names("present", spec.num_layers):
-            graph.output(
-                name, "FLOAT", ["batch", self.heads.num_kv, "all_tokens", self.heads.width]
-            )
-
-    def _require_all_used(self) -> None:
-        spec = self.checkpoint.spec
-        skipped = {"lm_head.weight"} if spec.tie_word_embeddings else set()
-        names = {info.name for info in self.checkpoint.dense_tensors}
-        left = sorted(name for name in names - skipped - self._used if "rotary_emb" not in name)
-        if left:
-            raise TargetError(
-                f"target onnx has no place for tensor {left[0]!r} ({len(left)} such): "
-                "use --target native"
-            )
+        declare_outputs(graph, self.states)
 
 
-def cache_names(prefix: str, num_layers: int) -> list[str]:
-    """Names of the keys and values of every layer, as onnxruntime-genai writes them."""
-    return [f"{prefix}.{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
-
-
-def check_config(spec: ModelSpec, config: Any) -> None:
+def check_config(spec: ModelSpec, config: Any, rotary_width: int) -> None:
     """Refuse what the graph cannot compute.
 
     Raises:
         TargetError: attention to a window of the text, or heads of an odd width.
     """
     width = spec.query_width // spec.num_attention_heads
-    if width % _HEAD_UNIT:
+    if width % _HEAD_UNIT or rotary_width % _HEAD_UNIT:
         raise TargetError(
-            f"target onnx: heads are {width} wide, onnxruntime's rotary attention needs a multiple "
-            f"of {_HEAD_UNIT}: use --target native"
+            f"target onnx: heads are {width} wide and {rotary_width} of it rotates, onnxruntime's "
+            f"attention needs multiples of {_HEAD_UNIT}: use --target native"
         )
     window = getattr(config, "sliding_window", None)
     is_used = getattr(config, "use_sliding_window", True)
@@ -335,7 +363,7 @@ def check_config(spec: ModelSpec, config: Any) -> None:
 
 def _scale(config: Any, width: int) -> float:
     """1 / sqrt(width); YaRN with mscale_all_dim raises it (arXiv:2309.00071, section 3.4)."""
-    scale, parameters = float(width**-0.5), config.rope_parameters
+    scale, parameters = float(width**-0.5), getattr(config, "rope_parameters", None) or {}
     all_dim = parameters.get("mscale_all_dim", 0)
     if parameters.get("rope_type", "default") == "default" or not all_dim:
         return scale

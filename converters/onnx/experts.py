@@ -23,6 +23,9 @@ _SILU_GATED: dict[str, Any] = {
     "activation_alpha": 1.0,
     "activation_beta": 0.0,
 }
+_RELU_SQUARED = _SILU_GATED | {"activation_alpha": 1e20}
+"""gate sigmoid(alpha gate) up, given the same rows twice, is the square of relu(up) to 1e-36: the
+only way to it among the kernels for CPUs."""
 _UNPACKED_LAYOUT = 0  # weights_prepacked: codes as they are, for every execution provider
 _ROUTER_WEIGHTS = 14  # position of QMoE's input
 _INT8_ACTIVATIONS = 4  # accuracy_level
@@ -41,6 +44,8 @@ class ExpertLayer:
     """[E] selection bias, or ""."""
     routing: Routing
     stacks: tuple[ExpertStack, ...]
+    has_gate: bool = True
+    """silu(gate) up; else the square of relu(up)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class _Node:
     """[T, E] QMoE's own input of weights to mix with, or ""."""
     top_k: int
     renormalises: bool
+    has_gate: bool
 
 
 def contrib_experts(operations: Operations, layer: ExpertLayer, *, is_exact: bool) -> str:
@@ -71,7 +77,9 @@ def _self_routed(operations: Operations, layer: ExpertLayer) -> _Node:
     if stack.integer_form is not None and not routing.router.renormalises:
         # without them QMoE renormalises whatever the attribute says
         weights = operations.graph.op("Softmax", [layer.logits], axis=-1)
-    return _Node(stack, layer.logits, weights, routing.top_k, routing.router.renormalises)
+    return _Node(
+        stack, layer.logits, weights, routing.top_k, routing.router.renormalises, layer.has_gate
+    )
 
 
 def _weighted(
@@ -83,10 +91,10 @@ def _weighted(
         weights = op("Gather", [weights, constant(stack.rows)], axis=1)
     top_k = min(layer.routing.top_k, len(stack.expert_ids))
     if stack.integer_form is not None:
-        node = _Node(stack, weights, weights, top_k, renormalises=False)
+        node = _Node(stack, weights, weights, top_k, False, layer.has_gate)
         return _add_node(operations, layer.hidden, node, is_exact)
     logarithms = op("Log", [op("Max", [weights, constant(_SMALLEST, np.float32)])])
-    node = _Node(stack, logarithms, "", top_k, renormalises=False)
+    node = _Node(stack, logarithms, "", top_k, False, layer.has_gate)
     output = _add_node(operations, layer.hidden, node, is_exact)
     total = op("ReduceSum", [weights, constant([-1])], keepdims=1)  # [T, 1]
     leading = op("Slice", [op("Shape", [layer.hidden]), constant([0]), constant([2])])
@@ -96,7 +104,7 @@ def _weighted(
 
 def _add_node(operations: Operations, hidden: str, node: _Node, is_exact: bool) -> str:
     graph, stack, form = operations.graph, node.stack, node.stack.integer_form
-    attributes = _SILU_GATED | {
+    attributes = (_SILU_GATED if node.has_gate else _RELU_SQUARED) | {
         "k": node.top_k,
         "normalize_routing_weights": int(node.renormalises),
     }

@@ -90,7 +90,7 @@ def export_onnx(
             temporary.write_bytes(data)
     write_checksums(work.path, [dense.name, *(file.name for file in experts.values()), *protobufs])
     plain = read_config(checkpoint.folder / CONFIG_NAME)
-    text = genai_config(spec, decoder.heads, plain, checkpoint.folder, MODEL_NAME)
+    text = genai_config(checkpoint, decoder.heads, decoder.states, plain, MODEL_NAME)
     write_text(work.path / GENAI_CONFIG_NAME, text)
     sizes = size_rows(checkpoint, dense.num_bytes, total_bytes - dense.num_bytes)
     write_text(work.path / CARD_NAME, model_card(plan, checkpoint, name, "onnx", sizes))
@@ -112,10 +112,10 @@ def check_onnx(plan: Plan, spec: ModelSpec) -> None:
                     f"target onnx: layer {layer_id} is planned with {form}, which onnxruntime has "
                     "no kernel for: plan again with --target onnx"
                 )
-            if not form_fits(form, spec.hidden_size, spec.expert_width):
+            if not form_fits(form, *spec.expert_shape):
                 raise TargetError(
                     f"target onnx: layer {layer_id} is planned as {form}, whose blocks of "
-                    f"{get_form(form).block_size} do not divide {spec.hidden_size} and "
+                    f"{get_form(form).block_size} do not divide {spec.expert_hidden} and "
                     f"{spec.expert_width}: plan again"
                 )
 
@@ -132,7 +132,7 @@ def _expert_files(plan: Plan, spec: ModelSpec) -> dict[int, ExpertFile]:
     ):
         file = ExpertFile(f"experts-{index:05d}.data", layer_id=layer_id)
         rows = {expert_id: number for number, expert_id in enumerate(plan.kept(row))}
-        widths = spec.hidden_size, spec.expert_width
+        widths = spec.expert_hidden, spec.expert_width
         for form in sorted({row[expert_id] for expert_id in rows}):
             pairs = [pair for pair in rows.items() if row[pair[0]] == form]
             file.add(form, pairs, *widths)
@@ -149,9 +149,10 @@ def _transformers_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SpecError(
             f"{checkpoint.folder / CONFIG_NAME}: transformers refuses it: {reason}"
         ) from None
+    return config.get_text_config()

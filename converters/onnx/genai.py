@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.onnx.operations import Heads
+from edge_moe.converters.onnx.states import State, past_name, present_name
 from edge_moe.errors import CheckpointError
 from edge_moe.files import read_json
-from edge_moe.spec import ModelSpec
 
 GENAI_CONFIG_NAME = "genai_config.json"
-_TYPE = "decoder"
-"""The generic type: names of MoE architectures are refused."""
+_TYPE, _CONVOLUTION_TYPE = "decoder", "lfm2"
+"""The generic type, for names of MoE architectures are refused; and the one whose layers may keep
+the window of a convolution and nothing else."""
 
 
 def genai_config(
-    spec: ModelSpec, heads: Heads, config: dict[str, Any], folder: Path, model_name: str
+    checkpoint: Checkpoint,
+    heads: Heads,
+    states: Sequence[State],
+    config: dict[str, Any],
+    model_name: str,
 ) -> str:
     """The text of genai_config.json for the graph `model_name`; `config` is config.json."""
-    tokens = _special_tokens(config, folder)
+    spec = checkpoint.spec
+    tokens = _special_tokens(config, checkpoint.folder)
+    kinds = list(dict.fromkeys(state.kind for state in states))
     eos = tokens["eos_token_id"]
     first_eos = eos[0] if isinstance(eos, list) and eos else eos
     pad = tokens["pad_token_id"] if tokens["pad_token_id"] is not None else first_eos
@@ -35,21 +44,20 @@ def genai_config(
             "inputs": {
                 "input_ids": "input_ids",
                 "attention_mask": "attention_mask",
-                "past_key_names": "past_key_values.%d.key",
-                "past_value_names": "past_key_values.%d.value",
+                **{f"past_{kind}_names": past_name(kind) for kind in kinds},
             },
             "outputs": {
                 "logits": "logits",
-                "present_key_names": "present.%d.key",
-                "present_value_names": "present.%d.value",
+                **{f"present_{kind}_names": present_name(kind) for kind in kinds},
             },
             "num_attention_heads": heads.num_query,
             "num_hidden_layers": spec.num_layers,
             "num_key_value_heads": heads.num_kv,
+            **_convolutions(states, spec.num_layers),
         },
         "eos_token_id": eos,
         "pad_token_id": pad,
-        "type": _TYPE,
+        "type": _CONVOLUTION_TYPE if _has_convolutions_only(states) else _TYPE,
         "vocab_size": spec.vocab_size,
     }
     model = {key: value for key, value in model.items() if value is not None}
@@ -66,6 +74,21 @@ def genai_config(
         "top_p": 1.0,
     }
     return json.dumps({"model": model, "search": search}, indent=1) + "\n"
+
+
+def _has_convolutions_only(states: Sequence[State]) -> bool:
+    """Besides keys and values."""
+    kinds = {state.kind for state in states}
+    return "conv" in kinds and "recurrent" not in kinds
+
+
+def _convolutions(states: Sequence[State], num_layers: int) -> dict[str, Any]:
+    """What the type for convolutions wants to know more."""
+    if not _has_convolutions_only(states):
+        return {}
+    windows = {state.layer: state.shape[-1] for state in states if state.kind == "conv"}
+    types = ["conv" if layer in windows else "full_attention" for layer in range(num_layers)]
+    return {"layer_types": types, "conv_cache_size": max(windows.values())}
 
 
 def _special_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Graph:
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._count = 0
+        self._opset = (_STANDARD_VERSIONS if is_standard else _CONTRIB_VERSIONS)["opset"]
+
+    def require_opset(self, version: int) -> None:
+        """Ask for operations that older versions of ONNX do not have."""
+        self._opset = max(self._opset, version)
 
     def op(self, kind: str, inputs: Sequence[str], *, name: str = "", **attributes: Any) -> str:
         """A node of one output, called `name` or numbered."""
@@ -137,7 +142,7 @@ class Graph:
             self._nodes, "decoder", self._inputs, self._outputs, list(self._initializers.values())
         )
         versions = _STANDARD_VERSIONS if self.is_standard else _CONTRIB_VERSIONS
-        opsets = [helper.make_opsetid("", versions["opset"])]
+        opsets = [helper.make_opsetid("", self._opset)]
         if not self.is_standard:
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         return helper.make_model(

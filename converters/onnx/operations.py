@@ -7,6 +7,7 @@ tokens, p cached tokens, t = p + s, n attention heads, m key and value heads, d 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ from edge_moe.converters.onnx.data_files import StoredTensor
 from edge_moe.converters.onnx.graph import MICROSOFT, Graph
 
 MASKED = float(np.finfo(np.float32).min)
+
+Tables = Sequence[StoredTensor]
+"""Cosines and sines, each [positions, rotary_width / 2]."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Heads:
     num_kv: int
     width: int
     rotary_width: int
-    """Leading values of a head that are rotated."""
+    """Leading values of a head that are rotated; none where positions have no embedding."""
     is_interleaved: bool
     """Values 2i and 2i + 1 of a head rotate together, not i and i + rotary_width / 2."""
     scale: float
@@ -34,10 +38,10 @@ class Heads:
 class Operations(ABC):
     """Adds operations to `graph`."""
 
-    def __init__(self, graph: Graph, cos: StoredTensor, sin: StoredTensor) -> None:
-        """`cos` and `sin` are [positions, rotary_width / 2]."""
+    def __init__(self, graph: Graph, tables: Tables) -> None:
+        """`tables` are empty where no layer rotates."""
         self.graph = graph
-        self._cos, self._sin = graph.weight(cos), graph.weight(sin)
+        self._tables = [graph.weight(table) for table in tables]
 
     @abstractmethod
     def rms_norm(self, value: str, weight: StoredTensor, epsilon: float) -> str:
@@ -59,21 +63,26 @@ class Operations(ABC):
         op = self.graph.op
         return op("Mul", [op("Mul", [gate, op("Sigmoid", [gate])]), up])
 
+    def relu_squared(self, value: str) -> str:
+        """max(value, 0) squared."""
+        positive = self.graph.op("Relu", [value])
+        return self.graph.op("Mul", [positive, positive])
+
     def reshape(self, value: str, *shape: int) -> str:
         """0 keeps an axis, -1 is what is left."""
         return self.graph.op("Reshape", [value, self.graph.constant(shape)])
 
-    def split(self, value: str, sizes: tuple[int, int]) -> tuple[str, str]:
-        """Cut the last axis in two."""
-        first, second = self.graph.ops("Split", [value, self.graph.constant(sizes)], 2, axis=-1)
-        return first, second
+    def split(self, value: str, sizes: Sequence[int]) -> list[str]:
+        """Cut the last axis into pieces."""
+        inputs = [value, self.graph.constant(sizes)]
+        return self.graph.ops("Split", inputs, len(sizes), axis=-1)
 
 
 class ContribOperations(Operations):
     """Fused operations of onnxruntime, on every device that it runs on."""
 
-    def __init__(self, graph: Graph, cos: StoredTensor, sin: StoredTensor) -> None:
-        super().__init__(graph, cos, sin)
+    def __init__(self, graph: Graph, tables: Tables) -> None:
+        super().__init__(graph, tables)
         op, one = graph.op, graph.constant([1])
         lengths = op("ReduceSum", ["attention_mask", one], keepdims=0)
         last = op("Sub", [lengths, graph.constant(1)])
@@ -100,12 +109,12 @@ class ContribOperations(Operations):
         inputs = [query, key, value, *past, self._last_positions, self._total]
         return self.graph.ops(
             "GroupQueryAttention",
-            [*inputs, self._cos, self._sin],
+            [*inputs, *self._tables],
             [f"layers.{layer}.attention", *present],
             domain=MICROSOFT,
             num_heads=heads.num_query,
             kv_num_heads=heads.num_kv,
-            do_rotary=1,
+            do_rotary=int(heads.rotary_width > 0),
             rotary_interleaved=int(heads.is_interleaved),
             scale=heads.scale,
         )[0]
@@ -117,14 +126,16 @@ class StandardOperations(Operations):
     Positions count from the length of the cache.
     """
 
-    def __init__(self, graph: Graph, cos: StoredTensor, sin: StoredTensor) -> None:
-        super().__init__(graph, cos, sin)
+    def __init__(self, graph: Graph, tables: Tables) -> None:
+        super().__init__(graph, tables)
         op, constant = graph.op, graph.constant
-        past = op("Gather", [op("Shape", ["past_key_values.0.key"]), constant(2)], axis=0)
-        new = op("Gather", [op("Shape", ["input_ids"]), constant(1)], axis=0)
-        total = op("Add", [past, new])
+        total, new = (
+            op("Gather", [op("Shape", [name]), constant(1)], axis=0)
+            for name in ("attention_mask", "input_ids")
+        )
+        past = op("Sub", [total, new])
         positions = op("Range", [past, total, constant(1)])  # [s]
-        self._rotation = [op("Gather", [table, positions]) for table in (self._cos, self._sin)]
+        self._rotation = [op("Gather", [table, positions]) for table in self._tables]
         keys = op("Range", [constant(0), total, constant(1)])  # [t]
         queries = op("Unsqueeze", [positions, constant([1])])
         is_causal = op("LessOrEqual", [keys, queries])  # [s, t]
@@ -167,6 +178,8 @@ class StandardOperations(Operations):
 
     def _rotate(self, value: str, heads: Heads) -> str:
         """[b, count, s, d]"""
+        if not heads.rotary_width:
+            return value
         op = self.graph.op
         rotary, rest = heads.rotary_width, heads.width - heads.rotary_width
         kept = ""

@@ -10,8 +10,6 @@ import numpy.typing as npt
 from edge_moe.converters.onnx.operations import Operations
 from edge_moe.router_spec import RouterSpec
 
-_LEAST_SUM = 1e-20  # what transformers adds before it divides by the sum of sigmoids
-
 
 @dataclass(frozen=True)
 class Routing:
@@ -22,6 +20,8 @@ class Routing:
     num_experts: int
     """Of the source: its groups are equal runs of them."""
     kept: tuple[int, ...]
+    least_sum: float = 1e-20
+    """What transformers adds before it divides by the sum of sigmoids."""
 
     @property
     def is_plain(self) -> bool:
@@ -58,7 +58,7 @@ def dense_weights(operations: Operations, logits: str, bias: str, routing: Routi
     if router.renormalises:
         total = op("ReduceSum", [weights, constant([-1])], keepdims=1)
         if router.score_function == "sigmoid":
-            total = op("Add", [total, constant(_LEAST_SUM, np.float32)])
+            total = op("Add", [total, constant(routing.least_sum, np.float32)])
         weights = op("Div", [weights, total])
     if router.scale != 1.0:
         weights = op("Mul", [weights, constant(router.scale, np.float32)])

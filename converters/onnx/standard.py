@@ -34,7 +34,7 @@ def standard_experts(operations: Operations, layer: ExpertLayer) -> str:
         for index, row in enumerate(stack.rows):
             column = op("Gather", [weights, constant(row)], axis=1)  # [T]
             with graph.branch() as then_nodes:
-                added = _add_expert(operations, stack, index, tokens, column, total)
+                added = _add_expert(operations, layer, stack, index, (tokens, column, total))
             with graph.branch() as else_nodes:
                 same = op("Identity", [total])
             total = op(
@@ -47,9 +47,14 @@ def standard_experts(operations: Operations, layer: ExpertLayer) -> str:
 
 
 def _add_expert(
-    operations: Operations, stack: ExpertStack, index: int, tokens: str, column: str, total: str
+    operations: Operations,
+    layer: ExpertLayer,
+    stack: ExpertStack,
+    index: int,
+    values: tuple[str, str, str],
 ) -> str:
     """`total` [T, H] plus one expert's output for the tokens whose weight in `column` is not 0."""
+    tokens, column, total = values
     graph = operations.graph
     op, constant = graph.op, graph.constant
     positions = op("Transpose", [op("NonZero", [column])], perm=[1, 0])  # [n, 1]
@@ -59,7 +64,8 @@ def _add_expert(
     fc2 = _matrix(operations, stack, stack.fc2, stack.scales2, index)
     pairs = op("Reshape", [op("MatMul", [fc1, inputs]), constant([width, 2, -1])])
     gate, up = (op("Gather", [pairs, constant(half)], axis=1) for half in (0, 1))  # [I, n]
-    output = op("MatMul", [fc2, operations.silu_gated(gate, up)])
+    hidden = operations.silu_gated(gate, up) if layer.has_gate else operations.relu_squared(up)
+    output = op("MatMul", [fc2, hidden])
     output = op("Transpose", [output], perm=[1, 0])  # [n, H]
     scale = op("Unsqueeze", [op("GatherND", [column, positions]), constant([1])])
     return op("ScatterND", [total, positions, op("Mul", [output, scale])], reduction="add")

@@ -1,0 +1,89 @@
+"""A checkpoint's dense tensors on their way into the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.onnx.data_files import Chunks, DenseFile, StoredTensor, float32_chunks
+from edge_moe.converters.onnx.operations import Operations
+from edge_moe.converters.source_bytes import rows
+from edge_moe.errors import TargetError
+from edge_moe.tensor_info import TensorInfo
+
+
+class Weights:
+    """Places tensors of `checkpoint` in `dense`, in float32; each that is asked for is used."""
+
+    def __init__(self, checkpoint: Checkpoint, dense: DenseFile) -> None:
+        self._checkpoint = checkpoint
+        self._dense = dense
+        self._used: set[str] = set()
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All that the checkpoint holds, by name."""
+        return self._checkpoint.tensors
+
+    def linear(self, operations: Operations, name: str, value: str) -> str:
+        """A linear layer, with its bias where it has one."""
+        output = operations.linear(value, self.weight(name))
+        bias = self.optional(f"{name}.bias")
+        if bias is None:
+            return output
+        return operations.graph.op("Add", [output, operations.graph.weight(bias)])
+
+    def weight(self, module: str) -> StoredTensor:
+        """The weight of a module."""
+        return self.tensor(f"{module}.weight")
+
+    def norm(self, module: str, *, adds_one: bool = False) -> StoredTensor:
+        """The weight of a norm, which multiplies by 1 + it where it `adds_one`."""
+        stored = self.weight(module)
+        if adds_one:
+            name = f"{module}.weight"
+            self._dense.sources[name] = _plus_one(float32_chunks([self.tensors[name]]))
+        return stored
+
+    def optional(self, name: str) -> StoredTensor | None:
+        """A tensor that not every checkpoint has."""
+        return self.tensor(name) if name in self.tensors else None
+
+    def tensor(self, name: str) -> StoredTensor:
+        """A tensor, whole."""
+        info = self.tensors[name]
+        self._used.add(name)
+        return self._dense.add(name, info.shape, float32_chunks([info]))
+
+    def rows(self, name: str, kept: Sequence[int]) -> StoredTensor:
+        """The rows of kept experts."""
+        info = self.tensors[name]
+        self._used.add(name)
+        shape = (len(kept), *info.shape[1:])
+        return self._dense.add(name, shape, float32_chunks(rows(info, kept)))
+
+    def require_all_used(self) -> None:
+        """Nothing of the checkpoint may be left out.
+
+        Raises:
+            TargetError: names the first tensor that nobody asked for.
+        """
+        is_tied = self._checkpoint.spec.tie_word_embeddings
+        skipped = {"lm_head.weight"} if is_tied else set()
+        names = {info.name for info in self._checkpoint.dense_tensors}
+        left = sorted(name for name in names - skipped - self._used if "rotary_emb" not in name)
+        if left:
+            raise TargetError(
+                f"target onnx has no place for tensor {left[0]!r} ({len(left)} such): "
+                "use --target native"
+            )
+
+
+def _plus_one(chunks: Chunks) -> Chunks:
+    def raised() -> Iterator[bytes]:
+        for chunk in chunks():
+            yield (np.frombuffer(chunk, np.float32) + np.float32(1)).tobytes()
+
+    return raised
