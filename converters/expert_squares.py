@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.converters.slice_gguf import InputSquares
+from edge_moe.converters.slice_packing import InputSquares
 from edge_moe.errors import PlanError
 from edge_moe.moments import LayerMoments, load_moments
 from edge_moe.plan import Plan
@@ -33,6 +33,11 @@ def stored_squares(folder: Path, plan: Plan, spec: ModelSpec) -> InputSquares:
             f"the plan was made with other statistics (fingerprint {plan.stats_fingerprint[:12]}) "
             f"than {folder} holds ({found[:12]}): give the folder that `edge-moe plan` was given"
         )
+    return squares_in(folder, spec)
+
+
+def squares_in(folder: Path, spec: ModelSpec) -> InputSquares:
+    """The same of any statistics of the model."""
 
     @lru_cache(maxsize=1)
     def of_layer(layer_id: int) -> LayerMoments:

@@ -11,10 +11,9 @@ from edge_moe.converters.search_memory import search_terms
 from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.plan import MemoryTerm, SearchRecord
 from edge_moe.problem import FloatArray
-from edge_moe.runtime.heldout import search_windows
+from edge_moe.runtime.heldout import described_search, search_windows
 from edge_moe.runtime.session import load_tokenizer
 from edge_moe.stats import StatsInfo
-from edge_moe.tasks import task_argument
 from edge_moe.trials import MAX_PASS_PROPOSALS, OnShare
 
 
@@ -35,14 +34,11 @@ class PlanMeasure:
         """
         tokenizer = load_tokenizer(checkpoint.folder)
         windows = search_windows(tasks, tokenizer, checkpoint.active_parameters)
-        self.text = (
-            f"{sum(map(len, windows))} tokens of held-out {', '.join(tasks)}, odd windows only"
-        )
         if packed is None:
             packer = text_packer(checkpoint, stats.options, stats.data_fingerprint)
             packed = PackedExperts(checkpoint, packer)
         self._scorer = VariantScorer(checkpoint, windows, packed)
-        self._lengths = [len(window) for window in windows]
+        self._windows = windows
         self._checkpoint, self._forms = checkpoint, stats.forms
         self._packed = packed
         self._tasks = tuple(tasks)
@@ -56,7 +52,8 @@ class PlanMeasure:
 
     def memory_terms(self) -> list[MemoryTerm]:
         """Upper bounds of what measuring adds to a process that has imported torch, by term."""
-        terms = search_terms(self._checkpoint, self._lengths, self._forms, MAX_PASS_PROPOSALS)
+        lengths = [len(window) for window in self._windows]
+        terms = search_terms(self._checkpoint, lengths, self._forms, MAX_PASS_PROPOSALS)
         packer = self._packed.packer
         if isinstance(packer, CalibratedPacker):
             packing = [term for term in packer.memory_terms() if term.name != "allowance"]
@@ -66,5 +63,4 @@ class PlanMeasure:
 
     def described(self, record: SearchRecord) -> SearchRecord:
         """`record` with the text that was measured on."""
-        tasks = [task_argument(task) for task in self._tasks]
-        return record.model_copy(update={"text": self.text, "tasks": tasks})
+        return described_search(record, self._windows, self._tasks)

@@ -8,14 +8,10 @@ packed anew. Memory: one expert's projection in float32 and packed, where types 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from edge_moe import __version__
 from edge_moe.converters.copy_range import RangeCopier, write_all
@@ -28,32 +24,24 @@ from edge_moe.converters.gguf_raw import (
     string_key,
 )
 from edge_moe.converters.model_card import plan_fingerprint
-from edge_moe.converters.progress import byte_progress
+from edge_moe.converters.progress import Advance, byte_progress
+from edge_moe.converters.slice_packing import InputSquares, SlicePacker
 from edge_moe.errors import InputError, TargetError
 from edge_moe.files import atomic_path, require_free_disk
-from edge_moe.formats import FORM_NAMES, form_fits, split_form
-from edge_moe.formats.dequantise import dequantise
-from edge_moe.formats.quantise import get_quantiser, pack_matrix
+from edge_moe.formats import DROP, FORM_NAMES, form_fits, split_form
+from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_model import GgufModel
 from edge_moe.gguf_split import SPLIT_KEYS
 from edge_moe.gguf_tensors import EXPERT_MATRIX, is_per_expert, layer_of
 from edge_moe.plan import Plan
-from edge_moe.tensor_info import read_range
 
 _OWN_PREFIX = "edge_moe."
 _SIZE_LABEL = "general.size_label"
 _PARTS = {"gate": (0,), "up": (1,), "gate_up": (0, 1), "down": (2,)}
 """Matrices of an expert that a tensor holds: 0 gate, 1 up, 2 down."""
-
-
-class InputSquares(Protocol):
-    """Mean squares of what each matrix of an expert is given, for quantisers that weigh columns."""
-
-    def __call__(
-        self, layer_id: int, expert_id: int, is_down: bool
-    ) -> npt.NDArray[np.floating] | None:
-        """[H], or [I] for down_proj; None where they are not known."""
+Forms = Sequence[Sequence[str]]
+"""[L][E] form of every expert."""
 
 
 @dataclass(frozen=True)
@@ -84,33 +72,77 @@ def slice_gguf(
         CheckpointError: a source that was damaged or truncated since it was opened.
     """
     check_slice(plan, model)
-    cuts = _cuts(plan, model)
-    if not all(cut.is_copied for cut in cuts):
-        _check_quantiser(plan, squares)
-    alignment = model.header.alignment
-    tensors = [cut.tensor for cut in cuts]
-    header = header_bytes(_keys(plan, model, cuts), tensors, alignment)
-    *starts, data_bytes = offsets(tensors, alignment)
-    total_bytes = len(header) + data_bytes
-    require_free_disk(output.parent, total_bytes, f"GGUF file {output.name}")
+    if changes_types(plan.forms, model):
+        _check_quantiser(plan.quantiser, squares)
+    packer = SlicePacker(plan.quantiser, squares)
+    file = _SliceFile(model, plan.forms, [("plan_fingerprint", plan_fingerprint(plan))])
+    require_free_disk(output.parent, file.total_bytes, f"GGUF file {output.name}")
     with (
         atomic_path(output) as temporary,
-        ExitStack() as stack,
-        byte_progress(f"slice {output.name}", total_bytes) as advance,
+        byte_progress(f"slice {output.name}", file.total_bytes) as advance,
     ):
-        sources = {path: stack.enter_context(path.open("rb")).fileno() for path in _paths(cuts)}
-        target = stack.enter_context(temporary.open("wb")).fileno()
-        write_all(target, header, 0)
-        os.truncate(target, total_bytes)
-        copier = RangeCopier(target, advance)
-        for cut, start in zip(cuts, starts, strict=True):
-            if cut.is_copied:
-                _copy(cut, model, sources[cut.source.path], copier, len(header) + start)
-            else:
-                _repack(cut, plan, model, squares, target, len(header) + start)
-                copier.wrote(len(header) + start + cut.tensor.num_bytes)
-                advance(cut.tensor.num_bytes)
+        file.write(temporary, packer, advance)
     return output
+
+
+def write_trial_slice(
+    model: GgufModel, forms: Forms, path: Path, packer: SlicePacker, advance: Advance
+) -> None:
+    """Write the file `path` as `slice_gguf` would, of `forms` that keep the target's rules.
+
+    `advance` is told bytes as they are written; what it raises goes through.
+
+    Raises:
+        DiskSpaceError: too little free space, before anything is written.
+    """
+    file = _SliceFile(model, forms, [])
+    require_free_disk(path.parent, file.total_bytes, "a plan that is measured")
+    file.write(path, packer, advance)
+
+
+def changes_types(forms: Forms, model: GgufModel) -> bool:
+    """Whether experts have to be packed anew."""
+    return not all(cut.is_copied for cut in _cuts(forms, model))
+
+
+def can_pack(quantiser: str) -> bool:
+    """Whether a GGUF's experts can be packed so, with nothing else of the text than moments."""
+    needs = get_quantiser(quantiser).needs
+    return not needs or "squares" in needs
+
+
+class _SliceFile:
+    """What a slice will hold."""
+
+    def __init__(
+        self, model: GgufModel, forms: Forms, provenance: Sequence[tuple[str, str]]
+    ) -> None:
+        self._model = model
+        self._cuts = _cuts(forms, model)
+        tensors = [cut.tensor for cut in self._cuts]
+        alignment = model.header.alignment
+        keys = _keys(model, len(_kept(forms[0])), self._cuts, provenance)
+        self._header = header_bytes(keys, tensors, alignment)
+        *self._starts, data_bytes = offsets(tensors, alignment)
+        self.total_bytes = len(self._header) + data_bytes
+
+    def write(self, path: Path, packer: SlicePacker, advance: Advance) -> None:
+        """Write it to `path`."""
+        with ExitStack() as stack:
+            sources = {
+                each: stack.enter_context(each.open("rb")).fileno() for each in _paths(self._cuts)
+            }
+            target = stack.enter_context(path.open("wb")).fileno()
+            write_all(target, self._header, 0)
+            os.truncate(target, self.total_bytes)
+            copier = RangeCopier(target, advance)
+            for cut, start in zip(self._cuts, self._starts, strict=True):
+                at = len(self._header) + start
+                if cut.is_copied:
+                    _copy(cut, self._model, sources[cut.source.path], copier, at)
+                else:
+                    _repack(cut, packer, target, at, advance)
+                    copier.wrote(at + cut.tensor.num_bytes)
 
 
 def check_slice(plan: Plan, model: GgufModel) -> None:
@@ -151,19 +183,23 @@ def check_slice(plan: Plan, model: GgufModel) -> None:
         )
 
 
-def _check_quantiser(plan: Plan, squares: InputSquares | None) -> None:
-    needs = get_quantiser(plan.quantiser).needs
-    if needs and "squares" not in needs:
+def _check_quantiser(quantiser: str, squares: InputSquares | None) -> None:
+    if not can_pack(quantiser):
         raise TargetError(
-            f"target gguf: the plan's losses were measured with the quantiser {plan.quantiser!r}, "
+            f"target gguf: the plan's losses were measured with the quantiser {quantiser!r}, "
             "which would have to run the calibration text through the GGUF again: calibrate with "
             "--quantiser imatrix or nearest, and plan again"
         )
-    if needs and squares is None:
+    if get_quantiser(quantiser).needs and squares is None:
         raise InputError(
-            f"the plan gives layers other types, packed by {plan.quantiser}, which weighs columns "
+            f"the plan gives layers other types, packed by {quantiser}, which weighs columns "
             "by the calibration's moments: give their folder with --stats"
         )
+
+
+def _kept(row: Sequence[str]) -> tuple[int, ...]:
+    """Ids of the experts that a layer keeps, ascending."""
+    return tuple(expert_id for expert_id, form in enumerate(row) if form != DROP)
 
 
 def _check_form(model: GgufModel, layer_id: int, form: str) -> None:
@@ -190,17 +226,12 @@ def _check_form(model: GgufModel, layer_id: int, form: str) -> None:
         )
 
 
-def _cuts(plan: Plan, model: GgufModel) -> list[_Cut]:
+def _cuts(forms_of_layers: Forms, model: GgufModel) -> list[_Cut]:
     """Every tensor of the source, in its order."""
     spec = model.spec
-    kept = {
-        layer_id: tuple(plan.kept(row))
-        for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True)
-    }
-    forms = {
-        layer_id: split_form(row[kept[layer_id][0]])
-        for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True)
-    }
+    rows = dict(zip(spec.moe_layer_ids, forms_of_layers, strict=True))
+    kept = {layer_id: _kept(row) for layer_id, row in rows.items()}
+    forms = {layer_id: split_form(row[kept[layer_id][0]]) for layer_id, row in rows.items()}
     idle = _first_of_groups(
         len(next(iter(kept.values()))), spec.num_experts, spec.router.num_groups
     )
@@ -231,10 +262,11 @@ def _planned_type(info: GgufTensorInfo, form: tuple[str, str, str] | None) -> st
     return form[_PARTS[match.group(2)][0]].upper()
 
 
-def _keys(plan: Plan, model: GgufModel, cuts: list[_Cut]) -> list[bytes]:
+def _keys(
+    model: GgufModel, num_kept: int, cuts: list[_Cut], provenance: Sequence[tuple[str, str]]
+) -> list[bytes]:
     """The source's keys as they are, with the new count, and where the file comes from."""
     header = model.header
-    num_kept = len(plan.kept(plan.forms[0]))
     changes = {f"{header.architecture}.expert_count": num_kept}
     file_type = _file_type(cuts)
     if file_type is not None and type(header.metadata.get("general.file_type")) is int:
@@ -248,12 +280,8 @@ def _keys(plan: Plan, model: GgufModel, cuts: list[_Cut]) -> list[bytes]:
             keys += _size_label(header.metadata[key], model.spec.num_experts, num_kept)
             continue
         keys.append(integer_key_like(raw, changes[key]) if key in changes else raw)
-    own = {
-        "version": __version__,
-        "source_fingerprint": model.fingerprint,
-        "plan_fingerprint": plan_fingerprint(plan),
-    }
-    return keys + [string_key(f"{_OWN_PREFIX}{name}", value) for name, value in own.items()]
+    own = [("version", __version__), ("source_fingerprint", model.fingerprint), *provenance]
+    return keys + [string_key(f"{_OWN_PREFIX}{name}", value) for name, value in own]
 
 
 def _size_label(label: object, num_experts: int, num_kept: int) -> list[bytes]:
@@ -301,24 +329,11 @@ def _runs(kept: tuple[int, ...]) -> Iterator[tuple[int, int]]:
             first = index
 
 
-def _repack(
-    cut: _Cut,
-    plan: Plan,
-    model: GgufModel,
-    squares: InputSquares | None,
-    target: int,
-    start: int,
-) -> None:
+def _repack(cut: _Cut, packer: SlicePacker, target: int, start: int, advance: Advance) -> None:
     """Kept experts of one tensor in another type, one at a time."""
-    info, form = cut.source, cut.tensor.type_name.lower()
-    match = EXPERT_MATRIX.fullmatch(info.name)
-    assert match is not None and cut.kept is not None
-    stride = info.num_bytes // model.spec.num_experts
-    rows, width = info.shape[1:]
+    assert cut.kept is not None
     for expert_id in cut.kept:
-        raw = read_range(info.path, info.offset + expert_id * stride, stride)
-        weights = dequantise(info.type_name, raw, rows * width).reshape(rows, width)
-        known = squares(cut.layer_id, expert_id, match.group(2) == "down") if squares else None
-        packed = pack_matrix(form, weights, quantiser=plan.quantiser, input_squares=known)
-        write_all(target, packed.reshape(-1).data, start)
+        packed = packer.packed(cut.source, expert_id, cut.tensor.type_name.lower())
+        write_all(target, packed.data, start)
         start += packed.nbytes
+        advance(packed.nbytes)

@@ -17,7 +17,7 @@ import numpy as np
 from edge_moe.errors import BudgetError
 from edge_moe.optimise import solve
 from edge_moe.problem import BoolArray, IntArray, Problem
-from edge_moe.trials import Change, TimeUp, Trials, passes
+from edge_moe.trials import Change, TimeUp, Trials
 
 CAUTIONS = (0.0, 1.0, 2.0)
 """Every move is taken to cost this many standard errors more than its mean."""
@@ -53,7 +53,8 @@ def tune_experts(problem: Problem, trials: Trials) -> None:
     """
     base, known = trials.best.choice, dict[Move, Change]()
     for number in count(1):
-        moves = sorted(possible_moves(problem, base), key=lambda move: -_stake(problem, base, move))
+        possible = possible_moves(problem, base, trials.measuring.needs_equal_counts)
+        moves = sorted(possible, key=lambda move: -_stake(problem, base, move))
         known |= _measured([move for move in moves if move not in known], base, trials)
         changes = {move: known[move] for move in moves if move in known}
         if not changes and moves:
@@ -72,12 +73,15 @@ def tune_experts(problem: Problem, trials: Trials) -> None:
         }
 
 
-def possible_moves(problem: Problem, choice: IntArray) -> Iterator[Move]:
+def possible_moves(
+    problem: Problem, choice: IntArray, keeps_counts: bool = False
+) -> Iterator[Move]:
     """Single steps from `choice` [L, E] that the rules allow, whatever they take of the budget.
 
     Under scope `expert` every expert goes to the next form up or down. Where kept experts share a
     form, one expert is dropped or comes back in its layer's form, and, under scope `layer`, all
-    kept ones of a layer go up or down. Where routers count groups, no expert comes or goes.
+    kept ones of a layer go up or down. Where routers count groups no expert comes or goes, nor
+    where experts share a form and `keeps_counts` asks for it.
     """
     for layer, row in enumerate(choice):
         kept = tuple(int(expert) for expert in np.flatnonzero(row))
@@ -85,6 +89,8 @@ def possible_moves(problem: Problem, choice: IntArray) -> Iterator[Move]:
             shared = np.logical_and.reduce(problem.allowed[layer, list(kept)])
             shared[0] = False
             yield from (Move(layer, kept, form) for form in _steps(shared, row[kept[0]]))
+        if keeps_counts and problem.scope != "expert":
+            continue
         for expert, form in enumerate(row.tolist()):
             allowed = problem.allowed[layer, expert].copy()
             if problem.scope != "expert":
@@ -125,7 +131,7 @@ def _measured(moves: Sequence[Move], base: IntArray, trials: Trials) -> dict[Mov
     """Change of the KL divergence by each move, for as many as there is time."""
     found: dict[Move, Change] = {}
     before = trials.best.token_kld
-    for part in passes({str(index): move.applied(base) for index, move in enumerate(moves)}):
+    for part in trials.passes({str(index): move.applied(base) for index, move in enumerate(moves)}):
         needed = len(part) + _RESERVE * len(CAUTIONS)
         if trials.left_seconds < needed * trials.seconds_per_plan:
             break

@@ -34,7 +34,7 @@ from edge_moe.source_model import SourceModel
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.super_experts import MINIMUM_BITS, find_super_experts
-from edge_moe.trials import Measure, OnShare
+from edge_moe.trials import Measure, Measuring, OnShare
 from edge_moe.units import format_bytes, round_up_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -42,9 +42,7 @@ MeasureForms = Callable[[Mapping[str, list[list[str]]], OnShare], Mapping[str, F
 """Forms [L][E] by name -> KL divergence of every token [N]; see `edge_moe.trials.Measure`."""
 EVIDENCE_TOKENS = 32
 """An expert that fewer calibration tokens chose has a loss that is hardly more than a guess."""
-UNSEARCHED = (
-    "planned by predicted loss alone: plans of a GGUF model are not measured on held-out text."
-)
+UNSEARCHED = "planned by predicted loss alone: it was not measured on held-out text."
 THIN_EVIDENCE_SHARE = 0.1
 """Share of experts below `EVIDENCE_TOKENS` from which a plan warns."""
 
@@ -63,6 +61,7 @@ def make_plan(
     loss_kind: LossKind | None = None,
     measure: MeasureForms | None = None,
     search_seconds: float = 0.0,
+    measuring: Measuring | None = None,
     on_share: OnShare = lambda _: None,
 ) -> Plan:
     """The form of every expert that loses least within `budget_bytes` of device memory.
@@ -70,8 +69,8 @@ def make_plan(
     `runtime` is the process's own overhead in bytes and where that number comes from. The context
     is capped to what the model was made for; it defaults to `DEFAULT_CONTEXT_TOKENS`. `loss_kind`
     defaults to `GRADIENT_LOSS` where there are `gradients`, and to `DEFAULT_LOSS` otherwise. With
-    `measure`, plans proposed in many ways are measured for up to `search_seconds`, and the best of
-    them is taken; `on_share` is told the share of the time that has passed.
+    `measure`, plans proposed in many ways are measured for up to `search_seconds`, as `measuring`
+    says, and the best of them is taken; `on_share` is told the share of the time that has passed.
 
     Raises:
         StatsError: the statistics belong to another model or lack a needed loss, or the gradients
@@ -100,7 +99,9 @@ def make_plan(
     solution, record = solve(problem), None
     if measure is not None:
         named = by_name(measure, offer.forms)
-        solution, record = search(evidence, solution, named, search_seconds, on_share)
+        solution, record = search(
+            *(evidence, solution, named, search_seconds, on_share), measuring=measuring
+        )
     rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
     forms = name_forms(solution.choice, offer.forms)
     return Plan(

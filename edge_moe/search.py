@@ -24,7 +24,7 @@ from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution,
 from edge_moe.published import Program
 from edge_moe.saliency import CRITERIA, keep_largest, saliency
 from edge_moe.stats import ExpertStats
-from edge_moe.trials import Measure, OnShare, TimeUp, Trial, Trials, surest
+from edge_moe.trials import Measure, Measuring, OnShare, TimeUp, Trial, Trials, surest
 
 Tables = Callable[[LossKind], FloatArray]
 """A kind of loss -> its table [L, E, F]."""
@@ -79,6 +79,7 @@ def search(
     seconds: float,
     on_share: OnShare = lambda _: None,
     on_round: Callable[[str, IntArray], None] = lambda name, choice: None,
+    measuring: Measuring | None = None,
 ) -> tuple[Solution, SearchRecord]:
     """(the solution that was taken, every trial). `first` is the plain program's.
 
@@ -87,6 +88,7 @@ def search(
     experts that the best plan keeps. Stops `seconds` after the first plan was measured: with that
     plan experts are packed that later ones share, which may take `seconds`, too. `on_share` is told
     the share of them that has passed, `on_round` the choice [L, E] that every round ends with.
+    `measuring` says what `measure` can do.
     Which plan takes the first one's place: see `edge_moe.trials`.
 
     Raises:
@@ -95,7 +97,7 @@ def search(
     if seconds <= 0:
         raise InputError(f"{seconds:g} seconds of search are none: use --no-search instead")
     start = time.monotonic()
-    trials = Trials(evidence.problem, measure, seconds, on_share)
+    trials = Trials(evidence.problem, measure, seconds, on_share, measuring)
     try:
         trials.add({PLAN_NAME: first.choice})
         trials.restart_clock()

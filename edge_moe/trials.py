@@ -37,6 +37,16 @@ SELECTION_RULE = (
 )
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What `Measure` can do."""
+
+    pass_plans: int = MAX_PASS_PROPOSALS
+    """So many are measured together at most."""
+    needs_equal_counts: bool = False
+    """Every layer of a plan, or a probe, must keep equally many experts."""
+
+
 class TimeUp(Exception):
     """The search's time is over; what was measured before counts."""
 
@@ -93,12 +103,14 @@ class Trials:
         measure: Measure,
         seconds: float,
         on_share: OnShare = lambda _: None,
+        measuring: Measuring | None = None,
     ) -> None:
         """`on_share` is told the share of `seconds` that has passed, within passes, too."""
         self._problem = problem
         self._measure = measure
         self._seconds = seconds
         self._on_share = on_share
+        self.measuring = measuring or Measuring()
         self.restart_clock()
         self.results: list[Trial] = []
         self._best: Trial | None = None
@@ -135,7 +147,7 @@ class Trials:
             key = _key(choice)
             if key not in tried and key not in waiting and self._may_be_taken(choice):
                 waiting[key] = name, choice
-        for part in passes(dict(waiting.values())):
+        for part in self.passes(dict(waiting.values())):
             if self.results and self.left_seconds < 0:
                 raise TimeUp
             found = [Trial(name, part[name], kld) for name, kld in self.probe(part).items()]
@@ -154,7 +166,7 @@ class Trials:
             part[name] = choice
             if self.left_seconds < 0:
                 raise TimeUp
-            if len(part) == MAX_PASS_PROPOSALS:
+            if len(part) == self.measuring.pass_plans:
                 self.add(part)
                 part = {}
         self.add(part)
@@ -176,6 +188,12 @@ class Trials:
             name: found[name] if name in new else known[_key(choice)]
             for name, choice in choices.items()
         }
+
+    def passes(self, choices: Mapping[str, IntArray]) -> Iterator[dict[str, IntArray]]:
+        """`choices`, as many at a time as are measured together."""
+        names = list(choices)
+        for start in range(0, len(names), self.measuring.pass_plans):
+            yield {name: choices[name] for name in names[start : start + self.measuring.pass_plans]}
 
     def _measured_before(self) -> dict[bytes, FloatArray]:
         return {_key(trial.choice): trial.token_kld for trial in self.results}
@@ -200,10 +218,3 @@ class Trials:
 
 def _key(choice: IntArray) -> bytes:
     return choice.astype(np.int16).tobytes()
-
-
-def passes(choices: Mapping[str, IntArray]) -> Iterator[dict[str, IntArray]]:
-    """`choices`, as many at a time as are measured together."""
-    names = list(choices)
-    for start in range(0, len(names), MAX_PASS_PROPOSALS):
-        yield {name: choices[name] for name in names[start : start + MAX_PASS_PROPOSALS]}

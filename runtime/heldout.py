@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_moe.errors import InputError
 from edge_moe.package import PLAN_NAME
-from edge_moe.plan import Plan
+from edge_moe.plan import Plan, SearchRecord
 from edge_moe.tasks import load_task_texts, task_argument, task_label, token_windows
 
 WINDOW_TOKENS = 256
@@ -79,6 +79,15 @@ def part_of_heldout(
         limit = len(half) if max_windows is None else max(1, max_windows // len(tasks))
         found += _spread(half, limit)
     return found
+
+
+def described_search(
+    record: SearchRecord, windows: Sequence[Sequence[int]], tasks: Sequence[str]
+) -> SearchRecord:
+    """`record` with the text that it measured on: `windows` of `search_windows`."""
+    text = f"{sum(map(len, windows))} tokens of held-out {', '.join(tasks)}, odd windows only"
+    known = [task_argument(task) for task in tasks]
+    return record.model_copy(update={"text": text, "tasks": known})
 
 
 def text_to_score(

@@ -81,6 +81,9 @@ def test_where_a_layer_shares_a_form_its_kept_experts_move_together() -> None:
         (0, (3,), 2),
         (1, (3,), 1),
     }
+    of, choice = problem(2, scope="layer"), np.array([[2, 2, 2, 0], [1, 1, 1, 0]])
+    equal = {(move.layer, move.experts, move.form) for move in possible_moves(of, choice, True)}
+    assert equal == {*((0, (0, 1, 2), form) for form in (1, 3)), (1, (0, 1, 2), 2)}
     whole = moves(problem(2, scope="model"), [2, 2, 2, 0], [2, 2, 2, 0])
     assert {form for _, _, form in whole} == {0, 2}
 

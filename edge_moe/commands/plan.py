@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,12 +21,18 @@ from edge_moe.commands.options import (
     stderr,
     stdout,
 )
+from edge_moe.errors import BudgetError, DiskSpaceError, MissingExtraError, StatsError
 from edge_moe.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
+    from edge_moe.checkpoint import Checkpoint
+    from edge_moe.converters.gguf_measure import GgufPlanMeasure
+    from edge_moe.converters.plan_measure import PlanMeasure
+    from edge_moe.gguf_model import GgufModel
     from edge_moe.plan import Target
     from edge_moe.spec import ModelSpec
     from edge_moe.stats import StatsInfo
+    from edge_moe.trials import Measuring
 
 
 def plan_command(
@@ -87,7 +93,6 @@ def plan_command(
     """
     from edge_moe.budget import PROCESS_TARGETS
     from edge_moe.candidates import check_target
-    from edge_moe.checkpoint import Checkpoint
     from edge_moe.files import require_file_output
     from edge_moe.gradient_stats import load_gradients
     from edge_moe.hub import is_hub_id, resolve_model
@@ -105,22 +110,13 @@ def plan_command(
     check_target(source.spec, planned := _planned_target(target, source.spec))
     is_measured = planned in PROCESS_TARGETS
     runtime = runtime_overhead(source.spec.model_type, device.value) if is_measured else None
-    searches = search and isinstance(source, Checkpoint)
-    tasks = task or _known_tasks(found_stats.info) if searches else []
-    if searches and not tasks:
-        stderr().print(
-            "not searching: the text of the statistics is not where it was; name the text to "
-            "measure plans on with --task, or say --no-search"
-        )
-    measure = None
-    if tasks and isinstance(source, Checkpoint):
-        from edge_moe.converters.calibration_memory import state_and_require_memory
-        from edge_moe.converters.plan_measure import PlanMeasure
-        from edge_moe.converters.search_memory import NO_SEARCH
-
-        measure = PlanMeasure(source, found_stats.info, tasks)
-        state_and_require_memory("measuring plans", measure.memory_terms(), NO_SEARCH)
-    with _search_bar(shown=measure is not None) as on_share:
+    with ExitStack() as stack:
+        measure, measuring = None, None
+        if search:
+            tasks = task or _known_tasks(found_stats.info)
+            opened = _open_measure(source, stats, found_stats.info, tasks, output, stack)
+            measure, measuring = opened if opened is not None else (None, None)
+        on_share = stack.enter_context(_search_bar(shown=measure is not None))
         plan = make_plan(
             source,
             found_stats,
@@ -132,6 +128,7 @@ def plan_command(
             runtime=runtime or (0, "assumed"),
             gradients=gradients,
             measure=measure,
+            measuring=measuring,
             search_seconds=search_seconds,
             on_share=on_share,
         )
@@ -144,6 +141,70 @@ def plan_command(
         print(summarise_plan(plan, output).model_dump_json(indent=1))
         return
     print_plan(plan, output, stdout(), stats)
+
+
+def _open_measure(
+    source: Checkpoint | GgufModel,
+    stats: Path,
+    info: StatsInfo,
+    tasks: list[str],
+    output: Path,
+    stack: ExitStack,
+) -> tuple[PlanMeasure | GgufPlanMeasure, Measuring] | None:
+    """What measures plans on `tasks`, and what it can do; None, said aloud, where nothing can."""
+    from edge_moe.gguf_model import GgufModel
+
+    if not tasks:
+        stderr().print(
+            "not searching: the text of the statistics is not where it was; name the text to "
+            "measure plans on with --task, or say --no-search"
+        )
+        return None
+    from edge_moe.converters.calibration_memory import state_and_require_memory
+    from edge_moe.converters.search_memory import NO_SEARCH
+
+    if not isinstance(source, GgufModel):
+        from edge_moe.converters.plan_measure import PlanMeasure
+        from edge_moe.trials import Measuring
+
+        measure = PlanMeasure(source, info, tasks)
+        state_and_require_memory("measuring plans", measure.memory_terms(), NO_SEARCH)
+        return measure, Measuring()
+    try:
+        return _open_gguf_measure(source, stats, info, tasks, output, stack)
+    except (BudgetError, DiskSpaceError, MissingExtraError, StatsError) as error:
+        stderr().print(f"not searching: {error}", markup=False)
+        return None
+
+
+def _open_gguf_measure(
+    source: GgufModel,
+    stats: Path,
+    info: StatsInfo,
+    tasks: list[str],
+    output: Path,
+    stack: ExitStack,
+) -> tuple[GgufPlanMeasure, Measuring]:
+    """As `_open_measure`; plans are written beside `output` while they are measured."""
+    from tempfile import TemporaryDirectory
+
+    from edge_moe.converters.calibration_memory import state_and_require_memory
+    from edge_moe.converters.expert_squares import squares_in
+    from edge_moe.converters.gguf_measure import MEASURING, GgufPlanMeasure, check_packable
+    from edge_moe.converters.search_memory import NO_SEARCH
+    from edge_moe.formats.quantise import get_quantiser
+
+    check_packable(info)
+    folder = output.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output.stem}-search-"
+    work = Path(stack.enter_context(TemporaryDirectory(prefix=prefix, dir=folder)))
+    squares = squares_in(stats, source.spec) if get_quantiser(info.quantiser).needs else None
+    if squares is not None:
+        squares(source.spec.moe_layer_ids[0], 0, is_down=False)  # missing moments are known now
+    measure = GgufPlanMeasure(source, info, tasks, work, squares)
+    state_and_require_memory("measuring plans", measure.memory_terms(), NO_SEARCH)
+    return measure, MEASURING
 
 
 def _planned_target(asked: TargetName | None, spec: ModelSpec) -> Target:

@@ -1,0 +1,183 @@
+"""Plans of a GGUF file measured on held-out text: each as the file that `build` writes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_tiny_checkpoint
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+from float32_gguf import float32_gguf  # noqa: E402
+from gguf_files import requantised  # noqa: E402
+from hand_plan import hand_plan  # noqa: E402
+from llama_worker import ask_llama  # noqa: E402
+
+from edge_moe import metrics  # noqa: E402
+from edge_moe.cli import run as run_command  # noqa: E402
+from edge_moe.converters import calibration_memory, gguf_measure  # noqa: E402
+from edge_moe.converters.build import GGUF_NAME, build  # noqa: E402
+from edge_moe.converters.calibrate_gguf import calibrate_gguf  # noqa: E402
+from edge_moe.converters.expert_squares import squares_in  # noqa: E402
+from edge_moe.converters.gguf_measure import GgufPlanMeasure  # noqa: E402
+from edge_moe.converters.slice_gguf import slice_gguf  # noqa: E402
+from edge_moe.formats import DROP  # noqa: E402
+from edge_moe.gguf_model import GgufModel  # noqa: E402
+from edge_moe.moments import moments_path  # noqa: E402
+from edge_moe.plan import Plan  # noqa: E402
+from edge_moe.planner import UNSEARCHED  # noqa: E402
+from edge_moe.runtime.gguf_logits import gguf_tokenizer  # noqa: E402
+from edge_moe.runtime.heldout import search_windows  # noqa: E402
+from edge_moe.stats import ExpertStats  # noqa: E402
+from edge_moe.trials import TimeUp  # noqa: E402
+
+Ready = tuple[GgufModel, Path, str]
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    """A model with Q8_0 experts, its statistics packed by imatrix, and the text."""
+    folder = tmp_path_factory.mktemp("measured")
+    task = folder / "task.txt"
+    task.write_text(" ".join(f"word{index % 37} is {index}" for index in range(400)))
+    checkpoint = make_tiny_checkpoint(folder / "source", "qwen3_moe", dtype="float32", width=256)
+    whole = float32_gguf(checkpoint, folder / "f32.gguf")
+    model = GgufModel(requantised(whole, folder / "model.gguf", {"_exps": "Q8_0"}))
+    options: dict[str, Any] = {"window_tokens": 64, "max_windows": 4, "forms": ("q2_k", "q4_k")}
+    calibrate_gguf(model.path, [str(task)], folder / "stats", **options)
+    return model, folder / "stats", str(task)
+
+
+def opened(ready: Ready, work: Path) -> GgufPlanMeasure:
+    model, stats, task = ready
+    work.mkdir()
+    info = ExpertStats.load(stats).info
+    return GgufPlanMeasure(model, info, [task], work, squares_in(stats, model.spec))
+
+
+def forms_of(model: GgufModel, *rows: tuple[str, Sequence[int]]) -> list[list[str]]:
+    """[L][E] `(form, kept experts)` per layer."""
+    count = model.spec.num_experts
+    return [[form if expert in kept else DROP for expert in range(count)] for form, kept in rows]
+
+
+def test_a_measured_plan_is_the_built_one(ready: Ready, tmp_path: Path) -> None:
+    model, stats, task = ready
+    every = tuple(range(model.spec.num_experts))
+    plans = {
+        "whole": forms_of(model, ("q8_0", every), ("q8_0", every)),
+        "dropped": forms_of(model, ("q8_0", (0, 1, 3, 5)), ("q8_0", (1, 2, 6, 7))),
+        "smaller": forms_of(model, ("q2_k", every), ("q4_k", every)),
+    }
+    measure, shares = opened(ready, tmp_path / "work"), list[float]()
+    found = measure(plans, shares.append)
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert not (tmp_path / "work" / "trial.gguf").exists()
+    assert not found["whole"].any()
+    with gguf_tokenizer(model.path) as tokenizer:
+        windows = search_windows([task], tokenizer, model.active_parameters)
+    window = windows[0][:128]
+    reference = ask_llama(model.path, tmp_path, window).logits
+    squares = squares_in(stats, model.spec)
+    for name in ("dropped", "smaller"):
+        plan = hand_plan(model, plans[name], "gguf")
+        plan.calibration = ExpertStats.load(stats).info.options
+        assert plan.quantiser == "imatrix"
+        path = slice_gguf(plan, model, tmp_path / f"{name}.gguf", squares)
+        logits = ask_llama(path, tmp_path, window).logits
+        wanted = metrics.compare_tokens(logits, reference, window).kld
+        np.testing.assert_allclose(found[name][: len(wanted)], wanted, rtol=1e-3, atol=1e-7)
+        assert len(found[name]) == sum(len(each) - 1 for each in windows)
+        assert found[name].mean() > 1e-4
+    again = measure({"again": plans["smaller"]}, shares.append)["again"]
+    np.testing.assert_array_equal(again, found["smaller"])  # from experts that are packed already
+
+
+def test_a_plan_without_time_leaves_nothing(ready: Ready, tmp_path: Path) -> None:
+    model = ready[0]
+    measure = opened(ready, tmp_path / "work")
+    plan = forms_of(model, *[("q2_k", range(model.spec.num_experts))] * 2)
+
+    def stop(share: float) -> None:
+        if share > 0:
+            raise TimeUp
+
+    with pytest.raises(TimeUp):
+        measure({"plan": plan}, stop)
+    assert not list((tmp_path / "work").glob("*.gguf"))
+
+
+def planned(
+    ready: Ready, output: Path, capsys: pytest.CaptureFixture[str], *options: str
+) -> tuple[Plan, str]:
+    model, stats, task = ready
+    experts = sum(
+        model.expert_bytes(layer) * model.spec.num_experts for layer in model.spec.moe_layer_ids
+    )
+    command = ["plan", str(model.path), "--stats", str(stats), "--ctx", "256", "-o", str(output)]
+    fixed = 10**9
+    assert run_command([*command, "--budget", f"{fixed}B", "--no-search"]) == 0
+    whole = Plan.load(output).total_bytes
+    budget = whole - experts + int(0.4 * experts)
+    arguments = [*command, "--budget", f"{budget}B", "--task", task, *options]
+    output.unlink()
+    capsys.readouterr()
+    assert run_command(arguments) == 0
+    return Plan.load(output), " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_searches(
+    ready: Ready, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = planned(ready, tmp_path / "plan.json", capsys, "--search-seconds", "8")
+    assert plan.search is not None and UNSEARCHED not in plan.warnings
+    assert plan.search.tasks == [ready[2]] and "odd windows only" in plan.search.text
+    trials = {trial.name: trial.kld for trial in plan.search.trials}
+    assert len(trials) > 5 and plan.search.chosen in trials
+    assert trials[plan.search.chosen] <= trials["default loss"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]  # nothing of the trials is left
+    path = build(plan, tmp_path / "out", stats=ready[1]) / GGUF_NAME
+    kept = {sum(form != DROP for form in row) for row in plan.forms}
+    assert kept == {GgufModel(path).spec.num_experts}
+
+
+@pytest.mark.parametrize("reason", ["memory", "disk", "moments", "text"])
+def test_what_keeps_plans_from_being_measured_is_said(
+    reason: str,
+    ready: Ready,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stats = ready[1]
+    wanted = {
+        "memory": "not searching: .* use --no-search",
+        "disk": "not searching: .*measuring plans needs",
+        "moments": "not searching: .*layer_0000",
+        "text": "packs by the calibration text",
+    }[reason]
+    if reason == "memory":
+        monkeypatch.setattr(calibration_memory, "available_memory_bytes", lambda: 10**6)
+    elif reason == "disk":
+        monkeypatch.setattr("shutil.disk_usage", lambda _: _Full())
+    elif reason == "moments":
+        hidden = moments_path(stats, 0).rename(tmp_path / "hidden")
+    else:
+        monkeypatch.setattr(gguf_measure, "can_pack", lambda quantiser: False)
+    try:
+        plan, printed = planned(ready, tmp_path / "plan.json", capsys)
+    finally:
+        if reason == "moments":
+            hidden.rename(moments_path(stats, 0))
+    assert re.search(wanted, printed), printed
+    assert plan.search is None and UNSEARCHED in plan.warnings
+
+
+class _Full:
+    total, used, free = 10**9, 10**9, 10
