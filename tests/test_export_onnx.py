@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import fused_copy, hand_plan, random_forms, tree, uniform_forms
 from peak_memory import deep_checkpoint, measure_peak, needs_proc
+from test_families import COMPOSITE_CONFIGS
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -42,7 +45,9 @@ from edge_moe.converters.build import build  # noqa: E402
 from edge_moe.converters.onnx import data_files, graph  # noqa: E402
 from edge_moe.converters.onnx.routing import Routing, group_columns  # noqa: E402
 from edge_moe.errors import DiskSpaceError, TargetError  # noqa: E402
+from edge_moe.families import COMPOSITES  # noqa: E402
 from edge_moe.formats import form_fits  # noqa: E402
+from edge_moe.minimal_model import minimal_config  # noqa: E402
 from edge_moe.onnx_folder import MODEL_NAME, STANDARD_NAME, OnnxOptions  # noqa: E402
 from edge_moe.plan import Plan  # noqa: E402
 
@@ -140,6 +145,78 @@ def test_widths_mix_in_recurrent_families(
     folder = tiny_checkpoint(family)
     forms = random_forms(Checkpoint(folder), ("f32", "drop", "int4_b32", "int8_row"))
     check_logits(folder, forms, tmp_path / "out", exact_error(family))
+
+
+RECURRENT_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense layers, biases, no latent": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["mamba", "mlp", "attention", "moe", "mamba"],
+            "moe_latent_size": None,
+            "use_conv_bias": False,
+            "use_bias": True,
+            "mlp_bias": True,
+            "ssm_state_size": 128,  # a state of 128 x 64 takes other loops of the kernel
+            "mamba_head_dim": 64,
+        },
+    ),
+    "a plain router": (
+        "lfm2_moe",
+        {
+            "conv_bias": True,
+            "use_expert_bias": False,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "a dense layer and wide states": (
+        "qwen3_next",
+        {
+            "mlp_only_layers": [1],
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "attention_bias": True,
+        },
+    ),
+    "as many key heads as value heads": (
+        "qwen3_5_moe_text",
+        {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT_VARIANTS)
+def test_variants_of_recurrent_families(name: str, tmp_path: Path) -> None:
+    family, changes = RECURRENT_VARIANTS[name]
+    folder = make_tiny_checkpoint(tmp_path / "source", family, **changes)
+    forms = uniform_forms(Checkpoint(folder), 6, "f32")
+    check_logits(folder, forms, tmp_path / "out", exact_error(family))
+
+
+@pytest.mark.parametrize("family", sorted(set(COMPOSITES) - {"gemma4"}))
+def test_the_language_model_of_a_larger_one(
+    family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    inner = minimal_config(COMPOSITES[family])
+    config = AutoConfig.for_model(family, text_config=inner, **COMPOSITE_CONFIGS[family])
+    torch.manual_seed(0)
+    model: Any = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.1)
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    for path in tiny_checkpoint(COMPOSITES[family]).glob("tokenizer*"):
+        shutil.copy(path, source)
+    spec = Checkpoint(source).spec
+    export(source, [["f32"] * spec.num_experts] * spec.num_moe_layers, tmp_path / "out", EXACT)
+    genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert genai["model"]["eos_token_id"] == inner["eos_token_id"]
+    tokens, found = decode(tmp_path / "out" / MODEL_NAME)
+    error = relative_error(found, reference_logits(model.eval(), tokens))
+    assert error < exact_error(spec.model_type)
 
 
 def test_experts_without_a_gate_are_billed_as_they_are_stored(

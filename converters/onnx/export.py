@@ -18,7 +18,7 @@ from typing import Any
 
 from edge_moe.candidates import check_target
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.config_reader import read_config
+from edge_moe.config_reader import read_config, text_config
 from edge_moe.converters.model_card import model_card, size_rows
 from edge_moe.converters.onnx.data_files import DenseFile, ExpertFile
 from edge_moe.converters.onnx.decoder import Decoder
@@ -90,6 +90,7 @@ def export_onnx(
             temporary.write_bytes(data)
     write_checksums(work.path, [dense.name, *(file.name for file in experts.values()), *protobufs])
     plain = read_config(checkpoint.folder / CONFIG_NAME)
+    plain |= text_config(plain)
     text = genai_config(checkpoint, decoder.heads, decoder.states, plain, MODEL_NAME)
     write_text(work.path / GENAI_CONFIG_NAME, text)
     sizes = size_rows(checkpoint, dense.num_bytes, total_bytes - dense.num_bytes)
