@@ -19,6 +19,7 @@ from edge_moe.converters.build import build
 from edge_moe.formats import expert_bytes
 from edge_moe.measurement import RunMeasurement
 from edge_moe.overhead import runtime_overhead, tokenizer_bytes
+from edge_moe.plan import Source
 
 pytestmark = pytest.mark.slow
 NO_CGROUP = missing_reason()
@@ -137,7 +138,7 @@ def test_onnxruntime_keeps_to_the_bill(form: str, large: Path, tmp_path: Path) -
     pytest.importorskip("onnxruntime")
     checkpoint = Checkpoint(large)
     plan = hand_plan(checkpoint, [[form] * 32] * 6, "onnx")
-    process = tokenizer_bytes(large), "assumed"
+    process: tuple[int, Source] = tokenizer_bytes(large), "assumed"
     terms = Setting(checkpoint, "onnx", "cpu", 512, process).bill(plan.forms)
     plan = plan.model_copy(update={"terms": terms, "context_tokens": 512})
     build(plan, tmp_path / "out")

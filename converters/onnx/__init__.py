@@ -17,8 +17,8 @@ names.
     layouts.py      what families call the parts of a layer
     weights.py      dense tensors of the checkpoint, and which of them were used
     states.py       what a layer keeps from one run to the next
+    mixer.py        what looks back in a layer: attention.py, recurrent.py
     recurrences.py  causal convolution and linear attention
-    recurrent.py    the layers made of them
     rope.py         rotary tables
     routing.py      the router's weights from standard operations
     experts.py      MoE and QMoE nodes, one per width

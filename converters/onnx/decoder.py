@@ -6,13 +6,13 @@ experts. A checkpoint whose dense tensors are not all used is refused, so that n
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.onnx.attention import attention, read_heads
 from edge_moe.converters.onnx.data_files import (
     DenseFile,
     ExpertFile,
@@ -22,29 +22,23 @@ from edge_moe.converters.onnx.data_files import (
 from edge_moe.converters.onnx.experts import ExpertLayer, contrib_experts
 from edge_moe.converters.onnx.graph import MICROSOFT, Graph
 from edge_moe.converters.onnx.layouts import layout_of
+from edge_moe.converters.onnx.mixer import Mixer
 from edge_moe.converters.onnx.operations import (
     ContribOperations,
-    Heads,
     Operations,
     StandardOperations,
 )
 from edge_moe.converters.onnx.recurrent import recurrent_layer
-from edge_moe.converters.onnx.rope import NO_ROTARY, Rotary, read_rotary
+from edge_moe.converters.onnx.rope import Rotary
 from edge_moe.converters.onnx.routing import Routing
 from edge_moe.converters.onnx.standard import standard_experts
 from edge_moe.converters.onnx.states import (
     State,
     declare_inputs,
     declare_outputs,
-    keys_and_values,
 )
 from edge_moe.converters.onnx.weights import Weights
-from edge_moe.errors import TargetError
 from edge_moe.plan import Plan
-from edge_moe.spec import ModelSpec
-
-_HEAD_UNIT = 16
-_LATENT_EPSILON = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps says
 
 
 @dataclass
@@ -62,46 +56,24 @@ class Decoder:
 
     def __post_init__(self) -> None:
         spec = self.checkpoint.spec
-        is_latent = spec.expanded_kv_width > 0
         self._kept = {
             layer_id: self.plan.kept(row)
             for layer_id, row in zip(self.plan.moe_layer_ids, self.plan.forms, strict=True)
         }
-        self._weights = Weights(self.checkpoint, self.dense)
         self._layout = layout_of(spec.model_type)
-        self._epsilon = getattr(self.config, self._layout.epsilon_key)
-        width = spec.query_width // spec.num_attention_heads
-        rotated = self.config.qk_rope_head_dim if is_latent else width
-        self._rotary = read_rotary(self.config, rotated) if self._layout.is_rotary else NO_ROTARY
-        check_config(spec, self.config, self._rotary.width)
-        self.heads = Heads(
-            num_query=spec.num_attention_heads,
-            num_kv=spec.num_kv_heads,
-            width=width,
-            rotary_width=self._rotary.width,
-            is_interleaved=is_latent and getattr(self.config, "rope_interleave", True),
-            scale=_scale(self.config, width),
-        )
+        epsilon = getattr(self.config, self._layout.epsilon_key)
+        self._weights = Weights(self.checkpoint, self.dense, epsilon, self._layout.adds_one)
+        self.heads, self._rotary = read_heads(spec, self.config, self._layout)
         self._prefixes = [
             spec.layer_prefix(layer).removesuffix(".") for layer in range(spec.num_layers)
         ]
-        tensors = self.checkpoint.tensors
-        self._recurrent = {
-            layer: found
-            for layer, prefix in enumerate(self._prefixes)
-            if (found := recurrent_layer(tensors, self.config, layer, prefix)) is not None
-        }
+        mixers = [self._mixer(layer_id) for layer_id in range(spec.num_layers)]
+        self._mixers = {mixer.layer: mixer for mixer in mixers if mixer is not None}
 
     @property
     def states(self) -> list[State]:
         """What the layers keep from one run to the next."""
-        found: list[State] = []
-        for layer_id in range(self.checkpoint.spec.num_layers):
-            if layer_id in self._recurrent:
-                found += self._recurrent[layer_id].states
-            elif self._attends(layer_id):
-                found += keys_and_values(layer_id, self.heads.num_kv, self.heads.width)
-        return found
+        return [state for mixer in self._mixers.values() for state in mixer.states]
 
     def graph(self, *, is_standard: bool) -> Graph:
         """The whole decoder; every weight has its place in the files afterwards.
@@ -122,7 +94,8 @@ class Decoder:
         stream = graph.op("Gather", [graph.weight(embedding), "input_ids"])
         for layer_id in range(spec.num_layers):
             stream = self._layer(operations, layer_id, stream)
-        stream = self._norm(operations, stream, spec.final_norm_name.removesuffix(".weight"))
+        final_norm = spec.final_norm_name.removesuffix(".weight")
+        stream = self._weights.norm(operations, final_norm, stream)
         if not is_standard:
             graph.op("Identity", [stream], name="hidden_states")
             stream = graph.op("Gather", [stream, graph.constant([-1])], axis=1)  # [b, 1, H]
@@ -145,134 +118,35 @@ class Decoder:
         is_tied = spec.tie_word_embeddings
         return self._weights.tensor(spec.embedding_name if is_tied else "lm_head.weight")
 
+    def _mixer(self, layer_id: int) -> Mixer | None:
+        """None where the layer does not look back."""
+        prefix, tensors = self._prefixes[layer_id], self._weights.tensors
+        recurrent = recurrent_layer(tensors, self.config, layer_id, prefix)
+        if recurrent is not None:
+            return recurrent
+        spec = self.checkpoint.spec
+        found = attention(spec, self.config, self.heads, self._layout, layer_id, prefix)
+        return found if found.is_in(self._weights) else None
+
     def _layer(self, operations: Operations, layer_id: int, stream: str) -> str:
         """A block that looks back and one that does not, or a single one of them."""
         op, norms = operations.graph.op, self.checkpoint.spec.family.layer_norms
-        blocks = [self._looking_back, self._feed_forward]
+        blocks = [self._look_back, self._feed_forward]
         if len(norms) == 1:
-            blocks = blocks[:1] if self._looks_back(layer_id) else blocks[1:]
+            blocks = blocks[:1] if layer_id in self._mixers else blocks[1:]
         for norm, block in zip(norms, blocks, strict=True):
-            inputs = self._norm(operations, stream, f"{self._prefixes[layer_id]}.{norm}")
+            module = f"{self._prefixes[layer_id]}.{norm}"
+            inputs = self._weights.norm(operations, module, stream)
             stream = op("Add", [stream, block(operations, layer_id, inputs)])
         return stream
 
-    def _looks_back(self, layer_id: int) -> bool:
-        return layer_id in self._recurrent or self._attends(layer_id)
-
-    def _attends(self, layer_id: int) -> bool:
-        layout = self._layout
-        output = f"{self._prefixes[layer_id]}.{layout.attention}.{layout.attention_output}.weight"
-        return output in self.checkpoint.tensors
-
-    def _looking_back(self, operations: Operations, layer_id: int, inputs: str) -> str:
-        if layer_id in self._recurrent:
-            return self._recurrent[layer_id].mix(operations, self._weights, inputs)
-        is_latent = self.checkpoint.spec.expanded_kv_width > 0
-        attend = self._latent_attention if is_latent else self._attention
-        prefix = f"{self._prefixes[layer_id]}.{self._layout.attention}"
-        return attend(operations, layer_id, prefix, inputs)
+    def _look_back(self, operations: Operations, layer_id: int, inputs: str) -> str:
+        return self._mixers[layer_id].mix(operations, self._weights, inputs)
 
     def _feed_forward(self, operations: Operations, layer_id: int, inputs: str) -> str:
         if layer_id in self._kept:
             return self._mixture(operations, layer_id, inputs)
         return self._mlp(operations, f"{self._prefixes[layer_id]}.{self._layout.mlp}", inputs)
-
-    def _norm(self, operations: Operations, value: str, module: str) -> str:
-        weight = self._weights.norm(module, adds_one=self._layout.adds_one)
-        return operations.rms_norm(value, weight, self._epsilon)
-
-    def _attention(self, operations: Operations, layer_id: int, prefix: str, inputs: str) -> str:
-        """Query, key and value projections, with the norms that the checkpoint has."""
-        layout, op = self._layout, operations.graph.op
-        names = dict(zip("qk", layout.attention_norms, strict=True))
-        parts, gate = [], ""
-        for name, count in (("q", self.heads.num_query), ("k", self.heads.num_kv), ("v", 0)):
-            value = self._weights.linear(operations, f"{prefix}.{name}_proj", inputs)
-            if name == "q" and layout.has_gated_attention:
-                value, gate = self._without_gate(operations, value)
-            norm = f"{prefix}.{names.get(name)}"
-            if f"{norm}.weight" in self.checkpoint.tensors:
-                value = self._query_norm(operations, value, norm, count)
-            parts.append(self._clipped(operations, value))
-        query, key, value = parts
-        mixed = operations.attention(query, key, value, layer_id, self.heads)
-        if gate:
-            mixed = op("Mul", [mixed, op("Sigmoid", [gate])])
-        return self._weights.linear(operations, f"{prefix}.{layout.attention_output}", mixed)
-
-    def _without_gate(self, operations: Operations, value: str) -> tuple[str, str]:
-        """Queries and the gates of what attention gives, which every head has side by side."""
-        count, width = self.heads.num_query, self.heads.width
-        pairs = operations.reshape(value, 0, 0, count, 2 * width)
-        query, gate = (
-            operations.reshape(part, 0, 0, count * width)
-            for part in operations.split(pairs, (width, width))
-        )
-        return query, gate
-
-    def _query_norm(self, operations: Operations, value: str, name: str, count: int) -> str:
-        """One norm for every head, or one over all of them: the width of its weight tells."""
-        if self.checkpoint.tensors[f"{name}.weight"].shape[0] != self.heads.width:
-            return self._norm(operations, value, name)
-        by_head = operations.reshape(value, 0, 0, count, self.heads.width)
-        normed = self._norm(operations, by_head, name)
-        return operations.reshape(normed, 0, 0, count * self.heads.width)
-
-    def _clipped(self, operations: Operations, value: str) -> str:
-        """OLMoE may limit queries, keys and values."""
-        limit = getattr(self.config, "clip_qkv", None)
-        if limit is None:
-            return value
-        constant = operations.graph.constant
-        low, high = constant(-limit, np.float32), constant(limit, np.float32)
-        return operations.graph.op("Clip", [value, low, high])
-
-    def _latent_attention(
-        self, operations: Operations, layer_id: int, prefix: str, inputs: str
-    ) -> str:
-        """DeepSeek's attention as an ordinary one, its cache expanded (arXiv:2412.19437, 2.1.1).
-
-        Heads are turned into [rotary part | rest]; values are as wide as keys, padded with zeros.
-        """
-        config, op, constant = self.config, operations.graph.op, operations.graph.constant
-        count, width, rotary = self.heads.num_query, self.heads.width, self.heads.rotary_width
-        plain, value_width = width - rotary, config.v_head_dim
-        query = self._latent_query(operations, prefix, inputs)
-        rest, turned = operations.split(
-            operations.reshape(query, 0, 0, count, width), (plain, rotary)
-        )
-        query = op("Concat", [turned, rest], axis=-1)
-        latent = self._weights.linear(operations, f"{prefix}.kv_a_proj_with_mqa", inputs)
-        latent, turned = operations.split(latent, (config.kv_lora_rank, rotary))
-        norm = self._weights.weight(f"{prefix}.kv_a_layernorm")
-        latent = operations.rms_norm(latent, norm, _LATENT_EPSILON)
-        expanded = self._weights.linear(operations, f"{prefix}.kv_b_proj", latent)
-        expanded = operations.reshape(expanded, 0, 0, count, plain + value_width)
-        rest, value = operations.split(expanded, (plain, value_width))
-        turned = op(
-            "Tile",
-            [operations.reshape(turned, 0, 0, 1, rotary), constant([1, 1, count, 1])],
-        )
-        key = op("Concat", [turned, rest], axis=-1)
-        padding = constant([0, 0, 0, 0, 0, 0, 0, width - value_width])
-        value = op("Pad", [value, padding, constant(0.0, np.float32)])
-        query, key, value = (
-            operations.reshape(part, 0, 0, count * width) for part in (query, key, value)
-        )
-        mixed = operations.attention(query, key, value, layer_id, self.heads)
-        mixed, _ = operations.split(
-            operations.reshape(mixed, 0, 0, count, width), (value_width, width - value_width)
-        )
-        mixed = operations.reshape(mixed, 0, 0, count * value_width)
-        return self._weights.linear(operations, f"{prefix}.o_proj", mixed)
-
-    def _latent_query(self, operations: Operations, prefix: str, inputs: str) -> str:
-        if f"{prefix}.q_proj.weight" in self.checkpoint.tensors:
-            return self._weights.linear(operations, f"{prefix}.q_proj", inputs)
-        latent = self._weights.linear(operations, f"{prefix}.q_a_proj", inputs)
-        norm = self._weights.weight(f"{prefix}.q_a_layernorm")
-        latent = operations.rms_norm(latent, norm, _LATENT_EPSILON)
-        return self._weights.linear(operations, f"{prefix}.q_b_proj", latent)
 
     def _mixture(self, operations: Operations, layer_id: int, inputs: str) -> str:
         """Routed experts, and the shared one where there is one."""
@@ -337,36 +211,3 @@ class Decoder:
             graph.output("logits", "FLOAT", ["batch", 1, spec.vocab_size])
             graph.output("hidden_states", "FLOAT", ["batch", "new_tokens", spec.hidden_size])
         declare_outputs(graph, self.states)
-
-
-def check_config(spec: ModelSpec, config: Any, rotary_width: int) -> None:
-    """Refuse what the graph cannot compute.
-
-    Raises:
-        TargetError: attention to a window of the text, or heads of an odd width.
-    """
-    width = spec.query_width // spec.num_attention_heads
-    if width % _HEAD_UNIT or rotary_width % _HEAD_UNIT:
-        raise TargetError(
-            f"target onnx: heads are {width} wide and {rotary_width} of it rotates, onnxruntime's "
-            f"attention needs multiples of {_HEAD_UNIT}: use --target native"
-        )
-    window = getattr(config, "sliding_window", None)
-    is_used = getattr(config, "use_sliding_window", True)
-    if window and is_used and window < spec.max_position_embeddings:
-        raise TargetError(
-            f"target onnx: the checkpoint attends to a window of {window} of its "
-            f"{spec.max_position_embeddings} tokens, which the graph does not do: use --target "
-            "native"
-        )
-
-
-def _scale(config: Any, width: int) -> float:
-    """1 / sqrt(width); YaRN with mscale_all_dim raises it (arXiv:2309.00071, section 3.4)."""
-    scale, parameters = float(width**-0.5), getattr(config, "rope_parameters", None) or {}
-    all_dim = parameters.get("mscale_all_dim", 0)
-    if parameters.get("rope_type", "default") == "default" or not all_dim:
-        return scale
-    factor = parameters["factor"]
-    stretch = 0.1 * all_dim * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return scale * stretch * stretch

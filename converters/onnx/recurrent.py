@@ -5,12 +5,12 @@ Which kind a layer is, its tensors tell. Letters in shapes as in `operations`.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Container
 from typing import Any
 
 import numpy as np
 
+from edge_moe.converters.onnx.mixer import Mixer
 from edge_moe.converters.onnx.operations import Operations
 from edge_moe.converters.onnx.recurrences import (
     LinearHeads,
@@ -27,25 +27,7 @@ from edge_moe.errors import TargetError
 _L2_EPSILON = 1e-6  # of the norms of queries and keys, whatever rms_norm_eps says
 
 
-class RecurrentLayer(ABC):
-    """One such layer: its tensors start with `prefix`."""
-
-    def __init__(self, config: Any, layer: int, prefix: str) -> None:
-        self.config = config
-        self.layer = layer
-        self.prefix = prefix
-
-    @property
-    @abstractmethod
-    def states(self) -> tuple[State, ...]:
-        """What it keeps."""
-
-    @abstractmethod
-    def mix(self, operations: Operations, weights: Weights, inputs: str) -> str:
-        """[b, s, H] -> [b, s, H]"""
-
-
-class ShortConvolution(RecurrentLayer):
+class ShortConvolution(Mixer):
     """LFM2: a gated convolution over a few tokens."""
 
     @property
@@ -68,7 +50,7 @@ class ShortConvolution(RecurrentLayer):
         return weights.linear(operations, f"{self.prefix}.out_proj", output)
 
 
-class GatedDeltaNet(RecurrentLayer):
+class GatedDeltaNet(Mixer):
     """Qwen3-Next and Qwen3.5 (arXiv:2412.06464)."""
 
     @property
@@ -168,7 +150,7 @@ class GatedDeltaNet(RecurrentLayer):
         return operations.reshape(normed, 0, 0, count * width)
 
 
-class Mamba2(RecurrentLayer):
+class Mamba2(Mixer):
     """Nemotron-H (arXiv:2405.21060): keys are B, queries C, values dt x, the decay dt A."""
 
     def __init__(self, config: Any, layer: int, prefix: str) -> None:
@@ -251,7 +233,7 @@ class Mamba2(RecurrentLayer):
         return operations.graph.op("Mul", [operations.reshape(normed, 0, 0, width), weight])
 
 
-_KINDS: dict[str, type[RecurrentLayer]] = {
+_KINDS: dict[str, type[Mixer]] = {
     "conv.conv.weight": ShortConvolution,
     "linear_attn.conv1d.weight": GatedDeltaNet,
     "mixer.conv1d.weight": Mamba2,
@@ -259,9 +241,7 @@ _KINDS: dict[str, type[RecurrentLayer]] = {
 """A tensor that only layers of the kind have."""
 
 
-def recurrent_layer(
-    tensors: Container[str], config: Any, layer: int, prefix: str
-) -> RecurrentLayer | None:
+def recurrent_layer(tensors: Container[str], config: Any, layer: int, prefix: str) -> Mixer | None:
     """Layer number `layer`, whose tensors start with `prefix`; None where it keeps no state."""
     for name, kind in _KINDS.items():
         if f"{prefix}.{name}" in tensors:

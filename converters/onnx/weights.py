@@ -17,9 +17,14 @@ from edge_moe.tensor_info import TensorInfo
 class Weights:
     """Places tensors of `checkpoint` in `dense`, in float32; each that is asked for is used."""
 
-    def __init__(self, checkpoint: Checkpoint, dense: DenseFile) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dense: DenseFile, epsilon: float, adds_one: bool
+    ) -> None:
+        """`epsilon` is that of norms, which multiply by 1 + their weight if it `adds_one`."""
         self._checkpoint = checkpoint
         self._dense = dense
+        self._epsilon = epsilon
+        self._adds_one = adds_one
         self._used: set[str] = set()
 
     @property
@@ -39,13 +44,13 @@ class Weights:
         """The weight of a module."""
         return self.tensor(f"{module}.weight")
 
-    def norm(self, module: str, *, adds_one: bool = False) -> StoredTensor:
-        """The weight of a norm, which multiplies by 1 + it where it `adds_one`."""
-        stored = self.weight(module)
-        if adds_one:
-            name = f"{module}.weight"
-            self._dense.sources[name] = _plus_one(float32_chunks([self.tensors[name]]))
-        return stored
+    def norm(self, operations: Operations, name: str, value: str) -> str:
+        """A norm of the last axis over its root mean square."""
+        stored = self.weight(name)
+        if self._adds_one:
+            chunks = float32_chunks([self.tensors[stored.name]])
+            self._dense.sources[stored.name] = _plus_one(chunks)
+        return operations.rms_norm(value, stored, self._epsilon)
 
     def optional(self, name: str) -> StoredTensor | None:
         """A tensor that not every checkpoint has."""
