@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_tiny_checkpoint
+from peak_memory import deep_checkpoint, measure_peak, needs_proc
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -181,3 +182,38 @@ def test_what_keeps_plans_from_being_measured_is_said(
 
 class _Full:
     total, used, free = 10**9, 10**9, 10
+
+
+IMPORTS = """
+import sys
+from pathlib import Path
+from edge_moe.converters.gguf_measure import GgufPlanMeasure
+from edge_moe.gguf_model import GgufModel
+from edge_moe.stats import ExpertStats
+"""
+MEASURED = """
+path, task, stats, work = sys.argv[1:]
+model = GgufModel(Path(path))
+measure = GgufPlanMeasure(model, ExpertStats.load(Path(stats)).info, [task], Path(work), None)
+count = model.spec.num_experts
+for form in ("q4_0", "q4_k", "q8_0"):
+    row = [form] * (count - 1) + [form if form != "q8_0" else "drop"]
+    measure({form: [row] * model.spec.num_moe_layers}, lambda share: None)
+print(sum(term.num_bytes for term in measure.memory_terms()))
+"""
+
+
+@pytest.mark.slow
+@needs_proc
+def test_memory_is_stated(ready: Ready, tmp_path: Path) -> None:
+    """Twelve layers of experts, of which llama.cpp repacks a copy where a type allows it."""
+    whole = float32_gguf(deep_checkpoint(tmp_path / "source"), tmp_path / "f32.gguf")
+    path = requantised(whole, tmp_path / "model.gguf", {"_exps": "Q8_0"})
+    whole.unlink()
+    options: dict[str, Any] = {"window_tokens": 64, "max_windows": 1, "forms": (DROP,)}
+    calibrate_gguf(path, [ready[2]], tmp_path / "stats", quantiser="nearest", **options)
+    (tmp_path / "work").mkdir()
+    arguments = (path, ready[2], tmp_path / "stats", tmp_path / "work")
+    peak = measure_peak(IMPORTS, MEASURED, *arguments)
+    stated_bytes = int(peak.printed[-1])
+    assert path.stat().st_size < peak.grown_bytes <= stated_bytes
