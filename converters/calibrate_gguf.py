@@ -44,7 +44,7 @@ from edge_moe.converters.stored_experts import GgufExperts, StoredExperts
 from edge_moe.converters.window_spool import WindowWriter, spool_bytes
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import require_free_disk
-from edge_moe.formats import DROP, get_form
+from edge_moe.formats import DROP, get_form, split_form
 from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import gguf_forms
 from edge_moe.runtime.gguf_logits import gguf_tokenizer
@@ -126,7 +126,11 @@ def _storable(forms: Sequence[str]) -> Sequence[str]:
     Raises:
         InputError: names those that it cannot, or that are not known.
     """
-    others = [form for form in forms if form != DROP and get_form(form).ggml_type is None]
+    others = [
+        form
+        for form in forms
+        if form != DROP and any(get_form(part).ggml_type is None for part in split_form(form))
+    ]
     if others:
         raise InputError(
             f"--forms: a GGUF file cannot hold {', '.join(others)}, and a GGUF model is only built "

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import edge_moe
 from edge_moe.errors import InputError
-from edge_moe.formats import DROP, get_form
+from edge_moe.formats import DROP, get_form, split_form
 from edge_moe.formats.quantise import BEST_QUANTISER, get_quantiser
 from edge_moe.plan import CalibrationOptions
 from edge_moe.spec import ModelSpec
@@ -146,14 +146,23 @@ def _shard_windows(num_windows: int, shard: tuple[int, int]) -> tuple[int, ...]:
 
 
 def checked_forms(spec: ModelSpec, forms: Sequence[str] | None) -> tuple[str, ...]:
-    """`drop` first, then the packed forms; each must fit the expert's shapes."""
+    """`drop` first, then the packed forms; each must fit the expert's shapes.
+
+    Raises:
+        FormError: an unknown form, or one that does not fit.
+        InputError: one that stores gate_proj and up_proj differently.
+    """
     if forms is None:
         from edge_moe.candidates import candidate_forms
 
         forms = candidate_forms(spec, "native")
     packed = tuple(dict.fromkeys(form for form in forms if form != DROP))
     for name in packed:
-        form = get_form(name)
-        form.row_bytes(spec.hidden_size)
-        form.row_bytes(spec.expert_width)
+        gate, up, down = split_form(name)
+        if gate != up:
+            raise InputError(
+                f"form {name!r}: gate and up are measured in one form only: name it twice"
+            )
+        get_form(up).row_bytes(spec.expert_hidden)
+        get_form(down).row_bytes(spec.expert_width)
     return (DROP, *packed)

@@ -42,7 +42,6 @@ from edge_moe.formats import (
     expert_bytes,
     expert_packed_bytes,
     form_fits,
-    get_form,
     split_form,
 )
 from edge_moe.plan import Plan
@@ -128,8 +127,8 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
             )
         if not form_fits(forms[0], *spec.expert_shape):
             raise TargetError(
-                f"target gguf: layer {layer_id} is planned as {forms[0]}, whose blocks of "
-                f"{get_form(forms[0]).block_size} do not divide {spec.expert_hidden} and "
+                f"target gguf: layer {layer_id} is planned as {forms[0]}, whose blocks "
+                f"do not divide {spec.expert_hidden} and "
                 f"{spec.expert_width}: plan again"
             )
 
@@ -185,6 +184,7 @@ def _expert_tensors(
     for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
         kept = plan.kept(row)
         form = row[kept[0]]
+        types = split_form(form)
         source: Callable[[int], Iterator[bytes]]
         if all(is_stored_as(form, checkpoint, layer_id, expert_id) for expert_id in kept):
             source = partial(_stored_projection, checkpoint, layer_id, kept)
@@ -197,7 +197,7 @@ def _expert_tensors(
             yield GgufTensor(
                 f"blk.{layer_id}.{name}.weight",
                 (len(kept), *shape),
-                form,
+                types[projection],
                 partial(source, projection),
             )
 

@@ -21,10 +21,9 @@ from edge_moe.converters.second_moments import (
     WEIGHTING,
     ExpertMoments,
     expert_moments,
-    moment_arguments,
 )
-from edge_moe.formats import DROP, get_form, unpack_expert
-from edge_moe.formats.quantise import get_quantiser, pack_expert_with
+from edge_moe.formats import DROP, get_form, split_form
+from edge_moe.formats.quantise import get_quantiser, pack_matrix
 from edge_moe.moments import LayerMoments
 from edge_moe.runtime.moe_block import expert_inner, expert_output
 from edge_moe.spec import ModelSpec
@@ -110,6 +109,8 @@ class FormLosses:
         self._forms = tuple(forms)
         self._gate_up = torch.empty(spec.inner_rows, spec.expert_hidden)
         self._down = torch.empty(spec.expert_hidden, spec.expert_width)
+        self._outer_form = ""
+        """What `_gate_up` holds of the expert at hand."""
 
     def measure(
         self,
@@ -181,7 +182,8 @@ class FormLosses:
                 token_scores=self._scores,
                 with_hessians=not self._takes_squares,
             )
-        for position, kept in lossy.items():
+        self._outer_form = ""
+        for position, kept in sorted(lossy.items(), key=lambda item: self._order(item[0])):
             self._store(self._forms[position], gate_up, down, moments)
             self._restore(gate_up, down, kept)
             for row, (window, (token, slot)) in enumerate(zip(windows, routed, strict=True)):
@@ -197,20 +199,45 @@ class FormLosses:
                     change=(stored - exact[row]).double(),
                 )
 
+    def _order(self, position: int) -> tuple[str, bool]:
+        """A mix comes right after what its gate_proj and up_proj are stored in."""
+        outer, _, inner = split_form(self._forms[position])
+        return outer, inner != outer
+
     def _store(
         self, form: str, gate_up: Tensor, down: Tensor, moments: ExpertMoments | None
     ) -> None:
-        """Put what `form` holds of one expert into the buffers."""
+        """Put what `form` holds of one expert into the buffers, where it is not there already."""
+        outer, _, inner = split_form(form)
+        if outer != self._outer_form:
+            self._store_matrix(outer, gate_up, self._gate_up, moments, is_down=False)
+        self._outer_form = outer
+        self._store_matrix(inner, down, self._down, moments, is_down=True)
+
+    def _store_matrix(
+        self,
+        form: str,
+        weights: Tensor,
+        output: Tensor,
+        moments: ExpertMoments | None,
+        *,
+        is_down: bool,
+    ) -> None:
+        """Pack and unpack `weights` into `output`."""
         if self._quantiser == "nearest":
-            round_trip(form, gate_up, self._gate_up)
-            round_trip(form, down, self._down)
+            round_trip(form, weights, output)
             return
-        known = {} if moments is None else moment_arguments(moments)
-        gate, up = np.split(gate_up.numpy(), [len(gate_up) - down.shape[1]])
-        record = pack_expert_with(form, gate, up, down.numpy(), self._quantiser, **known)
-        stored = unpack_expert(form, record, *self._source.spec.expert_shape)
-        self._gate_up.numpy()[...] = np.concatenate(stored[:2])
-        self._down.numpy()[...] = stored[2]
+        known: dict[str, Any] = {}
+        if moments is not None:
+            squares = moments.inner_squares if is_down else moments.input_squares
+            hessian = None if moments.hessians is None else moments.hessians[is_down]
+            known = {
+                "input_squares": squares,
+                "hessian": hessian,
+                "routed_tokens": moments.num_tokens,
+            }
+        packed = pack_matrix(form, weights.numpy(), quantiser=self._quantiser, **known)
+        output.numpy()[...] = get_form(form).unpack(packed, weights.shape[1])
 
     def _restore(self, gate_up: Tensor, down: Tensor, kept: Exact) -> None:
         """Put back the projections that the form leaves as they are stored."""

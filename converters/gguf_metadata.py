@@ -9,6 +9,7 @@ from edge_moe.converters.gguf_family import GgufSource
 from edge_moe.converters.gguf_keys import norm_epsilon
 from edge_moe.converters.gguf_tokenizer import GgufVocabulary
 from edge_moe.errors import TargetError
+from edge_moe.formats import split_form
 from edge_moe.plan import Plan
 
 _QUANTIZATION_VERSION = 2
@@ -87,5 +88,5 @@ def add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
 
 
 def _file_type(plan: Plan) -> int:
-    forms = [row[plan.kept(row)[0]] for row in plan.forms]
+    forms = [split_form(row[plan.kept(row)[0]])[1] for row in plan.forms]
     return FILE_TYPES[max(sorted(set(forms)), key=forms.count)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edge_moe.converters.form_loss import LOSSLESS, Exact
 from edge_moe.errors import CheckpointError
+from edge_moe.formats import split_form
 from edge_moe.gguf_model import GgufModel
 from edge_moe.runtime.llama_graph import ARCHITECTURES
 from edge_moe.spec import ModelSpec
@@ -30,9 +31,9 @@ class GgufExperts:
 
     def exact_parts(self, layer_id: int, expert_id: int, form: str) -> Exact:
         """A matrix that is stored in `form` already stays as it is, byte for byte."""
+        pairs = zip(split_form(form), self._model.stored_types(layer_id), strict=True)
         gate, up, down = (
-            form in (kind, "f32", *LOSSLESS.get(kind.upper(), ()))
-            for kind in self._model.stored_types(layer_id)
+            part in (kind, "f32", *LOSSLESS.get(kind.upper(), ())) for part, kind in pairs
         )
         return gate, up, down
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edge_moe.errors import TargetError
-from edge_moe.formats import DROP, EXACT, expert_bytes, form_fits, get_form
+from edge_moe.formats import DROP, EXACT, expert_bytes, form_fits, get_form, split_form
 from edge_moe.gguf_arch import GGUF_ARCHS
 from edge_moe.plan import Device, Target
 from edge_moe.problem import FormScope
@@ -47,6 +47,12 @@ ONNX_FAMILIES = (
     "nemotron_h",
 )
 """Architectures whose decoder `edge_moe.converters.onnx` can write."""
+GGUF_MIXES = ("q2_k/q2_k/q4_k", "q3_k/q3_k/q5_k", "q4_k/q4_k/q6_k")
+"""gate/up/down, as in llama.cpp's own mixes: an expert's output hangs most on down_proj. On the
+demo model (code and prose, packed by imatrix) they lose 0.89, 0.64 and 0.61 times what layers lose
+that are mixed from the forms next in size, at the same bytes. Plans with them (code, seven sizes
+from 15 to 35 % of the experts' bytes) diverge 0.97 times as far on held-out text, 0.80 to 1.12.
+Sizes are whole multiples of the other forms' unit, which keeps the exact program fast."""
 _LLAMA_CPU_ONLY = ("tq1_0", "tq2_0")
 
 
@@ -175,6 +181,9 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
             forms.append(form)
     if not spec.is_gguf:  # whose layers may be kept as they are stored, and never grow
         forms.append(_widest(spec, target))
+    if target == "gguf":
+        forms += [mix for mix in GGUF_MIXES if set(split_form(mix)) <= set(forms)]
+        forms.sort(key=lambda form: expert_bytes(form, *spec.expert_shape))
     return Candidates(tuple(forms), tuple(limits))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.candidates import SOURCE_FORMS, find_candidates
+from edge_moe.candidates import GGUF_MIXES, SOURCE_FORMS, find_candidates
 from edge_moe.errors import StatsError
 from edge_moe.formats import DROP, EXACT, expert_bytes, in_order, join_form
 from edge_moe.gguf_model import GgufModel
@@ -68,14 +68,30 @@ def find_offer(
 
     allowed = np.array([[may_take(form, own, measured) for form in offered] for own in stored])
     unmeasured = [
-        f"{form} was not measured in this calibration: not offered."
+        form
         for form in candidates.forms
         if form not in (*measured, *lossless)
         and any(may_take(form, own, candidates.forms) for own in stored)
     ]
     used = np.flatnonzero(allowed.any(axis=0))
-    limits = (*candidates.limits, *unmeasured)
+    limits = (*candidates.limits, *_unmeasured_limits(unmeasured))
     return Offer(tuple(offered[index] for index in used), stored, allowed[:, used], limits)
+
+
+def _unmeasured_limits(forms: Sequence[str]) -> list[str]:
+    """One sentence per form, and one for all mixes of forms."""
+    mixes = [form for form in forms if form in GGUF_MIXES]
+    limits = [
+        f"{form} was not measured in this calibration: not offered."
+        for form in forms
+        if form not in mixes
+    ]
+    if mixes:
+        limits.append(
+            f"Mixes ({', '.join(mixes)}) were not measured in this calibration, as `edge-moe "
+            "calibrate --target gguf` does: not offered."
+        )
+    return limits
 
 
 def stored_forms(source: SourceModel) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from edge_moe.budget import (
 )
 from edge_moe.candidates import SOURCE_FORMS, TARGET_RULES
 from edge_moe.errors import BudgetError, StatsError
-from edge_moe.formats import DROP, form_bits
+from edge_moe.formats import DROP, least_bits
 from edge_moe.gradient_stats import FormCost, GradientStats
 from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
 from edge_moe.offer import Offer, find_offer
@@ -200,7 +200,7 @@ def build_problem(
 
     `supers` [L, E] are neither dropped nor stored below 4 bits, or stay as they are stored.
     """
-    protected = np.array([form_bits(form) >= MINIMUM_BITS for form in forms])  # [F]
+    protected = np.array([least_bits(form) >= MINIMUM_BITS for form in forms])  # [F]
     if offer is not None:
         as_stored = [[form == own for form in forms] for own in offer.stored]
         protected = protected | np.array(as_stored)[:, None]  # [L, 1, F]

@@ -8,6 +8,7 @@ import numpy as np
 
 from edge_moe.candidates import candidate_forms
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.formats import split_form
 from edge_moe.gguf_model import GgufModel
 from edge_moe.gradient_stats import GRADIENT_VERSION, FormCost, GradientInfo, GradientStats
 from edge_moe.offer import gguf_forms
@@ -34,6 +35,14 @@ LOSS_SHARES = {
     "bf16": 1e-6,
 }
 """Loss of a form as a share of the loss of dropping the expert."""
+
+
+def loss_share(form: str) -> float:
+    """As in `LOSS_SHARES`; half of a mix's hangs on down_proj."""
+    if form in LOSS_SHARES:
+        return LOSS_SHARES[form]
+    outer, _, inner = split_form(form)
+    return (LOSS_SHARES[outer] + LOSS_SHARES[inner]) / 2
 
 
 def fake_stats(
@@ -68,7 +77,7 @@ def fake_stats(
     generator = np.random.default_rng(seed)
     shape = stats.routed_tokens.shape
     drop_loss = np.exp(generator.normal(0, 2, shape))
-    stats.form_loss.add(drop_loss[..., None] * np.array([LOSS_SHARES[form] for form in measured]))
+    stats.form_loss.add(drop_loss[..., None] * np.array([loss_share(form) for form in measured]))
     stats.expert_sums["gated_square"].add(1.5 * drop_loss)
     stats.layer_sums["residual_square"].add(10.0 + np.arange(shape[0]))
     stats.layer_sums["moe_square"].add(np.ones(shape[0]))

@@ -256,14 +256,15 @@ def test_drop_loss_is_that_of_a_sliced_layer(
 def test_form_loss_is_that_of_a_layer_with_one_expert_packed(
     folder: Path, task: str, tmp_path: Path
 ) -> None:
-    stats = run(folder, task, tmp_path / "stats")
-    assert stats.info.forms == ("drop", *FORMS)
+    forms = (*FORMS, "q4_0/q4_0/q8_0", "q8_0/q8_0/q4_0")
+    stats = run(folder, task, tmp_path / "stats", forms=forms)
+    assert stats.info.forms == ("drop", *forms)
     found = stats.form_loss.values()
     checkpoint, reference = Checkpoint(folder), Reference(folder, task)
     shape = checkpoint.spec.hidden_size, checkpoint.spec.expert_width
     layer_id = reference.layer_ids[-1]
     whole = reference.outputs(reference.block(layer_id), layer_id)
-    for expert_id, form in itertools.product(range(0, checkpoint.spec.num_experts, 3), FORMS):
+    for expert_id, form in itertools.product(range(0, checkpoint.spec.num_experts, 3), forms):
         packed = pack_expert(form, *checkpoint.expert(layer_id, expert_id))
         gate, up, down = unpack_expert(form, packed, *shape)
         block = copy.deepcopy(reference.block(layer_id))
@@ -549,6 +550,8 @@ def test_a_resume_with_other_settings_is_refused(
         ({"shard": (400, 500)}, InputError, "shard 400/500 is empty"),
         ({"forms": ["q9_9"]}, FormError, "'q9_9' is unknown"),
         ({"forms": ["q4_k"]}, FormError, "blocks of 256 weights"),
+        ({"forms": ["q4_0/q4_0/q4_k"]}, FormError, "blocks of 256 weights"),
+        ({"forms": ["q4_0/q8_0/q8_0"]}, InputError, "gate and up are measured in one form"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(

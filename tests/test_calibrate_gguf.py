@@ -280,7 +280,8 @@ def test_quantised_sums_by_hand(quantised: Path, task: str, tmp_path: Path) -> N
     spec = model.spec
     with gguf_tokenizer(quantised) as tokenizer:
         token_ids = tokenizer.encode(TEXT, add_special_tokens=False)[:WINDOW_TOKENS]
-    stats = run(quantised, task, tmp_path / "stats", max_windows=1, forms=("q4_0", "q4_k", "q6_k"))
+    forms = ("q4_0", "q4_k", "q6_k", "q3_k/q3_k/q6_k", "q3_k/q3_k/q5_k", "q3_k")
+    stats = run(quantised, task, tmp_path / "stats", max_windows=1, forms=forms)
     blocks = captured(quantised, token_ids)
     for row, layer_id in enumerate(spec.moe_layer_ids):
         block = blocks[layer_id]
@@ -300,10 +301,14 @@ def test_quantised_sums_by_hand(quantised: Path, task: str, tmp_path: Path) -> N
             np.testing.assert_allclose(found["output_norm"], norms.sum(), rtol=0.03)
             np.testing.assert_allclose(found["gated_norm"], (gates * norms).sum(), rtol=0.03)
             weights = model.expert(layer_id, expert_id)
-            for form, kept in (("q4_0", ()), ("q4_k", (0, 1)), ("q6_k", (2,))):
+            by_hand: dict[str, tuple[int, ...]] = {
+                **{"q4_0": (), "q4_k": (0, 1), "q6_k": (2,)},
+                **{"q3_k/q3_k/q6_k": (2,), "q3_k/q3_k/q5_k": (), "q3_k": ()},
+            }
+            for form, kept in by_hand.items():  # what is kept is stored so already
                 record = pack_expert(form, *weights)
                 parts = list(unpack_expert(form, record, *spec.expert_shape))
-                for part in kept:  # stored so already
+                for part in kept:
                     parts[part] = weights[part]
                 gate, up, down = map(torch.from_numpy, parts)
                 inner = F.silu(F.linear(inputs[token], gate)) * F.linear(inputs[token], up)

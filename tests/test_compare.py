@@ -38,7 +38,7 @@ from edge_moe.converters.staging import locked
 from edge_moe.converters.transform import transform
 from edge_moe.converters.variants import VariantScorer
 from edge_moe.errors import InputError
-from edge_moe.formats import form_fits, get_form
+from edge_moe.formats import form_fits, form_label, get_form
 from edge_moe.loss_table import loss_table
 from edge_moe.metrics import Estimate
 from edge_moe.plan import Target
@@ -334,7 +334,7 @@ def test_narrowed_experts_fit_their_forms(
             assert form_fits(each.form, spec.hidden_size, each.expert_width)
             assert each.expert_bytes <= problem.budget_bytes
             label = get_form(each.form).label
-            assert label in {get_form(form).label for form in forms[1:]}
+            assert label in {form_label(form) for form in forms[1:]}
 
 
 def test_one_size_is_transformed_once_for_all_its_forms(

@@ -127,7 +127,7 @@ def dense_routing(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.mark.parametrize(
     "form",
     ["tq1_0", "tq2_0", "q2_0", "q2_k", "q3_k", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "f16"]
-    + ["bf16"],
+    + ["bf16", "q4_k/q4_k/q6_k"],
 )
 def test_packed_forms_agree_with_their_unpacked_weights(
     form: str, dense_routing: Checkpoint, tmp_path: Path
@@ -142,11 +142,13 @@ def test_packed_forms_agree_with_their_unpacked_weights(
 
 
 def test_layers_may_differ_in_form(dense_routing: Checkpoint, tmp_path: Path) -> None:
-    plan = hand_plan(dense_routing, _layer_forms(dense_routing, "q4_k", "f32"), "gguf")
+    forms = _layer_forms(dense_routing, "q4_k", "q3_k/q3_k/q5_k")
+    plan = hand_plan(dense_routing, forms, "gguf")
     header = read_gguf_header(export_gguf(plan, dense_routing, tmp_path / "model.gguf"))
     types = {tensor.name: tensor.type_name for tensor in header.tensors}
     assert types["blk.0.ffn_down_exps.weight"] == "Q4_K"
-    assert types["blk.1.ffn_down_exps.weight"] == "F32"
+    parts = [types[f"blk.1.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")]
+    assert parts == ["Q3_K", "Q3_K", "Q5_K"]
 
 
 # ---------------------------------------------------------------------------- bytes and metadata
@@ -399,7 +401,7 @@ def test_refuses_plans_that_one_file_cannot_hold(
     for forms, message in (
         (uneven, "layer 1 keeps 7 experts and layer 0 keeps 8"),
         (mixed, "layer 1 mixes the forms bf16, q4_0"),
-        (narrow, "layer 1 is planned as q4_k, whose blocks of 256 do not divide 64"),
+        (narrow, "layer 1 is planned as q4_k, whose blocks do not divide 64"),
     ):
         with pytest.raises(TargetError, match=message):
             export_gguf(hand_plan(checkpoint, forms), checkpoint, tmp_path / "model.gguf")

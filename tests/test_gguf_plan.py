@@ -12,6 +12,7 @@ from fake_stats import fake_stats
 from gguf_files import write_moe
 
 from edge_moe.budget import non_expert_bytes
+from edge_moe.candidates import GGUF_MIXES
 from edge_moe.cli import run
 from edge_moe.converters.build import GGUF_NAME, build
 from edge_moe.errors import BudgetError, StatsError, TargetError
@@ -57,7 +58,12 @@ def _fixed_bytes(model: GgufModel) -> int:
 
 def test_what_is_offered(model: GgufModel) -> None:
     assert stored_forms(model) == STORED
-    assert gguf_forms(model) == (DROP, "tq1_0", "q2_k", "q3_k", "q4_k", "q5_k")
+    singles = (DROP, "tq1_0", "q2_k", "q3_k", "q4_k", "q5_k")
+    every = gguf_forms(model)
+    assert tuple(form for form in every if form not in GGUF_MIXES) == singles
+    assert {form for form in every if form in GGUF_MIXES} == set(GGUF_MIXES)
+    sizes = [expert_bytes(form, 256, 256) for form in every]
+    assert sizes == sorted(sizes)
     offer = find_offer(model, (DROP, "q2_k", "q4_k", "q5_k"), "gguf", "cpu")
     assert offer.forms == (DROP, "q2_k", "q4_k", STORED[0], "q5_k", STORED[2], "q6_k")
     allowed = {

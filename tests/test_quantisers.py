@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from edge_moe.errors import FormError, InputError, MissingExtraError
-from edge_moe.formats import FORM_NAMES, get_form, ggml_library, pack_expert, unpack_expert
+from edge_moe.formats import (
+    FORM_NAMES,
+    get_form,
+    ggml_library,
+    pack_expert,
+    split_form,
+    unpack_expert,
+)
 from edge_moe.formats.base import ByteArray, FloatArray
 from edge_moe.formats.blocks import BlockForm
 from edge_moe.formats.gptq import output_loss
@@ -267,12 +274,12 @@ def _hessian(width: int, seed: int = 5) -> FloatArray:
 
 
 @pytest.mark.parametrize("quantiser", QUANTISERS)
-@pytest.mark.parametrize("name", ["tq1_0", "q4_k", "bf16"])
+@pytest.mark.parametrize("name", ["tq1_0", "q4_k", "bf16", "q4_k/q4_k/q6_k", "q3_k/q4_k/q5_k"])
 def test_an_expert_is_three_matrices_each_with_its_own_moments(name: str, quantiser: str) -> None:
     if quantiser == "imatrix" and not ggml_library.is_installed():
         pytest.skip("llama-cpp-python brings libggml")
     forms = get_quantiser(quantiser).forms
-    if forms is not None and name == "q4_k":  # bf16 has nothing to choose
+    if forms is not None and "q4_k" in name:  # bf16 has nothing to choose
         pytest.skip(f"{quantiser} is for ternary forms")
     matrices = _gaussian(512, 256), _gaussian(512, 256, 1), _gaussian(256, 512, 2)
     hessians = _hessian(256), _hessian(512, 6)
@@ -288,15 +295,16 @@ def test_an_expert_is_three_matrices_each_with_its_own_moments(name: str, quanti
     if quantiser in ("nearest", "lloyd") or name == "bf16":
         assert np.array_equal(record, pack_expert(name, *matrices))
     found = unpack_expert(name, record, 256, 512)
-    for matrix, unpacked, which in zip(matrices, found, (0, 0, 1), strict=True):
+    rows = zip(split_form(name), matrices, found, (0, 0, 1), strict=True)
+    for part, matrix, unpacked, which in rows:
         packed = pack_matrix(
-            name,
+            part,
             matrix,
             quantiser=quantiser,
             input_squares=squares[which],
             hessian=hessians[which],
         )
-        assert np.array_equal(unpacked, get_form(name).unpack(packed, matrix.shape[1]))
+        assert np.array_equal(unpacked, get_form(part).unpack(packed, matrix.shape[1]))
 
 
 @pytest.mark.parametrize("quantiser", ["imatrix", "weighted", "refit", "gptq", "gptq_refit"])

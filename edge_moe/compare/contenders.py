@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from edge_moe.errors import BudgetError, SolverError, StatsError
-from edge_moe.formats import get_form
+from edge_moe.formats import form_bits
 from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, DropLoss, LayerScale
 from edge_moe.optimise import solve
 from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, smallest_bytes
@@ -128,7 +128,7 @@ def kept_forms(forms: Sequence[str]) -> list[int]:
 
 def form_label(form: str) -> str:
     """`4 bits`; 16 for a form that loses nothing."""
-    return f"{int(get_form(form).bits_per_weight)} bits"
+    return f"{int(form_bits(form))} bits"
 
 
 def counts_for(problem: Problem, form: int) -> IntArray | None:

@@ -67,6 +67,13 @@ def form_bits(name: str) -> float:
     return sum(_type(part).bits_per_weight for part in split_form(name)) / 3
 
 
+def least_bits(name: str) -> float:
+    """Bits per weight of the matrix that has the fewest; 0 for `drop`."""
+    if name == DROP:
+        return 0.0
+    return min(_type(part).bits_per_weight for part in split_form(name))
+
+
 def form_label(name: str) -> str:
     """For people: `dropped`, `4-bit`, `4-bit, down 6-bit`, `4.2-bit` for types of a GGUF."""
     if name == DROP:

@@ -19,6 +19,7 @@ from edge_moe.errors import InputError
 from edge_moe.formats import ggml_library
 from edge_moe.formats.base import DROP, ByteArray, FloatArray, get_form
 from edge_moe.formats.blocks import BlockForm, require_weights
+from edge_moe.formats.experts import split_form
 from edge_moe.formats.gptq import InverseFactor, factor_inverse, gptq_pack, gptq_refit_pack
 from edge_moe.formats.refit import refit_by_hessian, refit_by_squares
 from edge_moe.formats.ternary import TERNARY_FORMS, absmean
@@ -97,7 +98,10 @@ class Quantiser:
         """Whether it can pack `form`; forms without codes need no quantiser."""
         if self.forms is None or form == DROP:
             return True
-        return form in self.forms or not isinstance(get_form(form), BlockForm)
+        parts = split_form(form)
+        return all(
+            part in self.forms or not isinstance(get_form(part), BlockForm) for part in parts
+        )
 
 
 QUANTISERS: dict[str, Quantiser] = {}
@@ -159,9 +163,12 @@ def pack_expert_with(
     outer = InputMoments(input_squares, outer_hessian, routed_tokens)
     inner = InputMoments(inner_squares, inner_hessian, routed_tokens)
     found = get_quantiser(quantiser)
-    pairs = ((np.concatenate([gate, up]), outer), (down, inner))  # rows do not know each other
+    parts = split_form(form)
+    matrices = [(parts[0], gate, outer), (parts[1], up, outer), (parts[2], down, inner)]
+    if parts[0] == parts[1]:  # rows do not know each other
+        matrices[:2] = [(parts[0], np.concatenate([gate, up]), outer)]
     return np.concatenate(
-        [_pack(form, matrix, found, known).reshape(-1) for matrix, known in pairs]
+        [_pack(part, matrix, found, known).reshape(-1) for part, matrix, known in matrices]
     )
 
 
