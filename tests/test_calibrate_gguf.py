@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tiny_checkpoint
+from conftest import TinyCheckpoint, make_tiny_checkpoint
 from peak_memory import deep_checkpoint, measure_peak, needs_proc
 from reference_model import table_gelu
 from stopped_runs import stopping_at_rename
@@ -32,13 +32,14 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 from float32_gguf import ARCHITECTURES, CALIBRATED, float32_gguf  # noqa: E402
-from gguf_files import requantised  # noqa: E402
+from gguf_files import requantised, write_gpt_oss  # noqa: E402
 
 from edge_moe.checkpoint import Checkpoint  # noqa: E402
 from edge_moe.cli import run as run_command  # noqa: E402
 from edge_moe.converters.calibrate import calibrate  # noqa: E402
 from edge_moe.converters.calibrate_gguf import calibrate_gguf  # noqa: E402
 from edge_moe.converters.gguf_memory import gguf_calibration_terms  # noqa: E402
+from edge_moe.converters.stored_experts import StoredExperts  # noqa: E402
 from edge_moe.converters.window_spool import spool_bytes  # noqa: E402
 from edge_moe.errors import (  # noqa: E402
     BudgetError,
@@ -55,6 +56,7 @@ from edge_moe.moments import load_moments, merge_moments, moments_path  # noqa: 
 from edge_moe.runtime import llama_capture, llama_graph  # noqa: E402
 from edge_moe.runtime.gguf_logits import gguf_tokenizer  # noqa: E402
 from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture  # noqa: E402
+from edge_moe.runtime.moe_block import expert_output  # noqa: E402
 from edge_moe.stats import ExpertStats  # noqa: E402
 from edge_moe.tasks import task_windows  # noqa: E402
 
@@ -257,11 +259,19 @@ def test_watching_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -
         np.testing.assert_array_equal(block.outputs[:, :-1], other.outputs)
 
 
-@pytest.mark.parametrize("options", [{"merged": True}, {"split_max_tensors": 9}])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deepseek_v3", {"merged": True}),
+        ("deepseek_v3", {"split_max_tensors": 9}),
+        ("gemma4_text", {"merged": True}),  # as llama.cpp's own converter writes it
+        ("qwen3_next", {"merged": True}),
+    ],
+)
 def test_other_ways_to_store_the_same_model(
-    options: dict[str, Any], case: Case, task: str, tmp_path: Path
+    name: str, options: dict[str, Any], case: Case, task: str, tmp_path: Path
 ) -> None:
-    folder, path = case("deepseek_v3")
+    folder, path = case(name)
     other = float32_gguf(folder, tmp_path / "other.gguf", **options)
     wanted, found = run(path, task, tmp_path / "wanted"), run(other, task, tmp_path / "found")
     assert len(GgufModel(other).parts) == (6 if "split_max_tensors" in options else 1)
@@ -326,6 +336,23 @@ def test_outputs_are_llama_cpps_own(quantised: Path) -> None:
             expert_id = int(block.expert_ids[token, slot])
             exact = output_of(model, layer_id, expert_id, inputs[token : token + 1])[0].numpy()
             error = np.abs(block.outputs[token, slot] - exact).max() / np.abs(exact).max()
+            assert 0 < error < 0.05
+
+
+def test_outputs_of_gpt_oss_in_mxfp4_are_llama_cpps_own(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """With biases on everything, and its own activation."""
+    path = write_gpt_oss(tmp_path / "m.gguf", tiny_checkpoint("qwen3_moe"), masked={})
+    model, found = GgufModel(path), captured(path, list(range(1, 31)))
+    for layer_id, block in found.items():
+        experts, inputs = StoredExperts(model, layer_id), torch.from_numpy(block.inputs)
+        scale = np.abs(block.outputs).max()
+        for expert_id in np.unique(block.expert_ids):
+            token, slot = np.nonzero(block.expert_ids == expert_id)
+            pair = experts.gate_up_proj[expert_id], experts.down_proj[expert_id]
+            exact = expert_output(experts, inputs[token], *pair, int(expert_id)).numpy()
+            error = np.abs(block.outputs[token, slot] - exact).max() / scale
             assert 0 < error < 0.05
 
 
