@@ -47,7 +47,6 @@ from edge_moe.offer import gguf_forms
 from edge_moe.plan import MemoryTerm, Plan
 from edge_moe.runtime import gguf_logits
 from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture
-from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results" / "calibrate_gguf.json"
@@ -181,7 +180,7 @@ class Bench:
             spool = WindowSpool(Path(folder) / "windows", spec, [len(text) for text in self.texts])
             for index, text in enumerate(self.texts):
                 with spool.writing(index) as writer:
-                    self.capture.run(text, partial(_keep, writer, spec))
+                    self.capture.run(text, partial(_keep, writer, self.model))
 
     def _calibrate(self, forms: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
@@ -197,9 +196,10 @@ class Bench:
 
 
 def _keep(
-    writer: WindowWriter, spec: ModelSpec, layer_id: int, tokens: slice, block: BlockCapture
+    writer: WindowWriter, model: GgufModel, layer_id: int, tokens: slice, block: BlockCapture
 ) -> None:
-    writer.put(layer_id, tokens, block_records(block, spec, LayerExtras()))
+    extras = LayerExtras.of(model, layer_id)
+    writer.put(layer_id, tokens, block_records(block, model.spec, extras))
 
 
 def random_gguf(work: Path) -> Path:
