@@ -92,6 +92,8 @@ def memory_terms(
     else:
         kv_bytes = _kv_bytes(spec, context_tokens, kv_itemsize, target)
     kv_note = f"{context_tokens} tokens, {kv_itemsize} bytes per value"
+    if target == "gguf" and spec.num_sliding_layers:
+        kv_note += "; sliding layers hold a window and a batch (llama-cpp-python: swa_full=False)"
     return [
         MemoryTerm(
             name="dense weights",

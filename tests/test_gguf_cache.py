@@ -17,6 +17,7 @@ from edge_moe.budget import memory_terms
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import SpecError
 from edge_moe.gguf_model import GgufModel
+from edge_moe.plan import MemoryTerm
 from edge_moe.spec import ModelSpec
 
 pytest.importorskip("gguf")
@@ -42,6 +43,10 @@ print("".join(lines))
 
 
 def cached_bytes(spec: ModelSpec, context_tokens: int = CONTEXT_TOKENS) -> int:
+    return kv_term(spec, context_tokens).num_bytes
+
+
+def kv_term(spec: ModelSpec, context_tokens: int) -> MemoryTerm:
     terms = memory_terms(
         spec,
         forms=[],
@@ -52,7 +57,7 @@ def cached_bytes(spec: ModelSpec, context_tokens: int = CONTEXT_TOKENS) -> int:
         runtime_bytes=0,
         runtime_source="assumed",
     )
-    return next(term.num_bytes for term in terms if term.name == "KV cache")
+    return next(term for term in terms if term.name == "KV cache")
 
 
 @pytest.mark.parametrize("family", CALIBRATED)
@@ -78,6 +83,12 @@ def test_the_bill_is_what_llama_cpp_allocates(family: str, tmp_path: Path) -> No
 def spec_of(path: Path, arch: str, **keys: Any) -> ModelSpec:
     types = ("F32",) * 3
     return GgufModel(write_moe(path, arch, types=types, width=32, num_layers=8, keys=keys)).spec
+
+
+def test_the_bill_says_how_sliding_layers_are_kept_small(tmp_path: Path) -> None:
+    for arch, is_said in (("gpt-oss", True), ("qwen3moe", False)):
+        spec = spec_of(tmp_path / "m.gguf", arch, **{"attention.sliding_window": 16})
+        assert ("swa_full=False" in kv_term(spec, 100).note) == is_said
 
 
 def test_layers_by_period_where_no_key_lists_them(tmp_path: Path) -> None:
