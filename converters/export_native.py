@@ -19,7 +19,7 @@ from edge_moe.converters.packing import expert_records
 from edge_moe.converters.progress import Advance, byte_progress
 from edge_moe.converters.safetensors_writer import TensorEntry, file_bytes, header, safetensors_file
 from edge_moe.converters.sidecar import CARD_NAME, copy_sidecar, sidecar_bytes
-from edge_moe.converters.slicing import SlicedTensor, data_bytes, dense_tensors
+from edge_moe.converters.slicing import SlicedTensor, check_groups, data_bytes, dense_tensors
 from edge_moe.converters.staging import BuildFolder
 from edge_moe.files import require_free_disk, write_text
 from edge_moe.formats import expert_bytes
@@ -75,11 +75,14 @@ def export_native(
     """Write the package into `work`, continuing where a killed build stopped.
 
     Raises:
+        TargetError: the groups of a router keep unequal numbers of experts.
         DiskSpaceError: too little space, before anything is written.
         FormError: a form does not fit the model's rows.
         CheckpointError: weights that are damaged, NaN or infinite.
     """
     name = work.output.name
+    for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
+        check_groups(layer_id, plan.kept(row), checkpoint.spec, "native")
     dense = _dense_tensors(plan, checkpoint)
     layers = _layer_files(plan, checkpoint.spec)
     resident_bytes = file_bytes([tensor.entry for tensor in dense])

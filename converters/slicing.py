@@ -95,8 +95,7 @@ def check_groups(layer_id: int, kept: list[int], spec: ModelSpec, target: Target
         raise TargetError(
             f"target {target} needs the same number of experts, at least "
             f"{_MIN_EXPERTS_PER_GROUP}, in each of the router's {router.num_groups} groups; the "
-            f"plan keeps {counts} in layer {layer_id}: plan again with --target {target}, or build "
-            "with --target native"
+            f"plan keeps {counts} in layer {layer_id}: plan again with --target {target}"
         )
     if counts[0] * router.top_groups < spec.top_k:
         raise TargetError(

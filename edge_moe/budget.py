@@ -132,7 +132,10 @@ def _kv_bytes(spec: ModelSpec, context_tokens: int, itemsize: int, target: Targe
 
     llama.cpp keeps the states of recurrent layers in float32, and in sliding layers room for a
     batch besides the window, rounded up (its programs do; llama-cpp-python needs swa_full=False).
+    onnxruntime's attention reads a window from the cache of the whole context.
     """
+    if target == "onnx":
+        return replace(spec, sliding_window=context_tokens).kv_bytes(context_tokens, itemsize)
     if target != "gguf":
         return spec.kv_bytes(context_tokens, itemsize)
     room = spec.sliding_window + LLAMA_UBATCH_TOKENS

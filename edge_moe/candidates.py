@@ -45,6 +45,9 @@ ONNX_FAMILIES = (
     "qwen3_next",
     "qwen3_5_moe_text",
     "nemotron_h",
+    "granitemoe",
+    "ernie4_5_moe",
+    "gpt_oss",
 )
 """Architectures whose decoder `edge_moe.converters.onnx` can write."""
 GGUF_MIXES = ("q2_k/q2_k/q4_k", "q3_k/q3_k/q5_k", "q4_k/q4_k/q6_k")

@@ -58,7 +58,10 @@ def hand_plan(
 
 
 def random_forms(checkpoint: Checkpoint, choices: Sequence[str], seed: int = 0) -> list[list[str]]:
-    """[L][E] drawn from `choices`; every form appears, and at least top_k experts stay."""
+    """[L][E] drawn from `choices`; every form appears, and at least top_k experts stay.
+
+    A router's groups lose the same places, so that they stay equal.
+    """
     spec = checkpoint.spec
     generator = np.random.default_rng(seed)
     table = []
@@ -69,6 +72,12 @@ def random_forms(checkpoint: Checkpoint, choices: Sequence[str], seed: int = 0) 
         keep = next(form for form in choices if form != DROP)
         for expert_id in range(spec.top_k):
             row[expert_id] = keep if row[expert_id] == DROP else row[expert_id]
+        width = spec.num_experts // spec.router.num_groups
+        for expert_id, form in enumerate(row[width:], width):
+            if row[expert_id % width] == DROP:
+                row[expert_id] = DROP
+            elif form == DROP:
+                row[expert_id] = keep
         table.append(row)
     return table
 

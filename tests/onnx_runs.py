@@ -19,6 +19,8 @@ from edge_moe.plan import Plan
 FloatArray = npt.NDArray[np.float32]
 RECURRENT = ("lfm2_moe", "qwen3_next", "qwen3_5_moe_text", "nemotron_h")
 """Families with layers that keep a fixed state."""
+SPECIAL = ("granitemoe", "ernie4_5_moe", "gpt_oss")
+"""Families whose decoder has parts of its own."""
 _EMPTY = {"batch": 1, "past_tokens": 0}
 PROMPT = np.random.default_rng(0).integers(1, 250, (1, 17))
 
@@ -32,8 +34,10 @@ def exact_error(family: str) -> float:
     return 5e-5 if family in ("qwen3_next", "qwen3_5_moe_text") else 1e-5
 
 
-def decode(path: Path, num_steps: int = 6) -> tuple[npt.NDArray[np.int64], FloatArray]:
-    """Prefill of `PROMPT`, then greedy tokens over the cache: (all tokens, logits [T, V])."""
+def decode(
+    path: Path, num_steps: int = 6, prompt: npt.NDArray[np.int64] = PROMPT
+) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """Prefill of `prompt`, then greedy tokens over the cache: (all tokens, logits [T, V])."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -48,7 +52,7 @@ def decode(path: Path, num_steps: int = 6) -> tuple[npt.NDArray[np.int64], Float
         for value in session.get_inputs()
         if value.name.startswith("past")
     }
-    tokens = new = PROMPT
+    tokens = new = prompt
     parts = []
     for _ in range(num_steps):
         feeds = {"input_ids": new, "attention_mask": np.ones_like(tokens), **past}
@@ -79,6 +83,10 @@ def planned_model(plan: Plan, folder: Path) -> Any:
                 stored = unpack_expert(form, record, *spec.expert_shape)
                 gate, up, down = (torch.from_numpy(part.copy()) for part in stored)
                 inner = experts.gate_up_proj if spec.has_gate else experts.up_proj
+                if spec.family.is_transposed:  # and gates and ups take turns
+                    inner[expert_id] = torch.stack([gate, up], dim=1).flatten(0, 1).T
+                    experts.down_proj[expert_id] = down.T
+                    continue
                 inner[expert_id] = torch.cat([gate, up])
                 experts.down_proj[expert_id] = down
     if any(DROP in row for row in plan.forms):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
-from hand_plan import fused_copy, hand_plan, random_forms, tree, uniform_forms
+from hand_plan import edit_config, fused_copy, hand_plan, random_forms, tree, uniform_forms
 from peak_memory import deep_checkpoint, measure_peak, needs_proc
 from test_families import COMPOSITE_CONFIGS
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -28,6 +28,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx_runs import (  # noqa: E402
     RECURRENT,
+    SPECIAL,
     decode,
     exact_error,
     planned_model,
@@ -129,17 +130,11 @@ def test_every_expert_has_the_width_of_the_plan(
     folder = odd_widths(family)
     checkpoint = Checkpoint(folder)
     forms = random_forms(checkpoint, ("f32", "drop", "int2_b32", "int4_b32", "int8_row"))
-    if checkpoint.spec.router.num_groups > 1:
-        half = checkpoint.spec.num_experts // 2
-        for row in forms:  # the best two of a group rank it
-            for start in (0, half):
-                for expert_id in (start, start + 1):
-                    row[expert_id] = "int4_b32" if row[expert_id] == "drop" else row[expert_id]
     check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
 
 
-@pytest.mark.parametrize("family", RECURRENT)
-def test_widths_mix_in_recurrent_families(
+@pytest.mark.parametrize("family", (*RECURRENT, *SPECIAL))
+def test_widths_mix_in_special_families(
     family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint(family)
@@ -317,6 +312,77 @@ def test_tied_heads_clipped_values_and_stacked_experts(tmp_path: Path) -> None:
     check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
 
 
+WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "every layer": ("mixtral", {"sliding_window": 16}),
+    "every layer, if used": ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": True}),
+    "none, for it is not used": ("qwen3_moe", {"sliding_window": 16}),
+    "every other layer": (
+        "qwen2_moe",
+        {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2},
+    ),
+    "with sinks, scaled positions and a gate that is clipped": (
+        "gpt_oss",
+        {
+            "swiglu_limit": 0.5,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_sliding_windows_in_texts_that_are_longer(name: str, tmp_path: Path) -> None:
+    """A prompt of more than two windows, then steps; windows of one token more or less differ."""
+    family, changes = WINDOWS[name]
+    folder = make_tiny_checkpoint(tmp_path / "source", family, **changes)
+    forms = uniform_forms(Checkpoint(folder), 8, "f32")
+    plan = export(folder, forms, tmp_path / "out", EXACT)
+    model = planned_model(plan, folder)
+    prompt = np.random.default_rng(1).integers(1, 250, (1, 45))
+    for graph_name in (MODEL_NAME, STANDARD_NAME):
+        tokens, found = decode(tmp_path / "out" / graph_name, 20, prompt)
+        expected = reference_logits(model, tokens)
+        assert relative_error(found, expected) < EXACT_ERROR, graph_name
+    if name.startswith("none"):
+        return
+    for window in (15, 17):
+        other = planned_model(plan, with_config(folder, tmp_path / str(window), window))
+        assert relative_error(found, reference_logits(other, tokens)) > 100 * EXACT_ERROR
+
+
+def with_config(folder: Path, output: Path, window: int) -> Path:
+    """The same checkpoint with another sliding window."""
+    shutil.copytree(folder, output)
+    edit_config(output, sliding_window=window)
+    return output
+
+
+def test_open_groups_hold_as_many_experts_as_a_token_needs(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """As natively: else routers choose among closed groups. Here one of two groups is open."""
+    folder = make_tiny_checkpoint(tmp_path / "source", "deepseek_v3", num_experts_per_tok=3)
+    few = [["f32"] * 4 + ["f32", "f32", "drop", "drop"]] * 2
+    with pytest.raises(TargetError, match=r"1 groups may hold 2, fewer than top_k=3"):
+        export(folder, few, tmp_path / "out", OnnxOptions())
+    natively = [["bf16"] * 2 + ["drop"] * 2] * 2
+    plan = hand_plan(Checkpoint(folder), [[*row, *row] for row in natively])
+    with pytest.raises(TargetError, match=r"1 groups hold fewer than top_k=3"):
+        build(plan, tmp_path / "native", model=folder)
+    lone = [["f32"] * 4 + ["f32", "drop", "drop", "drop"]] * 2  # which is too small to be ranked
+    check_logits(folder, lone, tmp_path / "lone", EXACT_ERROR)
+
+
 def test_group_columns_of_a_pruned_router(tiny_checkpoint: TinyCheckpoint) -> None:
     router = Checkpoint(tiny_checkpoint("deepseek_v3")).spec.router  # two groups
     columns, groups = group_columns(Routing(router, 2, 8, (0, 1, 3, 4, 7)))
@@ -455,7 +521,6 @@ def test_a_full_disk_is_noticed_before_writing(
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "dynamic",
         ),
-        ("mixtral", {"sliding_window": 64}, "window of 64"),
         ("qwen3_next", {"head_dim": 32}, "32 wide and 8 of it rotates"),
         ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act='gelu'"),
     ],
@@ -472,7 +537,7 @@ def test_what_the_graph_cannot_compute_is_refused(
 
 def test_genai_generates_the_same_tokens(tmp_path: Path, tiny_checkpoint: TinyCheckpoint) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    for family in (*FAMILY_NAMES, *RECURRENT):
+    for family in (*FAMILY_NAMES, *RECURRENT, *SPECIAL):
         folder = tiny_checkpoint(family)
         output = tmp_path / family
         forms = random_forms(Checkpoint(folder), ("int4_b32", "int8_row"))

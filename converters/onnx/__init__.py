@@ -13,11 +13,15 @@ names.
     graph.py        nodes and initializers, the protobuf and its limit
     data_files.py   where every weight lies in the external files, and writing them
     operations.py   norms, linear layers and attention, as contrib or as standard operations
-    decoder.py      the layers, and the head that scores every position
+    decoder.py      the layers
+    feed_forward.py what a layer does to every token by itself: experts, or a dense MLP
+    activations.py  what experts do between their two products
+    head.py         from hidden states to logits
     layouts.py      what families call the parts of a layer
     weights.py      dense tensors of the checkpoint, and which of them were used
     states.py       what a layer keeps from one run to the next
     mixer.py        what looks back in a layer: attention.py, recurrent.py
+    heads.py        the shape of attention in every layer
     recurrences.py  causal convolution and linear attention
     rope.py         rotary tables
     routing.py      the router's weights from standard operations

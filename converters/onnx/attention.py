@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from edge_moe.converters.onnx.heads import read_heads
 from edge_moe.converters.onnx.layouts import Layout
 from edge_moe.converters.onnx.mixer import Mixer
 from edge_moe.converters.onnx.operations import Heads, Operations
-from edge_moe.converters.onnx.rope import NO_ROTARY, Rotary, read_rotary
 from edge_moe.converters.onnx.states import State, keys_and_values
 from edge_moe.converters.onnx.weights import Weights
-from edge_moe.errors import TargetError
 from edge_moe.spec import ModelSpec
 
-_HEAD_UNIT = 16
 _LATENT_EPSILON = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps says
 
 
@@ -33,10 +30,6 @@ class Attention(Mixer):
     def states(self) -> tuple[State, ...]:
         return keys_and_values(self.layer, self.heads.num_kv, self.heads.width)
 
-    def is_in(self, weights: Weights) -> bool:
-        """Whether the layer has attention."""
-        return f"{self.prefix}.{self.layout.attention_output}.weight" in weights.tensors
-
     def mix(self, operations: Operations, weights: Weights, inputs: str) -> str:
         """Query, key and value projections, with the norms that the checkpoint has."""
         layout, op, prefix = self.layout, operations.graph.op, self.prefix
@@ -50,8 +43,8 @@ class Attention(Mixer):
             if f"{norm}.weight" in weights.tensors:
                 value = self._query_norm(operations, weights, value, norm, count)
             parts.append(self._clipped(operations, value))
-        query, key, value = parts
-        mixed = operations.attention(query, key, value, self.layer, self.heads)
+        sinks = weights.optional(f"{prefix}.sinks")
+        mixed = operations.attention(parts, self.layer, self.heads, sinks)
         if gate:
             mixed = op("Mul", [mixed, op("Sigmoid", [gate])])
         return weights.linear(operations, f"{prefix}.{layout.attention_output}", mixed)
@@ -116,10 +109,8 @@ class LatentAttention(Attention):
         key = op("Concat", [turned, rest], axis=-1)
         padding = constant([0, 0, 0, 0, 0, 0, 0, width - value_width])
         value = op("Pad", [value, padding, constant(0.0, np.float32)])
-        query, key, value = (
-            operations.reshape(part, 0, 0, count * width) for part in (query, key, value)
-        )
-        mixed = operations.attention(query, key, value, self.layer, self.heads)
+        parts = [operations.reshape(part, 0, 0, count * width) for part in (query, key, value)]
+        mixed = operations.attention(parts, self.layer, self.heads)
         mixed, _ = operations.split(
             operations.reshape(mixed, 0, 0, count, width), (value_width, width - value_width)
         )
@@ -137,63 +128,15 @@ class LatentAttention(Attention):
 
 
 def attention(
-    spec: ModelSpec, config: Any, heads: Heads, layout: Layout, layer: int, prefix: str
-) -> Attention:
-    """That of layer number `layer`, whose tensors start with `prefix`."""
-    kind = LatentAttention if spec.expanded_kv_width else Attention
-    return kind(config, layer, prefix, heads, layout)
-
-
-def read_heads(spec: ModelSpec, config: Any, layout: Layout) -> tuple[Heads, Rotary]:
-    """The shape of attention in every layer.
+    spec: ModelSpec, config: Any, layout: Layout, weights: Weights, layer: int, prefix: str
+) -> Attention | None:
+    """That of layer number `layer`, whose tensors start with `prefix`; None where it has none.
 
     Raises:
         TargetError: the graph cannot compute it.
     """
-    is_latent = spec.expanded_kv_width > 0
-    width = spec.query_width // spec.num_attention_heads
-    rotated = config.qk_rope_head_dim if is_latent else width
-    rotary = read_rotary(config, rotated) if layout.is_rotary else NO_ROTARY
-    _check(spec, config, rotary.width)
-    heads = Heads(
-        num_query=spec.num_attention_heads,
-        num_kv=spec.num_kv_heads,
-        width=width,
-        rotary_width=rotary.width,
-        is_interleaved=is_latent and getattr(config, "rope_interleave", True),
-        scale=_scale(config, width),
-    )
-    return heads, rotary
-
-
-def _check(spec: ModelSpec, config: Any, rotary_width: int) -> None:
-    """Refuse what the graph cannot compute.
-
-    Raises:
-        TargetError: attention to a window of the text, or heads of an odd width.
-    """
-    width = spec.query_width // spec.num_attention_heads
-    if width % _HEAD_UNIT or rotary_width % _HEAD_UNIT:
-        raise TargetError(
-            f"target onnx: heads are {width} wide and {rotary_width} of it rotates, onnxruntime's "
-            f"attention needs multiples of {_HEAD_UNIT}: use --target native"
-        )
-    window = getattr(config, "sliding_window", None)
-    is_used = getattr(config, "use_sliding_window", True)
-    if window and is_used and window < spec.max_position_embeddings:
-        raise TargetError(
-            f"target onnx: the checkpoint attends to a window of {window} of its "
-            f"{spec.max_position_embeddings} tokens, which the graph does not do: use --target "
-            "native"
-        )
-
-
-def _scale(config: Any, width: int) -> float:
-    """1 / sqrt(width); YaRN with mscale_all_dim raises it (arXiv:2309.00071, section 3.4)."""
-    scale, parameters = float(width**-0.5), getattr(config, "rope_parameters", None) or {}
-    all_dim = parameters.get("mscale_all_dim", 0)
-    if parameters.get("rope_type", "default") == "default" or not all_dim:
-        return scale
-    factor = parameters["factor"]
-    stretch = 0.1 * all_dim * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return scale * stretch * stretch
+    if f"{prefix}.{layout.attention}.{layout.attention_output}.weight" not in weights.tensors:
+        return None
+    kind = LatentAttention if spec.expanded_kv_width else Attention
+    heads = read_heads(spec, config, layout, weights, layer)
+    return kind(config, layer, prefix, heads, layout)

@@ -24,6 +24,7 @@ from edge_moe.converters.onnx.data_files import DenseFile, ExpertFile
 from edge_moe.converters.onnx.decoder import Decoder
 from edge_moe.converters.onnx.genai import GENAI_CONFIG_NAME, genai_config
 from edge_moe.converters.onnx.graph import import_onnx, serialised
+from edge_moe.converters.onnx.routing import Routing, fewest_open_experts
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.progress import byte_progress
 from edge_moe.converters.sidecar import CARD_NAME, CONFIG_NAME, copy_sidecar, sidecar_bytes
@@ -106,6 +107,7 @@ def check_onnx(plan: Plan, spec: ModelSpec) -> None:
     """
     check_target(spec, "onnx")
     for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
+        _check_groups(layer_id, plan.kept(row), spec)
         for expert_id in plan.kept(row):
             form = row[expert_id]
             if form != EXACT and not _is_integer(form):
@@ -119,6 +121,18 @@ def check_onnx(plan: Plan, spec: ModelSpec) -> None:
                     f"{get_form(form).block_size} do not divide {spec.expert_hidden} and "
                     f"{spec.expert_width}: plan again"
                 )
+
+
+def _check_groups(layer_id: int, kept: list[int], spec: ModelSpec) -> None:
+    """transformers' routers fall back on experts of closed groups, in no order that is stated."""
+    routing = Routing(spec.router, spec.top_k, spec.num_experts, tuple(kept))
+    fewest = fewest_open_experts(routing)
+    if fewest < spec.top_k:
+        raise TargetError(
+            f"target onnx: layer {layer_id} keeps so few experts in some of the router's "
+            f"{spec.router.num_groups} groups that {spec.router.top_groups} groups may hold "
+            f"{fewest}, fewer than top_k={spec.top_k}: keep more experts there, or plan again"
+        )
 
 
 def _is_integer(form: str) -> bool:

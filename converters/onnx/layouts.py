@@ -20,22 +20,28 @@ class Layout:
     has_gated_attention: bool = False
     """q_proj gives every head's query and then the gate of its output (arXiv:2505.06708)."""
     is_rotary: bool = True
+    is_interleaved: bool = False
+    """Values 2i and 2i + 1 of a head rotate together; latent attention has a config key for it."""
     mlp: str = "mlp"
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """Of a dense MLP; two where it has no gate and its activation is relu squared."""
-    least_sum: float = 1e-20
+    up_offset: float = 0.0
+    """What is added to up before f(gate) multiplies it."""
+    added_sum: float = 1e-20
     """What a router of sigmoids adds to the sum that it divides by."""
 
 
 _GATED_QWEN = Layout(adds_one=True, has_gated_attention=True)
 _LAYOUTS = {
+    "ernie4_5_moe": Layout(is_interleaved=True),
+    "gpt_oss": Layout(up_offset=1.0),
     "lfm2_moe": Layout(
         epsilon_key="norm_eps",
         attention_norms=("q_layernorm", "k_layernorm"),
         attention_output="out_proj",
         mlp="feed_forward",
         projections=("w1", "w3", "w2"),
-        least_sum=1e-6,
+        added_sum=1e-6,
     ),
     "qwen3_next": _GATED_QWEN,
     "qwen3_5_moe_text": _GATED_QWEN,

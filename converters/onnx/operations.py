@@ -15,6 +15,7 @@ import numpy as np
 from edge_moe.converters.onnx.data_files import StoredTensor
 from edge_moe.converters.onnx.graph import MICROSOFT, Graph
 
+_HEAD_SINK = 11  # position of GroupQueryAttention's input
 MASKED = float(np.finfo(np.float32).min)
 
 Tables = Sequence[StoredTensor]
@@ -28,35 +29,51 @@ class Heads:
     num_query: int
     num_kv: int
     width: int
-    rotary_width: int
-    """Leading values of a head that are rotated; none where positions have no embedding."""
+    tables: Tables
+    """Of the rotation; none where positions have no embedding."""
     is_interleaved: bool
     """Values 2i and 2i + 1 of a head rotate together, not i and i + rotary_width / 2."""
     scale: float
+    window: int = 0
+    """A token sees so many of the last tokens, itself among them; 0 for all."""
+
+    @property
+    def rotary_width(self) -> int:
+        """Leading values of a head that are rotated."""
+        return 2 * self.tables[0].shape[1] if self.tables else 0
 
 
 class Operations(ABC):
     """Adds operations to `graph`."""
 
-    def __init__(self, graph: Graph, tables: Tables) -> None:
-        """`tables` are empty where no layer rotates."""
+    def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._tables = [graph.weight(table) for table in tables]
 
     @abstractmethod
     def rms_norm(self, value: str, weight: StoredTensor, epsilon: float) -> str:
         """Root mean square normalisation of the last axis, times `weight`."""
 
+    def layer_norm(
+        self, value: str, weight: StoredTensor, bias: StoredTensor, epsilon: float
+    ) -> str:
+        """LayerNorm of the last axis."""
+        inputs = [value, self.graph.weight(weight), self.graph.weight(bias)]
+        return self.graph.op("LayerNormalization", inputs, axis=-1, epsilon=epsilon)
+
     @abstractmethod
+    def attention(
+        self, values: Sequence[str], layer: int, heads: Heads, sinks: StoredTensor | None = None
+    ) -> str:
+        """Rotary causal attention with a cache -> [b, s, n d].
+
+        `values` are queries [b, s, n d], keys and values [b, s, m d]; `sinks` [n] are scores of
+        every head that take their share and give nothing. Reads past_key_values.{layer}.*
+        [b, m, p, d] and gives present.{layer}.* [b, m, t, d].
+        """
+
     def linear(self, value: str, weight: StoredTensor) -> str:
         """`value` [..., inputs] times `weight` [outputs, inputs] transposed."""
-
-    @abstractmethod
-    def attention(self, query: str, key: str, value: str, layer: int, heads: Heads) -> str:
-        """Rotary causal attention with a cache: [b, s, n d], [b, s, m d] twice -> [b, s, n d].
-
-        Reads past_key_values.{layer}.* [b, m, p, d] and gives present.{layer}.* [b, m, t, d].
-        """
+        return transposed_product(self.graph, value, weight)
 
     def silu_gated(self, gate: str, up: str) -> str:
         """silu(gate) * up."""
@@ -81,8 +98,8 @@ class Operations(ABC):
 class ContribOperations(Operations):
     """Fused operations of onnxruntime, on every device that it runs on."""
 
-    def __init__(self, graph: Graph, tables: Tables) -> None:
-        super().__init__(graph, tables)
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
         op, one = graph.op, graph.constant([1])
         lengths = op("ReduceSum", ["attention_mask", one], keepdims=0)
         last = op("Sub", [lengths, graph.constant(1)])
@@ -99,17 +116,19 @@ class ContribOperations(Operations):
             stash_type=1,
         )
 
-    def linear(self, value: str, weight: StoredTensor) -> str:
-        inputs = [value, self.graph.weight(weight)]
-        return self.graph.op("FusedMatMul", inputs, domain=MICROSOFT, transB=1)
-
-    def attention(self, query: str, key: str, value: str, layer: int, heads: Heads) -> str:
+    def attention(
+        self, values: Sequence[str], layer: int, heads: Heads, sinks: StoredTensor | None = None
+    ) -> str:
+        graph = self.graph
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
-        inputs = [query, key, value, *past, self._last_positions, self._total]
-        return self.graph.ops(
+        inputs = [*values, *past, self._last_positions, self._total]
+        inputs += [graph.weight(table) for table in heads.tables]
+        if sinks is not None:
+            inputs += [""] * (_HEAD_SINK - len(inputs)) + [graph.weight(sinks)]
+        return graph.ops(
             "GroupQueryAttention",
-            [*inputs, *self._tables],
+            inputs,
             [f"layers.{layer}.attention", *present],
             domain=MICROSOFT,
             num_heads=heads.num_query,
@@ -117,6 +136,7 @@ class ContribOperations(Operations):
             do_rotary=int(heads.rotary_width > 0),
             rotary_interleaved=int(heads.is_interleaved),
             scale=heads.scale,
+            local_window_size=heads.window or -1,
         )[0]
 
 
@@ -126,24 +146,23 @@ class StandardOperations(Operations):
     Positions count from the length of the cache.
     """
 
-    def __init__(self, graph: Graph, tables: Tables) -> None:
-        super().__init__(graph, tables)
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
         op, constant = graph.op, graph.constant
         total, new = (
             op("Gather", [op("Shape", [name]), constant(1)], axis=0)
             for name in ("attention_mask", "input_ids")
         )
         past = op("Sub", [total, new])
-        positions = op("Range", [past, total, constant(1)])  # [s]
-        self._rotation = [op("Gather", [table, positions]) for table in self._tables]
-        keys = op("Range", [constant(0), total, constant(1)])  # [t]
-        queries = op("Unsqueeze", [positions, constant([1])])
-        is_causal = op("LessOrEqual", [keys, queries])  # [s, t]
+        self._positions = op("Range", [past, total, constant(1)])  # [s]
+        self._keys = op("Range", [constant(0), total, constant(1)])  # [t]
+        self._queries = op("Unsqueeze", [self._positions, constant([1])])
+        is_causal = op("LessOrEqual", [self._keys, self._queries])  # [s, t]
         is_real = op("Cast", ["attention_mask"], to=_elem_type(graph, "BOOL"))  # [b, t]
         is_real = op("Unsqueeze", [is_real, constant([1, 2])])
-        is_visible = op("And", [is_causal, is_real])  # [b, 1, s, t]
-        zero, low = constant(0.0, np.float32), constant(MASKED, np.float32)
-        self._bias = op("Where", [is_visible, zero, low])
+        self._is_visible = op("And", [is_causal, is_real])  # [b, 1, s, t]
+        self._rotations: dict[str, list[str]] = {}
+        self._biases: dict[int, str] = {}
 
     def rms_norm(self, value: str, weight: StoredTensor, epsilon: float) -> str:
         op, constant = self.graph.op, self.graph.constant
@@ -151,12 +170,11 @@ class StandardOperations(Operations):
         root = op("Sqrt", [op("Add", [mean, constant(epsilon, np.float32)])])
         return op("Mul", [op("Div", [value, root]), self.graph.weight(weight)])
 
-    def linear(self, value: str, weight: StoredTensor) -> str:
-        transposed = self.graph.op("Transpose", [self.graph.weight(weight)], perm=[1, 0])
-        return self.graph.op("MatMul", [value, transposed])
-
-    def attention(self, query: str, key: str, value: str, layer: int, heads: Heads) -> str:
+    def attention(
+        self, values: Sequence[str], layer: int, heads: Heads, sinks: StoredTensor | None = None
+    ) -> str:
         op, constant = self.graph.op, self.graph.constant
+        query, key, value = values
         query = self._rotate(self._by_head(query, heads.num_query, heads), heads)
         key = self._rotate(self._by_head(key, heads.num_kv, heads), heads)
         value = self._by_head(value, heads.num_kv, heads)
@@ -167,9 +185,44 @@ class StandardOperations(Operations):
             parts.append(self._repeat(present, heads))
         scores = op("MatMul", [query, op("Transpose", [parts[0]], perm=[0, 1, 3, 2])])
         scores = op("Mul", [scores, constant(heads.scale, np.float32)])
-        shares = op("Softmax", [op("Add", [scores, self._bias])], axis=-1)
+        scores = op("Add", [scores, self._bias(heads.window)])
+        shares = self._shares(scores, sinks)
         mixed = op("Transpose", [op("MatMul", [shares, parts[1]])], perm=[0, 2, 1, 3])
         return self.reshape(mixed, 0, 0, heads.num_query * heads.width)
+
+    def _bias(self, window: int) -> str:
+        """0 for what a token may see, [b, 1, s, t]."""
+        op, constant = self.graph.op, self.graph.constant
+        if window not in self._biases:
+            is_visible = self._is_visible
+            if window:
+                oldest = op("Sub", [self._queries, constant(window)])
+                is_visible = op("And", [is_visible, op("Greater", [self._keys, oldest])])
+            zero, low = constant(0.0, np.float32), constant(MASKED, np.float32)
+            self._biases[window] = op("Where", [is_visible, zero, low])
+        return self._biases[window]
+
+    def _shares(self, scores: str, sinks: StoredTensor | None) -> str:
+        """Softmax of scores [b, n, s, t]; sinks are one column more, and left out again."""
+        op, constant = self.graph.op, self.graph.constant
+        if sinks is None:
+            return op("Softmax", [scores], axis=-1)
+        own = op("Unsqueeze", [self.graph.weight(sinks), constant([1, 2])])  # [n, 1, 1]
+        rows = op("Slice", [op("Shape", [scores]), constant([0]), constant([3])])
+        shape = op("Concat", [rows, constant([1])], axis=0)
+        column = op("Expand", [own, shape])  # [b, n, s, 1]
+        shares = op("Softmax", [op("Concat", [scores, column], axis=-1)], axis=-1)
+        return op("Slice", [shares, constant([0]), constant([-1]), constant([3])])
+
+    def _rotation(self, tables: Tables) -> list[str]:
+        """Cosines and sines of the new tokens, [s, rotary_width / 2]."""
+        name = tables[0].name
+        if name not in self._rotations:
+            self._rotations[name] = [
+                self.graph.op("Gather", [self.graph.weight(table), self._positions])
+                for table in tables
+            ]
+        return self._rotations[name]
 
     def _by_head(self, value: str, count: int, heads: Heads) -> str:
         """[b, s, count d] -> [b, count, s, d]"""
@@ -190,7 +243,7 @@ class StandardOperations(Operations):
             first, second = (op("Gather", [pairs, self.graph.constant(i)], axis=4) for i in (0, 1))
         else:
             first, second = self.split(value, (rotary // 2, rotary // 2))
-        cos, sin = self._rotation
+        cos, sin = self._rotation(heads.tables)
         new_first = op("Sub", [op("Mul", [first, cos]), op("Mul", [second, sin])])
         new_second = op("Add", [op("Mul", [second, cos]), op("Mul", [first, sin])])
         parts = [new_first, new_second, *([kept] if rest else [])]
@@ -211,6 +264,15 @@ class StandardOperations(Operations):
         )
         target = op("Concat", [batch, constant([heads.num_query]), rest], axis=0)
         return op("Reshape", [repeated, target])
+
+
+def transposed_product(graph: Graph, value: str, weight: StoredTensor) -> str:
+    """`value` [..., inputs] times `weight` [outputs, inputs] transposed."""
+    if not graph.is_standard:
+        inputs = [value, graph.weight(weight)]
+        return graph.op("FusedMatMul", inputs, domain=MICROSOFT, transB=1)
+    transposed = graph.op("Transpose", [graph.weight(weight)], perm=[1, 0])
+    return graph.op("MatMul", [value, transposed])
 
 
 def _elem_type(graph: Graph, name: str) -> int:

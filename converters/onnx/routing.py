@@ -20,8 +20,10 @@ class Routing:
     num_experts: int
     """Of the source: its groups are equal runs of them."""
     kept: tuple[int, ...]
-    least_sum: float = 1e-20
+    added_sum: float = 1e-20
     """What transformers adds before it divides by the sum of sigmoids."""
+    least_sum: float = 0.0
+    """The sum of softmax weights counts as this where it is smaller."""
 
     @property
     def is_plain(self) -> bool:
@@ -58,7 +60,9 @@ def dense_weights(operations: Operations, logits: str, bias: str, routing: Routi
     if router.renormalises:
         total = op("ReduceSum", [weights, constant([-1])], keepdims=1)
         if router.score_function == "sigmoid":
-            total = op("Add", [total, constant(routing.least_sum, np.float32)])
+            total = op("Add", [total, constant(routing.added_sum, np.float32)])
+        elif routing.least_sum:
+            total = op("Max", [total, constant(routing.least_sum, np.float32)])
         weights = op("Div", [weights, total])
     if router.scale != 1.0:
         weights = op("Mul", [weights, constant(router.scale, np.float32)])
@@ -90,6 +94,21 @@ def _limit_to_groups(operations: Operations, choice: str, routing: Routing) -> s
 def _ranked(router: RouterSpec) -> int:
     """How many of its best scores a group is ranked by."""
     return 1 if router.group_score == "best" else 2
+
+
+def fewest_open_experts(routing: Routing) -> int:
+    """How many kept experts the open groups hold where they are those with the fewest.
+
+    A group that is too small to be ranked is open only where there are too few others.
+    """
+    router = routing.router
+    group_width = routing.num_experts // router.num_groups
+    members = np.array(routing.kept, np.int64) // group_width
+    counts = np.bincount(members, minlength=router.num_groups)
+    ranked = counts[counts >= _ranked(router)]
+    if len(ranked) < router.top_groups:
+        ranked = counts
+    return int(np.sort(ranked)[: router.top_groups].sum())
 
 
 def group_columns(routing: Routing) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -30,11 +30,11 @@ def standard_experts(operations: Operations, layer: ExpertLayer) -> str:
     used = op("ReduceMax", [weights, constant([0])], keepdims=0)  # [E]
     is_used = op("Greater", [used, constant(0.0, np.float32)])
     total = op("Mul", [tokens, constant(0.0, np.float32)])
-    for stack in layer.stacks:
+    for number, stack in enumerate(layer.stacks):
         for index, row in enumerate(stack.rows):
             column = op("Gather", [weights, constant(row)], axis=1)  # [T]
             with graph.branch() as then_nodes:
-                added = _add_expert(operations, layer, stack, index, (tokens, column, total))
+                added = _add_expert(operations, layer, number, index, (tokens, column, total))
             with graph.branch() as else_nodes:
                 same = op("Identity", [total])
             total = op(
@@ -49,12 +49,12 @@ def standard_experts(operations: Operations, layer: ExpertLayer) -> str:
 def _add_expert(
     operations: Operations,
     layer: ExpertLayer,
-    stack: ExpertStack,
+    number: int,
     index: int,
     values: tuple[str, str, str],
 ) -> str:
     """`total` [T, H] plus one expert's output for the tokens whose weight in `column` is not 0."""
-    tokens, column, total = values
+    stack, (tokens, column, total) = layer.stacks[number], values
     graph = operations.graph
     op, constant = graph.op, graph.constant
     positions = op("Transpose", [op("NonZero", [column])], perm=[1, 0])  # [n, 1]
@@ -62,13 +62,24 @@ def _add_expert(
     width = stack.fc1.shape[1] // 2
     fc1 = _matrix(operations, stack, stack.fc1, stack.scales1, index)
     fc2 = _matrix(operations, stack, stack.fc2, stack.scales2, index)
-    pairs = op("Reshape", [op("MatMul", [fc1, inputs]), constant([width, 2, -1])])
+    biases = layer.biases[number] if layer.biases else (None, None)
+    first = _plus_bias(operations, op("MatMul", [fc1, inputs]), biases[0], index)
+    pairs = op("Reshape", [first, constant([width, 2, -1])])
     gate, up = (op("Gather", [pairs, constant(half)], axis=1) for half in (0, 1))  # [I, n]
-    hidden = operations.silu_gated(gate, up) if layer.has_gate else operations.relu_squared(up)
-    output = op("MatMul", [fc2, hidden])
+    output = op("MatMul", [fc2, layer.activation.add(operations, gate, up)])
+    output = _plus_bias(operations, output, biases[1], index)
     output = op("Transpose", [output], perm=[1, 0])  # [n, H]
     scale = op("Unsqueeze", [op("GatherND", [column, positions]), constant([1])])
     return op("ScatterND", [total, positions, op("Mul", [output, scale])], reduction="add")
+
+
+def _plus_bias(operations: Operations, value: str, biases: StoredTensor | None, index: int) -> str:
+    """`value` [outputs, n] plus the bias of one expert, a row of `biases` [E, outputs]."""
+    if biases is None:
+        return value
+    graph = operations.graph
+    column = graph.weight(biases.item(index, "", "FLOAT", (biases.shape[1], 1)))
+    return graph.op("Add", [value, column])
 
 
 def _matrix(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
-from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.onnx.data_files import Chunks, DenseFile, StoredTensor, float32_chunks
+from edge_moe.checkpoint import Checkpoint, expert_axis
+from edge_moe.converters.onnx.data_files import (
+    Chunks,
+    DenseFile,
+    StoredTensor,
+    array_chunks,
+    float32_chunks,
+)
 from edge_moe.converters.onnx.operations import Operations
 from edge_moe.converters.source_bytes import rows
 from edge_moe.errors import TargetError
@@ -45,8 +53,11 @@ class Weights:
         return self.tensor(f"{module}.weight")
 
     def norm(self, operations: Operations, name: str, value: str) -> str:
-        """A norm of the last axis over its root mean square."""
+        """A norm of the last axis: over its root mean square, or LayerNorm where it has a bias."""
         stored = self.weight(name)
+        bias = self.optional(f"{name}.bias")
+        if bias is not None:
+            return operations.layer_norm(value, stored, bias, self._epsilon)
         if self._adds_one:
             chunks = float32_chunks([self.tensors[stored.name]])
             self._dense.sources[stored.name] = _plus_one(chunks)
@@ -62,12 +73,24 @@ class Weights:
         self._used.add(name)
         return self._dense.add(name, info.shape, float32_chunks([info]))
 
-    def rows(self, name: str, kept: Sequence[int]) -> StoredTensor:
-        """The rows of kept experts."""
+    def rows(self, name: str, kept: Sequence[int], label: str = "") -> StoredTensor:
+        """The rows of kept experts; `label` tells several choices of one tensor's rows apart."""
         info = self.tensors[name]
         self._used.add(name)
-        shape = (len(kept), *info.shape[1:])
-        return self._dense.add(name, shape, float32_chunks(rows(info, kept)))
+        if expert_axis(info, self._checkpoint.spec.num_experts) == 1:
+            info = replace(info, shape=info.shape[1:])  # behind an axis of one row
+        shape, placed = (len(kept), *info.shape[1:]), f"{name}.{label}" if label else name
+        return self._dense.add(placed, shape, float32_chunks(rows(info, kept)))
+
+    def computed(
+        self,
+        name: str,
+        num_rows: int,
+        width: int,
+        make: Callable[[int, int], npt.NDArray[np.float32]],
+    ) -> StoredTensor:
+        """A tensor [num_rows, width] that no checkpoint holds; `make(start, end)` gives rows."""
+        return self._dense.add(name, (num_rows, width), array_chunks(make, num_rows))
 
     def require_all_used(self) -> None:
         """Nothing of the checkpoint may be left out.

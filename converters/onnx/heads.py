@@ -1,0 +1,90 @@
+"""The shape of attention in every layer, as config.json and the layout have it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from edge_moe.converters.onnx.layouts import Layout
+from edge_moe.converters.onnx.operations import Heads, Tables
+from edge_moe.converters.onnx.rope import Rotary, read_rotary
+from edge_moe.converters.onnx.weights import Weights
+from edge_moe.errors import TargetError
+from edge_moe.spec import ModelSpec
+
+_HEAD_UNIT = 16
+
+
+def read_heads(spec: ModelSpec, config: Any, layout: Layout, weights: Weights, layer: int) -> Heads:
+    """Those of layer number `layer`; rotary tables are placed among `weights`.
+
+    Raises:
+        TargetError: the graph cannot compute it.
+    """
+    is_latent = spec.expanded_kv_width > 0
+    width = spec.query_width // spec.num_attention_heads
+    rotated = config.qk_rope_head_dim if is_latent else width
+    tables = rotary_tables(spec, read_rotary(config, rotated), weights) if layout.is_rotary else ()
+    heads = Heads(
+        num_query=spec.num_attention_heads,
+        num_kv=spec.num_kv_heads,
+        width=width,
+        tables=tables,
+        is_interleaved=_is_interleaved(config, layout, is_latent),
+        scale=_scale(config, width),
+        window=window_of(config, layer),
+    )
+    _check(heads)
+    return heads
+
+
+def rotary_tables(spec: ModelSpec, rotary: Rotary, weights: Weights) -> Tables:
+    """Cosines and sines of every position."""
+    num_rows = spec.max_position_embeddings
+    return [
+        weights.computed(f"rotary.{name}", num_rows, rotary.width // 2, rotary.rows(function))
+        for name, function in (("cos", np.cos), ("sin", np.sin))
+    ]
+
+
+def window_of(config: Any, layer: int) -> int:
+    """How many of the last tokens a token sees in this layer, itself among them; 0 for all."""
+    window = getattr(config, "sliding_window", None)
+    if not window or not getattr(config, "use_sliding_window", True):
+        return 0
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        return 0
+    return int(window)
+
+
+def _is_interleaved(config: Any, layout: Layout, is_latent: bool) -> bool:
+    return bool(getattr(config, "rope_interleave", True)) if is_latent else layout.is_interleaved
+
+
+def _check(heads: Heads) -> None:
+    """Refuse what the graph cannot compute.
+
+    Raises:
+        TargetError: heads of an odd width.
+    """
+    if heads.width % _HEAD_UNIT or heads.rotary_width % _HEAD_UNIT:
+        raise TargetError(
+            f"target onnx: heads are {heads.width} wide and {heads.rotary_width} of it rotates, "
+            f"onnxruntime's attention needs multiples of {_HEAD_UNIT}: use --target native"
+        )
+
+
+def _scale(config: Any, width: int) -> float:
+    """1 / sqrt(width), or Granite's own; YaRN with mscale_all_dim raises it (arXiv:2309.00071,
+    section 3.4)."""
+    scale = float(getattr(config, "attention_multiplier", width**-0.5))
+    parameters = getattr(config, "rope_parameters", None) or {}
+    all_dim = parameters.get("mscale_all_dim", 0)
+    if parameters.get("rope_type", "default") == "default" or not all_dim:
+        return scale
+    factor = parameters["factor"]
+    stretch = 0.1 * all_dim * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return scale * stretch * stretch
