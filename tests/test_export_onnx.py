@@ -360,6 +360,47 @@ def test_sliding_windows_in_texts_that_are_longer(name: str, tmp_path: Path) -> 
         assert relative_error(found, reference_logits(other, tokens)) > 100 * EXACT_ERROR
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases, and long positions scaled as short ones": (
+        "phimoe",
+        {
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.2,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + 0.1 * index for index in range(8)],
+                "long_factor": [2.0 + 0.3 * index for index in range(8)],
+                "short_mscale": 1.2,
+                "long_mscale": 1.2,
+                "original_max_position_embeddings": 12,
+            },
+        },
+    ),
+    "no shared experts, dense layers in between, biases": (
+        "ernie4_5_moe",
+        {
+            "moe_num_shared_experts": 0,
+            "num_hidden_layers": 4,
+            "moe_layer_end_index": 3,
+            "moe_layer_interval": 2,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "biases of attention": ("granitemoe", {"attention_bias": True, "tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_special_families(name: str, tmp_path: Path) -> None:
+    family, changes = VARIANTS[name]
+    folder = make_tiny_checkpoint(tmp_path / "source", family, **changes)
+    forms = uniform_forms(Checkpoint(folder), 6, "f32")
+    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+
+
 def with_config(folder: Path, output: Path, window: int) -> Path:
     """The same checkpoint with another sliding window."""
     shutil.copytree(folder, output)
@@ -520,6 +561,21 @@ def test_a_full_disk_is_noticed_before_writing(
             "mixtral",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "dynamic",
+        ),
+        (
+            "phimoe",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "short_mscale": 1.2,
+                    "long_mscale": 1.3,
+                    "original_max_position_embeddings": 256,
+                }
+            },
+            "longrope",
         ),
         ("qwen3_next", {"head_dim": 32}, "32 wide and 8 of it rotates"),
         ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act='gelu'"),

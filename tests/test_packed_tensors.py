@@ -27,6 +27,7 @@ from edge_moe.converters.transform import transform
 from edge_moe.errors import CheckpointError, InputError, SpecError
 from edge_moe.inspect import inspect_model
 from edge_moe.packed_tensors import _E4M3, to_bfloat16
+from edge_moe.runtime.onnx_session import OnnxSession
 from edge_moe.runtime.session import Session
 
 TOKENS = [(7 * i * i + 3 * i) % 320 for i in range(40)]
@@ -176,6 +177,22 @@ def test_packed_checkpoints_go_all_the_way(
     assert np.abs(logits(native) - logits(folder)).max() > 0.01
     whole = build(hand_plan(checkpoint, uniform_forms(checkpoint, 8)), tmp_path / "whole")
     np.testing.assert_allclose(logits(whole), logits(folder), atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "make"), [("qwen3_moe", make_fp8), ("gpt_oss", make_mxfp4)])
+def test_onnx_of_packed_experts_is_the_native_package(
+    family: str,
+    make: Callable[[Path, Path], Path],
+    tiny_checkpoint: TinyCheckpoint,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    checkpoint = Checkpoint(make(tiny_checkpoint(family), tmp_path / "packed"))
+    native = build(hand_plan(checkpoint, uniform_forms(checkpoint, 4)), tmp_path / "native")
+    onnx = hand_plan(checkpoint, uniform_forms(checkpoint, 4, "f32"), "onnx")
+    with OnnxSession.open(build(onnx, tmp_path / "onnx"), context_tokens=64) as session:
+        np.testing.assert_allclose(session.logits(TOKENS), logits(native), atol=1e-4)
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**21, 256])

@@ -56,7 +56,7 @@ def read_rotary(config: Any, head_width: int) -> Rotary:
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         base = np.float32(parameters["rope_theta"])
         return Rotary((1.0 / base**exponents).astype(np.float32), 1.0)
-    if kind not in _FIXED_TYPES:
+    if kind not in _FIXED_TYPES and not _is_fixed(config):
         raise TargetError(
             f"target onnx: rope_type {kind!r} changes with the length of the text, which one graph "
             "cannot hold: use --target native"
@@ -64,4 +64,19 @@ def read_rotary(config: Any, head_width: int) -> Rotary:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
+    factor = parameters.get("short_mscale", factor)
     return Rotary(frequencies.float().numpy(), float(factor))
+
+
+def _is_fixed(config: Any) -> bool:
+    """Phi's own longrope, if it scales cosines of long texts as those of short ones.
+
+    transformers' phimoe divides frequencies by `short_factor` in texts of any length; the model's
+    authors take `long_factor` beyond `original_max_position_embeddings`.
+    """
+    parameters = config.rope_parameters
+    short, long = (parameters.get(f"{name}_mscale") for name in ("short", "long"))
+    if short is None:
+        return False
+    limit = parameters["original_max_position_embeddings"]
+    return bool(short == long or config.max_position_embeddings <= limit)

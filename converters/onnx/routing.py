@@ -48,6 +48,8 @@ def dense_weights(operations: Operations, logits: str, bias: str, routing: Routi
     """
     graph, router = operations.graph, routing.router
     op, constant = graph.op, graph.constant
+    if router.score_function == "sparsemixer":
+        return _sparse_mixer(operations, logits, routing)
     if router.score_function == "softmax":
         scores = op("Softmax", [logits], axis=-1)
     else:
@@ -68,6 +70,34 @@ def dense_weights(operations: Operations, logits: str, bias: str, routing: Routi
         weights = op("Mul", [weights, constant(router.scale, np.float32)])
     zeros = op("Mul", [scores, constant(0.0, np.float32)])
     return op("ScatterElements", [zeros, chosen, weights], axis=-1)
+
+
+def _sparse_mixer(operations: Operations, logits: str, routing: Routing) -> str:
+    """Phi's two experts (arXiv:2409.12136), each weighted by a softmax of its own.
+
+    The second's leaves the first expert out.
+    """
+    op, constant = operations.graph.op, operations.graph.constant
+    first, is_first = _leader(operations, logits, logits, routing)
+    others = op("Where", [is_first, constant(-np.inf, np.float32), logits])
+    second, _ = _leader(operations, logits, others, routing)
+    return op("Add", [first, second])
+
+
+def _leader(operations: Operations, logits: str, choice: str, routing: Routing) -> tuple[str, str]:
+    """(the weight of the best of `choice`, zeros elsewhere; where that is), [T, E] both.
+
+    Its softmax is over those that are at most twice the router's jitter below it, relatively.
+    """
+    op, constant = operations.graph.op, operations.graph.constant
+    best = op("ReduceMax", [choice, constant([-1])], keepdims=1)
+    distance = op("Div", [op("Sub", [best, logits]), op("Max", [op("Abs", [logits]), best])])
+    is_far = op("Greater", [distance, constant(2 * routing.router.jitter, np.float32)])
+    near = op("Where", [is_far, constant(-np.inf, np.float32), choice])
+    chosen = op("ArgMax", [choice], axis=-1, keepdims=1)  # [T, 1]
+    is_chosen = op("Equal", [chosen, constant(range(len(routing.kept)))])
+    shares = op("Softmax", [near], axis=-1)
+    return op("Where", [is_chosen, shares, constant(0.0, np.float32)]), is_chosen
 
 
 def _limit_to_groups(operations: Operations, choice: str, routing: Routing) -> str:
