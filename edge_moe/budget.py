@@ -11,6 +11,7 @@ from math import prod
 
 from edge_moe.candidates import stored_expert_bytes, stored_shape
 from edge_moe.formats.integers import onnxruntime_copy_bytes
+from edge_moe.onnx_branches import branch_bytes, has_branches
 from edge_moe.plan import Device, MemoryTerm, Source, Target
 from edge_moe.source_model import SourceModel, StoredTensor
 from edge_moe.spec import ModelSpec
@@ -105,7 +106,7 @@ def memory_terms(
             name="experts",
             num_bytes=experts,
             source="formula",
-            note="with what onnxruntime holds twice: scales" if target == "onnx" else "",
+            note=_experts_note(spec, target),
         ),
         MemoryTerm(name="KV cache", num_bytes=kv_bytes, source="formula", note=kv_note),
         MemoryTerm(
@@ -118,12 +119,21 @@ def memory_terms(
     ]
 
 
+def _experts_note(spec: ModelSpec, target: Target) -> str:
+    if target != "onnx":
+        return ""
+    branches = ", and a branch for every expert" if has_branches(spec) else ""
+    return f"with what onnxruntime holds twice: scales{branches}"
+
+
 def resident_expert_bytes(spec: ModelSpec, form: str, target: Target) -> int:
     """What one expert in `form` takes in memory: its bytes, and what the runtime copies of them."""
     stored = stored_expert_bytes(spec, form, target)
     if target != "onnx":
         return stored
     hidden_size, expert_width, has_gate = stored_shape(spec, target)
+    if has_branches(spec):
+        return stored + branch_bytes(form, hidden_size, expert_width)
     return stored + onnxruntime_copy_bytes(form, (2 + has_gate) * hidden_size * expert_width)
 
 

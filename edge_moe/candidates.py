@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from edge_moe.errors import TargetError
 from edge_moe.formats import DROP, EXACT, expert_bytes, form_fits, get_form, split_form
 from edge_moe.gguf_arch import GGUF_ARCHS
+from edge_moe.onnx_branches import BRANCH_BYTES, GATED_GELUS, has_branches
 from edge_moe.plan import Device, Target
 from edge_moe.problem import FormScope
 from edge_moe.spec import ModelSpec
@@ -49,6 +50,7 @@ ONNX_FAMILIES = (
     "ernie4_5_moe",
     "gpt_oss",
     "phimoe",
+    "gemma4_text",
 )
 """Architectures whose decoder `edge_moe.converters.onnx` can write."""
 GGUF_MIXES = ("q2_k/q2_k/q4_k", "q3_k/q3_k/q5_k", "q4_k/q4_k/q6_k")
@@ -173,6 +175,11 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
             "onnxruntime's MoE squares relu only as a gated expert whose gate is up_proj once "
             "more: experts take half as much again."
         )
+    if target == "onnx" and has_branches(spec):
+        limits.append(
+            "onnxruntime's MoE computes no gated GELU on a CPU: every expert is a branch of the "
+            f"graph, which takes {BRANCH_BYTES // 1000} kB, and longer to load."
+        )
     if target == "gguf" and not spec.is_gguf:
         limits += spec.family.gguf_limits
     for name, choices in classes.items():
@@ -243,10 +250,11 @@ def _check_onnx(spec: ModelSpec) -> None:
         raise TargetError(
             f"target onnx cannot hold architecture {spec.model_type!r} yet: use --target native"
         )
-    if spec.hidden_act != ("silu" if spec.has_gate else "relu2"):
+    known = ("silu", *GATED_GELUS) if spec.has_gate else ("relu2",)
+    if spec.hidden_act not in known:
         raise TargetError(
-            f"target onnx: onnxruntime's MoE computes gated experts with silu, this checkpoint "
-            f"has {spec.hidden_act}: use --target native"
+            f"target onnx computes such experts with {' or '.join(known)}, this checkpoint has "
+            f"{spec.hidden_act}: use --target native"
         )
 
 

@@ -113,7 +113,8 @@ class OnnxOptions:
 
     is_exact: bool = False
     """4-bit experts multiply with float32 activations. Otherwise these are rounded to 8 bits too,
-    as llama.cpp does: on a CPU two to six times faster, and 2 to 3 % off in random models."""
+    as llama.cpp does: on a CPU two to six times faster, and 2 to 3 % off in random models. Experts
+    that are branches of the graph (`edge_moe.onnx_branches`) do so at every width."""
     with_standard: bool = False
     """Write `STANDARD_NAME` as well."""
 

@@ -19,7 +19,7 @@ from edge_moe.plan import Plan
 FloatArray = npt.NDArray[np.float32]
 RECURRENT = ("lfm2_moe", "qwen3_next", "qwen3_5_moe_text", "nemotron_h")
 """Families with layers that keep a fixed state."""
-SPECIAL = ("granitemoe", "ernie4_5_moe", "gpt_oss", "phimoe")
+SPECIAL = ("granitemoe", "ernie4_5_moe", "gpt_oss", "phimoe", "gemma4_text")
 """Families whose decoder has parts of its own."""
 _EMPTY = {"batch": 1, "past_tokens": 0}
 PROMPT = np.random.default_rng(0).integers(1, 250, (1, 17))

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from edge_moe.candidates import candidate_forms, find_candidates
+from edge_moe.budget import resident_expert_bytes
+from edge_moe.candidates import candidate_forms, find_candidates, stored_expert_bytes
 from edge_moe.errors import TargetError
 from edge_moe.spec import ModelSpec
 
@@ -100,6 +101,16 @@ def test_onnx_has_no_integer_experts_on_cuda() -> None:
     assert any("on the CPU only" in line for line in found.limits)
 
 
-def test_onnx_refuses_activations_that_its_moe_does_not_compute() -> None:
-    with pytest.raises(TargetError, match="with silu, this checkpoint has gelu"):
-        candidate_forms(replace(spec(), hidden_act="gelu"), "onnx")
+def test_onnx_refuses_activations_that_it_does_not_compute() -> None:
+    with pytest.raises(TargetError, match="silu or .*, this checkpoint has relu"):
+        candidate_forms(replace(spec(), hidden_act="relu"), "onnx")
+
+
+def test_onnx_says_what_branches_cost() -> None:
+    gelu = replace(spec(), hidden_act="gelu")
+    assert any("150 kB" in line for line in find_candidates(gelu, "onnx").limits)
+    assert not any("branch" in line for line in find_candidates(spec(), "onnx").limits)
+    for form in ("int4_b64", "int8_row", "f32"):
+        more = resident_expert_bytes(gelu, form, "onnx") - stored_expert_bytes(gelu, form, "onnx")
+        assert more >= 150_000
+    assert resident_expert_bytes(gelu, "drop", "onnx") == 0

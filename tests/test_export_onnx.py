@@ -189,7 +189,7 @@ def test_variants_of_recurrent_families(name: str, tmp_path: Path) -> None:
     check_logits(folder, forms, tmp_path / "out", exact_error(family))
 
 
-@pytest.mark.parametrize("family", sorted(set(COMPOSITES) - {"gemma4"}))
+@pytest.mark.parametrize("family", sorted(COMPOSITES))
 def test_the_language_model_of_a_larger_one(
     family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
@@ -244,11 +244,18 @@ def test_pruning_is_masked_routing(
     check_logits(folder, forms, tmp_path / "out", exact_error(family))
 
 
-@pytest.mark.parametrize("form", ["int4_b64", "int2_b64"])
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("qwen3_moe", "int4_b64"),
+        ("qwen3_moe", "int2_b64"),
+        *(("gemma4_text", form) for form in ("int4_b64", "int2_b64", "int8_row")),
+    ],
+)
 def test_fast_kernels_round_activations(
-    form: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+    family: str, form: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
-    folder = tiny_checkpoint("qwen3_moe", wide=True)
+    folder = tiny_checkpoint(family, wide=True)
     spec = Checkpoint(folder).spec
     forms = [[form] * spec.num_experts for _ in spec.moe_layer_ids]
     plan = export(folder, forms, tmp_path / "out", OnnxOptions(with_standard=True))
@@ -388,6 +395,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_bias": True,
             "tie_word_embeddings": True,
         },
+    ),
+    "values of their own, sliding layers only but for the last": (
+        "gemma4_text",
+        {
+            "attention_k_eq_v": False,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "final_logit_softcapping": 2.0,
+            "attention_bias": True,
+        },
+    ),
+    "the exact GELU, and a dense layer with it": (
+        "qwen3_moe",
+        {"hidden_act": "gelu", "mlp_only_layers": [0]},
     ),
     "biases of attention": ("granitemoe", {"attention_bias": True, "tie_word_embeddings": True}),
 }
@@ -577,6 +598,7 @@ def test_a_full_disk_is_noticed_before_writing(
             },
             "longrope",
         ),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "attention to later tokens"),
         ("qwen3_next", {"head_dim": 32}, "32 wide and 8 of it rotates"),
         ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act='gelu'"),
     ],

@@ -26,7 +26,9 @@ names.
     rope.py         rotary tables
     routing.py      the router's weights from standard operations
     experts.py      MoE and QMoE nodes, one per width
-    standard.py     one If per expert: the same bytes without contrib operations, for validation
+    branches.py     one If per expert over the same bytes: where no MoE node has the activation, and
+                    without contrib operations for validation
+    gemma.py        Gemma 4's layers, which are built in another way
     genai.py        genai_config.json
     export.py       the folder
 """

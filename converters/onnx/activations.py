@@ -11,12 +11,14 @@ import numpy as np
 from edge_moe.converters.onnx.operations import Operations
 from edge_moe.spec import ModelSpec
 
+_GELUS = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
+
 
 @dataclass(frozen=True)
 class Activation:
     """g sigmoid(alpha g) (up + beta) with g = min(gate, limit) and up within +-limit.
 
-    With the values that stand here it is silu(gate) up.
+    With the values that stand here it is silu(gate) up, which is what `gelu` takes the place of.
     """
 
     alpha: float = 1.0
@@ -24,6 +26,13 @@ class Activation:
     limit: float = math.inf
     has_gate: bool = True
     """Otherwise the square of relu(up)."""
+    gelu: str = ""
+    """`tanh` or `none`, as ONNX calls GELU's approximations: gelu(gate) up."""
+
+    @property
+    def has_kernel(self) -> bool:
+        """onnxruntime 1.32 computes such experts in a MoE node on a CPU: not with GELU."""
+        return not self.gelu
 
     def add(self, operations: Operations, gate: str, up: str) -> str:
         """As standard operations."""
@@ -31,6 +40,8 @@ class Activation:
         op = graph.op
         if not self.has_gate:
             return operations.relu_squared(up)
+        if self.gelu:
+            return op("Mul", [op("Gelu", [gate], approximate=self.gelu), up])
         if self == Activation():
             return operations.silu_gated(gate, up)
         alpha, beta, low, high = (
@@ -49,4 +60,5 @@ def read_activation(spec: ModelSpec, config: Any, up_offset: float) -> Activatio
         beta=up_offset,
         limit=getattr(config, "swiglu_limit", math.inf),
         has_gate=spec.has_gate,
+        gelu=_GELUS.get(spec.hidden_act, ""),
     )

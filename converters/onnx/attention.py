@@ -128,15 +128,23 @@ class LatentAttention(Attention):
 
 
 def attention(
-    spec: ModelSpec, config: Any, layout: Layout, weights: Weights, layer: int, prefix: str
+    spec: ModelSpec,
+    config: Any,
+    layout: Layout,
+    weights: Weights,
+    layer: int,
+    prefix: str,
+    kind: type[Attention] | None = None,
 ) -> Attention | None:
     """That of layer number `layer`, whose tensors start with `prefix`; None where it has none.
+
+    `kind` is a family's own.
 
     Raises:
         TargetError: the graph cannot compute it.
     """
     if f"{prefix}.{layout.attention}.{layout.attention_output}.weight" not in weights.tensors:
         return None
-    kind = LatentAttention if spec.expanded_kv_width else Attention
+    kind = kind or (LatentAttention if spec.expanded_kv_width else Attention)
     heads = read_heads(spec, config, layout, weights, layer)
     return kind(config, layer, prefix, heads, layout)

@@ -6,6 +6,7 @@ experts. A checkpoint whose dense tensors are not all used is refused, so that n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.onnx.attention import Attention, attention
 from edge_moe.converters.onnx.data_files import DenseFile, ExpertFile
 from edge_moe.converters.onnx.feed_forward import FeedForward
+from edge_moe.converters.onnx.gemma import GemmaAttention, GemmaLayer
 from edge_moe.converters.onnx.graph import Graph
 from edge_moe.converters.onnx.head import add_logits, head_graph
 from edge_moe.converters.onnx.layouts import Layout, layout_of
@@ -54,7 +56,7 @@ class Decoder:
             layer_id: self.plan.kept(row)
             for layer_id, row in zip(self.plan.moe_layer_ids, self.plan.forms, strict=True)
         }
-        layout = layout_of(spec.model_type)
+        self._layout = layout = layout_of(spec.model_type)
         epsilon = getattr(self.config, layout.epsilon_key)
         self._weights = Weights(self.checkpoint, self.dense, epsilon, layout.adds_one)
         self._prefixes = [
@@ -94,7 +96,7 @@ class Decoder:
         operations = kind(graph)
         embedding = self._weights.tensor(spec.embedding_name)
         stream = graph.op("Gather", [graph.weight(embedding), "input_ids"])
-        stream = self._scaled(operations, stream, "embedding_multiplier")
+        stream = self._scaled(operations, stream, self._embedding_factor)
         for layer_id in range(spec.num_layers):
             stream = self._layer(operations, layer_id, stream)
         final_norm = spec.final_norm_name.removesuffix(".weight")
@@ -118,10 +120,15 @@ class Decoder:
         if recurrent is not None:
             return recurrent
         spec = self.checkpoint.spec
-        return attention(spec, self.config, layout, self._weights, layer_id, prefix)
+        kind = GemmaAttention if spec.family.has_global_heads else None
+        return attention(spec, self.config, layout, self._weights, layer_id, prefix, kind)
 
     def _layer(self, operations: Operations, layer_id: int, stream: str) -> str:
         """A block that looks back and one that does not, or a single one of them."""
+        if self.checkpoint.spec.family.has_global_heads:
+            mixer, prefix = self._mixers[layer_id], self._prefixes[layer_id]
+            layer = GemmaLayer(self.config, self._weights, mixer, self._feed_forward, prefix)
+            return layer.add(operations, stream)
         op, norms = operations.graph.op, self.checkpoint.spec.family.layer_norms
         blocks = [self._look_back, self._look_at_itself]
         if len(norms) == 1:
@@ -130,13 +137,18 @@ class Decoder:
             module = f"{self._prefixes[layer_id]}.{norm}"
             inputs = self._weights.norm(operations, module, stream)
             output = block(operations, layer_id, inputs)
-            output = self._scaled(operations, output, "residual_multiplier")
+            factor = getattr(self.config, "residual_multiplier", 1.0)  # Granite's
+            output = self._scaled(operations, output, factor)
             stream = op("Add", [stream, output])
         return stream
 
-    def _scaled(self, operations: Operations, value: str, key: str) -> str:
-        """Times what config.json says under `key`, where it does (Granite)."""
-        factor = getattr(self.config, key, 1.0)
+    @property
+    def _embedding_factor(self) -> float:
+        if self._layout.scales_embedding:
+            return math.sqrt(self.checkpoint.spec.hidden_size)
+        return float(getattr(self.config, "embedding_multiplier", 1.0))
+
+    def _scaled(self, operations: Operations, value: str, factor: float) -> str:
         if factor == 1.0:
             return value
         return operations.graph.op("Mul", [value, operations.graph.constant(factor, np.float32)])

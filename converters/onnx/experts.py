@@ -24,7 +24,8 @@ _STEEP = 1e20
 relu(up) to 1e-36: the only way to it among the kernels for CPUs."""
 _UNPACKED_LAYOUT = 0  # weights_prepacked: codes as they are, for every execution provider
 _ROUTER_WEIGHTS = 14  # position of QMoE's input
-_INT8_ACTIVATIONS = 4  # accuracy_level
+INT8_ACTIVATIONS = 4
+"""accuracy_level of products whose activations are rounded to 8 bits."""
 _SMALLEST = 1e-30  # stands for a weight of 0, which has no logarithm
 
 
@@ -43,6 +44,8 @@ class ExpertLayer:
     activation: Activation
     biases: tuple[tuple[StoredTensor, StoredTensor], ...] = ()
     """Of both products, [E, 2I] and [E, H] for each stack, where experts have them."""
+    factors: str = ""
+    """[E] on the weights of kept experts, or ""."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,19 @@ class _Node:
 
 def contrib_experts(operations: Operations, layer: ExpertLayer, *, is_exact: bool) -> str:
     """The weighted sum of the chosen experts, [b, s, H]; see `OnnxOptions.is_exact`."""
-    if layer.routing.is_plain and len(layer.stacks) == 1:
+    if layer.routing.is_plain and len(layer.stacks) == 1 and not layer.factors:
         return _add_node(operations, layer, _self_routed(operations, layer), is_exact)
-    weights = dense_weights(operations, layer.logits, layer.bias, layer.routing)
+    weights = mixing_weights(operations, layer)
     parts = [
         _weighted(operations, layer, index, weights, is_exact) for index in range(len(layer.stacks))
     ]
     return parts[0] if len(parts) == 1 else operations.graph.op("Sum", parts)
+
+
+def mixing_weights(operations: Operations, layer: ExpertLayer) -> str:
+    """What every kept expert's output is multiplied by, [T, E]; 0 where it was not chosen."""
+    weights = dense_weights(operations, layer.logits, layer.bias, layer.routing)
+    return operations.graph.op("Mul", [weights, layer.factors]) if layer.factors else weights
 
 
 def _self_routed(operations: Operations, layer: ExpertLayer) -> _Node:
@@ -121,7 +130,7 @@ def _add_node(operations: Operations, layer: ExpertLayer, node: _Node, is_exact:
     if not form.row_blocks:
         attributes["block_size"] = form.block_size
     if form.bits == 4 and not is_exact:
-        attributes["accuracy_level"] = _INT8_ACTIVATIONS
+        attributes["accuracy_level"] = INT8_ACTIVATIONS
     return graph.op("QMoE", inputs, domain=MICROSOFT, **attributes)
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.onnx.activations import read_activation
+from edge_moe.converters.onnx.branches import branch_experts
 from edge_moe.converters.onnx.data_files import ExpertFile, ExpertStack, StoredTensor
 from edge_moe.converters.onnx.experts import ExpertLayer, contrib_experts
 from edge_moe.converters.onnx.layouts import Layout
 from edge_moe.converters.onnx.operations import Operations
 from edge_moe.converters.onnx.routing import Routing
-from edge_moe.converters.onnx.standard import standard_experts
 from edge_moe.converters.onnx.weights import Weights
 
 
@@ -44,7 +44,7 @@ class FeedForward:
         """[b, s, H] -> [b, s, H] in the layer whose tensors start with `prefix`."""
         if layer_id in self._kept:
             return self._mixture(operations, layer_id, inputs)
-        return self._mlp(operations, f"{prefix}.{self._layout.mlp}", inputs)
+        return self.mlp(operations, f"{prefix}.{self._layout.mlp}", inputs)
 
     def _mixture(self, operations: Operations, layer_id: int, inputs: str) -> str:
         """Routed experts, and the shared one where there is one."""
@@ -52,40 +52,42 @@ class FeedForward:
         prefix, hidden = spec.moe_prefix(layer_id), inputs
         if spec.latent_width:
             hidden = weights.linear(operations, f"{prefix}.fc1_latent_proj", inputs)
-        layer = self._expert_layer(operations, layer_id, inputs, hidden)
-        if operations.graph.is_standard:
-            output = standard_experts(operations, layer)
-        else:
-            output = contrib_experts(operations, layer, is_exact=self._is_exact)
+        output = self.experts(operations, layer_id, inputs, hidden)
         if spec.latent_width:
             output = weights.linear(operations, f"{prefix}.fc2_latent_proj", output)
         shared = self._shared_expert(operations, prefix, inputs)
         return operations.graph.op("Add", [output, shared]) if shared else output
 
+    def experts(self, operations: Operations, layer_id: int, routed_by: str, hidden: str) -> str:
+        """The sum of routed experts of `hidden` [b, s, H], chosen by `routed_by` [b, s, H]."""
+        layer = self._expert_layer(operations, layer_id, routed_by, hidden)
+        has_node = self._activation.has_kernel and not operations.graph.is_standard
+        add = contrib_experts if has_node else branch_experts
+        return add(operations, layer, is_exact=self._is_exact)
+
     def _expert_layer(
-        self, operations: Operations, layer_id: int, inputs: str, hidden: str
+        self, operations: Operations, layer_id: int, routed_by: str, hidden: str
     ) -> ExpertLayer:
-        """What is routed by `inputs` [b, s, H], and computed from `hidden`."""
         spec, graph, weights = self._spec, operations.graph, self._weights
         kept = self._kept[layer_id]
         router, *others = spec.router_tensor_names(layer_id)
-        logits = operations.linear(inputs, weights.rows(router, kept))
-        selection_bias = ""
-        if spec.router.has_selection_bias:
-            selection_bias = graph.weight(weights.rows(others.pop(), kept))
+        logits = operations.linear(routed_by, weights.rows(router, kept))
         router_bias = router.removesuffix("weight") + "bias"
         if router_bias in others:
-            others.remove(router_bias)
             logits = graph.op("Add", [logits, graph.weight(weights.rows(router_bias, kept))])
+        selection_bias = others[-1] if spec.router.has_selection_bias else ""
+        factors = [name for name in others if name.endswith(".per_expert_scale")]
+        biases = [name for name in others if name.endswith("_proj_bias")]
         stacks = tuple(self._experts[layer_id].stacks)
         return ExpertLayer(
             hidden,
             operations.reshape(logits, -1, len(kept)),
-            selection_bias,
+            graph.weight(weights.rows(selection_bias, kept)) if selection_bias else "",
             self._routing(kept),
             stacks,
             self._activation,
-            tuple(self._biases(stack, others) for stack in stacks) if others else (),
+            tuple(self._biases(stack, biases) for stack in stacks) if biases else (),
+            graph.weight(weights.rows(factors[0], kept)) if factors else "",
         )
 
     def _routing(self, kept: Sequence[int]) -> Routing:
@@ -110,7 +112,7 @@ class FeedForward:
         tensors, op = self._weights.tensors, operations.graph.op
         for name in ("shared_expert", "shared_experts"):
             if f"{prefix}.{name}.{self._layout.projections[-1]}.weight" in tensors:
-                output = self._mlp(operations, f"{prefix}.{name}", inputs)
+                output = self.mlp(operations, f"{prefix}.{name}", inputs)
                 gate = f"{prefix}.{name}_gate"
                 if f"{gate}.weight" not in tensors:
                     return output
@@ -118,7 +120,8 @@ class FeedForward:
                 return op("Mul", [output, share])
         return ""
 
-    def _mlp(self, operations: Operations, prefix: str, inputs: str) -> str:
+    def mlp(self, operations: Operations, prefix: str, inputs: str) -> str:
+        """A dense MLP whose tensors start with `prefix`."""
         *inner, down = self._layout.projections
         parts = [self._weights.linear(operations, f"{prefix}.{name}", inputs) for name in inner]
         hidden = self._activation.add(operations, parts[0], parts[-1])

@@ -19,9 +19,13 @@ class Layout:
     attention_output: str = "o_proj"
     has_gated_attention: bool = False
     """q_proj gives every head's query and then the gate of its output (arXiv:2505.06708)."""
+    attention_scale: float | None = None
+    """What scores are multiplied by, where it is not 1 / sqrt(width)."""
     is_rotary: bool = True
     is_interleaved: bool = False
     """Values 2i and 2i + 1 of a head rotate together; latent attention has a config key for it."""
+    scales_embedding: bool = False
+    """Token embeddings are multiplied by sqrt(hidden_size)."""
     mlp: str = "mlp"
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """Of a dense MLP; two where it has no gate and its activation is relu squared."""
@@ -34,6 +38,7 @@ class Layout:
 _GATED_QWEN = Layout(adds_one=True, has_gated_attention=True)
 _LAYOUTS = {
     "ernie4_5_moe": Layout(is_interleaved=True),
+    "gemma4_text": Layout(attention_scale=1.0, scales_embedding=True),
     "gpt_oss": Layout(up_offset=1.0),
     "lfm2_moe": Layout(
         epsilon_key="norm_eps",
