@@ -35,6 +35,8 @@ GGUF_RUNTIME_BYTES = 60_000_000
 ONNX_RUNTIME_BYTES = 310_000_000
 """A Python process with torch, transformers and onnxruntime: 309 MB measured on Linux. One with
 onnxruntime-genai takes 87 MB, demo model included."""
+_PER_LAYER_CONFIG_BYTES = 90_000_000
+"""transformers imports much of itself for a configuration whose layers differ: 86 MB measured."""
 
 PROCESS_TARGETS: tuple[Target, ...] = ("native", "hf")
 """Targets that run in a Python process, whose own memory is measured; the others' is a constant."""
@@ -115,7 +117,7 @@ def memory_terms(
             source="formula",
             note=_workspace_note(target),
         ),
-        _runtime_term(target, runtime_bytes, runtime_source),
+        _runtime_term(spec, target, runtime_bytes, runtime_source),
     ]
 
 
@@ -289,7 +291,7 @@ def _workspace_note(target: Target) -> str:
     return f"one expert in float32, activations of {PREFILL_CHUNK_TOKENS} tokens"
 
 
-def _runtime_term(target: Target, num_bytes: int, source: Source) -> MemoryTerm:
+def _runtime_term(spec: ModelSpec, target: Target, num_bytes: int, source: Source) -> MemoryTerm:
     """llama.cpp and onnxruntime run in processes of their own, which are not measured.
 
     `num_bytes` is the measured process and the tokenizer, or the tokenizer alone.
@@ -298,9 +300,11 @@ def _runtime_term(target: Target, num_bytes: int, source: Source) -> MemoryTerm:
         note = "a llama.cpp process without weights"
         return MemoryTerm(name="runtime", num_bytes=GGUF_RUNTIME_BYTES, source="assumed", note=note)
     if target == "onnx":
+        has_own_layers = not spec.is_gguf and spec.family.has_global_heads
+        more_bytes = _PER_LAYER_CONFIG_BYTES if has_own_layers else 0
         return MemoryTerm(
             name="runtime",
-            num_bytes=num_bytes + ONNX_RUNTIME_BYTES,
+            num_bytes=num_bytes + ONNX_RUNTIME_BYTES + more_bytes,
             source="assumed",
             note="`edge-moe run` with onnxruntime; onnxruntime-genai takes about 90 MB",
         )

@@ -150,3 +150,28 @@ def test_onnxruntime_keeps_to_the_bill(form: str, large: Path, tmp_path: Path) -
     assert 0.9 * plan.total_bytes < measured.peak_memory_bytes < 1.04 * plan.total_bytes
     copied = plan.term("experts").num_bytes - 32 * 6 * expert_bytes(form, 1024, 512)
     assert measured.peak_memory_bytes > plan.total_bytes - copied, "nothing is copied any more"
+
+
+def test_branches_of_the_graph_are_in_the_bill(tmp_path: Path) -> None:
+    """1024 branches of small experts: 150 MB that are no weights."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    source = make_tiny_checkpoint(
+        tmp_path / "source",
+        "gemma4_text",
+        num_experts=128,
+        num_hidden_layers=8,
+        layer_types=["sliding_attention", "full_attention"] * 4,
+    )
+    checkpoint = Checkpoint(source)
+    plan = hand_plan(checkpoint, [["int4_b64"] * 128] * 8, "onnx")
+    process: tuple[int, Source] = tokenizer_bytes(source), "assumed"
+    terms = Setting(checkpoint, "onnx", "cpu", 512, process).bill(plan.forms)
+    plan = plan.model_copy(update={"terms": terms, "context_tokens": 512})
+    build(plan, tmp_path / "out")
+    command = _run_command(tmp_path / "out", plan.total_bytes)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = RunMeasurement.model_validate_json(done.stdout)
+    assert 0.9 * plan.total_bytes < measured.peak_memory_bytes < 1.04 * plan.total_bytes
+    assert plan.term("experts").num_bytes > 150_000 * 1024
