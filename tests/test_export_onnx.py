@@ -46,7 +46,7 @@ from edge_moe.converters.build import build  # noqa: E402
 from edge_moe.converters.onnx import data_files, graph  # noqa: E402
 from edge_moe.converters.onnx.routing import Routing, group_columns  # noqa: E402
 from edge_moe.errors import DiskSpaceError, TargetError  # noqa: E402
-from edge_moe.families import COMPOSITES  # noqa: E402
+from edge_moe.families import COMPOSITES, FAMILIES  # noqa: E402
 from edge_moe.formats import form_fits  # noqa: E402
 from edge_moe.minimal_model import minimal_config  # noqa: E402
 from edge_moe.onnx_folder import MODEL_NAME, STANDARD_NAME, OnnxOptions  # noqa: E402
@@ -102,27 +102,27 @@ def odd_widths(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Rows whose count is no multiple of 128: onnxruntime's exact 2-bit kernel."""
 
     def make(family: str) -> Path:
-        folder = tmp_path_factory.mktemp(family)
-        width_key = {"mixtral": "intermediate_size", "olmoe": "intermediate_size"}
-        changes: dict[str, Any] = {width_key.get(family, "moe_intermediate_size"): 96}
-        if family in ("qwen2_moe", "olmoe"):  # heads of 48: GroupQueryAttention wants 16 n
+        folder, entry = tmp_path_factory.mktemp(family), FAMILIES[family]
+        changes: dict[str, Any] = {entry.expert_width_keys[0]: 96}
+        if entry.attention == "grouped" and "head_dim" not in entry.minimal:
+            # heads of 48: GroupQueryAttention wants 16 n
             changes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
         return make_tiny_checkpoint(folder, family, width=96, **changes)
 
     return make
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", (*FAMILY_NAMES, *SPECIAL))
 def test_2_bit_experts_equal_the_fake_quantised_model(
     family: str, odd_widths: Any, tmp_path: Path
 ) -> None:
     folder = odd_widths(family)
     spec = Checkpoint(folder).spec
     forms = [["int2_b32"] * spec.num_experts for _ in spec.moe_layer_ids]
-    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+    check_logits(folder, forms, tmp_path / "out", exact_error(family))
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", (*FAMILY_NAMES, *SPECIAL))
 def test_every_expert_has_the_width_of_the_plan(
     family: str, odd_widths: Any, tmp_path: Path
 ) -> None:
@@ -130,11 +130,11 @@ def test_every_expert_has_the_width_of_the_plan(
     folder = odd_widths(family)
     checkpoint = Checkpoint(folder)
     forms = random_forms(checkpoint, ("f32", "drop", "int2_b32", "int4_b32", "int8_row"))
-    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+    check_logits(folder, forms, tmp_path / "out", exact_error(family))
 
 
-@pytest.mark.parametrize("family", (*RECURRENT, *SPECIAL))
-def test_widths_mix_in_special_families(
+@pytest.mark.parametrize("family", RECURRENT)
+def test_widths_mix_in_recurrent_families(
     family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint(family)
@@ -403,6 +403,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 3,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
             "final_logit_softcapping": 2.0,
+            "global_head_dim": 512,
             "attention_bias": True,
         },
     ),
@@ -419,7 +420,7 @@ def test_variants_of_special_families(name: str, tmp_path: Path) -> None:
     family, changes = VARIANTS[name]
     folder = make_tiny_checkpoint(tmp_path / "source", family, **changes)
     forms = uniform_forms(Checkpoint(folder), 6, "f32")
-    check_logits(folder, forms, tmp_path / "out", EXACT_ERROR)
+    check_logits(folder, forms, tmp_path / "out", exact_error(family))
 
 
 def with_config(folder: Path, output: Path, window: int) -> Path:
