@@ -29,7 +29,7 @@ from edge_moe.converters.build import build
 from edge_moe.converters.packer import Packer
 from edge_moe.converters.packing import num_workers, packing_peak_bytes
 from edge_moe.converters.safetensors_writer import TensorEntry, safetensors_file
-from edge_moe.errors import InputError
+from edge_moe.errors import InputError, TargetError
 from edge_moe.formats import pack_expert
 from edge_moe.package import Package, is_package
 from edge_moe.plan import Plan
@@ -205,6 +205,17 @@ def test_killed_build_resumes_to_the_same_bytes(
     assert tree(build(plan, output, model=checkpoint.folder)) == expected
     assert asked == [plan.moe_layer_ids[1]]
     assert sorted(path.name for path in output.parent.iterdir()) == ["out", "plan.json"]
+
+
+@pytest.mark.parametrize("row", [["bf16"] * 5 + ["drop"] * 3, (["bf16"] + ["drop"] * 3) * 2])
+def test_unequal_and_small_groups_are_refused(
+    row: list[str], tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """transformers' router takes equal runs of the experts that are left for its groups."""
+    checkpoint = Checkpoint(tiny_checkpoint("deepseek_v3"))
+    with pytest.raises(TargetError, match="needs the same number of experts, at least 2, in each"):
+        build(hand_plan(checkpoint, [row] * 2), tmp_path / "out", model=checkpoint.folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_unfinished_build_of_another_plan_is_refused(

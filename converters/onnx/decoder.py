@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.onnx.attention import Attention, attention
+from edge_moe.converters.onnx.attention import attention
 from edge_moe.converters.onnx.data_files import DenseFile, ExpertFile
 from edge_moe.converters.onnx.feed_forward import FeedForward
 from edge_moe.converters.onnx.gemma import GemmaAttention, GemmaLayer
@@ -23,7 +23,6 @@ from edge_moe.converters.onnx.layouts import Layout, layout_of
 from edge_moe.converters.onnx.mixer import Mixer
 from edge_moe.converters.onnx.operations import (
     ContribOperations,
-    Heads,
     Operations,
     StandardOperations,
 )
@@ -68,11 +67,6 @@ class Decoder:
             *(self.checkpoint, self.config, layout, self._weights, self.experts, self._kept),
             is_exact=self.is_exact,
         )
-
-    @property
-    def heads(self) -> Heads:
-        """Of the first layer with attention."""
-        return next(mixer.heads for mixer in self._mixers.values() if isinstance(mixer, Attention))
 
     @property
     def states(self) -> list[State]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.onnx.operations import Heads
 from edge_moe.converters.onnx.states import State, past_name, present_name
 from edge_moe.errors import CheckpointError
 from edge_moe.files import read_json
@@ -21,12 +20,14 @@ the window of a convolution and nothing else."""
 
 def genai_config(
     checkpoint: Checkpoint,
-    heads: Heads,
     states: Sequence[State],
     config: dict[str, Any],
     model_name: str,
 ) -> str:
-    """The text of genai_config.json for the graph `model_name`; `config` is config.json."""
+    """The text of genai_config.json for the graph `model_name`; `config` is config.json.
+
+    Where layers have heads of several shapes, onnxruntime-genai reads them from the graph.
+    """
     spec = checkpoint.spec
     tokens = _special_tokens(config, checkpoint.folder)
     kinds = list(dict.fromkeys(state.kind for state in states))
@@ -39,7 +40,7 @@ def genai_config(
         "decoder": {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "filename": model_name,
-            "head_size": heads.width,
+            "head_size": spec.query_width // spec.num_attention_heads,
             "hidden_size": spec.hidden_size,
             "inputs": {
                 "input_ids": "input_ids",
@@ -50,9 +51,9 @@ def genai_config(
                 "logits": "logits",
                 **{f"present_{kind}_names": present_name(kind) for kind in kinds},
             },
-            "num_attention_heads": heads.num_query,
+            "num_attention_heads": spec.num_attention_heads,
             "num_hidden_layers": spec.num_layers,
-            "num_key_value_heads": heads.num_kv,
+            "num_key_value_heads": spec.num_kv_heads,
             **_convolutions(states, spec.num_layers),
         },
         "eos_token_id": eos,
