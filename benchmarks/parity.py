@@ -3,9 +3,12 @@
     python benchmarks/parity.py [--family qwen3_moe] [--target gguf]
 
 A random checkpoint of each family goes through inspect, calibrate, plan, build and run, for every
-target. Two builds are compared with transformers in float32: one that keeps all experts, and one
-that drops about half of them, against the whole model with those experts masked out of its
-routers. llama.cpp looks GELU up in a table, so the model that GGUF is compared with does too.
+target. Three builds are compared with transformers in float32: one that keeps all experts, one that
+drops about half of them, against the whole model with those experts masked out of its routers, and
+one of about 4 bits per weight, against the whole model with the values that those bits keep. The
+third is for native and ONNX only: Hugging Face folders stay in 16 bits, and llama.cpp rounds
+activations to 8 bits beside such weights, which turns over near ties of a random model's routers.
+llama.cpp looks GELU up in a table, so the model that GGUF is compared with does too.
 Prints the table of the README and writes it, and benchmarks/results/parity.json, when all families
 and targets were measured. An empty cell holds the error that edge-moe raised.
 """
@@ -27,7 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from reference_model import TOKENS, FloatArray, load, logits, masked, table_gelu
+from reference_model import TOKENS, FloatArray, dequantised, load, logits, masked, table_gelu
 from rich.console import Console
 from tiny_models import make_tiny_checkpoint
 
@@ -38,9 +41,10 @@ from edge_moe.converters.calibrate import calibrate
 from edge_moe.errors import EdgeMoeError, MissingExtraError
 from edge_moe.families import FAMILIES
 from edge_moe.files import write_text
-from edge_moe.formats import DROP, expert_bytes
+from edge_moe.formats import DROP, expert_bytes, form_fits
 from edge_moe.inspect import inspect_model
 from edge_moe.measurement import Provenance
+from edge_moe.onnx_folder import OnnxOptions
 from edge_moe.plan import Plan, Target
 from edge_moe.planner import make_plan
 from edge_moe.runtime.evaluate import open_model
@@ -56,7 +60,12 @@ LARGEST_ERROR = 1e-3
 """No cell may have more, or twice that with a remark. The largest logits are 1 to 10."""
 _EXACT = {"gguf": "f32", "onnx": "f32"}
 """Form in which llama.cpp and onnxruntime compute in float32; the others store bf16 and do so."""
-Kind = Literal["whole", "pruned"]
+_QUANTISED: dict[Target, tuple[str, ...]] = {
+    "native": ("q4_0",),
+    "onnx": ("int4_b64", "int4_b32"),
+}
+"""Forms of about 4 bits; the first that fits is used."""
+Kind = Literal["whole", "pruned", "quantised"]
 _LEAST_EFFECT = 0.01
 """Dropping half of the experts changes some logit by more, or the pruned cells prove nothing."""
 _GENEROUS_BYTES = 10**9
@@ -75,14 +84,22 @@ class Cell(BaseModel):
     """Largest absolute difference of a logit from transformers, all experts kept."""
     pruned_error: float | None = None
     """The same with dropped experts, from transformers with those masked out."""
+    quantised_error: float | None = None
+    """The same with experts of about 4 bits, from transformers with the values that they keep."""
     reason: str = ""
     """Why an error is missing: what edge-moe said."""
     remark: str = ""
     """What the target is known to compute a little differently, as `edge-moe plan` says it too."""
 
     @property
+    def errors(self) -> dict[str, float | None]:
+        """By kind of build."""
+        found = {"whole": self.keep_all_error, "pruned": self.pruned_error}
+        return found | ({"quantised": self.quantised_error} if self.target in _QUANTISED else {})
+
+    @property
     def largest_error(self) -> float:
-        """What the errors may be: `tests/test_parity.py`."""
+        """What an error may be: `tests/test_parity.py`."""
         return LARGEST_ERROR * (2 if self.remark else 1)
 
 
@@ -125,11 +142,13 @@ class Subject:
         Raises:
             MissingExtraError: a package that the target needs is not installed.
         """
-        whole_error = pruned_error = None
+        whole_error = pruned_error = quantised_error = None
         reason = ""
         try:
             whole_error = self._error(target, "whole")
             pruned_error = self._error(target, "pruned")
+            if target in _QUANTISED:
+                quantised_error = self._error(target, "quantised")
         except MissingExtraError:
             raise
         except EdgeMoeError as error:
@@ -139,18 +158,25 @@ class Subject:
             target=target,
             keep_all_error=whole_error,
             pruned_error=pruned_error,
+            quantised_error=quantised_error,
             reason=reason,
             remark=" ".join(self.checkpoint.spec.family.gguf_limits) if target == "gguf" else "",
         )
 
     def built(self, target: Target, kind: Kind) -> Path:
-        """The folder of a build with all experts, or with about half of them, none quantised."""
+        """The folder of a build: all experts, about half of them, or all of them in 4 bits."""
         plan = self._plan(target)
-        exact = _EXACT.get(target, "bf16")
-        forms = plan.forms if kind == "whole" else self._kept
-        rows = [[form if form == DROP else exact for form in row] for row in forms]
+        form = self._quantised(target) if kind == "quantised" else _EXACT.get(target, "bf16")
+        forms = self._kept if kind == "pruned" else plan.forms
+        rows = [[each if each == DROP else form for each in row] for row in forms]
         plan = _with_forms(plan, rows, self.checkpoint.spec)
-        return build(plan, self.work / f"{target}-{kind}")
+        options = OnnxOptions(is_exact=True) if target == "onnx" else None
+        return build(plan, self.work / f"{target}-{kind}", onnx=options)
+
+    def _quantised(self, target: Target) -> str:
+        """The form of about 4 bits."""
+        shape = self.checkpoint.spec.expert_shape
+        return next(form for form in _QUANTISED[target] if form_fits(form, *shape))
 
     def _plan(self, target: Target, budget_bytes: int = _GENEROUS_BYTES) -> Plan:
         model = str(self.checkpoint.folder)
@@ -180,7 +206,13 @@ class Subject:
         return float(np.abs(found - self._reference(target, kind)).max())
 
     def _reference(self, target: Target, kind: Kind) -> FloatArray:
-        """transformers' logits, without the experts that a "pruned" build lacks."""
+        """transformers' logits, without what a "pruned" or "quantised" build lacks."""
+        if kind == "quantised":
+            with dequantised(self._model, self.checkpoint, self._quantised(target)):
+                found = logits(self._model)
+            if np.abs(found - self.expected).max() < _LEAST_EFFECT:
+                raise RuntimeError(f"{self.family}: 4 bits change no logit")
+            return found
         if target != "gguf":
             return self._logits(self._model, kind)
         with table_gelu():
@@ -244,7 +276,7 @@ def measure(
 
 
 def table(found: Parity) -> str:
-    """The README's table: errors with all experts and with about half, and notes below."""
+    """The README's table: errors of the builds of each cell, and notes below."""
     targets = [target for target in TARGETS if any(cell.target == target for cell in found.cells)]
     said = [text for cell in found.cells for text in (cell.reason, cell.remark) if text]
     notes = list(dict.fromkeys(said))
@@ -261,8 +293,7 @@ def table(found: Parity) -> str:
 
 
 def _text(cell: Cell, notes: Sequence[str] = ()) -> str:
-    errors = cell.keep_all_error, cell.pruned_error
-    parts = ["-" if error is None else _rounded(error) for error in errors]
+    parts = ["-" if error is None else _rounded(error) for error in cell.errors.values()]
     said = [notes.index(text) + 1 for text in (cell.reason, cell.remark) if text in notes]
     shown = "-" if set(parts) == {"-"} else ", ".join(parts)
     return " ".join([shown, *(f"({number})" for number in said)])

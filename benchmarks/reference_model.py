@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.formats import pack_expert, unpack_expert
 from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.spec import ModelSpec
 
@@ -49,6 +51,56 @@ def table_gelu() -> Iterator[None]:
 
     with mock.patch("torch.nn.functional.gelu", gelu):
         yield
+
+
+@contextmanager
+def dequantised(model: Any, checkpoint: Checkpoint, form: str) -> Iterator[None]:
+    """Every expert has the values that `form` keeps of it, in float32."""
+    spec, before = checkpoint.spec, []
+    for layer_id in spec.moe_layer_ids:
+        experts = MoeBlock(model, spec, layer_id).experts
+        up_name = "gate_up_proj" if spec.has_gate else "up_proj"
+        for parameter, is_up in ((getattr(experts, up_name), True), (experts.down_proj, False)):
+            before.append((parameter, parameter.detach().clone()))
+            for expert_id in range(spec.num_experts):
+                matrices = checkpoint.expert(layer_id, expert_id)
+                kept = unpack_expert(form, pack_expert(form, *matrices), *spec.expert_shape)
+                sources, changed = (
+                    part[:2] if is_up else (part[2], part[2][:0]) for part in (matrices, kept)
+                )
+                parameter.data[expert_id] = _arranged_as(parameter[expert_id], sources, changed)
+    yield
+    for parameter, values in before:
+        parameter.data.copy_(values)
+
+
+def _arranged_as(
+    parameter: Tensor, source: Sequence[FloatArray], changed: Sequence[FloatArray]
+) -> Tensor:
+    """`changed` in the order in which `parameter` holds `source`: (gate, up) or (down, nothing)."""
+    for arrange in _ARRANGEMENTS:
+        held = arrange(*source)
+        if held.shape == parameter.shape and np.array_equal(held, parameter.detach().numpy()):
+            return torch.from_numpy(np.ascontiguousarray(arrange(*changed)))
+    raise RuntimeError("transformers arranges this family's experts in a way that is unknown here")
+
+
+def _concatenated(first: FloatArray, second: FloatArray) -> FloatArray:
+    return np.concatenate([first, second])
+
+
+def _in_turn(first: FloatArray, second: FloatArray) -> FloatArray:
+    """First row of both, second row of both, ..."""
+    if len(first) != len(second):
+        return first
+    return np.stack([first, second], axis=1).reshape(-1, first.shape[1])
+
+
+_ARRANGEMENTS: tuple[Callable[[FloatArray, FloatArray], FloatArray], ...] = (
+    _concatenated,
+    lambda first, second: _concatenated(first, second).T,
+    lambda first, second: _in_turn(first, second).T,
+)
 
 
 @contextmanager
