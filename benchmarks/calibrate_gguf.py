@@ -16,7 +16,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from edge_moe.offer import gguf_forms
 from edge_moe.plan import MemoryTerm, Plan
 from edge_moe.runtime import gguf_logits
 from edge_moe.runtime.llama_capture import BlockCapture, LlamaCapture
+from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results" / "calibrate_gguf.json"
@@ -177,10 +178,11 @@ class Bench:
     def _watch(self) -> None:
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             spec = self.model.spec
+            extras = {layer: LayerExtras.of(self.model, layer) for layer in spec.moe_layer_ids}
             spool = WindowSpool(Path(folder) / "windows", spec, [len(text) for text in self.texts])
             for index, text in enumerate(self.texts):
                 with spool.writing(index) as writer:
-                    self.capture.run(text, partial(_keep, writer, self.model))
+                    self.capture.run(text, partial(_keep, writer, spec, extras))
 
     def _calibrate(self, forms: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
@@ -196,10 +198,14 @@ class Bench:
 
 
 def _keep(
-    writer: WindowWriter, model: GgufModel, layer_id: int, tokens: slice, block: BlockCapture
+    writer: WindowWriter,
+    spec: ModelSpec,
+    extras: Mapping[int, LayerExtras],
+    layer_id: int,
+    tokens: slice,
+    block: BlockCapture,
 ) -> None:
-    extras = LayerExtras.of(model, layer_id)
-    writer.put(layer_id, tokens, block_records(block, model.spec, extras))
+    writer.put(layer_id, tokens, block_records(block, spec, extras[layer_id]))
 
 
 def random_gguf(work: Path) -> Path:

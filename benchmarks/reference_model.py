@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,48 +59,29 @@ def dequantised(model: Any, checkpoint: Checkpoint, form: str) -> Iterator[None]
     spec, before = checkpoint.spec, []
     for layer_id in spec.moe_layer_ids:
         experts = MoeBlock(model, spec, layer_id).experts
-        up_name = "gate_up_proj" if spec.has_gate else "up_proj"
-        for parameter, is_up in ((getattr(experts, up_name), True), (experts.down_proj, False)):
-            before.append((parameter, parameter.detach().clone()))
-            for expert_id in range(spec.num_experts):
-                matrices = checkpoint.expert(layer_id, expert_id)
-                kept = unpack_expert(form, pack_expert(form, *matrices), *spec.expert_shape)
-                sources, changed = (
-                    part[:2] if is_up else (part[2], part[2][:0]) for part in (matrices, kept)
-                )
-                parameter.data[expert_id] = _arranged_as(parameter[expert_id], sources, changed)
+        before += [(parameter, parameter.detach().clone()) for parameter in experts.parameters()]
+        for expert_id in range(spec.num_experts):
+            store_expert(experts, checkpoint, layer_id, expert_id, form)
     yield
     for parameter, values in before:
         parameter.data.copy_(values)
 
 
-def _arranged_as(
-    parameter: Tensor, source: Sequence[FloatArray], changed: Sequence[FloatArray]
-) -> Tensor:
-    """`changed` in the order in which `parameter` holds `source`: (gate, up) or (down, nothing)."""
-    for arrange in _ARRANGEMENTS:
-        held = arrange(*source)
-        if held.shape == parameter.shape and np.array_equal(held, parameter.detach().numpy()):
-            return torch.from_numpy(np.ascontiguousarray(arrange(*changed)))
-    raise RuntimeError("transformers arranges this family's experts in a way that is unknown here")
-
-
-def _concatenated(first: FloatArray, second: FloatArray) -> FloatArray:
-    return np.concatenate([first, second])
-
-
-def _in_turn(first: FloatArray, second: FloatArray) -> FloatArray:
-    """First row of both, second row of both, ..."""
-    if len(first) != len(second):
-        return first
-    return np.stack([first, second], axis=1).reshape(-1, first.shape[1])
-
-
-_ARRANGEMENTS: tuple[Callable[[FloatArray, FloatArray], FloatArray], ...] = (
-    _concatenated,
-    lambda first, second: _concatenated(first, second).T,
-    lambda first, second: _in_turn(first, second).T,
-)
+def store_expert(
+    experts: Any, checkpoint: Checkpoint, layer_id: int, expert_id: int, form: str
+) -> None:
+    """Put what `form` keeps of an expert into transformers' module of its layer's experts."""
+    spec = checkpoint.spec
+    record = pack_expert(form, *checkpoint.expert(layer_id, expert_id))
+    stored = unpack_expert(form, record, *spec.expert_shape)
+    gate, up, down = (torch.from_numpy(part.copy()) for part in stored)
+    inner = experts.gate_up_proj if spec.has_gate else experts.up_proj
+    if spec.family.is_transposed:  # and gates and ups take turns
+        inner.data[expert_id] = torch.stack([gate, up], dim=1).flatten(0, 1).T
+        experts.down_proj.data[expert_id] = down.T
+        return
+    inner.data[expert_id] = torch.cat([gate, up])
+    experts.down_proj.data[expert_id] = down
 
 
 @contextmanager

@@ -103,13 +103,11 @@ class GgufPlanMeasure:
         scores          2^21 values of 52 bytes
         """
         spec, model = self._model.spec, self._model
-        attending = spec.kv_bytes_per_token(4)
-        attending += 4 * spec.num_sliding_layers * spec.sliding_kv_width
         terms = {
             "weights": model.file_bytes,
             "packed experts": min(PACKED_LIMIT_BYTES, model.file_bytes),
             "packing": 16 * spec.expert_weights + 64 * PACK_CHUNK_WEIGHTS,
-            "kv cache": attending * self._longest + 4 * spec.state_values,
+            "kv cache": spec.unwindowed_kv_bytes(self._longest, 4),
             "logits": 16 * self._longest * spec.vocab_size,
             "scores": 52 * metrics.CHUNK_VALUES,
             "allowance": _ALLOWANCE_BYTES,

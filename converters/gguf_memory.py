@@ -52,9 +52,7 @@ def _running(model: GgufModel, window_tokens: int) -> dict[str, int]:
     row = slots * (3 * spec.expert_width + 2 * hidden) + 8 * hidden + 2 * spec.num_experts
     row += 4 * widest
     return {
-        "kv cache": spec.kv_bytes_per_token(4) * cache_tokens
-        + 4 * spec.num_sliding_layers * spec.sliding_kv_width * cache_tokens
-        + 4 * spec.state_values,
+        "kv cache": spec.unwindowed_kv_bytes(cache_tokens, 4),
         "logits": 2 * 4 * batch * spec.vocab_size,
         "graph": 4 * batch * row + 12 * spec.num_attention_heads * batch * cache_tokens,
         "capture": 4 * batch * (slots * hidden + 3 * hidden + 2 * spec.num_experts)

@@ -28,7 +28,7 @@ from edge_moe.converters.progress import Advance, byte_progress
 from edge_moe.converters.slice_packing import InputSquares, SlicePacker
 from edge_moe.errors import InputError, TargetError
 from edge_moe.files import atomic_path, require_free_disk
-from edge_moe.formats import DROP, FORM_NAMES, form_fits, split_form
+from edge_moe.formats import FORM_NAMES, form_fits, split_form
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_model import GgufModel
@@ -72,10 +72,10 @@ def slice_gguf(
         CheckpointError: a source that was damaged or truncated since it was opened.
     """
     check_slice(plan, model)
-    if changes_types(plan.forms, model):
+    file = _SliceFile(model, plan.forms, [("plan_fingerprint", plan_fingerprint(plan))])
+    if file.changes_types:
         _check_quantiser(plan.quantiser, squares)
     packer = SlicePacker(plan.quantiser, squares)
-    file = _SliceFile(model, plan.forms, [("plan_fingerprint", plan_fingerprint(plan))])
     require_free_disk(output.parent, file.total_bytes, f"GGUF file {output.name}")
     with (
         atomic_path(output) as temporary,
@@ -100,11 +100,6 @@ def write_trial_slice(
     file.write(path, packer, advance)
 
 
-def changes_types(forms: Forms, model: GgufModel) -> bool:
-    """Whether experts have to be packed anew."""
-    return not all(cut.is_copied for cut in _cuts(forms, model))
-
-
 def can_pack(quantiser: str) -> bool:
     """Whether a GGUF's experts can be packed so, with nothing else of the text than moments."""
     needs = get_quantiser(quantiser).needs
@@ -121,10 +116,15 @@ class _SliceFile:
         self._cuts = _cuts(forms, model)
         tensors = [cut.tensor for cut in self._cuts]
         alignment = model.header.alignment
-        keys = _keys(model, len(_kept(forms[0])), self._cuts, provenance)
+        keys = _keys(model, len(Plan.kept(forms[0])), self._cuts, provenance)
         self._header = header_bytes(keys, tensors, alignment)
         *self._starts, data_bytes = offsets(tensors, alignment)
         self.total_bytes = len(self._header) + data_bytes
+
+    @property
+    def changes_types(self) -> bool:
+        """Whether experts have to be packed anew."""
+        return not all(cut.is_copied for cut in self._cuts)
 
     def write(self, path: Path, packer: SlicePacker, advance: Advance) -> None:
         """Write it to `path`."""
@@ -197,11 +197,6 @@ def _check_quantiser(quantiser: str, squares: InputSquares | None) -> None:
         )
 
 
-def _kept(row: Sequence[str]) -> tuple[int, ...]:
-    """Ids of the experts that a layer keeps, ascending."""
-    return tuple(expert_id for expert_id, form in enumerate(row) if form != DROP)
-
-
 def _check_form(model: GgufModel, layer_id: int, form: str) -> None:
     spec, parts, stored = model.spec, split_form(form), model.stored_types(layer_id)
     unpackable = [
@@ -230,7 +225,7 @@ def _cuts(forms_of_layers: Forms, model: GgufModel) -> list[_Cut]:
     """Every tensor of the source, in its order."""
     spec = model.spec
     rows = dict(zip(spec.moe_layer_ids, forms_of_layers, strict=True))
-    kept = {layer_id: _kept(row) for layer_id, row in rows.items()}
+    kept = {layer_id: tuple(Plan.kept(row)) for layer_id, row in rows.items()}
     forms = {layer_id: split_form(row[kept[layer_id][0]]) for layer_id, row in rows.items()}
     idle = _first_of_groups(
         len(next(iter(kept.values()))), spec.num_experts, spec.router.num_groups

@@ -147,7 +147,7 @@ def _kv_bytes(spec: ModelSpec, context_tokens: int, itemsize: int, target: Targe
     onnxruntime's attention reads a window from the cache of the whole context.
     """
     if target == "onnx":
-        return replace(spec, sliding_window=context_tokens).kv_bytes(context_tokens, itemsize)
+        return spec.unwindowed_kv_bytes(context_tokens, itemsize)
     if target != "gguf":
         return spec.kv_bytes(context_tokens, itemsize)
     room = spec.sliding_window + LLAMA_UBATCH_TOKENS

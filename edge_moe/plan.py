@@ -5,6 +5,7 @@ Plain JSON, diffable. The optimiser writes it, builders and runtimes read it, re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -174,7 +175,7 @@ class Plan(_Model):
                     )
 
     @staticmethod
-    def kept(row: list[str]) -> list[int]:
+    def kept(row: Sequence[str]) -> list[int]:
         """Ids of the experts that a layer's `forms` row keeps, ascending."""
         return [expert_id for expert_id, form in enumerate(row) if form != DROP]
 

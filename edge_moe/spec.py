@@ -155,6 +155,11 @@ class ModelSpec:
         growing = context_tokens * self.kv_bytes_per_token(itemsize_bytes)
         return growing + (sliding + self.state_values) * itemsize_bytes
 
+    def unwindowed_kv_bytes(self, context_tokens: int, itemsize_bytes: int) -> int:
+        """The same where sliding layers hold the whole context, too."""
+        whole = replace(self, sliding_window=context_tokens)
+        return whole.kv_bytes(context_tokens, itemsize_bytes)
+
     def layer_prefix(self, layer_id: int) -> str:
         """Checkpoint prefix of everything in layer `layer_id`, with its trailing dot."""
         root = self._outer_name(self.family.embedding.partition(".")[0] + ".")

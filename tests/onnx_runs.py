@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from masked_routing import mask_routers
+from reference_model import store_expert
 from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.formats import DROP, pack_expert, unpack_expert
+from edge_moe.formats import DROP
 from edge_moe.onnx_folder import HEAD_NAME
 from edge_moe.plan import Plan
 
@@ -74,22 +75,10 @@ def planned_model(plan: Plan, folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = Checkpoint(folder)
     spec = checkpoint.spec
-    with torch.no_grad():
-        for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
-            experts = model.get_submodule(spec.moe_module(layer_id)).experts
-            for expert_id, form in enumerate(row):
-                if form == DROP:
-                    continue
-                record = pack_expert(form, *checkpoint.expert(layer_id, expert_id))
-                stored = unpack_expert(form, record, *spec.expert_shape)
-                gate, up, down = (torch.from_numpy(part.copy()) for part in stored)
-                inner = experts.gate_up_proj if spec.has_gate else experts.up_proj
-                if spec.family.is_transposed:  # and gates and ups take turns
-                    inner[expert_id] = torch.stack([gate, up], dim=1).flatten(0, 1).T
-                    experts.down_proj[expert_id] = down.T
-                    continue
-                inner[expert_id] = torch.cat([gate, up])
-                experts.down_proj[expert_id] = down
+    for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
+        experts = model.get_submodule(spec.moe_module(layer_id)).experts
+        for expert_id in plan.kept(row):
+            store_expert(experts, checkpoint, layer_id, expert_id, row[expert_id])
     if any(DROP in row for row in plan.forms):
         mask_routers(model, plan, spec)
     return model

@@ -16,12 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from composites import save_composite
 from conftest import FAMILY_NAMES, TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import edit_config, fused_copy, hand_plan, random_forms, tree, uniform_forms
 from peak_memory import deep_checkpoint, measure_peak, needs_proc
-from test_families import COMPOSITE_CONFIGS
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -181,30 +179,12 @@ RECURRENT_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RECURRENT_VARIANTS)
-def test_variants_of_recurrent_families(name: str, tmp_path: Path) -> None:
-    family, changes = RECURRENT_VARIANTS[name]
-    folder = make_tiny_checkpoint(tmp_path / "source", family, **changes)
-    forms = uniform_forms(Checkpoint(folder), 6, "f32")
-    check_logits(folder, forms, tmp_path / "out", exact_error(family))
-
-
 @pytest.mark.parametrize("family", sorted(COMPOSITES))
 def test_the_language_model_of_a_larger_one(
     family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
-    inner = minimal_config(COMPOSITES[family])
-    config = AutoConfig.for_model(family, text_config=inner, **COMPOSITE_CONFIGS[family])
-    torch.manual_seed(0)
-    model: Any = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.1)
-    source = tmp_path / "source"
-    model.save_pretrained(source)
-    for path in tiny_checkpoint(COMPOSITES[family]).glob("tokenizer*"):
-        shutil.copy(path, source)
+    inner, source = minimal_config(COMPOSITES[family]), tmp_path / "source"
+    model = save_composite(source, family, tiny_checkpoint(COMPOSITES[family]), deviation=0.1)
     spec = Checkpoint(source).spec
     export(source, [["f32"] * spec.num_experts] * spec.num_moe_layers, tmp_path / "out", EXACT)
     genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())
@@ -367,7 +347,7 @@ def test_sliding_windows_in_texts_that_are_longer(name: str, tmp_path: Path) -> 
         assert relative_error(found, reference_logits(other, tokens)) > 100 * EXACT_ERROR
 
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+SPECIAL_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases, and long positions scaled as short ones": (
         "phimoe",
         {
@@ -415,9 +395,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_of_special_families(name: str, tmp_path: Path) -> None:
-    family, changes = VARIANTS[name]
+@pytest.mark.parametrize("name", [*RECURRENT_VARIANTS, *SPECIAL_VARIANTS])
+def test_variants_of_families(name: str, tmp_path: Path) -> None:
+    family, changes = (RECURRENT_VARIANTS | SPECIAL_VARIANTS)[name]
     folder = make_tiny_checkpoint(tmp_path / "source", family, **changes)
     forms = uniform_forms(Checkpoint(folder), 6, "f32")
     check_logits(folder, forms, tmp_path / "out", exact_error(family))

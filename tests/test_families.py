@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composites import COMPOSITE_CONFIGS, save_composite
 from conftest import TinyCheckpoint
 from hand_plan import hand_plan, uniform_forms
 from reference_model import TOKENS, FloatArray, load, logits, masked
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
@@ -142,33 +143,13 @@ def test_the_memory_probe_runs_it(family: str, tmp_path: Path) -> None:
         assert len(session.generate_ids([5, 6, 7], 4, stop_at_eos=False)) == 4
 
 
-COMPOSITE_CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen3_5_moe": {
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "intermediate_size": 32,
-            "out_hidden_size": 64,
-        }
-    },
-    "gemma4": {},
-}
-
-
 @pytest.mark.parametrize("family", sorted(COMPOSITES))
 def test_the_language_model_of_a_larger_one(
     family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     """Text and pictures: the language model runs alone, a pruned checkpoint keeps the rest."""
-    inner = minimal_config(COMPOSITES[family])
-    config = AutoConfig.for_model(family, text_config=inner, **COMPOSITE_CONFIGS[family])
-    torch.manual_seed(0)
-    model: Any = AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
-    source = tmp_path / "source"
-    model.save_pretrained(source)
-    for path in tiny_checkpoint(COMPOSITES[family]).glob("tokenizer*"):
-        (source / path.name).write_bytes(path.read_bytes())
+    source, tokenizer = tmp_path / "source", tiny_checkpoint(COMPOSITES[family])
+    model = save_composite(source, family, tokenizer, dtype=torch.bfloat16)
     checkpoint = Checkpoint(source)
     assert checkpoint.spec.model_type == COMPOSITES[family]
     expected = logits(load(source))

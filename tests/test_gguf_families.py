@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from composites import save_composite
 from conftest import make_tiny_checkpoint
 from hand_plan import edit_config, hand_plan, uniform_forms
 from llama_worker import ask_llama
 from reference_model import masked, table_gelu
-from test_families import COMPOSITE_CONFIGS
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from edge_moe.candidates import check_target, find_candidates, gguf_reason
 from edge_moe.checkpoint import Checkpoint
@@ -156,18 +156,7 @@ def assert_near(found: FloatArray, expected: FloatArray) -> None:
 
 @pytest.mark.parametrize("family", sorted(COMPOSITES))
 def test_the_language_model_of_a_larger_one(family: str, source: Source, tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        family, text_config=minimal_config(COMPOSITES[family]), **COMPOSITE_CONFIGS[family]
-    )
-    torch.manual_seed(0)
-    model: Any = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.1)
-    model.save_pretrained(tmp_path)
-    for path in source(COMPOSITES[family]).folder.glob("tokenizer*"):
-        shutil.copy(path, tmp_path)
+    save_composite(tmp_path, family, source(COMPOSITES[family]).folder, deviation=0.1)
     checkpoint = Checkpoint(tmp_path)
     plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8, "f32"), "gguf")
     path = export_gguf(plan, checkpoint, tmp_path / "model.gguf")

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from edge_moe.converters.onnx.operations import Operations
+from edge_moe.onnx_branches import GATED_GELUS
 from edge_moe.spec import ModelSpec
-
-_GELUS = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
 
 
 @dataclass(frozen=True)
@@ -60,5 +59,5 @@ def read_activation(spec: ModelSpec, config: Any, up_offset: float) -> Activatio
         beta=up_offset,
         limit=getattr(config, "swiglu_limit", math.inf),
         has_gate=spec.has_gate,
-        gelu=_GELUS.get(spec.hidden_act, ""),
+        gelu=GATED_GELUS.get(spec.hidden_act, ""),
     )

@@ -22,9 +22,9 @@ from edge_moe.converters.progress import Advance
 from edge_moe.converters.source_bytes import read_float32
 from edge_moe.converters.staging import BuildFolder
 from edge_moe.files import atomic_path
-from edge_moe.formats import get_form, unpack_expert
+from edge_moe.formats import unpack_expert
 from edge_moe.formats.base import ByteArray
-from edge_moe.formats.integers import IntegerForm
+from edge_moe.formats.integers import IntegerForm, integer_form
 from edge_moe.packed_tensors import PackedInfo
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo, to_float32
@@ -168,8 +168,7 @@ class ExpertStack:
     @property
     def integer_form(self) -> IntegerForm | None:
         """How the codes are laid out; None for float32."""
-        form = get_form(self.form)
-        return form if isinstance(form, IntegerForm) else None
+        return integer_form(self.form)
 
 
 @dataclass
@@ -185,9 +184,9 @@ class ExpertFile(DataFile):
         """Place the (expert_id, router row) pairs that are stored in `form`."""
         count, prefix = len(experts), f"layers.{self.layer_id}.experts.{form}"
         rows, widths = (2 * expert_width, hidden_size), (hidden_size, expert_width)
-        kind = get_form(form)
+        kind = integer_form(form)
         ids, router_rows = zip(*experts, strict=True)
-        if not isinstance(kind, IntegerForm):
+        if kind is None:
             fc1, fc2 = (
                 self.place(f"{prefix}.fc{index}", "FLOAT", (count, rows[index - 1], width))
                 for index, width in enumerate(widths, start=1)

@@ -31,8 +31,8 @@ from edge_moe.converters.sidecar import CARD_NAME, CONFIG_NAME, copy_sidecar, si
 from edge_moe.converters.staging import BuildFolder
 from edge_moe.errors import SpecError, TargetError
 from edge_moe.files import atomic_path, require_free_disk, write_text
-from edge_moe.formats import EXACT, FORM_NAMES, form_fits, get_form
-from edge_moe.formats.integers import IntegerForm
+from edge_moe.formats import EXACT, form_fits, get_form
+from edge_moe.formats.integers import integer_form
 from edge_moe.onnx_folder import (
     HEAD_NAME,
     MODEL_NAME,
@@ -110,7 +110,7 @@ def check_onnx(plan: Plan, spec: ModelSpec) -> None:
         _check_groups(layer_id, plan.kept(row), spec)
         for expert_id in plan.kept(row):
             form = row[expert_id]
-            if form != EXACT and not _is_integer(form):
+            if form != EXACT and integer_form(form) is None:
                 raise TargetError(
                     f"target onnx: layer {layer_id} is planned with {form}, which onnxruntime has "
                     "no kernel for: plan again with --target onnx"
@@ -133,10 +133,6 @@ def _check_groups(layer_id: int, kept: list[int], spec: ModelSpec) -> None:
             f"{spec.router.num_groups} groups that {spec.router.top_groups} groups may hold "
             f"{fewest}, fewer than top_k={spec.top_k}: keep more experts there, or plan again"
         )
-
-
-def _is_integer(form: str) -> bool:
-    return form in FORM_NAMES and isinstance(get_form(form), IntegerForm)
 
 
 def _expert_files(plan: Plan, spec: ModelSpec) -> dict[int, ExpertFile]:

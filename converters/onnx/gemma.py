@@ -10,7 +10,6 @@ from edge_moe.converters.onnx.attention import Attention
 from edge_moe.converters.onnx.feed_forward import FeedForward
 from edge_moe.converters.onnx.mixer import Mixer
 from edge_moe.converters.onnx.operations import Operations
-from edge_moe.converters.onnx.recurrences import unit_norm
 from edge_moe.converters.onnx.weights import Weights
 
 
@@ -28,7 +27,7 @@ class GemmaAttention(Attention):
         query = self._query_norm(operations, weights, query, f"{prefix}.q_norm", heads.num_query)
         key = self._query_norm(operations, weights, key, f"{prefix}.k_norm", heads.num_kv)
         by_head = operations.reshape(value, 0, 0, heads.num_kv, heads.width)
-        value = unit_norm(operations, by_head, self.config.rms_norm_eps, of_sum=False)
+        value = operations.unit_norm(by_head, self.config.rms_norm_eps, of_sum=False)
         value = operations.reshape(value, 0, 0, heads.num_kv * heads.width)
         mixed = operations.attention((query, key, value), self.layer, heads)
         return weights.linear(operations, f"{prefix}.o_proj", mixed)

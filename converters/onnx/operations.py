@@ -14,6 +14,7 @@ import numpy as np
 
 from edge_moe.converters.onnx.data_files import StoredTensor
 from edge_moe.converters.onnx.graph import MICROSOFT, Graph
+from edge_moe.converters.onnx.states import keys_and_values
 
 _HEAD_SINK = 11  # position of GroupQueryAttention's input
 MASKED = float(np.finfo(np.float32).min)
@@ -67,8 +68,8 @@ class Operations(ABC):
         """Rotary causal attention with a cache -> [b, s, n d].
 
         `values` are queries [b, s, n d], keys and values [b, s, m d]; `sinks` [n] are scores of
-        every head that take their share and give nothing. Reads past_key_values.{layer}.*
-        [b, m, p, d] and gives present.{layer}.* [b, m, t, d].
+        every head that take their share and give nothing. Reads and gives `keys_and_values` of
+        the layer, [b, m, p, d] and [b, m, t, d].
         """
 
     def linear(self, value: str, weight: StoredTensor) -> str:
@@ -84,6 +85,14 @@ class Operations(ABC):
         """max(value, 0) squared."""
         positive = self.graph.op("Relu", [value])
         return self.graph.op("Mul", [positive, positive])
+
+    def unit_norm(self, value: str, epsilon: float, *, of_sum: bool) -> str:
+        """`value` over the root of its squares' sum, or mean, along the last axis."""
+        op, constant = self.graph.op, self.graph.constant
+        squares = op("Mul", [value, value])
+        total = op("ReduceSum" if of_sum else "ReduceMean", [squares, constant([-1])], keepdims=1)
+        root = op("Sqrt", [op("Add", [total, constant(epsilon, np.float32)])])
+        return op("Div", [value, root])
 
     def reshape(self, value: str, *shape: int) -> str:
         """0 keeps an axis, -1 is what is left."""
@@ -119,9 +128,8 @@ class ContribOperations(Operations):
     def attention(
         self, values: Sequence[str], layer: int, heads: Heads, sinks: StoredTensor | None = None
     ) -> str:
-        graph = self.graph
-        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
-        present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        graph, states = self.graph, keys_and_values(layer, heads.num_kv, heads.width)
+        past, present = [state.past for state in states], [state.present for state in states]
         inputs = [*values, *past, self._last_positions, self._total]
         inputs += [graph.weight(table) for table in heads.tables]
         if sinks is not None:
@@ -165,10 +173,8 @@ class StandardOperations(Operations):
         self._biases: dict[int, str] = {}
 
     def rms_norm(self, value: str, weight: StoredTensor, epsilon: float) -> str:
-        op, constant = self.graph.op, self.graph.constant
-        mean = op("ReduceMean", [op("Mul", [value, value]), constant([-1])], keepdims=1)
-        root = op("Sqrt", [op("Add", [mean, constant(epsilon, np.float32)])])
-        return op("Mul", [op("Div", [value, root]), self.graph.weight(weight)])
+        normed = self.unit_norm(value, epsilon, of_sum=False)
+        return self.graph.op("Mul", [normed, self.graph.weight(weight)])
 
     def attention(
         self, values: Sequence[str], layer: int, heads: Heads, sinks: StoredTensor | None = None
@@ -179,9 +185,9 @@ class StandardOperations(Operations):
         key = self._rotate(self._by_head(key, heads.num_kv, heads), heads)
         value = self._by_head(value, heads.num_kv, heads)
         parts = []
-        for name, new in (("key", key), ("value", value)):
-            past = f"past_key_values.{layer}.{name}"
-            present = op("Concat", [past, new], name=f"present.{layer}.{name}", axis=2)
+        states = keys_and_values(layer, heads.num_kv, heads.width)
+        for state, new in zip(states, (key, value), strict=True):
+            present = op("Concat", [state.past, new], name=state.present, axis=2)
             parts.append(self._repeat(present, heads))
         scores = op("MatMul", [query, op("Transpose", [parts[0]], perm=[0, 1, 3, 2])])
         scores = op("Mul", [scores, constant(heads.scale, np.float32)])

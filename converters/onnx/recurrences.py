@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from edge_moe.converters.onnx.data_files import StoredTensor
 from edge_moe.converters.onnx.graph import MICROSOFT
 from edge_moe.converters.onnx.operations import Operations
@@ -116,15 +114,6 @@ def negative_exponential(operations: Operations, weight: StoredTensor) -> str:
     """-exp(weight), which onnxruntime computes once, when it loads the graph."""
     graph = operations.graph
     return graph.op("Neg", [graph.op("Exp", [graph.weight(weight)])])
-
-
-def unit_norm(operations: Operations, value: str, epsilon: float, *, of_sum: bool) -> str:
-    """`value` over the root of its squares' sum, or mean, along the last axis."""
-    op, constant = operations.graph.op, operations.graph.constant
-    squares = op("Mul", [value, value])
-    total = op("ReduceSum" if of_sum else "ReduceMean", [squares, constant([-1])], keepdims=1)
-    root = op("Sqrt", [op("Add", [total, constant(epsilon, np.float32)])])
-    return op("Div", [value, root])
 
 
 def _stateful(

@@ -18,7 +18,6 @@ from edge_moe.converters.onnx.recurrences import (
     linear_attention,
     negative_exponential,
     softplus,
-    unit_norm,
 )
 from edge_moe.converters.onnx.states import State
 from edge_moe.converters.onnx.weights import Weights
@@ -72,12 +71,8 @@ class GatedDeltaNet(Mixer):
 
     @property
     def states(self) -> tuple[State, ...]:
-        heads, window = self._heads, self.config.linear_conv_kernel_dim - 1
-        matrices = (heads.num_value, heads.key_width, heads.value_width)
-        return (
-            State(self.layer, "conv", (sum(self._widths), window)),
-            State(self.layer, "recurrent", matrices),
-        )
+        kernel_width = self.config.linear_conv_kernel_dim
+        return _window_and_matrices(self.layer, self._heads, sum(self._widths), kernel_width)
 
     def mix(self, operations: Operations, weights: Weights, inputs: str) -> str:
         op, heads, prefix = operations.graph.op, self._heads, self.prefix
@@ -146,7 +141,7 @@ class GatedDeltaNet(Mixer):
         """Every head over its length."""
         count, width = self._heads.num_key, self._heads.key_width
         by_head = operations.reshape(value, 0, 0, count, width)
-        normed = unit_norm(operations, by_head, _L2_EPSILON, of_sum=True)
+        normed = operations.unit_norm(by_head, _L2_EPSILON, of_sum=True)
         return operations.reshape(normed, 0, 0, count * width)
 
 
@@ -176,12 +171,8 @@ class Mamba2(Mixer):
 
     @property
     def states(self) -> tuple[State, ...]:
-        heads, window = self._heads, self.config.conv_kernel - 1
-        matrices = (heads.num_value, heads.key_width, heads.value_width)
-        return (
-            State(self.layer, "conv", (sum(self._widths), window)),
-            State(self.layer, "recurrent", matrices),
-        )
+        kernel_width = self.config.conv_kernel
+        return _window_and_matrices(self.layer, self._heads, sum(self._widths), kernel_width)
 
     def mix(self, operations: Operations, weights: Weights, inputs: str) -> str:
         heads, prefix = self._heads, self.prefix
@@ -228,9 +219,20 @@ class Mamba2(Mixer):
         heads = self._heads
         width = heads.num_value * heads.value_width
         groups = operations.reshape(value, 0, 0, heads.num_key, width // heads.num_key)
-        normed = unit_norm(operations, groups, self.config.layer_norm_epsilon, of_sum=False)
+        normed = operations.unit_norm(groups, self.config.layer_norm_epsilon, of_sum=False)
         weight = operations.graph.weight(weights.weight(f"{self.prefix}.norm"))
         return operations.graph.op("Mul", [operations.reshape(normed, 0, 0, width), weight])
+
+
+def _window_and_matrices(
+    layer: int, heads: LinearHeads, num_channels: int, kernel_width: int
+) -> tuple[State, State]:
+    """The inputs that a convolution looks back at, and what linear attention keeps."""
+    matrices = (heads.num_value, heads.key_width, heads.value_width)
+    return (
+        State(layer, "conv", (num_channels, kernel_width - 1)),
+        State(layer, "recurrent", matrices),
+    )
 
 
 _KINDS: dict[str, type[Mixer]] = {

@@ -39,10 +39,6 @@ class Rotary:
         return make
 
 
-NO_ROTARY = Rotary(np.zeros(0, np.float32), 1.0)
-"""Of models whose attention knows no positions."""
-
-
 def read_rotary(config: Any, head_width: int, layer_type: str = "") -> Rotary:
     """The rotary embedding of a transformers `config` with heads of `head_width`.
 

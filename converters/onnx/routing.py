@@ -132,9 +132,7 @@ def fewest_open_experts(routing: Routing) -> int:
     A group that is too small to be ranked is open only where there are too few others.
     """
     router = routing.router
-    group_width = routing.num_experts // router.num_groups
-    members = np.array(routing.kept, np.int64) // group_width
-    counts = np.bincount(members, minlength=router.num_groups)
+    _, counts = _groups(routing)
     ranked = counts[counts >= _ranked(router)]
     if len(ranked) < router.top_groups:
         ranked = counts
@@ -146,12 +144,17 @@ def group_columns(routing: Routing) -> tuple[npt.NDArray[np.int64], npt.NDArray[
 
     Missing members are row E, which is no expert; size is at least what groups are ranked by.
     """
-    kept, num_groups = routing.kept, routing.router.num_groups
-    group_width = routing.num_experts // num_groups
-    group_of_row = np.array(kept, np.int64) // group_width
-    size = max(_ranked(routing.router), int(np.bincount(group_of_row, minlength=num_groups).max()))
-    columns = np.full((num_groups, size), len(kept), np.int64)
-    for group in range(num_groups):
+    group_of_row, counts = _groups(routing)
+    size = max(_ranked(routing.router), int(counts.max()))
+    columns = np.full((len(counts), size), len(routing.kept), np.int64)
+    for group in range(len(counts)):
         members = np.flatnonzero(group_of_row == group)
         columns[group, : len(members)] = members
     return columns, group_of_row
+
+
+def _groups(routing: Routing) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """([E] the group of each row, [G] how many kept experts each group has)."""
+    num_groups = routing.router.num_groups
+    group_of_row = np.array(routing.kept, np.int64) // (routing.num_experts // num_groups)
+    return group_of_row, np.bincount(group_of_row, minlength=num_groups)

@@ -54,24 +54,23 @@ class Weights:
 
     def norm(self, operations: Operations, name: str, value: str) -> str:
         """A norm of the last axis: over its root mean square, or LayerNorm where it has a bias."""
-        stored = self.weight(name)
-        bias = self.optional(f"{name}.bias")
-        if bias is not None:
+        has_bias = f"{name}.bias" in self.tensors
+        stored = self.tensor(f"{name}.weight", adds_one=self._adds_one and not has_bias)
+        if has_bias:
+            bias = self.tensor(f"{name}.bias")
             return operations.layer_norm(value, stored, bias, self._epsilon)
-        if self._adds_one:
-            chunks = float32_chunks([self.tensors[stored.name]])
-            self._dense.sources[stored.name] = _plus_one(chunks)
         return operations.rms_norm(value, stored, self._epsilon)
 
     def optional(self, name: str) -> StoredTensor | None:
         """A tensor that not every checkpoint has."""
         return self.tensor(name) if name in self.tensors else None
 
-    def tensor(self, name: str) -> StoredTensor:
-        """A tensor, whole."""
+    def tensor(self, name: str, *, adds_one: bool = False) -> StoredTensor:
+        """A tensor, whole; or 1 + it."""
         info = self.tensors[name]
         self._used.add(name)
-        return self._dense.add(name, info.shape, float32_chunks([info]))
+        chunks = float32_chunks([info])
+        return self._dense.add(name, info.shape, _plus_one(chunks) if adds_one else chunks)
 
     def rows(self, name: str, kept: Sequence[int], label: str = "") -> StoredTensor:
         """The rows of kept experts; `label` tells several choices of one tensor's rows apart."""

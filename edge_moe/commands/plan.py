@@ -111,11 +111,11 @@ def plan_command(
     is_measured = planned in PROCESS_TARGETS
     runtime = runtime_overhead(source.spec.model_type, device.value) if is_measured else None
     with ExitStack() as stack:
-        measure, measuring = None, None
+        opened = None
         if search:
             tasks = task or _known_tasks(found_stats.info)
             opened = _open_measure(source, stats, found_stats.info, tasks, output, stack)
-            measure, measuring = opened if opened is not None else (None, None)
+        measure, measuring = opened or (None, None)
         on_share = stack.enter_context(_search_bar(shown=measure is not None))
         plan = make_plan(
             source,

@@ -48,10 +48,14 @@ def unpack_codes(packed: ByteArray, bits: int) -> ByteArray:
 
 def onnxruntime_copy_bytes(form: str, num_weights: int) -> int:
     """Bytes that onnxruntime holds of so many weights beyond those of `form` itself."""
-    kind = get_form(form) if form in FORM_NAMES and form != DROP else None
-    if not isinstance(kind, IntegerForm):
-        return 0
-    return num_weights // kind.block_size * kind.onnxruntime_copy_bytes
+    kind = integer_form(form)
+    return num_weights // kind.block_size * kind.onnxruntime_copy_bytes if kind else 0
+
+
+def integer_form(name: str) -> IntegerForm | None:
+    """How QMoE's codes lie in the form `name`; None where it is another kind of form."""
+    kind = get_form(name) if name in FORM_NAMES and name != DROP else None
+    return kind if isinstance(kind, IntegerForm) else None
 
 
 class IntegerForm(Form):
