@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
@@ -54,10 +55,10 @@ def table_gelu() -> Iterator[None]:
 
 
 @contextmanager
-def dequantised(model: Any, checkpoint: Checkpoint, form: str) -> Iterator[None]:
-    """Every expert has the values that `form` keeps of it, in float32."""
+def dequantised(model: Any, checkpoint: Checkpoint, forms: Mapping[int, str]) -> Iterator[None]:
+    """Every expert of a layer has the values that `forms[layer_id]` keeps of it, in float32."""
     spec, before = checkpoint.spec, []
-    for layer_id in spec.moe_layer_ids:
+    for layer_id, form in forms.items():
         experts = MoeBlock(model, spec, layer_id).experts
         before += [(parameter, parameter.detach().clone()) for parameter in experts.parameters()]
         for expert_id in range(spec.num_experts):
@@ -65,6 +66,48 @@ def dequantised(model: Any, checkpoint: Checkpoint, form: str) -> Iterator[None]
     yield
     for parameter, values in before:
         parameter.data.copy_(values)
+
+
+@contextmanager
+def q8_0_inputs(model: Any, spec: ModelSpec, layer_ids: Sequence[int]) -> Iterator[None]:
+    """What meets a matrix of these layers' experts is rounded as llama.cpp does it on a CPU.
+
+    Beside weights of 4 or 8 bits it multiplies integers: `quantize_row_q8_0` of ggml-quants.c.
+    """
+    experts = [MoeBlock(model, spec, layer_id).experts for layer_id in layer_ids]
+    matrices = [each for module in experts for each in module.parameters() if each.ndim == 3]
+    model.set_experts_implementation("eager")  # one product per expert and matrix
+    with _RoundedInputs(matrices) as inputs:
+        yield
+    if not inputs.num_products:
+        raise RuntimeError(f"{spec.model_type}: no product with an expert was seen")
+
+
+class _RoundedInputs(TorchFunctionMode):
+    """Products with views of `matrices` get their left side from `_as_q8_0`."""
+
+    _PRODUCTS = (torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+    def __init__(self, matrices: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.num_products = 0
+        self._storages = {each.untyped_storage().data_ptr() for each in matrices}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in self._PRODUCTS and args[1].untyped_storage().data_ptr() in self._storages:
+            self.num_products += 1
+            args = (_as_q8_0(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _as_q8_0(values: Tensor) -> Tensor:
+    """[..., n] after a round trip through blocks of 32: int8 of amax/127, the scale in float16."""
+    blocks = values.reshape(-1, 32)
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    integers = torch.round(blocks * torch.where(largest > 0, 127 / largest, 0))
+    return (integers * (largest / 127).half().float()).reshape(values.shape)
 
 
 def store_expert(

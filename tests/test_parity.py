@@ -17,6 +17,8 @@ REMEDY = "run python benchmarks/parity.py and commit what it writes"
 OTHER_MACHINES = 10
 """Another processor adds up in another order: so many times the committed error may be found."""
 FLOAT32_NOISE = 1e-4
+LARGEST_HERE = 2 * parity.LARGEST_ERROR
+"""Gemma 4 in llama.cpp is near what may be committed."""
 
 
 @pytest.mark.slow
@@ -34,15 +36,16 @@ def test_the_committed_cells_are_still_reached(
             continue
         assert (found.reason, found.remark) == (committed.reason, committed.remark), REMEDY
         for kind, value in found.errors.items():
-            _check_error(value, committed.errors[kind], found.largest_error)
+            _check_error(value, committed.errors[kind])
+        _check_error(found.unmodified_median_error, committed.unmodified_median_error)
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
 
 
-def _check_error(found: float | None, committed: float | None, largest: float) -> None:
+def _check_error(found: float | None, committed: float | None) -> None:
     assert (found is None) == (committed is None), REMEDY
     if found is not None and committed is not None:
-        assert found <= min(largest, max(OTHER_MACHINES * committed, FLOAT32_NOISE))
+        assert found <= max(min(LARGEST_HERE, OTHER_MACHINES * committed), FLOAT32_NOISE)
 
 
 def test_every_family_and_target_has_a_cell_with_errors_or_a_reason() -> None:
@@ -50,7 +53,7 @@ def test_every_family_and_target_has_a_cell_with_errors_or_a_reason() -> None:
     for cell in CELLS.values():
         assert bool(cell.reason) == (None in cell.errors.values())
         for error in cell.errors.values():
-            assert error is None or error <= cell.largest_error
+            assert error is None or error <= parity.LARGEST_ERROR
     for family in FAMILIES:
         assert not CELLS[family, "native"].reason
         assert not CELLS[family, "hf"].reason
