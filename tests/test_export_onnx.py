@@ -616,16 +616,24 @@ def test_genai_generates_the_same_tokens(tmp_path: Path, tiny_checkpoint: TinyCh
         assert found == expected[len(prompt) - 1 :].tolist(), family
 
 
-def test_genai_config_holds_the_special_tokens(
+def test_genai_config_holds_the_special_tokens_and_the_plans_context(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "source")
     path = folder / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": [0, 7]}))
-    export(folder, [["f32"] * 8] * 2, tmp_path / "out", OnnxOptions())
-    model = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    plan = export(folder, [["f32"] * 8] * 2, tmp_path / "out", OnnxOptions())
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    model = config["model"]
     assert model["eos_token_id"] == [0, 7] and model["type"] == "decoder"
     assert model["decoder"]["num_key_value_heads"] == 4
+    longest = Checkpoint(folder).spec.max_position_embeddings
+    assert model["context_length"] == longest > plan.context_tokens
+    assert config["search"]["max_length"] == plan.context_tokens
+    longer = plan.model_copy(update={"context_tokens": 2 * longest})
+    build(longer, tmp_path / "longer", model=folder)
+    config = json.loads((tmp_path / "longer" / "genai_config.json").read_text())
+    assert config["search"]["max_length"] == longest
 
 
 @needs_proc

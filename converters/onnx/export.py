@@ -92,7 +92,7 @@ def export_onnx(
     write_checksums(work.path, [dense.name, *(file.name for file in experts.values()), *protobufs])
     plain = read_config(checkpoint.folder / CONFIG_NAME)
     plain |= text_config(plain)
-    text = genai_config(checkpoint, decoder.states, plain, MODEL_NAME)
+    text = genai_config(checkpoint, decoder.states, plain, MODEL_NAME, plan.context_tokens)
     write_text(work.path / GENAI_CONFIG_NAME, text)
     sizes = size_rows(checkpoint, dense.num_bytes, total_bytes - dense.num_bytes)
     write_text(work.path / CARD_NAME, model_card(plan, checkpoint, name, "onnx", sizes))

@@ -23,10 +23,12 @@ def genai_config(
     states: Sequence[State],
     config: dict[str, Any],
     model_name: str,
+    context_tokens: int,
 ) -> str:
     """The text of genai_config.json for the graph `model_name`; `config` is config.json.
 
-    Where layers have heads of several shapes, onnxruntime-genai reads them from the graph.
+    `context_length` is what the model was made for. onnxruntime-genai's cache is as long as
+    `max_length`, so that is the plan's `context_tokens`, which its bill counts. Where layers have heads of several shapes, onnxruntime-genai reads them from the graph.
     """
     spec = checkpoint.spec
     tokens = _special_tokens(config, checkpoint.folder)
@@ -64,7 +66,7 @@ def genai_config(
     model = {key: value for key, value in model.items() if value is not None}
     search = {
         "do_sample": False,
-        "max_length": spec.max_position_embeddings,
+        "max_length": min(context_tokens, spec.max_position_embeddings),
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
