@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from edge_moe.errors import TargetError
 from edge_moe.formats import DROP, EXACT, expert_bytes, form_fits, get_form, split_form
 from edge_moe.gguf_arch import GGUF_ARCHS
-from edge_moe.onnx_branches import BRANCH_BYTES, GATED_GELUS, has_branches
+from edge_moe.onnx_branches import BRANCH_BYTES, GATED_GELUS, has_branches, row_problem
 from edge_moe.plan import Device, Target
 from edge_moe.problem import FormScope
 from edge_moe.spec import ModelSpec
@@ -188,7 +188,10 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
         if form in _LLAMA_CPU_ONLY and target == "gguf":
             limits.append(_llama_sentence(device))
             form = form if device == "cpu" else None
-        if form is not None:
+        problem = row_problem(spec, form) if form and target == "onnx" else None
+        if problem is not None:
+            limits.append(f"{problem[0].upper()}{problem[1:]}: not offered.")
+        elif form is not None:
             forms.append(form)
     if not spec.is_gguf:  # whose layers may be kept as they are stored, and never grow
         forms.append(_widest(spec, target))

@@ -31,6 +31,18 @@ def row_block_size(width: int) -> int | None:
     return next((size for size in _BLOCK_SIZES if width % size == 0), None)
 
 
+def row_problem(spec: ModelSpec, form: str) -> str | None:
+    """Why no branch can read experts of `spec` in `form`; None where it can."""
+    kind = integer_form(form) if has_branches(spec) else None
+    widths = spec.expert_hidden, spec.expert_width
+    if kind is None or not kind.row_blocks or all(map(row_block_size, widths)):
+        return None
+    return (
+        f"a branch reads {form} in blocks of {_BLOCK_SIZES[-1]} or more; expert rows are "
+        f"{widths[0]} and {widths[1]}"
+    )
+
+
 def branch_bytes(form: str, hidden_size: int, expert_width: int) -> int:
     """Bytes of memory that a branch takes beyond the expert's in `form`."""
     if form == DROP or form not in FORM_NAMES:

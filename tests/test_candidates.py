@@ -114,3 +114,14 @@ def test_onnx_says_what_branches_cost() -> None:
         more = resident_expert_bytes(gelu, form, "onnx") - stored_expert_bytes(gelu, form, "onnx")
         assert more >= 150_000
     assert resident_expert_bytes(gelu, "drop", "onnx") == 0
+
+
+@pytest.mark.parametrize("widths", [(64, 72), (72, 64)])
+def test_onnx_offers_branches_no_rows_that_they_cannot_read(widths: tuple[int, int]) -> None:
+    """MatMulNBits has blocks of 16 or more; QMoE reads rows of any width."""
+    silu = spec("qwen3_moe", *widths)
+    assert "int8_row" in candidate_forms(silu, "onnx")
+    found = find_candidates(replace(silu, hidden_act="gelu"), "onnx")
+    assert "int8_row" not in found.forms
+    sentence = f"in blocks of 16 or more; expert rows are {widths[0]} and {widths[1]}: not offered."
+    assert any(line.endswith(sentence) for line in found.limits)

@@ -594,6 +594,13 @@ def test_what_the_graph_cannot_compute_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_rows_that_no_branch_can_read_are_refused(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "source", "gemma4_text", moe_intermediate_size=72)
+    with pytest.raises(TargetError, match=r"layer 0 .* in blocks of 16 .* 64 and 72: plan again"):
+        export(folder, [["int8_row"] * 8] * 2, tmp_path / "out", OnnxOptions())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
 def test_genai_generates_the_same_tokens(tmp_path: Path, tiny_checkpoint: TinyCheckpoint) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     for family in (*FAMILY_NAMES, *RECURRENT, *SPECIAL):

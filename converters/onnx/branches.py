@@ -21,7 +21,6 @@ from edge_moe.converters.onnx.data_files import ExpertStack, StoredTensor
 from edge_moe.converters.onnx.experts import INT8_ACTIVATIONS, ExpertLayer, mixing_weights
 from edge_moe.converters.onnx.graph import MICROSOFT
 from edge_moe.converters.onnx.operations import Operations
-from edge_moe.errors import TargetError
 from edge_moe.formats.integers import IntegerForm
 from edge_moe.onnx_branches import row_block_size
 
@@ -29,11 +28,7 @@ _CODE_TYPES = {2: "UINT2", 4: "UINT4", 8: "UINT8"}
 
 
 def branch_experts(operations: Operations, layer: ExpertLayer, *, is_exact: bool) -> str:
-    """The weighted sum of the chosen experts, [b, s, H]; see `OnnxOptions.is_exact`.
-
-    Raises:
-        TargetError: rows that MatMulNBits cannot read.
-    """
+    """The weighted sum of the chosen experts, [b, s, H]; see `OnnxOptions.is_exact`."""
     graph = operations.graph
     op, constant = graph.op, graph.constant
     hidden_size = layer.stacks[0].fc2.shape[1]
@@ -114,7 +109,8 @@ class _Expert:
     ) -> str:
         graph, num_rows = self.operations.graph, stored.shape[1]
         width = stored.shape[2] * 8 // form.bits
-        block = _block_size(width) if form.row_blocks else form.block_size
+        block = row_block_size(width) if form.row_blocks else form.block_size
+        assert block is not None, "`check_onnx` refuses other rows"
         shape = (num_rows, width // block, block * form.bits // 8)
         codes = graph.weight(stored.item(self.index, ".codes", "UINT8", shape))
         steps = graph.weight(self._item(scales))
@@ -146,14 +142,3 @@ class _Expert:
             {"axis": 0} if form.row_blocks else {"axis": 1, "block_size": form.block_size}
         )
         return graph.op("DequantizeLinear", [codes, steps, zero], **blocks)
-
-
-def _block_size(width: int) -> int:
-    """The largest block that rows of `width` codes divide into."""
-    found = row_block_size(width)
-    if found is None:
-        raise TargetError(
-            f"target onnx: 8-bit rows of {width} weights do not divide into blocks of 16, which "
-            "onnxruntime's MatMulNBits needs: plan again without int8_row, or use --target native"
-        )
-    return found

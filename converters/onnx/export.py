@@ -33,6 +33,7 @@ from edge_moe.errors import SpecError, TargetError
 from edge_moe.files import atomic_path, require_free_disk, write_text
 from edge_moe.formats import EXACT, form_fits, get_form
 from edge_moe.formats.integers import integer_form
+from edge_moe.onnx_branches import row_problem
 from edge_moe.onnx_folder import (
     HEAD_NAME,
     MODEL_NAME,
@@ -120,6 +121,12 @@ def check_onnx(plan: Plan, spec: ModelSpec) -> None:
                     f"target onnx: layer {layer_id} is planned as {form}, whose blocks of "
                     f"{get_form(form).block_size} do not divide {spec.expert_hidden} and "
                     f"{spec.expert_width}: plan again"
+                )
+            problem = row_problem(spec, form)
+            if problem is not None:
+                raise TargetError(
+                    f"target onnx: layer {layer_id} is planned as {form}, but {problem}: plan "
+                    "again, or use --target native"
                 )
 
 
