@@ -22,6 +22,8 @@ HEAD_NAME = "model_head.onnx"
 STANDARD_NAME = "model_standard.onnx"
 """The same decoder in standard operations, where it was asked for."""
 CHECKSUMS_NAME = "checksums.json"
+_LISTED_SUFFIXES = (".onnx", ".data")
+"""Of graphs and weights: `CHECKSUMS_NAME` has an entry for each."""
 _CHUNK_BYTES = 2**20
 
 
@@ -59,16 +61,17 @@ def require_whole(folder: Path) -> None:
     """Compare every file of weights, and every graph, with `checksums.json`; reads them all.
 
     Raises:
-        InputError: one is missing, truncated or changed.
+        InputError: one is missing, truncated, changed or not listed.
     """
     files = _read_checksums(folder).files
     for name, record in files.items():
         path = folder / name
-        num_bytes = path.stat().st_size if path.is_file() else 0
+        num_bytes = path.stat().st_size if path.is_file() else None
         if num_bytes != record.num_bytes:
+            found = "missing" if num_bytes is None else f"truncated: {num_bytes} bytes"
             raise InputError(
-                f"{path} is missing or truncated: {num_bytes} bytes, {record.num_bytes} expected; "
-                "build the folder again, or copy it again"
+                f"{path} is {found}, {record.num_bytes} bytes are expected; build the folder "
+                "again, or copy it again"
             )
     for name, record in files.items():
         if _crc32(folder / name) != record.crc32:
@@ -83,7 +86,8 @@ def _read_checksums(folder: Path) -> Checksums:
     raw = read_json(
         path,
         InputError,
-        missing=f"{path} was removed: build {folder} again",
+        missing=f"{path} is missing (removed, or the folder was built by an older edge-moe): "
+        f"build {folder} again",
         damaged=f"build {folder} again",
     )
     try:
@@ -92,11 +96,22 @@ def _read_checksums(folder: Path) -> Checksums:
         raise InputError(
             f"{path} is damaged ({error.errors()[0]['msg']}): build {folder} again"
         ) from None
-    outside = [name for name in found.files if Path(name).name != name]
-    if outside or MODEL_NAME not in found.files:
-        where = f"points outside the folder: {outside[0]!r}" if outside else f"lacks {MODEL_NAME}"
-        raise InputError(f"{path} {where}: build {folder} again")
+    outside = [name for name in found.files if not _is_plain(name)]
+    if outside:
+        raise InputError(f"{path} points outside the folder: {outside[0]!r}: build {folder} again")
+    present = (each.name for each in folder.iterdir() if each.suffix in _LISTED_SUFFIXES)
+    unlisted = sorted({MODEL_NAME, *present} - found.files.keys())
+    if unlisted:
+        raise InputError(
+            f"{path} does not list {unlisted[0]}, so nothing tells whether it is whole: build "
+            f"{folder} again, or move what does not belong to it elsewhere"
+        )
     return found
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names something in the folder itself."""
+    return Path(name).name == name and name not in ("", "..")
 
 
 def _crc32(path: Path) -> int:

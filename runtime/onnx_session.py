@@ -106,7 +106,7 @@ class OnnxSession:
         start = time.perf_counter()
         runtime = import_onnxruntime(f"running {folder}")
         plan = _plan_of(folder)
-        spec = ModelSpec.from_file(folder / "config.json")
+        spec = _spec_of(folder)
         context = context_length(spec, context_tokens or plan.context_tokens)
         where: Device = "cuda" if device == "cuda" else "cpu"
         _check_device(folder, plan, where)
@@ -302,6 +302,16 @@ def _plan_of(folder: Path) -> Plan:
             "--target onnx` wrote; use onnxruntime-genai for other models"
         )
     return Plan.load(folder / PLAN_NAME)
+
+
+def _spec_of(folder: Path) -> ModelSpec:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} holds {MODEL_NAME} but no {path.name}, which `edge-moe build` wrote beside "
+            "it: copy it there again, or build the folder again"
+        )
+    return ModelSpec.from_file(path)
 
 
 def _check_device(folder: Path, plan: Plan, device: Device) -> None:

@@ -29,7 +29,12 @@ from edge_moe.checkpoint import Checkpoint  # noqa: E402
 from edge_moe.cli import run  # noqa: E402
 from edge_moe.converters.build import build  # noqa: E402
 from edge_moe.errors import InputError, MissingExtraError, TargetError  # noqa: E402
-from edge_moe.onnx_folder import CHECKSUMS_NAME, OnnxOptions, write_checksums  # noqa: E402
+from edge_moe.onnx_folder import (  # noqa: E402
+    CHECKSUMS_NAME,
+    OnnxOptions,
+    require_whole,
+    write_checksums,
+)
 from edge_moe.plan import Plan  # noqa: E402
 from edge_moe.runtime import onnx_library  # noqa: E402
 from edge_moe.runtime.evaluate import evaluate, open_model  # noqa: E402
@@ -226,10 +231,10 @@ def test_damaged_folders(folders: dict[str, Path], tmp_path: Path) -> None:
     graph = folder / "model.onnx"
     whole = graph.read_bytes()
     graph.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"model\.onnx is missing or truncated"):
+    with pytest.raises(InputError, match=r"model\.onnx is truncated: \d+ bytes, \d+ bytes are"):
         OnnxSession.open(folder)
     graph.write_bytes(b"not a graph")
-    write_checksums(folder, ["model.onnx"])
+    write_checksums(folder, list(json.loads((folder / CHECKSUMS_NAME).read_text())["files"]))
     with pytest.raises(InputError, match="onnxruntime cannot load it"):
         OnnxSession.open(folder)
     shutil.copyfile(folders["onnx"] / CHECKSUMS_NAME, folder / CHECKSUMS_NAME)
@@ -243,13 +248,56 @@ def test_damaged_folders(folders: dict[str, Path], tmp_path: Path) -> None:
     experts.unlink()
     with pytest.raises(InputError, match=r"experts-00001\.data is missing"):
         OnnxSession.open(folder)
-    for text in ("{}", '{"files": {"../x": {"num_bytes": 1, "crc32": 2}}}', "[", '{"files": {}}'):
+    for text in ("{}", "[", '{"files": {}}'):
         (folder / CHECKSUMS_NAME).write_text(text)
         with pytest.raises(InputError, match=f"{CHECKSUMS_NAME}.*build"):
             OnnxSession.open(folder)
-    (folder / "plan.json").unlink()
+    (folder / CHECKSUMS_NAME).unlink()
+    with pytest.raises(InputError, match=r"is missing \(removed, or .* older edge-moe\): build"):
+        OnnxSession.open(folder)
+    (folder / "plan.json").rename(folder / "other.json")
     with pytest.raises(InputError, match="no plan.json"):
         OnnxSession.open(folder)
+    (folder / "other.json").rename(folder / "plan.json")
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config\.json, .*: copy it there again"):
+        OnnxSession.open(folder)
+
+
+def listed(folder: Path, **changes: dict[str, int] | None) -> None:
+    """Change entries of the record; None removes one."""
+    path = folder / CHECKSUMS_NAME
+    content = json.loads(path.read_text())
+    files = content["files"] | changes
+    content["files"] = {name: record for name, record in files.items() if record is not None}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["../x", ".", "..", "", "a/b"])
+def test_records_name_files_of_the_folder_only(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["onnx"], tmp_path / "out")
+    listed(folder, **{name: {"num_bytes": 0, "crc32": 0}})
+    with pytest.raises(InputError, match=rf"points outside the folder: '{re.escape(name)}': build"):
+        require_whole(folder)
+
+
+def test_every_graph_and_weight_must_be_there_and_listed(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["onnx"], tmp_path / "out")
+    require_whole(folder)
+    listed(folder, **{"extra.data": {"num_bytes": 0, "crc32": 0}})
+    with pytest.raises(InputError, match=r"extra\.data is missing, 0 bytes are expected; build"):
+        require_whole(folder)
+    listed(folder, **{"extra.data": None, "experts-00001.data": None})
+    with pytest.raises(InputError, match=r"does not list experts-00001\.data"):
+        require_whole(folder)
+    shutil.copyfile(folders["onnx"] / CHECKSUMS_NAME, folder / CHECKSUMS_NAME)
+    shutil.copyfile(folder / "model.onnx", folder / "another.onnx")
+    with pytest.raises(InputError, match=r"does not list another\.onnx"):
+        require_whole(folder)
 
 
 def test_commands_that_need_the_source_say_so(
