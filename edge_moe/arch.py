@@ -70,6 +70,8 @@ class Family:
     never_renormalises: bool = False
     group_score: Literal["best two", "best"] = "best two"
     """What a group-limited router ranks groups by: its two best scores, or its best."""
+    ungrouped_method: str = ""
+    """config.json's `topk_method` with which experts lie in no groups, whatever `n_group` says."""
     fewest_experts: int = 1
     """A layer keeps at least this many: DeepSeek's router always takes the best two of a group."""
 

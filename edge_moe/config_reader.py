@@ -119,6 +119,17 @@ class ConfigReader:
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """Whether the value under `key` is true."""
+        """Whether the value under `key` is true; `default` where there is none.
+
+        Raises:
+            SpecError: something else than true or false.
+        """
         value = self._config.get(key)
-        return default if value is None else bool(value)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise SpecError(
+                f"{self.source}: {key} is {value!r}, expected true or false: "
+                "correct the file or download it again"
+            )
+        return value

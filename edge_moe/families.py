@@ -181,6 +181,7 @@ FAMILIES: dict[str, Family] = {
         num_experts_keys=_ROUTED,
         never_renormalises=True,
         group_score="best",
+        ungrouped_method="greedy",
         attention="latent",
         moe_layers=after_first_dense,
         expert_width_keys=("moe_intermediate_size",),

@@ -52,8 +52,10 @@ def read_router(
     Raises:
         SpecError: values that contradict each other or the experts.
     """
-    num_groups = read.count("n_group", default=1)
-    top_groups = read.count("topk_group", default=1)
+    num_groups = top_groups = 1
+    if not family.ungrouped_method or read.text("topk_method") != family.ungrouped_method:
+        num_groups = read.count("n_group", default=1)
+        top_groups = read.count("topk_group", default=1)
     scale = config.get("routed_scaling_factor")
     if scale is not None and (not isinstance(scale, int | float) or not scale > 0):
         raise SpecError(
@@ -72,7 +74,7 @@ def read_router(
         )
     return RouterSpec(
         score_function=family.score_function,
-        renormalises=_renormalises(config, family),
+        renormalises=_renormalises(read, family),
         has_selection_bias=_has_selection_bias(read, family),
         num_groups=num_groups,
         top_groups=top_groups,
@@ -82,10 +84,10 @@ def read_router(
     )
 
 
-def _renormalises(config: dict[str, Any], family: Family) -> bool:
+def _renormalises(read: ConfigReader, family: Family) -> bool:
     if family.always_renormalises or family.never_renormalises:
         return family.always_renormalises
-    return bool(config.get("norm_topk_prob"))
+    return read.flag("norm_topk_prob")
 
 
 def _has_selection_bias(read: ConfigReader, family: Family) -> bool:

@@ -391,6 +391,7 @@ SPECIAL_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"hidden_act": "gelu", "mlp_only_layers": [0]},
     ),
+    "greedy routing, which has no groups": ("deepseek_v2", {"topk_method": "greedy"}),
     "biases of attention": ("granitemoe", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from composites import COMPOSITE_CONFIGS, save_composite
-from conftest import TinyCheckpoint
+from conftest import TinyCheckpoint, make_tiny_checkpoint
 from hand_plan import hand_plan, uniform_forms
 from reference_model import TOKENS, FloatArray, load, logits, masked
 from safetensors.torch import load_file, save_file
@@ -63,8 +63,21 @@ def test_keeping_everything_gives_the_logits_of_transformers(
 @pytest.mark.parametrize("family", TINY)
 def test_dropping_is_masking(family: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tiny_checkpoint(family))
+    check_dropping(checkpoint, uniform_forms(checkpoint, 4), tmp_path)
+
+
+def test_greedy_routing_ignores_groups(tmp_path: Path) -> None:
+    """Its n_group is 2, its topk_group 1: a group may lose all of its experts."""
+    source = make_tiny_checkpoint(tmp_path / "source", "deepseek_v2", topk_method="greedy")
+    checkpoint = Checkpoint(source)
+    assert checkpoint.spec.router.num_groups == 1
+    assert "groups" not in checkpoint.spec.router.describe()
+    check_dropping(checkpoint, [[DROP] * 4 + ["bf16"] * 4] * 2, tmp_path)
+
+
+def check_dropping(checkpoint: Checkpoint, forms: list[list[str]], tmp_path: Path) -> None:
+    """Both kinds of pruned models compute what the original does with experts masked out."""
     spec, model = checkpoint.spec, load(checkpoint.folder)
-    forms = uniform_forms(checkpoint, 4)
     dropped = {
         layer_id: [expert_id for expert_id, form in enumerate(row) if form == DROP]
         for layer_id, row in zip(spec.moe_layer_ids, forms, strict=True)

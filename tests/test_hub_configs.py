@@ -108,6 +108,8 @@ def test_layers_without_a_type_are_refused(family: str, layer_types: Any) -> Non
         ({"quantization_config": "fp8"}, "expected a table"),
         ({"quantization_config": ["fp8"]}, "expected a table"),
         ({"router_jitter_noise": "high"}, "router_jitter_noise is 'high'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
         ({"model_type": "qwen3_next", "layer_types": [{}, {}]}, "a layer of type {}"),
     ],
 )

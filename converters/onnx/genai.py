@@ -28,7 +28,8 @@ def genai_config(
     """The text of genai_config.json for the graph `model_name`; `config` is config.json.
 
     `context_length` is what the model was made for. onnxruntime-genai's cache is as long as
-    `max_length`, so that is the plan's `context_tokens`, which its bill counts. Where layers have heads of several shapes, onnxruntime-genai reads them from the graph.
+    `max_length`, so that is the plan's `context_tokens`, which its bill counts. Where layers have
+    heads of several shapes, onnxruntime-genai reads them from the graph.
     """
     spec = checkpoint.spec
     tokens = _special_tokens(config, checkpoint.folder)
