@@ -87,6 +87,9 @@ class Family:
     """Name of the shared expert under the MoE block."""
     moe_layers: LayerRule = every_layer
     layer_memory: MemoryRule = all_full
+    windows: Literal["no layer", "every layer", "layer_types"] = "no layer"
+    """Layers whose attention transformers limits to config.json's `sliding_window`: other families
+    ignore the key, which many of their files have."""
     state_values: StateRule | None = None
     """Where some layers keep a state instead of keys and values."""
     state_workspace: StateRule | None = None

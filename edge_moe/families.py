@@ -77,6 +77,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
         qk_norm="head",
+        windows="every layer",
         moe_layers=sparse_step,
         config_defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768},
         gguf_arch="qwen3moe",
@@ -84,6 +85,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2_moe": Family(
         architecture="Qwen2MoeForCausalLM",
+        windows="layer_types",
         moe_layers=sparse_step,
         shared_width_key="shared_expert_intermediate_size",
         shared_module="shared_expert",
@@ -155,6 +157,7 @@ FAMILIES: dict[str, Family] = {
         num_experts_keys=("num_local_experts", "num_experts"),
         expert_width_keys=("intermediate_size",),
         always_renormalises=True,
+        windows="every layer",
         config_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
         gguf_arch="llama",
         minimal={"head_dim": 32},
@@ -168,6 +171,7 @@ FAMILIES: dict[str, Family] = {
         num_experts_keys=("num_local_experts", "num_experts"),
         expert_width_keys=("intermediate_size",),
         score_function="sparsemixer",
+        windows="every layer",
         config_defaults={
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
@@ -270,6 +274,7 @@ FAMILIES: dict[str, Family] = {
         expert_width_keys=("intermediate_size",),
         always_renormalises=True,
         layer_memory=by_layer_types,
+        windows="layer_types",
         config_defaults={
             "num_key_value_heads": 8,
             "head_dim": 64,
@@ -394,6 +399,7 @@ FAMILIES: dict[str, Family] = {
         always_renormalises=True,
         attention="other",
         layer_memory=by_layer_types,
+        windows="layer_types",
         config_defaults={
             "num_key_value_heads": 4,
             "head_dim": 256,

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from edge_moe.errors import InputError
+from edge_moe.families import FAMILIES
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -56,11 +57,16 @@ class PreallocatedLayer(DynamicLayer):
 def make_cache(config: Any, context_tokens: int) -> Any:
     """transformers' cache for `config`, its plain layers preallocated for `context_tokens`.
 
-    Layers with a sliding window keep transformers' own kind: they are short.
+    Layers with a sliding window keep transformers' own kind: they are short. transformers makes
+    them for every config.json with `sliding_window`, and forgets tokens that a family without
+    windows attends to; here those are plain.
     """
+    plain = {DynamicLayer}
+    if FAMILIES[config.model_type].windows == "no layer":
+        plain.add(DynamicSlidingWindowLayer)
     cache = DynamicCache(config=config)
     cache.layers = [
-        PreallocatedLayer(context_tokens) if type(layer) is DynamicLayer else layer
+        PreallocatedLayer(context_tokens) if type(layer) in plain else layer
         for layer in cache.layers
     ]
     return cache

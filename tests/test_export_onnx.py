@@ -303,6 +303,14 @@ WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "every layer": ("mixtral", {"sliding_window": 16}),
     "every layer, if used": ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": True}),
     "none, for it is not used": ("qwen3_moe", {"sliding_window": 16}),
+    **{
+        f"none, for {family} has none": (family, {"sliding_window": 16})
+        for family in ("minimax_m2", "granitemoe", "olmoe")
+    },
+    "every layer, whatever it is called": (
+        "mixtral",
+        {"sliding_window": 16, "use_sliding_window": False},
+    ),
     "every other layer": (
         "qwen2_moe",
         {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2},

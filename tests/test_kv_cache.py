@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyCheckpoint, make_tiny_checkpoint
+from reference_model import TOKENS, load, logits
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from edge_moe.errors import InputError
@@ -49,3 +51,12 @@ def test_sliding_layers_stay_transformers_own(tmp_path: Path) -> None:
         torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None
     )
     assert found == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", ["minimax_m2", "granitemoe", "olmoe"])
+def test_families_without_windows_forget_nothing(family: str, tmp_path: Path) -> None:
+    """transformers in one pass: its own cache makes sliding layers of the key that they ignore."""
+    folder = make_tiny_checkpoint(tmp_path / "model", family, sliding_window=8)
+    with Session.open(folder, context_tokens=320) as session:
+        found = session.logits(TOKENS)
+    np.testing.assert_allclose(found, logits(load(folder)), atol=1e-4)

@@ -40,7 +40,7 @@ def read_heads(spec: ModelSpec, config: Any, layout: Layout, weights: Weights, l
         tables=tables,
         is_interleaved=_is_interleaved(config, layout, is_latent),
         scale=_scale(config, layout, width),
-        window=window_of(config, layer),
+        window=_window(spec, config, layer),
     )
     _check(config, heads)
     return heads
@@ -55,15 +55,17 @@ def _rotary_tables(spec: ModelSpec, rotary: Rotary, weights: Weights, layer_type
     ]
 
 
-def window_of(config: Any, layer: int) -> int:
-    """How many of the last tokens a token sees in this layer, itself among them; 0 for all."""
-    window = getattr(config, "sliding_window", None)
-    if not window or not getattr(config, "use_sliding_window", True):
+def _window(spec: ModelSpec, config: Any, layer: int) -> int:
+    """How many of the last tokens a token sees in this layer, itself among them; 0 for all.
+
+    transformers clears `sliding_window` itself where `use_sliding_window` says so.
+    """
+    windows = spec.family.windows
+    if windows == "no layer":
         return 0
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[layer] != "sliding_attention":
+    if windows == "layer_types" and config.layer_types[layer] != "sliding_attention":
         return 0
-    return int(window)
+    return int(config.sliding_window or 0)
 
 
 def _is_interleaved(config: Any, layout: Layout, is_latent: bool) -> bool:
