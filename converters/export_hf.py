@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.config_reader import CONFIG_NAME
 from edge_moe.converters.model_card import model_card, size_rows
 from edge_moe.converters.progress import Advance, byte_progress
 from edge_moe.converters.safetensors_writer import (
@@ -21,7 +22,6 @@ from edge_moe.converters.safetensors_writer import (
 )
 from edge_moe.converters.sidecar import (
     CARD_NAME,
-    CONFIG_NAME,
     add_older_rope_keys,
     copy_sidecar,
     patch_expert_count,

@@ -13,7 +13,6 @@ from edge_moe.errors import CheckpointError, TargetError
 from edge_moe.files import atomic_path
 from edge_moe.spec import ModelSpec
 
-CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 _SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".py"}
 _LEGAL_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "USAGE_POLICY")

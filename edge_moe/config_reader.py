@@ -8,6 +8,7 @@ from typing import Any
 from edge_moe.errors import SpecError
 from edge_moe.files import read_json
 
+CONFIG_NAME = "config.json"
 TEXT_CONFIG = "text_config"
 _OUTER_KEYS = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
 

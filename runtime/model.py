@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from edge_moe.errors import CheckpointError, PackageError, SpecError
+from edge_moe.config_reader import CONFIG_NAME
+from edge_moe.errors import CheckpointError, PackageError
 from edge_moe.package import RESIDENT_NAME, Package
 from edge_moe.packed_tensors import PackedInfo
+from edge_moe.runtime.model_config import load_config, refused
 from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo
@@ -103,16 +105,16 @@ def meta_model(folder: Path, dtype: torch.dtype, experts_implementation: str) ->
     Raises:
         SpecError: transformers cannot build it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = load_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, experts_implementation=experts_implementation
             )
     except (OSError, ValueError, KeyError) as error:
-        raise _refused(folder / "config.json", error) from None
+        raise refused(folder / CONFIG_NAME, error) from None
 
 
 def _generation_config(folder: Path) -> Any:
@@ -121,12 +123,7 @@ def _generation_config(folder: Path) -> Any:
     try:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise _refused(folder / "generation_config.json", error) from None
-
-
-def _refused(path: Path, error: Exception) -> SpecError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return SpecError(f"{path}: transformers refuses it: {reason}")
+        raise refused(folder / "generation_config.json", error) from None
 
 
 def _load_dense(

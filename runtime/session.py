@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.config_reader import CONFIG_NAME
 from edge_moe.errors import InputError
 from edge_moe.package import Package
 from edge_moe.plan import Device, MemoryTerm
@@ -46,6 +47,7 @@ from edge_moe.runtime.generate import (
 )
 from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
+from edge_moe.runtime.model_config import load_config
 from edge_moe.runtime.paged_experts import register_experts
 from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.residency import PagingOptions, Residency
@@ -383,12 +385,15 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         InputError: there is none that transformers can read.
+        SpecError: config.json is wrong, which transformers reads first.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception
+        if (folder / CONFIG_NAME).is_file():
+            load_config(folder)
         raise InputError(
             f"{folder} holds no usable tokenizer ({_tokenizer_problem(folder, error)}): "
             "copy the model's tokenizer files there again"

@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyCheckpoint
+from hand_plan import hand_plan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import build
 from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.errors import CheckpointError, EdgeMoeError, SpecError
 from edge_moe.minimal_model import minimal_config
+from edge_moe.plan import Plan
+from edge_moe.runtime.session import Session
 from edge_moe.spec import ModelSpec
 
 Edit = Callable[[dict[str, Tensor]], None]
@@ -90,6 +94,38 @@ def test_lfm2_has_its_own_word_for_tied_embeddings() -> None:
 def test_qwen3_next_may_state_an_interval() -> None:
     found = spec("qwen3_next", layer_types="GONE", full_attention_interval=2)
     assert found.num_state_layers == 2
+
+
+ROPES = [
+    ({"rope_type": "yarn", "rope_theta": 1e4}, r"refuses it: .*rope_parameters.*\{'factor'\}"),
+    ("yarn", "refuses it: Validation error for field 'rope_parameters': TypeError: .* 'yarn'"),
+    ({"rope_type": "none", "rope_theta": 1e4}, "rope_type is 'none', transformers knows default"),
+    (
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": "two"},
+        "factor of rope_parameters is 'two', expected a number",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rope", "message"), ROPES)
+def test_rotary_parameters_are_no_problem_of_the_tokenizer(
+    rope: Any, message: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("qwen3_moe")
+    folder = edited(source, tmp_path / "odd", lambda tensors: None, rope_parameters=rope)
+    plan = hand_plan(Checkpoint(folder), [["f32"] * 8] * 2, "onnx")
+    for load in (
+        lambda: Session.open(folder),
+        lambda: LayerStream(Checkpoint(folder), "eager"),
+        lambda: export_onnx_to(plan, folder, tmp_path / "onnx"),
+    ):
+        with pytest.raises(SpecError, match=rf"config\.json: .*{message}.*: correct the file or"):
+            load()
+
+
+def export_onnx_to(plan: Plan, folder: Path, output: Path) -> None:
+    pytest.importorskip("onnx")
+    build(plan, output, model=folder)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text", "lfm2_moe"])

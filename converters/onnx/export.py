@@ -14,11 +14,9 @@ chunk of a dense tensor in float32.
 
 from __future__ import annotations
 
-from typing import Any
-
 from edge_moe.candidates import check_target
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.config_reader import read_config, text_config
+from edge_moe.config_reader import CONFIG_NAME, read_config, text_config
 from edge_moe.converters.model_card import model_card, size_rows
 from edge_moe.converters.onnx.data_files import DenseFile, ExpertFile
 from edge_moe.converters.onnx.decoder import Decoder
@@ -27,9 +25,9 @@ from edge_moe.converters.onnx.graph import import_onnx, serialised
 from edge_moe.converters.onnx.routing import Routing, fewest_open_experts
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.progress import byte_progress
-from edge_moe.converters.sidecar import CARD_NAME, CONFIG_NAME, copy_sidecar, sidecar_bytes
+from edge_moe.converters.sidecar import CARD_NAME, copy_sidecar, sidecar_bytes
 from edge_moe.converters.staging import BuildFolder
-from edge_moe.errors import SpecError, TargetError
+from edge_moe.errors import TargetError
 from edge_moe.files import atomic_path, require_free_disk, write_text
 from edge_moe.formats import EXACT, form_fits, get_form
 from edge_moe.formats.integers import integer_form
@@ -43,6 +41,7 @@ from edge_moe.onnx_folder import (
 )
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan
+from edge_moe.runtime.model_config import load_config
 from edge_moe.spec import ModelSpec
 
 DENSE_NAME = "model-dense.data"
@@ -65,13 +64,14 @@ def export_onnx(
         MissingExtraError: the package `onnx` is not installed.
         DiskSpaceError: too little space, before anything is written.
         CheckpointError: weights that are damaged, NaN or infinite.
+        SpecError: transformers refuses config.json.
     """
     import_onnx()
     spec, name = checkpoint.spec, work.output.name
     check_onnx(plan, spec)
     experts = _expert_files(plan, spec)
     dense = DenseFile(DENSE_NAME)
-    config = _transformers_config(checkpoint)
+    config = load_config(checkpoint.folder)
     decoder = Decoder(plan, checkpoint, config, dense, experts, options.is_exact)
     graphs = {MODEL_NAME: decoder.graph(is_standard=False), HEAD_NAME: decoder.head_graph()}
     if options.with_standard:
@@ -156,21 +156,3 @@ def _expert_files(plan: Plan, spec: ModelSpec) -> dict[int, ExpertFile]:
             file.add(form, pairs, *widths)
         files[layer_id] = file
     return files
-
-
-def _transformers_config(checkpoint: Checkpoint) -> Any:
-    """config.json with the values that transformers gives to missing keys.
-
-    Raises:
-        SpecError: transformers refuses it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SpecError(
-            f"{checkpoint.folder / CONFIG_NAME}: transformers refuses it: {reason}"
-        ) from None
-    return config.get_text_config()
