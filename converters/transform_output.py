@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.config_reader import CONFIG_NAME
 from edge_moe.converters.export_hf import SHARD_BYTES
 from edge_moe.converters.model_card import SizeRow, size_rows
 from edge_moe.converters.safetensors_writer import (
@@ -24,7 +25,6 @@ from edge_moe.converters.safetensors_writer import (
     write_index,
 )
 from edge_moe.converters.sidecar import (
-    CONFIG_NAME,
     add_older_rope_keys,
     copy_sidecar,
     patch_expert_count,

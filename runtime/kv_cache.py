@@ -61,7 +61,7 @@ def make_cache(config: Any, context_tokens: int) -> Any:
     them for every config.json with `sliding_window`, and forgets tokens that a family without
     windows attends to; here those are plain.
     """
-    plain = {DynamicLayer}
+    plain: set[type] = {DynamicLayer}
     if FAMILIES[config.model_type].windows == "no layer":
         plain.add(DynamicSlidingWindowLayer)
     cache = DynamicCache(config=config)
