@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import TinyCheckpoint
 from hand_plan import hand_plan, uniform_forms
+from peak_memory import needs_proc
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -35,6 +38,7 @@ from edge_moe.onnx_folder import (  # noqa: E402
     require_whole,
     write_checksums,
 )
+from edge_moe.overhead import tokenizer_bytes  # noqa: E402
 from edge_moe.plan import Plan  # noqa: E402
 from edge_moe.runtime import onnx_library  # noqa: E402
 from edge_moe.runtime.evaluate import evaluate, open_model  # noqa: E402
@@ -327,6 +331,42 @@ def test_the_loop_on_the_command_line(
     assert run(["run", output, "--prompt", "def", "--raw", "--max-new-tokens", "3"]) == 0
     assert run(["eval", output, "--against", source, "--task", "code", *few]) == 0
     assert "KLD" in capsys.readouterr().out
+
+
+_FULL_CONTEXT = """
+import json, sys
+from pathlib import Path
+import rich.console, typer
+from edge_moe.runtime.memory import peak_memory_bytes
+from edge_moe.runtime.onnx_session import OnnxSession
+
+with OnnxSession.open(Path(sys.argv[1])) as session:
+    session.generate_ids([1] * 300, session.context_tokens - 300, stop_at_eos=False)
+    assert session.timing.cached_tokens >= session.context_tokens - 1
+    print(json.dumps([peak_memory_bytes("cpu"), sum(term.num_bytes for term in session.memory())]))
+"""
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_full_context_stays_within_its_bill(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """In a process of its own, as a user's: every page of the cache and the workspace touched."""
+    source = Checkpoint(tiny_checkpoint("olmoe"))
+    context_tokens = min(1024, source.spec.max_position_embeddings)
+    process = tokenizer_bytes(source.location), "assumed"
+    terms = Setting(source, "onnx", "cpu", context_tokens, process).bill(FORMS)
+    update = {"terms": terms, "context_tokens": context_tokens}
+    build(hand_plan(source, FORMS, "onnx").model_copy(update=update), tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL_CONTEXT, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak_bytes, planned_bytes = json.loads(done.stdout)
+    assert 0.9 * planned_bytes < peak_bytes <= planned_bytes
 
 
 def test_forms_or_a_target_but_not_both(
