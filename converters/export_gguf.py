@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO
 
 from edge_moe.candidates import check_target
@@ -23,20 +23,21 @@ from edge_moe.converters.gguf_families import GGUF_FAMILIES
 from edge_moe.converters.gguf_family import GgufSource, Rule
 from edge_moe.converters.gguf_metadata import add_metadata, add_vocabulary, check_source
 from edge_moe.converters.gguf_provenance import add_provenance
+from edge_moe.converters.gguf_raw import offsets
 from edge_moe.converters.gguf_tokenizer import read_vocabulary
 from edge_moe.converters.gguf_writer import (
     GgufTensor,
     add_tensor_info,
     import_gguf,
-    write_tensor,
+    write_tensor_at,
 )
+from edge_moe.converters.growing_file import growing_file
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.packing import expert_records, is_stored_as
 from edge_moe.converters.progress import byte_progress
 from edge_moe.converters.slicing import check_groups, slice_experts, whole_tensor
 from edge_moe.converters.source_bytes import read_all
 from edge_moe.errors import TargetError
-from edge_moe.files import atomic_path, require_free_disk
 from edge_moe.formats import (
     STORED_NAMES,
     expert_bytes,
@@ -47,7 +48,6 @@ from edge_moe.formats import (
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
 
-_HEADER_BYTES = 64 * 2**20  # generous: vocabulary, merges, tensor names, alignment
 _FORM_OF_DTYPE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 _EXPERT_NAMES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -57,6 +57,8 @@ def export_gguf(
     plan: Plan, checkpoint: Checkpoint, output: Path, packer: Packer | None = None
 ) -> Path:
     """Write `plan` to the file `output`, which appears when it is complete; returns `output`.
+
+    A killed run is continued by the next one, tensor by tensor.
 
     Raises:
         TargetError: llama.cpp cannot express the architecture, the tokenizer or the plan.
@@ -69,20 +71,43 @@ def export_gguf(
     check_gguf(plan, spec)
     source = gguf_source(checkpoint, plan)
     check_source(source)
-    vocabulary = read_vocabulary(checkpoint.folder, spec.vocab_size)
     tensors = [
         *_dense_tensors(plan, checkpoint, source),
         *_extra_tensors(source),
         *_expert_tensors(plan, checkpoint, packer or PlainPacker(checkpoint), output.parent),
     ]
-    total_bytes = sum(tensor.num_bytes for tensor in tensors)
-    needed_bytes = total_bytes + _HEADER_BYTES + _largest_layer_bytes(plan, spec)
-    require_free_disk(output.parent, needed_bytes, f"GGUF file {output.name}")
+    header = _header(plan, checkpoint, source, tensors, output)
+    *starts, data_bytes = offsets(tensors, gguf.GGUF_DEFAULT_ALIGNMENT)
+    total_bytes = len(header) + data_bytes
     with (
-        atomic_path(output) as temporary,
+        growing_file(output, header, total_bytes, _largest_layer_bytes(plan, spec)) as growing,
         byte_progress(f"export {output.name}", total_bytes) as advance,
     ):
-        writer = gguf.GGUFWriter(temporary, spec.family.gguf_arch)
+        advance(growing.done_bytes)
+        first = growing.num_done
+        for index, (tensor, start) in enumerate(
+            zip(tensors[first:], starts[first:], strict=True), first + 1
+        ):
+            at = len(header) + start
+            write_tensor_at(growing.fd, tensor, at)
+            growing.finished(index, at + tensor.num_bytes)
+            advance(tensor.num_bytes)
+    return output
+
+
+def _header(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    source: GgufSource,
+    tensors: Sequence[GgufTensor],
+    output: Path,
+) -> bytes:
+    """Everything in front of the weights, padded to where they start."""
+    gguf = import_gguf()
+    vocabulary = read_vocabulary(checkpoint.folder, checkpoint.spec.vocab_size)
+    with TemporaryDirectory(prefix=".edge-moe-header-", dir=output.parent) as folder:
+        path = Path(folder) / output.name
+        writer = gguf.GGUFWriter(path, checkpoint.spec.family.gguf_arch)
         add_provenance(writer, plan, checkpoint.folder)
         add_metadata(writer, plan, source)
         add_vocabulary(writer, vocabulary)
@@ -91,11 +116,9 @@ def export_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
-            write_tensor(writer, tensor)
-            advance(tensor.num_bytes)
         writer.close()
-    return output
+        header = path.read_bytes()
+    return header + bytes(-len(header) % gguf.GGUF_DEFAULT_ALIGNMENT)
 
 
 def check_gguf(plan: Plan, spec: ModelSpec) -> None:

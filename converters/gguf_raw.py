@@ -10,6 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME, GgmlType
 
@@ -37,6 +38,11 @@ class RawTensor:
         return prod(self.shape) // self.kind.block_size * self.kind.block_bytes
 
 
+class _Sized(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
 def string_key(name: str, value: str) -> bytes:
     """A key with a string."""
     return _string(name) + struct.pack("<I", _STRING) + _string(value)
@@ -50,7 +56,7 @@ def integer_key_like(raw: bytes, value: int) -> bytes:
     return raw[:head] + struct.pack(_INTEGER_CODES[kind], value)
 
 
-def offsets(tensors: Sequence[RawTensor], alignment: int) -> list[int]:
+def offsets(tensors: Sequence[_Sized], alignment: int) -> list[int]:
     """Where each tensor starts, counted from the start of the data, and where the data ends."""
     found, at = [], 0
     for tensor in tensors:

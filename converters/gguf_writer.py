@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_moe.converters.copy_range import write_all
 from edge_moe.errors import MissingExtraError, TargetError
 from edge_moe.formats import get_form
 
@@ -75,6 +76,16 @@ def add_tensor_info(writer: Any, tensor: GgufTensor) -> None:
 def write_tensor(writer: Any, tensor: GgufTensor) -> None:
     """Write the bytes of `tensor`, which must be the next one announced. Memory: one chunk."""
     writer.write_tensor_data(_Streamed(tensor))
+
+
+def write_tensor_at(fd: int, tensor: GgufTensor, offset: int) -> None:
+    """Write the bytes of `tensor` at `offset` of an open file. Memory: one chunk."""
+    end = offset
+    for chunk in tensor.chunks():
+        write_all(fd, chunk, end)
+        end += len(chunk)
+    if end - offset != tensor.num_bytes:
+        raise RuntimeError(f"{tensor.name} of {tensor.num_bytes} bytes wrote {end - offset}")
 
 
 def _ggml_type(form_name: str) -> Any:

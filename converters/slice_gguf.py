@@ -23,11 +23,12 @@ from edge_moe.converters.gguf_raw import (
     offsets,
     string_key,
 )
+from edge_moe.converters.growing_file import GrowingFile, growing_file
 from edge_moe.converters.model_card import plan_fingerprint
 from edge_moe.converters.progress import Advance, byte_progress
 from edge_moe.converters.slice_packing import InputSquares, SlicePacker
 from edge_moe.errors import InputError, TargetError
-from edge_moe.files import atomic_path, require_free_disk
+from edge_moe.files import require_free_disk
 from edge_moe.formats import FORM_NAMES, form_fits, split_form
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_header import GgufTensorInfo
@@ -64,6 +65,8 @@ def slice_gguf(
 ) -> Path:
     """Write `plan` to the file `output`, which appears when it is complete; returns `output`.
 
+    A killed run is continued by the next one, tensor by tensor.
+
     Raises:
         TargetError: one GGUF file cannot hold the plan, or it is packed in a way that needs the
             calibration text again.
@@ -76,12 +79,12 @@ def slice_gguf(
     if file.changes_types:
         _check_quantiser(plan.quantiser, squares)
     packer = SlicePacker(plan.quantiser, squares)
-    require_free_disk(output.parent, file.total_bytes, f"GGUF file {output.name}")
     with (
-        atomic_path(output) as temporary,
+        growing_file(output, file.header, file.total_bytes) as growing,
         byte_progress(f"slice {output.name}", file.total_bytes) as advance,
     ):
-        file.write(temporary, packer, advance)
+        advance(growing.done_bytes)
+        file.write(growing.fd, packer, advance, growing)
     return output
 
 
@@ -97,7 +100,9 @@ def write_trial_slice(
     """
     file = _SliceFile(model, forms, [])
     require_free_disk(path.parent, file.total_bytes, "a plan that is measured")
-    file.write(path, packer, advance)
+    with path.open("wb") as handle:
+        write_all(handle.fileno(), file.header, 0)
+        file.write(handle.fileno(), packer, advance)
 
 
 def can_pack(quantiser: str) -> bool:
@@ -117,32 +122,38 @@ class _SliceFile:
         tensors = [cut.tensor for cut in self._cuts]
         alignment = model.header.alignment
         keys = _keys(model, len(Plan.kept(forms[0])), self._cuts, provenance)
-        self._header = header_bytes(keys, tensors, alignment)
+        self.header = header_bytes(keys, tensors, alignment)
         *self._starts, data_bytes = offsets(tensors, alignment)
-        self.total_bytes = len(self._header) + data_bytes
+        self.total_bytes = len(self.header) + data_bytes
 
     @property
     def changes_types(self) -> bool:
         """Whether experts have to be packed anew."""
         return not all(cut.is_copied for cut in self._cuts)
 
-    def write(self, path: Path, packer: SlicePacker, advance: Advance) -> None:
-        """Write it to `path`."""
+    def write(
+        self, target: int, packer: SlicePacker, advance: Advance, growing: GrowingFile | None = None
+    ) -> None:
+        """Write the tensors behind the header in the open file `target`, those that it lacks."""
+        os.ftruncate(target, self.total_bytes)
         with ExitStack() as stack:
             sources = {
                 each: stack.enter_context(each.open("rb")).fileno() for each in _paths(self._cuts)
             }
-            target = stack.enter_context(path.open("wb")).fileno()
-            write_all(target, self._header, 0)
-            os.truncate(target, self.total_bytes)
             copier = RangeCopier(target, advance)
-            for cut, start in zip(self._cuts, self._starts, strict=True):
-                at = len(self._header) + start
+            first = growing.num_done if growing else 0
+            for index, (cut, start) in enumerate(
+                zip(self._cuts[first:], self._starts[first:], strict=True), first + 1
+            ):
+                at = len(self.header) + start
+                end = at + cut.tensor.num_bytes
                 if cut.is_copied:
                     _copy(cut, self._model, sources[cut.source.path], copier, at)
                 else:
                     _repack(cut, packer, target, at, advance)
-                    copier.wrote(at + cut.tensor.num_bytes)
+                    copier.wrote(end)
+                if growing:
+                    growing.finished(index, end)
 
 
 def check_slice(plan: Plan, model: GgufModel) -> None:

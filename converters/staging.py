@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edge_moe.converters.growing_file import unfinished_bytes
 from edge_moe.errors import DiskSpaceError, EdgeMoeError, InputError
 from edge_moe.files import require_new_output, write_text
 
@@ -120,7 +121,7 @@ def _failing_cleanly(work: BuildFolder, folder: Path) -> Iterator[BuildFolder]:
     try:
         yield work
     except (DiskSpaceError, OSError):
-        if not work.written_bytes():
+        if not work.written_bytes() and not unfinished_bytes(work.path):
             shutil.rmtree(folder)
         raise
     except EdgeMoeError:
