@@ -166,9 +166,9 @@ def open_model(
             raise TargetError(
                 f"{path} runs in llama.cpp, which keeps to no budget: leave out --budget"
             )
-        from edge_moe.runtime.gguf_logits import GgufModel
+        from edge_moe.runtime.gguf_logits import open_untrusted
 
-        return GgufModel(path, context_tokens)
+        return open_untrusted(path, context_tokens)
     from edge_moe.runtime.session import Session
 
     return Session.open(

@@ -16,11 +16,15 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.errors import InputError, MissingExtraError
+from edge_moe.errors import CheckpointError, InputError, MissingExtraError
+from edge_moe.gguf_header import GgufHeader
+from edge_moe.gguf_split import read_parts
 from edge_moe.measurement import usable_cores
 from edge_moe.runtime.llama_log import llama_log
+from edge_moe.runtime.llama_probe import require_loadable
 
 _GGML_TYPE_F32 = 0
+_LONGEST_CONTEXT_TOKENS = 2**27
 _VOCABULARY_CONTEXT_TOKENS = 8  # llama-cpp-python makes a context even for a vocabulary alone
 
 
@@ -61,8 +65,10 @@ def gguf_tokenizer(path: Path) -> Iterator[GgufTokenizer]:
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
+        CheckpointError: a damaged header, or a part of the model that is missing.
         InputError: llama.cpp does not understand the vocabulary.
     """
+    _check_context(read_parts(path)[0])
     llama = _load(path, _VOCABULARY_CONTEXT_TOKENS, vocab_only=True)
     try:
         yield GgufTokenizer(llama)
@@ -70,11 +76,39 @@ def gguf_tokenizer(path: Path) -> Iterator[GgufTokenizer]:
         llama.close()
 
 
+def open_untrusted(path: Path, context_tokens: int) -> GgufModel:
+    """A file from anywhere: its header is checked, and llama.cpp asked in a process of its own.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        CheckpointError: a damaged header, or a part of the model that is missing.
+        InputError: llama.cpp cannot load the file, or would abort.
+    """
+    _import_llama(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give the path of a GGUF file")
+    _check_context(read_parts(path)[0])
+    require_loadable(path, context_tokens, context_tokens, {})
+    return GgufModel(path, context_tokens)
+
+
+def _check_context(header: GgufHeader) -> None:
+    """llama-cpp-python allocates as many token ids as the model's context is said to hold."""
+    found = header.number("context_length") or 0
+    if not 0 <= found <= _LONGEST_CONTEXT_TOKENS:
+        raise CheckpointError(
+            f"{header.path}: {header.architecture}.context_length is {found}, at most "
+            f"{_LONGEST_CONTEXT_TOKENS} are believed: the file is damaged, download it again"
+        )
+
+
 class GgufModel:
     """One GGUF file, opened for evaluation: the interface of `runtime.session.Session` it needs."""
 
     def __init__(self, path: Path, context_tokens: int) -> None:
         """Load `path` with room for `context_tokens`; memory: the file and T x V float32 logits.
+
+        llama.cpp ends the process for some damaged files: see `open_untrusted`.
 
         Raises:
             MissingExtraError: llama-cpp-python is not installed.
@@ -131,17 +165,20 @@ class GgufModel:
         self.close()
 
 
-def _load(path: Path, context_tokens: int, vocab_only: bool = False) -> Any:
+def _import_llama(path: Path) -> Any:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
     try:
         from llama_cpp import Llama
     except ImportError:
         raise MissingExtraError("llama-cpp-python", "gguf", f"evaluating {path}") from None
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give the path of a GGUF file")
+    return Llama
+
+
+def _load(path: Path, context_tokens: int, vocab_only: bool = False) -> Any:
+    llama = _import_llama(path)
     try:
         with llama_log():
-            return Llama(
+            return llama(
                 str(path),
                 n_ctx=context_tokens,
                 n_batch=context_tokens,

@@ -18,7 +18,7 @@ from hand_plan import hand_plan, uniform_forms
 from rich.console import Console
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.errors import InputError, MissingExtraError
+from edge_moe.errors import CheckpointError, EdgeMoeError, InputError, MissingExtraError
 from edge_moe.eval_table import print_eval
 from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
@@ -327,7 +327,37 @@ def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist: give the path of a GGUF file"):
         evaluate(path, None, ["code"])
     path.write_bytes(b"GGUF" + b"\0" * 100)
-    with pytest.raises(InputError, match="llama.cpp cannot load it"):
+    with pytest.raises(CheckpointError, match="model.gguf"):
+        evaluate(path, None, ["code"])
+
+
+@pytest.mark.parametrize(
+    ("key", "number", "error", "reason"),
+    [
+        ("rope.dimension_count", 8, InputError, "GGML_ASSERT"),
+        ("expert_used_count", 17, InputError, "cannot load it"),
+        ("context_length", 4 * 10**9, CheckpointError, "context_length is 4000000000, at most"),
+    ],
+)
+def test_a_gguf_file_that_llama_cpp_aborts_on(
+    key: str,
+    number: int,
+    error: type[EdgeMoeError],
+    reason: str,
+    tiny_checkpoint: TinyCheckpoint,
+    tmp_path: Path,
+) -> None:
+    """In this process it would end the tests."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    from edge_moe.converters.export_gguf import export_gguf
+
+    checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe"))
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, checkpoint.spec.num_experts), "gguf")
+    path = export_gguf(plan, checkpoint, tmp_path / "model.gguf")
+    field = gguf.GGUFReader(path, "r+").fields[f"qwen3moe.{key}"]
+    field.parts[field.data[0]][0] = number
+    with pytest.raises(error, match=reason):
         evaluate(path, None, ["code"])
 
 

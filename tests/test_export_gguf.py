@@ -26,7 +26,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters import gguf_writer
 from edge_moe.converters.export_gguf import export_gguf
 from edge_moe.converters.gguf_tokenizer import read_vocabulary
-from edge_moe.errors import DiskSpaceError, MissingExtraError, TargetError
+from edge_moe.errors import CheckpointError, DiskSpaceError, MissingExtraError, TargetError
 from edge_moe.formats import DROP, get_form, pack_expert, unpack_expert
 from edge_moe.gguf_header import GgufArray, GgufHeader, read_gguf_header
 from edge_moe.plan import Plan
@@ -461,7 +461,7 @@ def test_refuses_models_with_dense_layers(tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed_before_writing(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**5)
     monkeypatch.setattr("edge_moe.files.shutil.disk_usage", lambda path: usage)
     checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe"))
     plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8))
@@ -474,12 +474,12 @@ def test_a_failed_export_leaves_nothing_behind(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise CheckpointError("damaged")
 
-    monkeypatch.setattr("edge_moe.converters.export_gguf.write_tensor", fail)
+    monkeypatch.setattr("edge_moe.converters.export_gguf.write_tensor_at", fail)
     checkpoint = Checkpoint(tiny_checkpoint("qwen3_moe"))
     plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(CheckpointError):
         export_gguf(plan, checkpoint, tmp_path / "model.gguf")
     assert not any(tmp_path.iterdir())
 

@@ -355,8 +355,8 @@ def test_a_full_context_stays_within_its_bill(
     """In a process of its own, as a user's: every page of the cache and the workspace touched."""
     source = Checkpoint(tiny_checkpoint("olmoe"))
     context_tokens = min(1024, source.spec.max_position_embeddings)
-    process = tokenizer_bytes(source.location), "assumed"
-    terms = Setting(source, "onnx", "cpu", context_tokens, process).bill(FORMS)
+    tokenizer = tokenizer_bytes(source.location)
+    terms = Setting(source, "onnx", "cpu", context_tokens, (tokenizer, "assumed")).bill(FORMS)
     update = {"terms": terms, "context_tokens": context_tokens}
     build(hand_plan(source, FORMS, "onnx").model_copy(update=update), tmp_path / "out")
     done = subprocess.run(
