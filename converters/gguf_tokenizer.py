@@ -61,9 +61,20 @@ def read_vocabulary(folder: Path, vocab_size: int) -> GgufVocabulary:
     """The vocabulary of the checkpoint in `folder`, filled up to `vocab_size` with unused tokens.
 
     Raises:
-        TargetError: no tokenizer.json, or one that llama.cpp's byte-level BPE cannot reproduce.
+        TargetError: no tokenizer.json, a damaged one, or one that llama.cpp cannot reproduce.
     """
     path = folder / "tokenizer.json"
+    try:
+        return _read_vocabulary(path, vocab_size)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise TargetError(
+            f"target gguf: {path}, or a file beside it, is no tokenizer's "
+            f"({type(error).__name__}: {error}): download it again"
+        ) from None
+
+
+def _read_vocabulary(path: Path, vocab_size: int) -> GgufVocabulary:
+    folder = path.parent
     tokenizer = _read_json(path)
     if not tokenizer:
         raise TargetError(f"target gguf needs {path}: save the tokenizer as a fast one first")
@@ -89,6 +100,8 @@ def read_vocabulary(folder: Path, vocab_size: int) -> GgufVocabulary:
         )
     types = [_token_type(token_id, names, added, model) for token_id in range(vocab_size)]
     tokens = [names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)]
+    if not all(isinstance(token, str) for token in tokens):
+        raise TypeError("a token is no text")
     plain = [token for token, kind_ in zip(tokens, types, strict=True) if kind_ == _NORMAL]
     scores = _scores(tokens, plain, merges, path) if kind == "llama" else None
     return GgufVocabulary(

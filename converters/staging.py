@@ -120,12 +120,10 @@ def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
 def _failing_cleanly(work: BuildFolder, folder: Path) -> Iterator[BuildFolder]:
     try:
         yield work
-    except (DiskSpaceError, OSError):
-        if not work.written_bytes() and not unfinished_bytes(work.path):
+    except Exception as error:
+        may_go_on = isinstance(error, DiskSpaceError) or not isinstance(error, EdgeMoeError)
+        if not may_go_on or not (work.written_bytes() or unfinished_bytes(work.path)):
             shutil.rmtree(folder)
-        raise
-    except EdgeMoeError:
-        shutil.rmtree(folder)
         raise
 
 

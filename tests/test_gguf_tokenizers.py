@@ -13,6 +13,7 @@ from hand_plan import hand_plan, uniform_forms
 from llama_worker import ask_llama
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import build
 from edge_moe.converters.export_gguf import export_gguf
 from edge_moe.converters.gguf_splitting import KNOWN_NAMES, is_reached_by_merges
 from edge_moe.converters.gguf_tokenizer import read_vocabulary
@@ -249,3 +250,36 @@ def test_refuses_what_no_sentencepiece_model_does(
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TargetError, match=message):
         read_vocabulary(tmp_path, 640)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("tokenizer.json", "model", [1]),
+        ("tokenizer.json", "pre_tokenizer", [1]),
+        ("tokenizer.json", "added_tokens", 5),
+        ("tokenizer.json", "added_tokens", [{"id": 1}]),
+        ("tokenizer.json", "added_tokens", [{"id": 1, "content": 5}]),
+        ("tokenizer.json", "vocab", {"a": "b"}),
+        ("tokenizer.json", "merges", [1, 2]),
+        ("tokenizer_config.json", "chat_template", [1, 2]),
+        ("chat_template.jinja", "", b"\xff\xfe"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_by_name(
+    name: str, key: str, value: Any, model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "source")
+    path = folder / name
+    if isinstance(value, bytes):
+        path.write_bytes(value)
+    else:
+        content = json.loads(path.read_text())
+        place = content["model"] if key in ("vocab", "merges") else content
+        place[key] = value
+        path.write_text(json.dumps(content))
+    checkpoint = Checkpoint(folder)
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8), "gguf")
+    with pytest.raises(TargetError, match="no tokenizer's|supports BPE|cannot express"):
+        build(plan, tmp_path / "out", model=folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
