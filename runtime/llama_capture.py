@@ -99,6 +99,7 @@ class LlamaCapture:
         self._error: BaseException | None = None
         # ctypes keeps no reference: the library would call freed memory
         self._callback = self._api.llama.ggml_backend_sched_eval_callback(self._on_node)
+        self._model = self._context = None  # what `close` looks at, should loading fail
         self._model = self._load_model(architecture)
         self._context = self._make_context()
 

@@ -571,6 +571,15 @@ def test_a_file_that_llama_cpp_aborts_on_is_refused(
     assert not (tmp_path / "stats").exists()
 
 
+def test_a_context_that_llama_cpp_cannot_make(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama_cpp import llama_cpp
+
+    path = case("olmoe")[1]
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", lambda *_: None)
+    with pytest.raises(InputError, match="cannot run windows of 8 tokens"):
+        LlamaCapture(path, GgufModel(path).spec, "olmoe", 8)
+
+
 def test_errors_while_a_window_runs_come_through(case: Case) -> None:
     path = case("olmoe")[1]
 
@@ -673,6 +682,9 @@ def test_the_command_calibrates_a_gguf_file(
     assert run_command(["calibrate", str(path), "--gradients", "--task", task]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "--gradients: llama.cpp does not run" in message and "backwards" in message
+    assert run_command(["calibrate", str(path), "--quantiser", "gptq", "--task", task]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "--quantiser gptq packs by the calibration text" in message
 
 
 def test_every_architecture_of_the_table_is_tested() -> None:

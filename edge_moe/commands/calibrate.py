@@ -83,7 +83,7 @@ def calibrate_command(
     folder = resolve_model(model, revision)
     if target is not None:
         names = _offered_forms(folder, target)
-    measure = _measurement(folder, gradients)
+    measure = _measurement(folder, gradients, quantiser)
     with resumable():
         stats = measure(
             folder,
@@ -121,11 +121,11 @@ def _offered_forms(model: Path, target: TargetName) -> tuple[str, ...]:
     return candidate_forms(open_model(model).spec, target.value)
 
 
-def _measurement(model: Path, gradients: bool) -> Callable[..., ExpertStats]:
+def _measurement(model: Path, gradients: bool, quantiser: str | None) -> Callable[..., ExpertStats]:
     """The function that calibrates `model`.
 
     Raises:
-        InputError: gradients of a GGUF file.
+        InputError: gradients of a GGUF file, or packing that `build` could not repeat.
     """
     if model.suffix != ".gguf":
         from edge_moe.converters.calibrate import calibrate
@@ -138,5 +138,11 @@ def _measurement(model: Path, gradients: bool) -> Callable[..., ExpertStats]:
             "calibrate the Hugging Face checkpoint that the file was made from"
         )
     from edge_moe.converters.calibrate_gguf import calibrate_gguf
+    from edge_moe.converters.slice_gguf import can_pack
 
+    if quantiser is not None and not can_pack(quantiser):
+        raise InputError(
+            f"--quantiser {quantiser} packs by the calibration text, which building from {model} "
+            "does not run again: use imatrix or nearest"
+        )
     return calibrate_gguf
