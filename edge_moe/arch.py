@@ -94,6 +94,8 @@ class Family:
     """Where some layers keep a state instead of keys and values."""
     state_workspace: StateRule | None = None
     """float32 values per token that such a layer holds at its largest moment."""
+    onnx_state_workspace: StateRule | None = None
+    """The same in onnxruntime, where it is not as much."""
     holds_scores: bool = False
     """Attention keeps the scores of all heads, as with sinks, which torch has no fused kernel for.
     """

@@ -11,7 +11,9 @@ from math import prod
 
 from edge_moe.candidates import stored_expert_bytes, stored_shape
 from edge_moe.formats.integers import onnxruntime_copy_bytes
+from edge_moe.measurement import usable_cores
 from edge_moe.onnx_branches import branch_bytes, has_branches
+from edge_moe.onnx_workspace import onnx_workspace_values
 from edge_moe.plan import Device, MemoryTerm, Source, Target
 from edge_moe.source_model import SourceModel, StoredTensor
 from edge_moe.spec import ModelSpec
@@ -98,6 +100,8 @@ def memory_terms(
     kv_note = f"{context_tokens} tokens, {kv_itemsize} bytes per value"
     if target == "gguf" and spec.num_sliding_layers:
         kv_note += "; sliding layers hold a window and a batch (llama-cpp-python: swa_full=False)"
+    if target == "onnx" and spec.num_sliding_layers:
+        kv_note += "; sliding layers hold the whole context, too"
     return [
         MemoryTerm(
             name="dense weights",
@@ -283,12 +287,26 @@ def _workspace_bytes(
 ) -> int:
     if target == "gguf":
         return llama_compute_bytes(spec, context_tokens)
+    if target == "onnx" and device == "cpu":
+        values = onnx_workspace_values(
+            spec,
+            tokens=min(PREFILL_CHUNK_TOKENS, context_tokens),
+            context_tokens=context_tokens,
+            scored_tokens=scored_tokens,
+            num_threads=usable_cores(),
+        )
+        return FLOAT32_BYTES * values + ALLOCATOR_BYTES
     return workspace_bytes(spec, context_tokens, device, scored_tokens)
 
 
 def _workspace_note(target: Target) -> str:
     if target == "gguf":
         return f"llama.cpp's compute buffer at a micro-batch of {LLAMA_UBATCH_TOKENS} tokens"
+    if target == "onnx":
+        return (
+            f"activations of {PREFILL_CHUNK_TOKENS} tokens, experts' on every core; two experts in "
+            "float32"
+        )
     return f"one expert in float32, activations of {PREFILL_CHUNK_TOKENS} tokens"
 
 

@@ -19,6 +19,7 @@ from edge_moe.recurrent import (
     gated_delta_net,
     gated_delta_net_workspace,
     mamba2,
+    mamba2_onnx_workspace,
     mamba2_workspace,
     short_convolution,
     short_convolution_workspace,
@@ -446,6 +447,7 @@ FAMILIES: dict[str, Family] = {
         layer_memory=by_hybrid_blocks,
         state_values=mamba2,
         state_workspace=mamba2_workspace,
+        onnx_state_workspace=mamba2_onnx_workspace,
         shared_width_key="moe_shared_expert_intermediate_size",
         config_defaults={
             "num_key_value_heads": 8,

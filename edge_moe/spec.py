@@ -83,6 +83,8 @@ class ModelSpec:
     """Values in the states of all those layers."""
     state_workspace: int = 0
     """float32 values per token that such a layer holds at its largest moment."""
+    onnx_state_workspace: int = 0
+    """The same in onnxruntime."""
     holds_scores: bool = False
     """Attention keeps the scores of all heads and every token at once."""
     logit_divisor: float = 1.0
@@ -310,6 +312,8 @@ class ModelSpec:
         key_width, value_width = _kv_widths(read, family)
         memory = family.layer_memory(read, num_layers)
         state_values = family.state_values(read) if family.state_values else 0
+        state_workspace = family.state_workspace(read) if family.state_workspace else 0
+        in_onnx = family.onnx_state_workspace
         return cls(
             model_type=model_type,
             architecture=family.architecture,
@@ -340,7 +344,8 @@ class ModelSpec:
             sliding_kv_width=2 * kv_heads * head_width if family.has_global_heads else 0,
             num_state_layers=memory.count("state") + memory.count("none"),
             state_values=state_values * memory.count("state"),
-            state_workspace=family.state_workspace(read) if family.state_workspace else 0,
+            state_workspace=state_workspace,
+            onnx_state_workspace=in_onnx(read) if in_onnx else state_workspace,
             holds_scores=family.holds_scores,
             logit_divisor=read.number("logits_scaling") or 1.0,
             logit_softcap=read.number("final_logit_softcapping"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from edge_moe.budget import (
     workspace_bytes,
 )
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.minimal_model import minimal_config
+from edge_moe.onnx_workspace import onnx_workspace_values
 from edge_moe.plan import Device, MemoryTerm, Target
 from edge_moe.spec import ModelSpec
 
@@ -126,6 +129,64 @@ def test_latent_attention_holds_its_scores() -> None:
     attention += 256 * 900 * 2 * 12 // 5 + 900 * 2 * ((8 + 8) + (8 + 4))
     always, rest = 256 * 2 * 64 + 100, 2 * 2 * 3 * 64 * 32 + ALLOCATOR_BYTES
     assert workspace_bytes(spec, 900, "cpu") == 4 * (always + attention) + rest
+
+
+def test_onnx_workspace_by_hand() -> None:
+    """256 tokens of 900; queries 2 x 8, keys and values 8 + 8, experts of 64 x 32 on 3 threads."""
+    spec = small_spec()
+    assert onnx_values(spec) == (
+        2 * 256 * 64 + 100  # residual stream, logits
+        + 256 * (6 * 16 + 3 * 16 + 64)
+        + 3 * 256 * 3 * (64 + 32) + 2 * 3 * 64 * 32 + 256 * 4
+    )  # fmt: skip
+    sinks = replace(spec, holds_scores=True)
+    assert onnx_values(sinks) == onnx_values(spec) + 2 * 2 * 256 * 900
+    latent = replace(spec, expanded_kv_width=50)  # keys and values as wide as queries
+    assert onnx_values(latent) == onnx_values(spec) + 256 * (3 * (2 * 16 - 16) + 50)
+    branches = replace(spec, hidden_act="gelu")
+    less = 2 * 256 * 3 * (64 + 32) + 2 * 3 * 64 * 32
+    assert onnx_values(branches) == onnx_values(spec) - less
+
+
+def onnx_values(spec: ModelSpec) -> int:
+    return onnx_workspace_values(
+        spec, tokens=256, context_tokens=900, scored_tokens=1, num_threads=3
+    )
+
+
+def test_onnx_computes_mamba_token_by_token() -> None:
+    """Of 30 x 64 = 1920 values and 2 x 8 x 128 of B and C; torch holds 72,000 per token more."""
+    changes = {
+        "mamba_num_heads": 30,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 128,
+        "n_groups": 8,
+        "moe_latent_size": 32,
+    }
+    config = {"model_type": "nemotron_h", **minimal_config("nemotron_h"), **changes}
+    spec = ModelSpec.from_config(config)
+    assert spec.onnx_state_workspace == 6 * (1920 + 2 * 8 * 128)
+    assert spec.state_workspace > 2 * spec.onnx_state_workspace
+    without = replace(spec, onnx_state_workspace=0)
+    attention = 6 * spec.query_width + 3 * 2 * spec.kv_key_width + spec.hidden_size
+    more = 256 * (spec.onnx_state_workspace - attention)
+    assert onnx_values(spec) - onnx_values(without) == more > 0
+
+
+def test_onnx_caches_no_windows() -> None:
+    changes: dict[str, Any] = {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3}
+    spec = small_spec(model_type="gpt_oss", intermediate_size=32, **changes)
+    assert spec.num_sliding_layers == 3
+    bill = {
+        target: memory_terms(
+            spec, forms=[], dense_bytes=0, context_tokens=10, device="cpu", target=target,
+            runtime_bytes=0, runtime_source="assumed",
+        )[2]
+        for target in ("native", "onnx")
+    }  # fmt: skip
+    assert bill["onnx"].num_bytes * 4 == bill["native"].num_bytes * 10
+    assert "sliding layers hold the whole context" in bill["onnx"].note
+    assert "sliding" not in bill["native"].note
 
 
 def test_llama_compute_buffer_is_the_larger_moment() -> None:

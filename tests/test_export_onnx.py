@@ -603,6 +603,19 @@ def test_what_the_graph_cannot_compute_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.parametrize("form", ["f32", "int4_b64", "int8_row"])
+def test_graphs_are_as_large_as_the_docstring_says(
+    form: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    sizes = []
+    for family in ("qwen3_moe", "gemma4_text"):
+        export(tiny_checkpoint(family), [[form] * 8] * 2, tmp_path / family, OnnxOptions())
+        sizes.append((tmp_path / family / MODEL_NAME).stat().st_size)
+    plain, branches = sizes
+    assert 2 * 4000 < plain < 2 * 10_000
+    assert 1800 < (branches - plain) / 16 < 3500  # with what else Gemma has in a layer
+
+
 def test_rows_that_no_branch_can_read_are_refused(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / "source", "gemma4_text", moe_intermediate_size=72)
     with pytest.raises(TargetError, match=r"layer 0 .* in blocks of 16 .* 64 and 72: plan again"):

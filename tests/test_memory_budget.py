@@ -131,6 +131,37 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic_checkpoint(folder, Sizes(6, 1024, 512, 32))
 
 
+ONNX_MIXERS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128},
+    "deepseek_v3": {"num_attention_heads": 32, "num_key_value_heads": 32},
+    "nemotron_h": {"mamba_num_heads": 64, "mamba_head_dim": 64, "n_groups": 8}
+    | {"ssm_state_size": 128, "chunk_size": 128},
+    "qwen3_next": WIDER["qwen3_next"],
+}
+"""As in `WIDER`: onnxruntime computes none of them as torch does."""
+
+
+@pytest.mark.parametrize("family", sorted(ONNX_MIXERS))
+def test_the_onnx_bill_knows_mixers(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    source = make_tiny_checkpoint(
+        tmp_path / "source", family, width=512, max_position_embeddings=2048, **ONNX_MIXERS[family]
+    )
+    checkpoint = Checkpoint(source)
+    plan = hand_plan(checkpoint, [["f32"] * 8] * checkpoint.spec.num_moe_layers, "onnx")
+    process: tuple[int, Source] = tokenizer_bytes(source), "assumed"
+    terms = Setting(checkpoint, "onnx", "cpu", 1536, process).bill(plan.forms)
+    plan = plan.model_copy(update={"terms": terms, "context_tokens": 1536})
+    build(plan, tmp_path / "out", model=source)
+    prompt = ("--prompt", "def f(x):\n" * 120, "--max-new-tokens", 4)
+    command = _edge_moe("run", tmp_path / "out", "--ctx", 1536, "--raw", "--json", *prompt)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = RunMeasurement.model_validate_json(done.stdout)
+    assert 0.9 * plan.total_bytes < measured.peak_memory_bytes < 1.04 * plan.total_bytes
+
+
 @pytest.mark.parametrize("form", ["int4_b64", "int2_b64"])
 def test_onnxruntime_keeps_to_the_bill(form: str, large: Path, tmp_path: Path) -> None:
     """It packs the codes anew while it keeps the scales of the file."""
