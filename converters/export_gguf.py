@@ -69,7 +69,7 @@ def export_gguf(
     gguf = import_gguf()
     spec = checkpoint.spec
     check_gguf(plan, spec)
-    source = gguf_source(checkpoint, plan)
+    source = gguf_source(checkpoint, len(plan.kept(plan.forms[0])))
     check_source(source)
     tensors = [
         *_dense_tensors(plan, checkpoint, source),
@@ -156,11 +156,20 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
             )
 
 
-def gguf_source(checkpoint: Checkpoint, plan: Plan) -> GgufSource:
-    """What keys and transformations are computed from."""
+def check_gguf_source(checkpoint: Checkpoint) -> None:
+    """Refuse a model that no plan makes a GGUF file of: its configuration and its tokenizer.
+
+    Raises:
+        TargetError: names what llama.cpp cannot express.
+    """
+    check_source(gguf_source(checkpoint, checkpoint.spec.num_experts))
+    read_vocabulary(checkpoint.folder, checkpoint.spec.vocab_size)
+
+
+def gguf_source(checkpoint: Checkpoint, num_kept: int) -> GgufSource:
+    """What keys and transformations are computed from, with `num_kept` experts per MoE layer."""
     spec = checkpoint.spec
     config = text_config(read_config(checkpoint.folder / "config.json"))
-    num_kept = len(plan.kept(plan.forms[0]))
     return GgufSource(spec, {**spec.family.config_defaults, **config}, num_kept)
 
 

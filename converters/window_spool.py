@@ -9,6 +9,7 @@ Letters: T tokens of a window, H what an expert takes, E experts, k top_k.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,18 @@ class WindowSpool:
         return self._folder / f"{index:04}.safetensors"
 
 
+def _reserve(fd: int, num_bytes: int, path: Path) -> None:
+    """Take the disk's space now: a page of a mapping that has none ends the process (SIGBUS).
+
+    Raises:
+        OSError: the disk is full; names `path`.
+    """
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
+
+
 class WindowWriter:
     """One window's file, mapped into memory while its pieces arrive."""
 
@@ -136,9 +149,11 @@ class WindowWriter:
             for field in _fields(spec)
         ]
         start = header(entries)
+        num_bytes = len(start) + sum(entry.num_bytes for entry in entries)
         with path.open("wb") as handle:
             handle.write(start)
-            handle.truncate(len(start) + sum(entry.num_bytes for entry in entries))
+            handle.flush()
+            _reserve(handle.fileno(), num_bytes, path)
         self._file = np.memmap(path, np.uint8, "r+")
         self._rows: dict[str, npt.NDArray[Any]] = {}
         offset = len(start)

@@ -92,7 +92,7 @@ class OnnxSession:
         budget_bytes: int | None = None,
         scored_tokens: int = 1,
     ) -> OnnxSession:
-        """Load `folder`, on a CPU unless `device` is cuda.
+        """Load `folder`, on the device that its plan was made for unless `device` says another.
 
         The context defaults to the plan's. Nothing is paged: a budget holds the whole bill of this
         context, or nothing is loaded. `scored_tokens` positions have their logits held at once.
@@ -108,7 +108,7 @@ class OnnxSession:
         plan = _plan_of(folder)
         spec = _spec_of(folder)
         context = context_length(spec, context_tokens or plan.context_tokens)
-        where: Device = "cuda" if device == "cuda" else "cpu"
+        where: Device = "cuda" if (device or plan.device) == "cuda" else "cpu"
         _check_device(folder, plan, where)
         bill = _Bill(plan, spec, where, scored_tokens)
         if budget_bytes is not None:
@@ -337,7 +337,7 @@ def _load(runtime: Any, path: Path, device: Device) -> Any:
     wanted = PROVIDERS[device]
     if wanted not in runtime.get_available_providers():
         raise InputError(
-            f"device {device} was asked for, but this build of onnxruntime has no {wanted}: "
+            f"{path} is to run on {device}, but this build of onnxruntime has no {wanted}: "
             "pip uninstall -y onnxruntime, then pip install 'edge-moe[onnx-gpu]', or use "
             "--device cpu"
         )

@@ -6,6 +6,7 @@ rounds the activations that meet a matrix, so outputs agree with dequantised wei
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -569,6 +570,19 @@ def test_a_file_that_llama_cpp_aborts_on_is_refused(
     with pytest.raises(InputError, match=reason):
         run(path, task, tmp_path / "stats")
     assert not (tmp_path / "stats").exists()
+
+
+def test_a_disk_that_fills_up_meanwhile_is_an_error(
+    case: Case, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing to a mapping without space ends the process: it is taken before."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device.*safetensors"):
+        run(case("olmoe")[1], task, tmp_path / "stats")
 
 
 def test_a_context_that_llama_cpp_cannot_make(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

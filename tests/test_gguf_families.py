@@ -348,5 +348,5 @@ def test_keys_are_computed_from_defaults_too(source: Source, tmp_path: Path) -> 
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint = Checkpoint(folder)
     plan = hand_plan(checkpoint, uniform_forms(checkpoint, 8, "f32"), "gguf")
-    assert gguf_source(checkpoint, plan).config["shared_expert_intermediate_size"] == 96
+    assert gguf_source(checkpoint, 8).config["shared_expert_intermediate_size"] == 96
     assert export_gguf(plan, checkpoint, tmp_path / "model.gguf").is_file()

@@ -199,6 +199,11 @@ def test_cuda_is_never_fallen_back_from(folders: dict[str, Path], tmp_path: Path
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(InputError, match="has no CUDAExecutionProvider"):
             OnnxSession.open(whole, device="cuda")
+        plan.model_copy(update={"device": "cuda"}).save(whole / "plan.json")
+        with pytest.raises(InputError, match="is to run on cuda, but .* or use --device cpu"):
+            OnnxSession.open(whole)
+        with OnnxSession.open(whole, device="cpu") as session:
+            assert session.device.type == "cpu"
 
     class Fallen:
         def get_providers(self) -> list[str]:

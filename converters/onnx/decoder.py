@@ -33,14 +33,14 @@ from edge_moe.converters.onnx.states import (
     declare_outputs,
 )
 from edge_moe.converters.onnx.weights import Weights
-from edge_moe.plan import Plan
 
 
 @dataclass
 class Decoder:
     """Builds one graph over the layout of `dense` and `experts`."""
 
-    plan: Plan
+    kept: dict[int, list[int]]
+    """Ids of the experts that stay, by MoE layer."""
     checkpoint: Checkpoint
     config: Any
     """transformers' configuration of the checkpoint."""
@@ -51,10 +51,6 @@ class Decoder:
 
     def __post_init__(self) -> None:
         spec = self.checkpoint.spec
-        self._kept = {
-            layer_id: self.plan.kept(row)
-            for layer_id, row in zip(self.plan.moe_layer_ids, self.plan.forms, strict=True)
-        }
         self._layout = layout = layout_of(spec.model_type)
         epsilon = getattr(self.config, layout.epsilon_key)
         self._weights = Weights(self.checkpoint, self.dense, epsilon, layout.adds_one)
@@ -64,7 +60,7 @@ class Decoder:
         mixers = [self._mixer(layout, layer_id) for layer_id in range(spec.num_layers)]
         self._mixers = {mixer.layer: mixer for mixer in mixers if mixer is not None}
         self._feed_forward = FeedForward(
-            *(self.checkpoint, self.config, layout, self._weights, self.experts, self._kept),
+            *(self.checkpoint, self.config, layout, self._weights, self.experts, self.kept),
             is_exact=self.is_exact,
         )
 

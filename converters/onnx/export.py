@@ -15,6 +15,8 @@ chunk of a dense tensor in float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from edge_moe.candidates import check_target
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config_reader import CONFIG_NAME, read_config, text_config
@@ -70,10 +72,10 @@ def export_onnx(
     import_onnx()
     spec, name = checkpoint.spec, work.output.name
     check_onnx(plan, spec)
-    experts = _expert_files(plan, spec)
+    rows = dict(zip(plan.moe_layer_ids, plan.forms, strict=True))
+    experts = _expert_files(rows, spec)
     dense = DenseFile(DENSE_NAME)
-    config = load_config(checkpoint.folder)
-    decoder = Decoder(plan, checkpoint, config, dense, experts, options.is_exact)
+    decoder = _decoder(rows, checkpoint, dense, experts, options.is_exact)
     graphs = {MODEL_NAME: decoder.graph(is_standard=False), HEAD_NAME: decoder.head_graph()}
     if options.with_standard:
         graphs[STANDARD_NAME] = decoder.graph(is_standard=True)
@@ -99,6 +101,32 @@ def export_onnx(
     sizes = size_rows(checkpoint, dense.num_bytes, total_bytes - dense.num_bytes)
     write_text(work.path / CARD_NAME, model_card(plan, checkpoint, name, "onnx", sizes))
     plan.save(work.path / PLAN_NAME)
+
+
+def check_onnx_source(checkpoint: Checkpoint) -> None:
+    """Refuse a model that no plan makes an ONNX decoder of: its graph is built, and no file.
+
+    Raises:
+        TargetError: names what the graph cannot express.
+        SpecError: transformers refuses config.json.
+    """
+    spec = checkpoint.spec
+    check_target(spec, "onnx")
+    rows = {layer_id: [EXACT] * spec.num_experts for layer_id in spec.moe_layer_ids}
+    experts, dense = _expert_files(rows, spec), DenseFile(DENSE_NAME)
+    _decoder(rows, checkpoint, dense, experts, is_exact=True).graph(is_standard=False)
+
+
+def _decoder(
+    rows: Mapping[int, Sequence[str]],
+    checkpoint: Checkpoint,
+    dense: DenseFile,
+    experts: dict[int, ExpertFile],
+    is_exact: bool,
+) -> Decoder:
+    kept = {layer_id: Plan.kept(row) for layer_id, row in rows.items()}
+    config = load_config(checkpoint.folder)
+    return Decoder(kept, checkpoint, config, dense, experts, is_exact)
 
 
 def check_onnx(plan: Plan, spec: ModelSpec) -> None:
@@ -143,14 +171,12 @@ def _check_groups(layer_id: int, kept: list[int], spec: ModelSpec) -> None:
         )
 
 
-def _expert_files(plan: Plan, spec: ModelSpec) -> dict[int, ExpertFile]:
+def _expert_files(forms: Mapping[int, Sequence[str]], spec: ModelSpec) -> dict[int, ExpertFile]:
     """By layer id, one stack for each form that the layer uses, narrowest first."""
     files: dict[int, ExpertFile] = {}
-    for index, (layer_id, row) in enumerate(
-        zip(plan.moe_layer_ids, plan.forms, strict=True), start=1
-    ):
+    for index, (layer_id, row) in enumerate(forms.items(), start=1):
         file = ExpertFile(f"experts-{index:05d}.data", layer_id=layer_id)
-        rows = {expert_id: number for number, expert_id in enumerate(plan.kept(row))}
+        rows = {expert_id: number for number, expert_id in enumerate(Plan.kept(row))}
         widths = spec.expert_hidden, spec.expert_width
         for form in sorted({row[expert_id] for expert_id in rows}):
             pairs = [pair for pair in rows.items() if row[pair[0]] == form]

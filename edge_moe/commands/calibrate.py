@@ -114,11 +114,14 @@ def calibrate_command(
 
 
 def _offered_forms(model: Path, target: TargetName) -> tuple[str, ...]:
-    """What `target` offers for the experts of `model`."""
+    """What `target` offers for the experts of `model`, which it can hold."""
     from edge_moe.candidates import candidate_forms
+    from edge_moe.converters.target_checks import check_model
     from edge_moe.open_model import open_model
 
-    return candidate_forms(open_model(model).spec, target.value)
+    source = open_model(model)
+    check_model(source, target.value)
+    return candidate_forms(source.spec, target.value)
 
 
 def _measurement(model: Path, gradients: bool, quantiser: str | None) -> Callable[..., ExpertStats]:

@@ -92,7 +92,7 @@ def plan_command(
     bytes, and what the target cannot express. Loss gradients beside the statistics are used.
     """
     from edge_moe.budget import PROCESS_TARGETS
-    from edge_moe.candidates import check_target
+    from edge_moe.converters.target_checks import check_model
     from edge_moe.files import require_file_output
     from edge_moe.gradient_stats import load_gradients
     from edge_moe.hub import is_hub_id, resolve_model
@@ -107,7 +107,7 @@ def plan_command(
     gradients = load_gradients(stats, found_stats.info)
     folder = resolve_model(model, revision)
     source = open_model(folder)
-    check_target(source.spec, planned := _planned_target(target, source.spec))
+    check_model(source, planned := _planned_target(target, source.spec))
     is_measured = planned in PROCESS_TARGETS
     runtime = runtime_overhead(source.spec.model_type, device.value) if is_measured else None
     with ExitStack() as stack:

@@ -69,7 +69,11 @@ def run_command(
     ] = False,
     device: Annotated[
         DeviceName | None,
-        typer.Option(help="Where to run; cuda where there is one.", show_default=False),
+        typer.Option(
+            help="Where to run; else cuda where there is one, an ONNX folder where it was planned "
+            "for.",
+            show_default=False,
+        ),
     ] = None,
     ram: Annotated[
         int | None,
