@@ -213,7 +213,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
             "mlp.e_score_correction_bias": "exp_probs_b.bias",
         },
         keys=(*_GROUPED, keys.gating_function),
-        checks=(*_PLAIN, only("sliding_window", None), checks.experts_in_every_layer),
+        checks=(*_PLAIN, checks.experts_in_every_layer),
     ),
     "lfm2_moe": GgufFamily(
         model={**MODEL_NAMES, "model.embedding_norm": "token_embd_norm"},
@@ -346,7 +346,6 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
             only("attention_bias", False, None),
             only("use_bias", False, None),
             only("mamba_proj_bias", False, None),
-            only("sliding_window", None),
         ),
     ),
 }

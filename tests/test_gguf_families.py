@@ -72,7 +72,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         },
     ),
-    "minimax_m2 partial": ("minimax_m2", {"rotary_dim": 16}),
+    "deepseek_v2 greedy": ("deepseek_v2", {"topk_method": "greedy"}),  # beside groups
+    "minimax_m2 partial": ("minimax_m2", {"rotary_dim": 16, "sliding_window": 4}),
     "gpt_oss yarn": ("gpt_oss", {"rope_parameters": YARN | {"truncate": True}}),
     "ernie4_5_moe tied": (
         "ernie4_5_moe",
@@ -84,7 +85,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text",
         {"tie_word_embeddings": True, "final_logit_softcapping": 30.0},
     ),
-    "nemotron_h wide": ("nemotron_h", {"moe_latent_size": None}),
+    "nemotron_h wide": ("nemotron_h", {"moe_latent_size": None, "sliding_window": 4}),
 }
 PLAIN = sorted(GGUF_FAMILIES.keys() - {"deepseek_v2"})
 CASES = [*PLAIN, *VARIANTS]
