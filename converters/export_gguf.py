@@ -24,6 +24,7 @@ from edge_moe.converters.gguf_family import GgufSource, Rule
 from edge_moe.converters.gguf_metadata import add_metadata, add_vocabulary, check_source
 from edge_moe.converters.gguf_provenance import add_provenance
 from edge_moe.converters.gguf_raw import offsets
+from edge_moe.converters.gguf_rules import forms_by_layer
 from edge_moe.converters.gguf_tokenizer import read_vocabulary
 from edge_moe.converters.gguf_writer import (
     GgufTensor,
@@ -35,7 +36,7 @@ from edge_moe.converters.growing_file import growing_file
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.packing import expert_records, is_stored_as
 from edge_moe.converters.progress import byte_progress
-from edge_moe.converters.slicing import check_groups, slice_experts, whole_tensor
+from edge_moe.converters.slicing import FORM_OF_DTYPE, slice_experts, whole_tensor
 from edge_moe.converters.source_bytes import read_all
 from edge_moe.errors import TargetError
 from edge_moe.formats import (
@@ -47,8 +48,6 @@ from edge_moe.formats import (
 )
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
-
-_FORM_OF_DTYPE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 _EXPERT_NAMES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
@@ -128,31 +127,16 @@ def check_gguf(plan: Plan, spec: ModelSpec) -> None:
         TargetError: names the architecture or the first layer that differs.
     """
     check_target(spec, "gguf")
-    counts = [len(plan.kept(row)) for row in plan.forms]
-    for layer_id, row, count in zip(plan.moe_layer_ids, plan.forms, counts, strict=True):
-        if count != counts[0]:
+    for layer_id, form in forms_by_layer(plan, spec).items():
+        if not set(split_form(form)) <= set(STORED_NAMES):
             raise TargetError(
-                f"target gguf: layer {layer_id} keeps {count} experts and layer "
-                f"{plan.moe_layer_ids[0]} keeps {counts[0]}, but GGUF holds one count for all: "
+                f"target gguf: layer {layer_id} is planned as {form}, which ggml does not know: "
                 "plan again with --target gguf"
             )
-        check_groups(layer_id, plan.kept(row), spec, "gguf")
-        forms = sorted({row[expert_id] for expert_id in plan.kept(row)})
-        if len(forms) > 1:
+        if not form_fits(form, *spec.expert_shape):
             raise TargetError(
-                f"target gguf: layer {layer_id} mixes the forms {', '.join(forms)}, but GGUF "
-                "stores a layer's experts in one form: plan again with --target gguf"
-            )
-        if not set(split_form(forms[0])) <= set(STORED_NAMES):
-            raise TargetError(
-                f"target gguf: layer {layer_id} is planned as {forms[0]}, which ggml does not "
-                "know: plan again with --target gguf"
-            )
-        if not form_fits(forms[0], *spec.expert_shape):
-            raise TargetError(
-                f"target gguf: layer {layer_id} is planned as {forms[0]}, whose blocks "
-                f"do not divide {spec.expert_hidden} and "
-                f"{spec.expert_width}: plan again"
+                f"target gguf: layer {layer_id} is planned as {form}, whose blocks do not divide "
+                f"{spec.expert_hidden} and {spec.expert_width}: plan again"
             )
 
 
@@ -195,7 +179,7 @@ def _dense_tensors(plan: Plan, checkpoint: Checkpoint, source: GgufSource) -> It
             sliced = slice_experts(info, kept[info.name], spec.num_experts, "f32")
             yield from dense_tensors(rule, sliced, source, "f32")
             continue
-        form = "f32" if is_exact else _FORM_OF_DTYPE[info.dtype]
+        form = "f32" if is_exact else FORM_OF_DTYPE[info.dtype]
         yield from dense_tensors(rule, whole_tensor(info), source, form)
         if info.name == spec.embedding_name and spec.tie_word_embeddings and family.needs_output:
             yield from dense_tensors(Rule(("output.weight",)), whole_tensor(info), source, form)

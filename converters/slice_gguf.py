@@ -23,6 +23,7 @@ from edge_moe.converters.gguf_raw import (
     offsets,
     string_key,
 )
+from edge_moe.converters.gguf_rules import forms_by_layer
 from edge_moe.converters.growing_file import GrowingFile, growing_file
 from edge_moe.converters.model_card import plan_fingerprint
 from edge_moe.converters.progress import Advance, byte_progress
@@ -162,36 +163,12 @@ def check_slice(plan: Plan, model: GgufModel) -> None:
     Raises:
         TargetError: names the first layer that differs, or the form.
     """
-    spec = model.spec
     if model.header.number("expert_count") is None:
         raise TargetError(
             f"target gguf: {model.path} states expert_count as an array: export the file again"
         )
-    num_groups = spec.router.num_groups
-    group_size = spec.num_experts // num_groups
-    counts = set()
-    for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
-        kept = plan.kept(row)
-        owners = [expert // group_size for expert in kept]
-        groups = [owners.count(group) for group in range(num_groups)]
-        if len(set(groups)) > 1 or (num_groups > 1 and groups[0] < 2):
-            raise TargetError(
-                f"target gguf: layer {layer_id} keeps {groups} experts in its router's groups, but "
-                "llama.cpp needs equally many, and two at least: plan again"
-            )
-        forms = sorted({row[expert] for expert in kept})
-        if len(forms) > 1:
-            raise TargetError(
-                f"target gguf: layer {layer_id} mixes the forms {', '.join(forms)}, but GGUF "
-                "stores a layer's experts in one form: plan again with --target gguf"
-            )
-        _check_form(model, layer_id, forms[0])
-        counts.add(len(kept))
-    if len(counts) > 1:
-        raise TargetError(
-            f"target gguf: layers keep {min(counts)} to {max(counts)} experts, but GGUF holds one "
-            "count for all: plan again with --target gguf"
-        )
+    for layer_id, form in forms_by_layer(plan, model.spec).items():
+        _check_form(model, layer_id, form)
 
 
 def _check_quantiser(quantiser: str, squares: InputSquares | None) -> None:

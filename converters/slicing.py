@@ -16,6 +16,7 @@ from edge_moe.tensor_info import TensorInfo
 
 _MIN_EXPERTS_PER_GROUP = 2  # a group's score is the sum of its best two
 DTYPE_OF_FORM = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+FORM_OF_DTYPE = {dtype: form for form, dtype in DTYPE_OF_FORM.items()}
 """Forms that are plain numbers, and how safetensors spells them."""
 
 

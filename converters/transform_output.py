@@ -31,7 +31,7 @@ from edge_moe.converters.sidecar import (
     patch_expert_width,
     sidecar_bytes,
 )
-from edge_moe.converters.slicing import DTYPE_OF_FORM, SlicedTensor, data_bytes, whole_tensor
+from edge_moe.converters.slicing import FORM_OF_DTYPE, SlicedTensor, data_bytes, whole_tensor
 from edge_moe.converters.staging import BuildFolder
 from edge_moe.converters.transforms.base import LayerWeights
 from edge_moe.errors import CheckpointError
@@ -39,7 +39,6 @@ from edge_moe.files import require_free_disk
 from edge_moe.formats import get_form
 from edge_moe.package import PLAN_NAME
 
-_FORM_OF_DTYPE = {dtype: form for form, dtype in DTYPE_OF_FORM.items()}
 _SMALL_FILES_BYTES = 2**20  # index, transform.json, model card
 
 
@@ -192,11 +191,11 @@ def _dense_tensors(checkpoint: Checkpoint) -> list[SlicedTensor]:
 
 
 def _form(entry: TensorEntry) -> str:
-    if entry.dtype not in _FORM_OF_DTYPE:
+    if entry.dtype not in FORM_OF_DTYPE:
         raise CheckpointError(
             f"tensor {entry.name!r} is {entry.dtype}: transforms write BF16, F16 and F32 only"
         )
-    return _FORM_OF_DTYPE[entry.dtype]
+    return FORM_OF_DTYPE[entry.dtype]
 
 
 def _packed(tensor: Tensor, entry: TensorEntry) -> Iterator[bytes]:

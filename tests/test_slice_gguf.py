@@ -413,8 +413,21 @@ def test_groups_keep_equal_counts(tmp_path: Path) -> None:
         slice_gguf(stored_plan(model, [[0, 2, 5, 7], [1, 3, 4, 6]]), model, tmp_path / "o.gguf")
     )
     assert (found.spec.num_experts, found.spec.router.num_groups) == (4, 2)
-    with pytest.raises(TargetError, match=r"layer 1 keeps \[3, 1\] experts in its router's groups"):
+    with pytest.raises(TargetError, match=r"plan keeps \[3, 1\] in layer 1: plan again"):
         slice_gguf(stored_plan(model, [[0, 2, 5, 7], [1, 2, 3, 6]]), model, tmp_path / "x.gguf")
+
+
+def test_open_groups_hold_top_k_experts(tmp_path: Path) -> None:
+    """Of 4 groups one is open, where a token needs 4 experts: 2 in each are too few."""
+    keys = {"expert_group_count": 4, "expert_group_used_count": 1}
+    path = write_moe(
+        tmp_path / "m.gguf", "deepseek2", types=F32, width=32, num_experts=16, top_k=4, keys=keys
+    )
+    kept = [expert_id for expert_id in range(16) if expert_id % 4 < 2]
+    model = GgufModel(path)
+    with pytest.raises(TargetError, match="1 groups hold fewer than top_k=4"):
+        slice_gguf(stored_plan(model, [kept] * 2), model, tmp_path / "o.gguf")
+    assert not (tmp_path / "o.gguf").exists()
 
 
 def test_layers_for_multi_token_prediction_shrink_too(tmp_path: Path) -> None:
@@ -441,7 +454,7 @@ def test_plans_that_one_file_cannot_hold(tmp_path: Path) -> None:
     model = GgufModel(write_moe(tmp_path / "m.gguf"))
     whole = ["q4_k/q4_k/q6_k"] * 4
     bad = {
-        "layers keep 3 to 4 experts": ([DROP, *whole[1:]], whole),
+        "layer 1 keeps 4 experts and layer 0 keeps 3": ([DROP, *whole[1:]], whole),
         "layer 0 mixes the forms q2_k, q3_k": (["q2_k", "q3_k", "q3_k", "q3_k"], whole),
         "cannot pack iq4_xs": (["iq4_xs"] * 4, whole),
         "cannot pack q5_0": (["q4_k/q4_k/q5_0"] * 4, whole),

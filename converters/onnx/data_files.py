@@ -7,7 +7,6 @@ system can map them (onnx/docs/ExternalData.md). An expert lies in one piece in 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.copy_range import write_all
 from edge_moe.converters.packer import Packer
 from edge_moe.converters.packing import expert_records
 from edge_moe.converters.progress import Advance
@@ -227,16 +227,11 @@ class ExpertFile(DataFile):
                     for stored, data in _node_arrays(stack, record, spec):
                         item_bytes = stored.length // stored.shape[0]
                         assert data.nbytes == item_bytes
-                        _write_at(handle.fileno(), data, stored.offset + index * item_bytes)
+                        write_all(
+                            handle.fileno(), data.tobytes(), stored.offset + index * item_bytes
+                        )
                         advance(item_bytes)
         work.add(self.name)
-
-
-def _write_at(descriptor: int, data: npt.NDArray[np.generic], offset: int) -> None:
-    view = memoryview(np.ascontiguousarray(data).tobytes())
-    while view:  # pwrite stops at 2 GiB
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _node_arrays(
