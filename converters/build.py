@@ -64,6 +64,11 @@ def build(
     require_new_output(output)
     source = open_model(model or _resolve(plan.model))
     check_target(source.spec, target)
+    if stats is not None and not isinstance(source, GgufModel):
+        raise InputError(
+            f"--stats is for a .gguf model, whose types change; {source.location} is packed by the "
+            "calibration that the plan names: leave it out"
+        )
     _check_plan(plan, source)
     if target == "hf":
         check_hf(plan, source.spec)

@@ -14,6 +14,7 @@ from string import Template
 
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.slicing import DTYPE_OF_FORM
 from edge_moe.formats import DROP
 from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import Plan, Target
@@ -25,9 +26,7 @@ _LIBRARIES = {"hf": "transformers", "native": "edge-moe", "gguf": "gguf", "onnx"
 
 _CARD = Template("""\
 ---
-base_model: $base_yaml
-base_model_relation: quantized
-${carried}library_name: $library
+${origin}${carried}library_name: $library
 tags:
 $tags
 ---
@@ -115,9 +114,9 @@ def model_card(
     sizes: Sequence[SizeRow],
 ) -> str:
     """The text of README.md for a build called `name`. Holds no date: equal builds, equal bytes."""
-    base = base_model(plan.model, source.location)
+    base = _base(plan, source)
     return _CARD.substitute(
-        base_yaml=json.dumps(base),
+        origin=_origin(plan, source),
         base=base,
         carried=_front_matter(source),
         library=_LIBRARIES[target],
@@ -152,6 +151,40 @@ def base_model(model: str, folder: Path) -> str:
     """The hub id of the source where one is known, else the name of its folder."""
     named = model_name(model)
     return named if "/" in named else model_name(str(folder.resolve()))
+
+
+def _base(plan: Plan, source: Checkpoint | GgufModel) -> str:
+    """What the card calls the source."""
+    named = base_model(plan.model, source.location)
+    if "/" in named or not isinstance(source, GgufModel):
+        return named
+    stated = source.header.metadata.get("general.name")
+    return stated if isinstance(stated, str) and stated.strip() else named
+
+
+def _origin(plan: Plan, source: Checkpoint | GgufModel) -> str:
+    """The hub's lines on the base model; none of a GGUF whose metadata name no repository.
+
+    A relation is stated where experts are quantised; the hub knows none for dropping alone.
+    """
+    named = base_model(plan.model, source.location)
+    if isinstance(source, GgufModel) and "/" not in named:
+        named = _stated_repository(source)
+    if not named:
+        return ""
+    forms = {form for row in plan.forms for form in row} - {DROP, *DTYPE_OF_FORM}
+    relation = "base_model_relation: quantized\n" if forms else ""
+    return f"base_model: {json.dumps(named)}\n{relation}"
+
+
+def _stated_repository(source: GgufModel) -> str:
+    """`owner/name` on the hub, from `general.base_model.0.repo_url` or the file's own source."""
+    for key in ("general.base_model.0.repo_url", "general.source.repo_url"):
+        url = source.header.metadata.get(key)
+        found = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", str(url))
+        if found is not None:
+            return found[1]
+    return ""
 
 
 def carried_front_matter(card: Path) -> str:

@@ -35,7 +35,7 @@ class Checkpoint:
             SpecError: config.json is missing or not supported.
             CheckpointError: a weight file is missing, truncated, or lacks expected tensors.
         """
-        if folder.suffix == ".gguf" and folder.is_file():
+        if folder.suffix.lower() == ".gguf" and folder.is_file():
             raise InputError(
                 f"{folder} is a GGUF file, which only inspect, calibrate, plan, build and eval "
                 "read, and llama.cpp runs: give the Hugging Face folder that it was made from"

@@ -23,7 +23,7 @@ _SNAPSHOT_IGNORED = ["*/*", "consolidated*"]
 
 def is_hub_id(model: str) -> bool:
     """Whether `model` can only mean `owner/name` on a hub: no such local path, no local parent."""
-    if Path(model).exists() or not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
+    if Path(model).exists() or not _HUB_ID.fullmatch(model) or model.lower().endswith(".gguf"):
         return False
     return not Path(model).parent.exists()
 
@@ -47,7 +47,7 @@ def local_path(model: str) -> Path:
             f"eval read {inside} itself, other commands need the checkpoint or a build with "
             "--target native"
         )
-    if path.is_file() and path.suffix != ".gguf":
+    if path.is_file() and path.suffix.lower() != ".gguf":
         raise InputError(
             f"model {model!r} is a file: MODEL must be a checkpoint folder, a package folder or a "
             ".gguf file"

@@ -135,5 +135,5 @@ class OnnxOptions:
 
 
 def is_onnx_folder(folder: Path) -> bool:
-    """Whether `folder` holds a decoder for onnxruntime."""
-    return (folder / MODEL_NAME).is_file()
+    """Whether `folder` holds a decoder for onnxruntime, or what is left of one."""
+    return any((folder / name).is_file() for name in (MODEL_NAME, CHECKSUMS_NAME))

@@ -20,4 +20,4 @@ def open_model(path: Path) -> Checkpoint | GgufModel:
 
 def is_gguf_file(path: Path) -> bool:
     """Whether `path` is a file that ends in .gguf."""
-    return path.suffix == ".gguf" and path.is_file()
+    return path.suffix.lower() == ".gguf" and path.is_file()

@@ -182,7 +182,7 @@ def open_model(
 
 def model_kind(path: Path) -> ModelKind:
     """What `path` is, from its name and its manifest."""
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return "gguf"
     if is_onnx_folder(path):
         return "onnx"

@@ -25,6 +25,8 @@ from edge_moe.runtime.llama_probe import require_loadable
 
 _GGML_TYPE_F32 = 0
 _LONGEST_CONTEXT_TOKENS = 2**27
+_MOST_SPECIAL_TOKENS = 16
+"""Around a text; within it no token is shorter than a byte."""
 _VOCABULARY_CONTEXT_TOKENS = 8  # llama-cpp-python makes a context even for a vocabulary alone
 
 
@@ -37,11 +39,22 @@ class GgufTokenizer:
         self.chat_template: str | None = llama.metadata.get("tokenizer.chat_template")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; the file's metadata decides which special tokens are added."""
-        ids: list[int] = self._llama.tokenize(
-            text.encode(), add_bos=add_special_tokens, special=True
+        """Token ids; the file's metadata decides which special tokens are added.
+
+        `Llama.tokenize` would take as much memory as the file's context_length asks for.
+        """
+        from llama_cpp import llama_cpp
+
+        raw = text.encode()
+        room = len(raw) + _MOST_SPECIAL_TOKENS
+        ids = (llama_cpp.llama_token * room)()
+        vocabulary = self._llama._model.vocab
+        count = llama_cpp.llama_tokenize(
+            vocabulary, raw, len(raw), ids, room, add_special_tokens, True
         )
-        return ids
+        if count < 0:
+            raise InputError(f"llama.cpp gives {-count} tokens for {len(raw)} bytes of text")
+        return list(ids[:count])
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool) -> str:
         """`conversation` as the file's own template renders it, in jinja2's sandbox."""

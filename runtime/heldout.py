@@ -118,7 +118,7 @@ def text_to_score(
 
 def plan_beside(model: Path) -> Plan | None:
     """The plan that `model` was built from, where it lies beside it."""
-    path = (model.parent if model.suffix == ".gguf" else model) / PLAN_NAME
+    path = (model.parent if model.suffix.lower() == ".gguf" else model) / PLAN_NAME
     return Plan.load(path) if path.exists() else None
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from edge_moe.budget import memory_terms
-from edge_moe.errors import BudgetError, InputError, TargetError
+from edge_moe.errors import BudgetError, InputError, TargetError, install_command
 from edge_moe.files import read_json
 from edge_moe.formats import DROP, EXACT
 from edge_moe.measurement import usable_cores
@@ -239,7 +239,7 @@ class _Bill:
         if needed_bytes <= budget_bytes:
             return
         fitting = bisect_right(range(1, context_tokens), budget_bytes, key=self.total_bytes)
-        shorter = f"use --ctx {fitting} or less, " if fitting else ""
+        shorter = f"use {fitting} tokens or less (--ctx), " if fitting else ""
         raise BudgetError(
             f"with {context_tokens} tokens of context {round_up_bytes(needed_bytes)} are needed, "
             f"more than the budget of {format_bytes(budget_bytes)}, and onnxruntime pages no "
@@ -338,8 +338,7 @@ def _load(runtime: Any, path: Path, device: Device) -> Any:
     if wanted not in runtime.get_available_providers():
         raise InputError(
             f"{path} is to run on {device}, but this build of onnxruntime has no {wanted}: "
-            "pip uninstall -y onnxruntime, then pip install 'edge-moe[onnx-gpu]', or use "
-            "--device cpu"
+            f"pip uninstall -y onnxruntime, then {install_command('onnx-gpu')}, or use --device cpu"
         )
     providers = [wanted] if device == "cpu" else [wanted, PROVIDERS["cpu"]]
     try:

@@ -69,6 +69,7 @@ def write_moe(
     split_max_tensors: int = 0,
     file_type: int | None = None,
     licence: str | None = None,
+    repo_url: str | None = None,
     size_label: str | None = None,
 ) -> Path:
     """`keys` are added under the architecture's prefix (None leaves one out), `tensors` as F32
@@ -95,6 +96,8 @@ def write_moe(
         writer.add_file_type(file_type)
     if licence is not None:
         writer.add_license(licence)
+    if repo_url is not None:
+        writer.add_base_model_repo_url(0, repo_url)
     if size_label is not None:
         writer.add_size_label(size_label)
     writer.add_tokenizer_model("gpt2")

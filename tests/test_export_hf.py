@@ -312,7 +312,7 @@ def test_model_card_keeps_the_licence(tiny_checkpoint: TinyCheckpoint, tmp_path:
     plan = plan.model_copy(update={"model": "Qwen/Tiny-MoE"})
     card = (build(plan, tmp_path / "out", model=source) / "README.md").read_text()
     front = card.split("---\n")[1]
-    assert 'base_model: "Qwen/Tiny-MoE"\nbase_model_relation: quantized\n' in front
+    assert 'base_model: "Qwen/Tiny-MoE"\nlanguage' in front  # the hub has no word for dropping
     assert "language:\n- en\n- it\nlicense: other\nlicense_name: tiny\nlibrary_name:" in front
     assert "- x\n" not in front
     assert "Every layer keeps 4 of its 8 experts (50% of all)." in card

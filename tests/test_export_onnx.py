@@ -43,7 +43,7 @@ from edge_moe.checkpoint import Checkpoint  # noqa: E402
 from edge_moe.converters.build import build  # noqa: E402
 from edge_moe.converters.onnx import data_files, graph  # noqa: E402
 from edge_moe.converters.onnx.routing import Routing, group_columns  # noqa: E402
-from edge_moe.errors import DiskSpaceError, TargetError  # noqa: E402
+from edge_moe.errors import CheckpointError, DiskSpaceError, TargetError  # noqa: E402
 from edge_moe.families import COMPOSITES, FAMILIES  # noqa: E402
 from edge_moe.formats import form_fits  # noqa: E402
 from edge_moe.minimal_model import minimal_config  # noqa: E402
@@ -614,6 +614,15 @@ def test_graphs_are_as_large_as_the_docstring_says(
     plain, branches = sizes
     assert 2 * 4000 < plain < 2 * 10_000
     assert 1800 < (branches - plain) / 16 < 3500  # with what else Gemma has in a layer
+
+
+def test_a_token_id_that_is_none_is_refused(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "source")
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(CheckpointError, match="eos_token_id is 'x', no token id"):
+        export(folder, [["f32"] * 8] * 2, tmp_path / "out", OnnxOptions())
 
 
 def test_rows_that_no_branch_can_read_are_refused(tmp_path: Path) -> None:

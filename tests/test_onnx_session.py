@@ -181,13 +181,13 @@ def test_a_budget_holds_the_bill_or_nothing_is_loaded(
     capsys.readouterr()
     assert run([*command, "256", "--budget", f"{total_bytes - 1}B"]) == 3
     message = capsys.readouterr().err
-    found = re.search(r"use --ctx (\d+) or less", message)
+    found = re.search(r"use (\d+) tokens or less", message)
     assert found is not None and 200 < int(found[1]) < 256
     assert run([*command, found[1], "--budget", f"{total_bytes - 1}B"]) == 0
     assert run([*command, str(int(found[1]) + 1), "--budget", f"{total_bytes - 1}B"]) == 3
     capsys.readouterr()
     assert run([*command, "256", "--budget", "1MB"]) == 3
-    assert "--ctx" not in capsys.readouterr().err
+    assert "tokens or less" not in capsys.readouterr().err
 
 
 def test_cuda_is_never_fallen_back_from(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -307,6 +307,15 @@ def test_every_graph_and_weight_must_be_there_and_listed(
     shutil.copyfile(folder / "model.onnx", folder / "another.onnx")
     with pytest.raises(InputError, match=r"does not list another\.onnx"):
         require_whole(folder)
+
+
+def test_a_folder_without_its_graph_is_still_known(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["onnx"], tmp_path / "damaged")
+    (folder / "model.onnx").unlink()
+    with pytest.raises(InputError, match=r"model\.onnx is missing"):
+        open_model(folder, context_tokens=16)
 
 
 def test_commands_that_need_the_source_say_so(

@@ -528,10 +528,30 @@ def test_build_takes_the_file(tmp_path: Path) -> None:
     assert GgufModel(output / GGUF_NAME).spec.num_experts == 3
     card = (output / "README.md").read_text()
     assert "Every layer keeps 3 of its 4 experts" in card
-    assert 'base_model: "m.gguf"' in card and 'license: "apache-2.0"\n' in card
+    assert "base_model" not in card and 'license: "apache-2.0"\n' in card
     other = write_moe(tmp_path / "other.gguf", seed=5)
     with pytest.raises(PlanError, match="has the fingerprint"):
         build(plan, tmp_path / "wrong", model=other)
     with pytest.raises(TargetError, match="can only be built as GGUF, not as native"):
         build(plan, tmp_path / "wrong", target="native")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_the_card_names_the_repository_that_the_file_states(tmp_path: Path) -> None:
+    url = "https://huggingface.co/Qwen/Qwen3-30B-A3B"
+    path = write_moe(tmp_path / "M.GGUF", repo_url=url)  # some spell it so
+    plan = stored_plan(GgufModel(path), [[0, 1, 2], [1, 2, 3]])
+    card = (build(plan, tmp_path / "out") / "README.md").read_text()
+    assert card.startswith(
+        '---\nbase_model: "Qwen/Qwen3-30B-A3B"\nbase_model_relation: quantized\n'
+    )
+
+
+def test_statistics_are_for_gguf_files_alone(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint("olmoe"))
+    plan = hand_plan(checkpoint, uniform_forms(checkpoint, 4), "gguf")
+    with pytest.raises(InputError, match="--stats is for a .gguf model"):
+        build(plan, tmp_path / "out", model=checkpoint.folder, stats=tmp_path)
+    assert not (tmp_path / "out").exists()

@@ -106,4 +106,12 @@ def _special_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds no JSON object: download it again")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {name: generation.get(name, config.get(name)) for name in names}
-    return {name: config.get(name) if value is None else value for name, value in found.items()}
+    tokens = {name: config.get(name) if value is None else value for name, value in found.items()}
+    for name, value in tokens.items():
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(each) is int for each in ids):
+            raise CheckpointError(
+                f"{folder}: {name} is {value!r}, no token id: download generation_config.json and "
+                "config.json again"
+            )
+    return tokens

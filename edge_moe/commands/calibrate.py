@@ -51,8 +51,8 @@ def calibrate_command(
         str | None,
         typer.Option(
             help="How experts are packed, here and by build: gptq_refit (default), nearest, "
-            "imatrix, weighted, refit, gptq; gptq_refit_all for little text; with --forms tq1_0 "
-            "also absmean and lloyd.",
+            "imatrix (default of a .gguf), weighted, refit, gptq; gptq_refit_all for little text; "
+            "with --forms tq1_0 also absmean and lloyd.",
             show_default=False,
         ),
     ] = None,
@@ -130,7 +130,7 @@ def _measurement(model: Path, gradients: bool, quantiser: str | None) -> Callabl
     Raises:
         InputError: gradients of a GGUF file, or packing that `build` could not repeat.
     """
-    if model.suffix != ".gguf":
+    if model.suffix.lower() != ".gguf":
         from edge_moe.converters.calibrate import calibrate
         from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 

@@ -7,7 +7,7 @@ from edge_moe.commands.options import Json, Model, Revision, stdout
 
 def inspect_command(model: Model, revision: Revision = None, json: Json = False) -> None:
     """Show architecture, bytes by component, forms and target limits, from headers only."""
-    if model.endswith(".gguf"):
+    if model.lower().endswith(".gguf"):
         _inspect_gguf(model, json)
         return
     from edge_moe.inspect import inspect_model

@@ -25,7 +25,8 @@ class EdgeMoeExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
 
     COMMAND = CommandInfo(
         name="edge-moe",
-        help="Shrink a Mixture-of-Experts model as an edge-moe plan says: native, GGUF, ONNX.",
+        help="Shrink a Mixture-of-Experts model as an edge-moe plan says: native, Hugging Face, "
+        "GGUF or ONNX.",
     )
 
     @staticmethod

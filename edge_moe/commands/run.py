@@ -130,7 +130,7 @@ def run_command(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     sampling.check()
     path = gguf_inside(Path(model).expanduser()) or resolve_model(model, revision)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         raise TargetError(
             f"run cannot load {path}: it runs native packages, Hugging Face and ONNX folders; for "
             f"GGUF use llama.cpp, as in `llama-cli -m {path}`, or build with --target native"
