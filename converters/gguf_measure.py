@@ -20,15 +20,15 @@ from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
 from edge_moe.converters.search_memory import PACKED_LIMIT_BYTES
 from edge_moe.converters.slice_gguf import can_pack, write_trial_slice
 from edge_moe.converters.slice_packing import InputSquares, SlicePacker
-from edge_moe.errors import StatsError
-from edge_moe.files import require_free_disk
+from edge_moe.errors import DiskSpaceError, InputError, StatsError
+from edge_moe.files import os_problem, require_free_disk
 from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import MemoryTerm, SearchRecord
 from edge_moe.problem import FloatArray
 from edge_moe.runtime import gguf_logits
 from edge_moe.runtime.heldout import described_search, search_windows
 from edge_moe.stats import StatsInfo
-from edge_moe.trials import Measuring, OnShare
+from edge_moe.trials import Measuring, MeasuringFailed, OnShare
 
 MEASURING = Measuring(pass_plans=1, needs_equal_counts=True)
 """Plans are measured one after the other: none waits for another, whenever the time runs out."""
@@ -80,7 +80,12 @@ class GgufPlanMeasure:
     def __call__(
         self, proposals: Mapping[str, list[list[str]]], on_run: OnShare
     ) -> Mapping[str, FloatArray]:
-        """KL divergence of every token; `on_run` is told the share that is done."""
+        """KL divergence of every token; `on_run` is told the share that is done.
+
+        Raises:
+            MeasuringFailed: the disk is full, memory is short, or llama.cpp does not run the file.
+            CheckpointError: the model's file was damaged since it was opened.
+        """
         found = {}
         for index, (name, forms) in enumerate(proposals.items()):
             on_share = partial(self._tell, on_run, index, len(proposals))
@@ -125,8 +130,6 @@ class GgufPlanMeasure:
         return sum(map(len, self._windows))
 
     def _measure(self, forms: list[list[str]], on_share: Callable[[float], None]) -> FloatArray:
-        if not self._whole:
-            self._run_whole(on_share)
         path = self._work / "trial.gguf"
         written = 0
 
@@ -136,8 +139,16 @@ class GgufPlanMeasure:
             on_share(_WRITING_SHARE * min(1.0, written / self._model.file_bytes))
 
         try:
+            if not self._whole:
+                self._run_whole(on_share)
             write_trial_slice(self._model, forms, path, self._packer, advance)
             return self._divergence(path, on_share)
+        except (DiskSpaceError, InputError) as error:
+            raise MeasuringFailed(str(error)) from error
+        except OSError as error:
+            raise MeasuringFailed(f"{error.filename or path}: {os_problem(error)}") from error
+        except MemoryError as error:
+            raise MeasuringFailed("memory ran out: free some, or use --no-search") from error
         finally:
             path.unlink(missing_ok=True)
 

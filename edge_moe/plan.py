@@ -85,7 +85,7 @@ class SearchRecord(_Model):
 
     chosen: str
     is_complete: bool
-    """False where the time ran out before every round was done."""
+    """False where the time ran out, or measuring failed, before every round was done."""
     seconds: float
     trials: list[SearchTrial]
     text: str = ""
@@ -94,6 +94,15 @@ class SearchRecord(_Model):
     """Its tasks: shipped names, and files with their whole path."""
     limit_seconds: float | None = None
     """The time that was allowed."""
+    failure: str = ""
+    """Why no more plans could be measured; empty where only time, or nothing, ended the search."""
+
+    @property
+    def early_end(self) -> str:
+        """What ended it before every round was done; empty where nothing did."""
+        if self.failure:
+            return f"no more could be measured: {self.failure}"
+        return "" if self.is_complete else "the time ran out before every proposal was measured"
 
 
 class Plan(_Model):

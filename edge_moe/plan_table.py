@@ -115,7 +115,8 @@ def print_plan(plan: Plan, path: Path, console: Console, stats: Path) -> None:
         console.print(_rivals_table(plan))
     console.print(f"loss: {plan.loss_unit}", markup=False)
     if plan.search is not None:
-        console.print(_search_table(plan.search))
+        if plan.search.trials:
+            console.print(_search_table(plan.search))
         console.print(_search_line(plan.search), markup=False)
     for heading, sentences in (("limit", plan.limits), ("warning", plan.warnings)):
         for sentence in sentences:
@@ -220,7 +221,9 @@ def _search_table(search: SearchRecord) -> Table:
 
 
 def _search_line(search: SearchRecord) -> str:
-    ending = "" if search.is_complete else "; the time ran out: --search-seconds gives more"
+    ending = f"; {search.early_end}" if search.early_end else ""
+    if ending and not search.failure:
+        ending += ": --search-seconds gives more"
     count = len(search.trials)
     return (
         f"search: {count} plan{'s' * (count != 1)} measured in {search.seconds:.0f} s on "

@@ -25,7 +25,7 @@ from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_tabl
 from edge_moe.offer import Offer, find_offer
 from edge_moe.optimise import solve
 from edge_moe.overhead import tokenizer_bytes
-from edge_moe.plan import Device, MemoryTerm, Plan, Source, Target
+from edge_moe.plan import Device, MemoryTerm, Plan, SearchRecord, Source, Target
 from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_bytes
 from edge_moe.published import Program, published_programs, with_room_for_protected
 from edge_moe.rivals import find_frontier, find_rivals, name_forms
@@ -71,6 +71,7 @@ def make_plan(
     defaults to `GRADIENT_LOSS` where there are `gradients`, and to `DEFAULT_LOSS` otherwise. With
     `measure`, plans proposed in many ways are measured for up to `search_seconds`, as `measuring`
     says, and the best of them is taken; `on_share` is told the share of the time that has passed.
+    Where measuring fails, the best so far is taken, and the plan says why.
 
     Raises:
         StatsError: the statistics belong to another model or lack a needed loss, or the gradients
@@ -135,7 +136,7 @@ def make_plan(
             *_solver_warnings(solution),
             *_context_warnings(context_tokens, context),
             *_evidence_warnings(stats),
-            *([UNSEARCHED] if spec.is_gguf and measure is None else []),
+            *_search_warnings(record, is_expected=spec.is_gguf or measure is not None),
             *missing_rivals,
         ],
         search=record,
@@ -295,6 +296,18 @@ def _super_expert_limits(spec: ModelSpec, supers: BoolArray, target: Target) -> 
         return []
     where = "the whole model" if scope == "model" else f"layers {', '.join(map(str, layers))}"
     return [f"Super experts share their form: {where} cannot go below {MINIMUM_BITS} bits."]
+
+
+def _search_warnings(record: SearchRecord | None, *, is_expected: bool) -> list[str]:
+    """Short of the reason, which may name folders: `record` has it, model cards repeat these."""
+    if record is None or not record.trials:
+        return [UNSEARCHED] if is_expected else []
+    if not record.failure:
+        return []
+    count = len(record.trials)
+    return [
+        f"the search ended early: after {count} plan{'s' * (count != 1)} no more could be measured."
+    ]
 
 
 def _solver_warnings(solution: Solution) -> list[str]:

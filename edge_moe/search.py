@@ -24,7 +24,16 @@ from edge_moe.problem import BoolArray, FloatArray, IntArray, Problem, Solution,
 from edge_moe.published import Program
 from edge_moe.saliency import CRITERIA, keep_largest, saliency
 from edge_moe.stats import ExpertStats
-from edge_moe.trials import Measure, Measuring, OnShare, TimeUp, Trial, Trials, surest
+from edge_moe.trials import (
+    Measure,
+    Measuring,
+    MeasuringFailed,
+    OnShare,
+    TimeUp,
+    Trial,
+    Trials,
+    surest,
+)
 
 Tables = Callable[[LossKind], FloatArray]
 """A kind of loss -> its table [L, E, F]."""
@@ -88,6 +97,7 @@ def search(
     experts that the best plan keeps. Stops `seconds` after the first plan was measured: with that
     plan experts are packed that later ones share, which may take `seconds`, too. `on_share` is told
     the share of them that has passed, `on_round` the choice [L, E] that every round ends with.
+    It stops, too, where `measure` fails, and keeps what was measured before; the record says why.
     `measuring` says what `measure` can do.
     Which plan takes the first one's place: see `edge_moe.trials`.
 
@@ -97,7 +107,7 @@ def search(
     if seconds <= 0:
         raise InputError(f"{seconds:g} seconds of search are none: use --no-search instead")
     start = time.monotonic()
-    trials = Trials(evidence.problem, measure, seconds, on_share, measuring)
+    trials, failure = Trials(evidence.problem, measure, seconds, on_share, measuring), ""
     try:
         trials.add({PLAN_NAME: first.choice})
         trials.restart_clock()
@@ -108,6 +118,8 @@ def search(
                 on_round(name, trials.best.choice)
     except TimeUp:
         trials.is_cut_short = True
+    except MeasuringFailed as error:
+        trials.is_cut_short, failure = True, str(error)
     best = trials.best if trials.results else Trial(PLAN_NAME, first.choice, np.array([np.nan]))
     record = SearchRecord(
         chosen=best.name,
@@ -115,6 +127,7 @@ def search(
         seconds=time.monotonic() - start,
         trials=[SearchTrial(name=each.name, kld=each.kld) for each in trials.results],
         limit_seconds=seconds,
+        failure=failure,
     )
     return Solution.of(evidence.problem, best.choice), record
 

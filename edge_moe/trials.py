@@ -25,6 +25,7 @@ Measure = Callable[[Mapping[str, IntArray], OnShare], Mapping[str, FloatArray]]
 """Choices [L, E] by name -> KL divergence of every token [N] in nats, of the same tokens always.
 
 Calls the second argument with the share of the pass that is done; what that raises goes through.
+Raises `MeasuringFailed` where the machine, not the plan, is at fault: a full disk, for one.
 """
 
 MAX_PASS_PROPOSALS = 12
@@ -49,6 +50,10 @@ class Measuring:
 
 class TimeUp(Exception):
     """The search's time is over; what was measured before counts."""
+
+
+class MeasuringFailed(Exception):
+    """No more plans can be measured, and why; what was measured before counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +181,7 @@ class Trials:
 
         Raises:
             TimeUp: the time ran out before the last layer.
+            MeasuringFailed: the machine is not able to measure.
         """
         known = self._measured_before()
         new = {name: choice for name, choice in choices.items() if _key(choice) not in known}

@@ -136,7 +136,7 @@ class GgufModel:
         """[T, V] float32: row t follows `token_ids[: t + 1]`.
 
         Raises:
-            InputError: more tokens than the context holds.
+            InputError: more tokens than the context holds, or llama.cpp fails at them.
         """
         if len(token_ids) > self._context_tokens:
             raise InputError(
@@ -144,7 +144,13 @@ class GgufModel:
                 f"{self._context_tokens}: use smaller windows"
             )
         self._llama.reset()
-        self._llama.eval(list(token_ids))
+        try:
+            self._llama.eval(list(token_ids))
+        except RuntimeError as error:  # llama_decode's code
+            raise InputError(
+                f"{self._path}: llama.cpp cannot compute it ({error}): free some memory, or use "
+                "smaller windows"
+            ) from None
         return np.array(self._llama.scores[: len(token_ids)], dtype=np.float32)
 
     def generate(

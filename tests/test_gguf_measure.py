@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,8 @@ from edge_moe.converters.build import GGUF_NAME, build  # noqa: E402
 from edge_moe.converters.calibrate_gguf import calibrate_gguf  # noqa: E402
 from edge_moe.converters.expert_squares import squares_in  # noqa: E402
 from edge_moe.converters.gguf_measure import GgufPlanMeasure  # noqa: E402
-from edge_moe.converters.slice_gguf import slice_gguf  # noqa: E402
+from edge_moe.converters.slice_gguf import slice_gguf, write_trial_slice  # noqa: E402
+from edge_moe.errors import DiskSpaceError  # noqa: E402
 from edge_moe.formats import DROP  # noqa: E402
 from edge_moe.gguf_model import GgufModel  # noqa: E402
 from edge_moe.moments import moments_path  # noqa: E402
@@ -130,7 +133,8 @@ def planned(
     output.unlink()
     capsys.readouterr()
     assert run_command(arguments) == 0
-    return Plan.load(output), " ".join(capsys.readouterr().err.split())
+    printed = capsys.readouterr()
+    return Plan.load(output), " ".join((printed.err + printed.out).split())
 
 
 def test_the_command_searches(
@@ -178,6 +182,70 @@ def test_what_keeps_plans_from_being_measured_is_said(
             hidden.rename(moments_path(stats, 0))
     assert re.search(wanted, printed), printed
     assert plan.search is None and UNSEARCHED in plan.warnings
+
+
+@pytest.mark.parametrize(
+    ("reason", "num_measured"),
+    [
+        ("no room", 0),
+        ("no room", 1),
+        ("full disk", 2),
+        ("llama.cpp", 0),
+        ("llama.cpp", 2),
+        ("decoding", 1),
+        ("memory", 1),
+    ],
+)
+def test_a_search_that_cannot_go_on_keeps_the_best_plan(
+    reason: str,
+    num_measured: int,
+    ready: Ready,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Everything that a machine may run out of while plans are measured."""
+    from llama_cpp import Llama
+
+    calls, first_eval = 0, Llama.eval
+
+    def write(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        path = arguments[2]
+        if calls <= num_measured:
+            return write_trial_slice(*arguments)
+        if reason == "no room":
+            raise DiskSpaceError("a plan that is measured needs 9 GB")
+        if reason == "full disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if reason == "memory":
+            raise MemoryError
+        if reason == "decoding":
+            monkeypatch.setattr(Llama, "eval", fails)
+            return write_trial_slice(*arguments)
+        path.write_bytes(b"GGUF and then nothing")
+
+    def fails(*_: Any) -> None:
+        monkeypatch.setattr(Llama, "eval", first_eval)
+        raise RuntimeError("llama_decode returned -3")
+
+    monkeypatch.setattr(gguf_measure, "write_trial_slice", write)
+    plan, printed = planned(ready, tmp_path / "plan.json", capsys, "--search-seconds", "60")
+    assert plan.search is not None and len(plan.search.trials) == num_measured
+    assert calls == num_measured + 1, "nothing is tried after a failure"
+    wanted = {
+        "no room": "needs 9 GB",
+        "full disk": "trial.gguf: No space left on device; free some space",
+        "llama.cpp": "llama.cpp cannot load it",
+        "decoding": "llama_decode returned -3",
+        "memory": "memory ran out",
+    }[reason]
+    assert wanted in plan.search.failure and not plan.search.is_complete
+    assert "no more could be measured" in printed and wanted.split(":")[0] in printed
+    said = [text for text in plan.warnings if "the search ended early: after" in text]
+    assert bool(said) == bool(num_measured) and (UNSEARCHED in plan.warnings) != bool(said)
+    assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
 
 
 class _Full:

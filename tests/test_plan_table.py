@@ -102,6 +102,18 @@ def test_summary_leaves_out_tables_of_experts() -> None:
     assert not summarise_plan(small_plan(budget_bytes=799), Path("plan.json")).fits
 
 
+def test_what_ended_a_search_early_is_said() -> None:
+    search = SearchRecord(
+        chosen="a", is_complete=False, seconds=1.0, trials=[SearchTrial(name="a", kld=0.1)]
+    )
+    text = " ".join(printed(small_plan(search=search)).split())
+    assert "the time ran out before every proposal was measured: --search-seconds gives" in text
+    failed = search.model_copy(update={"failure": "/data: No space left", "trials": []})
+    text = " ".join(printed(small_plan(search=failed)).split())
+    assert "no more could be measured: /data: No space left" in text
+    assert "--search-seconds" not in text and "Measured: mean KL" not in text
+
+
 def test_measured_plans_are_counted_in_words_that_agree() -> None:
     for count, words in ((1, "search: 1 plan measured"), (2, "search: 2 plans measured")):
         trials = [SearchTrial(name=f"way {index}", kld=0.1) for index in range(count)]

@@ -30,7 +30,7 @@ from edge_moe.search import (
     search,
 )
 from edge_moe.super_experts import find_super_experts
-from edge_moe.trials import OnShare, TimeUp, Trials
+from edge_moe.trials import MeasuringFailed, OnShare, TimeUp, Trials
 
 
 @pytest.fixture
@@ -124,6 +124,34 @@ def test_a_search_out_of_time_keeps_what_it_has(evidence: Evidence) -> None:
     best, record = search(evidence, first, Truth(evidence, limit=0), seconds=300)
     assert record.trials == [] and record.chosen == PLAN_NAME
     np.testing.assert_array_equal(best.choice, first.choice)
+
+
+class Failing(Truth):
+    """Measures so many passes, then the disk is full."""
+
+    def __init__(self, evidence: Evidence, num_passes: int) -> None:
+        super().__init__(evidence)
+        self._passes_left = num_passes
+
+    def __call__(self, choices: Mapping[str, IntArray], on_run: OnShare) -> dict[str, FloatArray]:
+        if not self._passes_left:
+            raise MeasuringFailed("/data: the disk is full")
+        self._passes_left -= 1
+        return super().__call__(choices, on_run)
+
+
+@pytest.mark.parametrize("num_passes", [0, 1, 2])
+def test_a_search_that_cannot_go_on_keeps_what_it_has(evidence: Evidence, num_passes: int) -> None:
+    first, truth = solve(evidence.problem), Failing(evidence, num_passes)
+    best, record = search(evidence, first, truth, seconds=300)
+    assert not record.is_complete and record.failure == "/data: the disk is full"
+    assert [trial.name for trial in record.trials] == truth.measured
+    assert record.early_end == "no more could be measured: /data: the disk is full"
+    if num_passes < 2:
+        np.testing.assert_array_equal(best.choice, first.choice)
+    else:
+        found = {trial.name: trial.kld for trial in record.trials}
+        assert found[record.chosen] < found[PLAN_NAME]
 
 
 def test_time_is_looked_at_between_passes(evidence: Evidence) -> None:

@@ -128,7 +128,7 @@ def search_line(data: ReportData) -> str:
     search = data.plan.search
     if search is None:
         return "No plan was measured before choosing; the predicted loss alone decided."
-    ending = "" if search.is_complete else "; the time ran out before every proposal was measured"
+    ending = f"; {search.early_end}" if search.early_end else ""
     count = len(search.trials)
     return (
         f"{count} plan{'s' * (count != 1)} measured in {search.seconds:.0f} s on "
