@@ -2,8 +2,9 @@
 
 What is measured is what `build` would write, as llama.cpp computes it, with rounded activations.
 A plan costs a copy of its bytes, packing of what changes its type (kept between plans within
-`PACKED_LIMIT_BYTES`) and one evaluation of the text. On disk: the whole model's logits, float32,
-and one plan's file.
+`PACKED_LIMIT_BYTES`) and one evaluation of the text. On disk: the whole model's logits, float32
+(4 V bytes per token of the text), and one plan's file. Logits are read a window at a time. Needs
+the extra `gguf`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class GgufPlanMeasure:
         work: Path,
         squares: InputSquares | None,
     ) -> None:
-        """`work` is an empty folder, which the caller removes; `squares` are the statistics'.
+        """`work` is a folder for files, which the caller removes; `squares` are the statistics'.
 
         Raises:
             InputError: a task without held-out text.
@@ -73,7 +74,7 @@ class GgufPlanMeasure:
         self._model, self._work, self._tasks = model, work, tuple(tasks)
         self._packer = SlicePacker(stats.quantiser, squares, PACKED_LIMIT_BYTES)
         self._longest = max(map(len, self._windows))
-        self._whole: list[npt.NDArray[np.float32]] = []
+        self._has_whole = False
         needed_bytes = model.file_bytes + 4 * self._num_tokens * model.spec.vocab_size
         require_free_disk(work, needed_bytes, "measuring plans")
 
@@ -139,7 +140,7 @@ class GgufPlanMeasure:
             on_share(_WRITING_SHARE * min(1.0, written / self._model.file_bytes))
 
         try:
-            if not self._whole:
+            if not self._has_whole:
                 self._run_whole(on_share)
             write_trial_slice(self._model, forms, path, self._packer, advance)
             return self._divergence(path, on_share)
@@ -154,20 +155,25 @@ class GgufPlanMeasure:
 
     def _run_whole(self, on_share: Callable[[float], None]) -> None:
         """Keep the whole model's logits [T, V] of every window on disk."""
-        found = []
         with gguf_logits.GgufModel(self._model.path, self._longest) as model:
             for index, window in enumerate(self._windows):
-                path = self._work / f"{index:04}.npy"
-                np.save(path, model.logits(window))
-                found.append(np.load(path, mmap_mode="r"))
+                np.save(self._whole_path(index), model.logits(window))
                 on_share(0.0)
-        self._whole = found
+        self._has_whole = True
 
     def _divergence(self, path: Path, on_share: Callable[[float], None]) -> FloatArray:
         parts = []
         with gguf_logits.GgufModel(path, self._longest) as model:
-            for index, (window, whole) in enumerate(zip(self._windows, self._whole, strict=True)):
-                parts.append(metrics.compare_tokens(model.logits(window), whole, window).kld)
+            for index in range(len(self._windows)):
+                parts.append(self._window_divergence(model, index))
                 share = (index + 1) / len(self._windows)
                 on_share(min(_WRITING_SHARE + (1 - _WRITING_SHARE) * share, 1 - 1e-9))
         return np.concatenate(parts)
+
+    def _window_divergence(self, model: gguf_logits.GgufModel, index: int) -> FloatArray:
+        window = self._windows[index]
+        whole: npt.NDArray[np.float32] = np.load(self._whole_path(index))  # mapped pages would stay
+        return metrics.compare_tokens(model.logits(window), whole, window).kld
+
+    def _whole_path(self, index: int) -> Path:
+        return self._work / f"{index:04}.npy"

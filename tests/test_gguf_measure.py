@@ -117,6 +117,39 @@ def test_a_plan_without_time_leaves_nothing(ready: Ready, tmp_path: Path) -> Non
     assert not list((tmp_path / "work").glob("*.gguf"))
 
 
+def test_disk_is_asked_for_before_it_is_needed(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text's logits and one plan's file; a plan of all experts is as large as the source."""
+    model, wanted = ready[0], list[int]()
+    monkeypatch.setattr(
+        gguf_measure, "require_free_disk", lambda folder, needed, purpose: wanted.append(needed)
+    )
+    measure, found = opened(ready, tmp_path / "work"), list[int]()
+
+    def look(share: float) -> None:
+        files = [path.stat().st_size for path in (tmp_path / "work").iterdir()]
+        found.append(sum(files))
+
+    every = range(model.spec.num_experts)
+    measure({"whole": forms_of(model, ("q8_0", every), ("q8_0", every))}, look)
+    with gguf_tokenizer(model.path) as tokenizer:
+        windows = search_windows([ready[2]], tokenizer, model.active_parameters)
+    logits_bytes = 4 * model.spec.vocab_size * sum(map(len, windows))
+    assert logits_bytes > model.file_bytes / 10, "not lost beside the file"
+    assert wanted == [logits_bytes + model.file_bytes]
+    headers_bytes = 128 * len(windows) + 1000  # of numpy's files; two keys of a slice
+    assert logits_bytes + model.file_bytes <= max(found) <= wanted[0] + headers_bytes
+
+
+@needs_proc
+def test_no_logits_stay_in_memory(ready: Ready, tmp_path: Path) -> None:
+    measure = opened(ready, tmp_path / "work")
+    measure({"plan": forms_of(ready[0], *[("q8_0", (0, 1, 3, 5))] * 2)}, lambda share: None)
+    assert len(list((tmp_path / "work").glob("*.npy"))) > 1
+    assert str(tmp_path / "work") not in Path("/proc/self/maps").read_text()
+
+
 def planned(
     ready: Ready, output: Path, capsys: pytest.CaptureFixture[str], *options: str
 ) -> tuple[Plan, str]:

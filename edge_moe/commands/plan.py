@@ -186,19 +186,15 @@ def _open_gguf_measure(
     stack: ExitStack,
 ) -> tuple[GgufPlanMeasure, Measuring]:
     """As `_open_measure`; plans are written beside `output` while they are measured."""
-    from tempfile import TemporaryDirectory
-
     from edge_moe.converters.calibration_memory import state_and_require_memory
     from edge_moe.converters.expert_squares import squares_in
     from edge_moe.converters.gguf_measure import MEASURING, GgufPlanMeasure, check_packable
+    from edge_moe.converters.search_folder import search_folder
     from edge_moe.converters.search_memory import NO_SEARCH
     from edge_moe.formats.quantise import get_quantiser
 
     check_packable(info)
-    folder = output.absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output.stem}-search-"
-    work = Path(stack.enter_context(TemporaryDirectory(prefix=prefix, dir=folder)))
+    work = stack.enter_context(search_folder(output))
     squares = squares_in(stats, source.spec) if get_quantiser(info.quantiser).needs else None
     if squares is not None:
         squares(source.spec.moe_layer_ids[0], 0, is_down=False)  # missing moments are known now
