@@ -226,6 +226,20 @@ def test_one_measured_plan_is_no_chart(artefact: Path, tmp_path: Path) -> None:
     assert "1 plan measured in 7 s" in page
 
 
+def test_a_search_that_measured_nothing_says_why(artefact: Path) -> None:
+    plan = Plan.load(artefact / "plan.json")
+    assert plan.search is not None
+    plan.search.trials, plan.search.is_complete = [], False
+    plan.search.failure = "/data: No space left"
+    plan.save(artefact / "plan.json")
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    print_report(artefact, console)
+    text = " ".join(console.export_text().split())
+    assert "0 plans measured in 7 s" in text
+    assert "no more could be measured: /data: No space left" in text
+    assert "proposed by" not in text
+
+
 def test_problems_solved_are_shown(artefact: Path, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     _evaluated(artefact, "prose")

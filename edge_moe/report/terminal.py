@@ -78,6 +78,8 @@ def _print_experts(data: ReportData, console: Console) -> None:
 def _print_search(data: ReportData, console: Console) -> None:
     """The best of the plans that were measured, and the ways that everybody knows."""
     console.print(f"search: {facts.search_line(data)}", highlight=False, markup=False)
+    if not facts.search_table(data):
+        return
     table = Table(box=None, pad_edge=False)
     table.add_column("proposed by")
     table.add_column("KLD", justify="right")
