@@ -10,6 +10,7 @@ from edge_moe.measurement import EvalResult
 from edge_moe.metrics import Estimate
 from edge_moe.report.data import ReportData
 from edge_moe.reproduce import command_line, model_name, prompt_options
+from edge_moe.tasks import task_label
 from edge_moe.trials import SELECTION_RULE
 from edge_moe.units import format_bytes
 
@@ -45,7 +46,8 @@ def verdict(data: ReportData) -> list[dict[str, str]]:
         parts.append(
             {
                 "tone": "",
-                "text": f"KL divergence {own.comparison.mean_kld.value:.3g} nats on {own.task}.",
+                "text": f"KL divergence {own.comparison.mean_kld.value:.3g} nats on "
+                f"{task_label(own.task)}.",
             }
         )
     return parts
@@ -58,7 +60,8 @@ def headline(data: ReportData) -> list[dict[str, str]]:
     full = data.full_expert_bytes
     items = [("experts kept", f"{len(every) - every.count(DROP)} of {len(every)}")]
     if full:
-        items.append(("of the experts' 16-bit bytes", f"{experts / full:.0%}"))
+        stored = "source's expert" if data.plan.stored_forms else "experts' 16-bit"
+        items.append((f"of the {stored} bytes", f"{experts / full:.0%}"))
     items.append(("planned memory", format_bytes(data.plan.total_bytes)))
     if data.run is not None:
         items.append(("measured peak", format_bytes(data.run.peak_memory_bytes)))
@@ -220,7 +223,8 @@ def _share(estimate: Estimate | None) -> str:
 
 
 def _task(result: EvalResult) -> str:
-    return result.task + {True: " (in task)", False: " (off task)", None: ""}[result.in_task]
+    remark = {True: " (in task)", False: " (off task)", None: ""}[result.in_task]
+    return task_label(result.task) + remark
 
 
 def _quality_row(result: EvalResult) -> dict[str, str]:
