@@ -46,8 +46,8 @@ def check_packable(stats: StatsInfo) -> None:
     """
     if not can_pack(stats.quantiser):
         raise StatsError(
-            f"the statistics' quantiser {stats.quantiser!r} packs by the calibration text, which a "
-            "GGUF is not packed by: calibrate with --quantiser imatrix or nearest"
+            f"the statistics' quantiser {stats.quantiser!r} packs by the calibration text, and no "
+            "GGUF is built that way: calibrate with --quantiser imatrix or nearest"
         )
 
 

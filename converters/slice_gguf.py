@@ -174,9 +174,9 @@ def check_slice(plan: Plan, model: GgufModel) -> None:
 def _check_quantiser(quantiser: str, squares: InputSquares | None) -> None:
     if not can_pack(quantiser):
         raise TargetError(
-            f"target gguf: the plan's losses were measured with the quantiser {quantiser!r}, "
-            "which would have to run the calibration text through the GGUF again: calibrate with "
-            "--quantiser imatrix or nearest, and plan again"
+            f"target gguf: the plan gives layers other types, packed by {quantiser!r}, which would "
+            "have to run the calibration text through the GGUF again: calibrate with --quantiser "
+            "imatrix or nearest, and plan again"
         )
     if get_quantiser(quantiser).needs and squares is None:
         raise InputError(

@@ -88,8 +88,8 @@ def _unmeasured_limits(forms: Sequence[str]) -> list[str]:
     ]
     if mixes:
         limits.append(
-            f"Mixes ({', '.join(mixes)}) were not measured in this calibration, as `edge-moe "
-            "calibrate --target gguf` does: not offered."
+            f"Mixes of types in one layer ({', '.join(mixes)} for gate/up/down) were not measured "
+            "in this calibration: not offered. `edge-moe calibrate --target gguf` measures them."
         )
     return limits
 

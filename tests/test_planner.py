@@ -262,6 +262,11 @@ def test_forms_that_were_not_measured_are_not_offered(qwen3: Checkpoint) -> None
     plan = plan_for(qwen3, half_of_the_experts(qwen3), stats=stats)
     assert {form for row in plan.forms for form in row} <= {DROP, "q4_k", "bf16"}
     assert "q8_0 was not measured in this calibration: not offered." in plan.limits
+    assert not any("Mixes" in line for line in plan.limits), "no other target has them"
+    plan = plan_for(qwen3, 10**12, stats=stats, target="gguf")
+    (said,) = [line for line in plan.limits if "Mixes" in line]
+    assert "q4_k/q4_k/q6_k for gate/up/down) were not measured" in said
+    assert said.endswith("not offered. `edge-moe calibrate --target gguf` measures them.")
     with pytest.raises(StatsError, match="needs drop"):
         plan_for(qwen3, 10**12, stats=fake_stats(qwen3, forms=("q4_k",)))
 
