@@ -7,7 +7,6 @@ Memory: one layer in float32, its dense tensors read one by one and its experts 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from edge_moe.errors import CheckpointError, InputError
 from edge_moe.runtime.model import fill_buffers, meta_model
 from edge_moe.runtime.moe_block import EXPERT_STACKS, MODULE_STACKS, MoeBlock
 from edge_moe.spec import ModelSpec
-from edge_moe.tensor_info import FloatArray, TensorInfo, to_float32
+from edge_moe.tensor_info import FloatArray, TensorInfo, read_range, to_float32
 
 _STACK_NAMES = tuple(f"experts.{name}" for name in MODULE_STACKS)
 
@@ -90,7 +89,7 @@ class LayerStream:
 
         Raises:
             InputError: a token id outside the embedding table.
-            CheckpointError: NaN or infinity in a row.
+            CheckpointError: NaN or infinity in a row, or the file ends before it.
         """
         name = self._checkpoint.spec.embedding_name
         info = self._checkpoint.tensors.get(name)
@@ -103,11 +102,8 @@ class LayerStream:
                 f"token id {wanted[-1]} is outside the model's {num_rows} embedding rows: "
                 "the tokenizer does not belong to this model"
             )
-        with info.path.open("rb") as handle:
-            raw = b"".join(
-                os.pread(handle.fileno(), row_bytes, info.offset + int(row) * row_bytes)
-                for row in wanted
-            )
+        starts = info.offset + wanted * row_bytes
+        raw = b"".join(read_range(info.path, int(start), row_bytes) for start in starts)
         rows = to_float32(raw, info.dtype).reshape(len(wanted), -1)
         if not np.isfinite(rows).all():
             raise CheckpointError(

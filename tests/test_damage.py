@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
+from edge_moe.converters.layer_stream import LayerStream
 from edge_moe.errors import CheckpointError, PackageError
 from edge_moe.runtime.session import Session
 
@@ -50,6 +52,23 @@ def test_nan_expert_of_a_checkpoint_is_named(
     folder = _changed(tiny_checkpoint("qwen3_moe"), tmp_path / "nan", "nan")
     with pytest.raises(CheckpointError, match="layer 1 expert 5 holds NaN.*: download it again"):
         Session.open(folder)
+
+
+def test_embedding_rows_that_end_early_are_an_error(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """The file is cut while it is in use: within a row, and between rows."""
+    checkpoint = Checkpoint(shutil.copytree(tiny_checkpoint("qwen3_moe"), tmp_path / "cut"))
+    stream = LayerStream(checkpoint, "eager")
+    info = checkpoint.tensors[checkpoint.spec.embedding_name]
+    row_bytes = info.num_bytes // info.shape[0]
+    assert stream.embed([7, 3]).shape == (1, 2, 64)
+    for left_bytes in (7 * row_bytes + row_bytes // 2, 7 * row_bytes):
+        os.truncate(info.path, info.offset + left_bytes)
+        assert stream.embed([3, 6, 3]).shape == (1, 3, 64)
+        for ids in ([7], [3, 7], [8, 9]):
+            with pytest.raises(CheckpointError, match=r"ended early.*download it again"):
+                stream.embed(ids)
 
 
 def test_foreign_dtype_is_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
