@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +18,13 @@ from edge_moe.commands.generation import (
     measure,
     statistics_lines,
 )
+from edge_moe.commands.opening import (
+    CommonOptions,
+    PagingOptions,
+    open_runnable,
+    runnable_path,
+    tracing,
+)
 from edge_moe.commands.options import (
     Budget,
     ContextTokens,
@@ -27,19 +34,15 @@ from edge_moe.commands.options import (
     RunnableModel,
     Skip,
     SkipCalibrationFile,
-    skip_rule,
     stderr,
 )
-from edge_moe.commands.task_choice import AUTO, choose_task, known_patterns
-from edge_moe.errors import InputError, TargetError
-from edge_moe.onnx_folder import is_onnx_folder
+from edge_moe.commands.task_choice import AUTO, choose_task
+from edge_moe.errors import InputError
 from edge_moe.units import parse_bytes
 
 if TYPE_CHECKING:
     from edge_moe.commands.generation import Runnable
     from edge_moe.measurement import RunMeasurement
-    from edge_moe.runtime.session import Session
-    from edge_moe.task_pattern import TaskPattern
 
 EXIT_INTERRUPTED = 130
 
@@ -119,62 +122,13 @@ def run_command(
     revision: Revision = None,
 ) -> None:
     """Generate text, paging experts in under a hard budget. Statistics go to stderr."""
-    from edge_moe.hub import gguf_inside, resolve_model
-
-    if prompt is not None and not prompt.strip():
-        raise InputError("--prompt is empty: give it some text, or leave it out for a chat")
-    if prompt is None and (json or record):
-        raise InputError("--json and --record measure one answer: give a --prompt too")
-    if prompt is None and task == AUTO:
-        raise InputError("--task auto matches a prompt: give a --prompt too, or name the task")
+    _check_prompt(prompt, is_needed=json or record, is_matched=task == AUTO)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     sampling.check()
-    path = gguf_inside(Path(model).expanduser()) or resolve_model(model, revision)
-    if path.suffix.lower() == ".gguf":
-        raise TargetError(
-            f"run cannot load {path}: it runs native packages, Hugging Face and ONNX folders; for "
-            f"GGUF use llama.cpp, as in `llama-cli -m {path}`, or build with --target native"
-        )
-    from edge_moe.runtime.session import Session
-
-    opened: Runnable
-    device_name = device.value if device else None
-    known: dict[str, TaskPattern] = {}
-    if is_onnx_folder(path):
-        options = {
-            "--slots": slots,
-            "--ram": ram,
-            "--task": task,
-            "--patterns": patterns,
-            "--skip": skip,
-            "--skip-calibration": skip_calibration,
-            "--trace": trace,
-        }
-        refuse_paging_options(path, options)
-        from edge_moe.runtime.onnx_session import OnnxSession
-
-        opened = OnnxSession.open(path, context_tokens=ctx, device=device_name, budget_bytes=budget)
-    else:
-        known = known_patterns(path, task, patterns)
-        opened = Session.open(
-            path,
-            budget_bytes=budget,
-            context_tokens=ctx,
-            device=device_name,
-            num_slots=slots,
-            prefetch=prefetch,
-            ram_bytes=ram,
-            skip=skip_rule(skip, skip_calibration, path),
-            pattern=known.get(task) if task else None,
-            match_first=task == AUTO,
-        )
-    with opened as session, ExitStack() as stack:
-        if task is not None and isinstance(session, Session):
-            choose_task(session, task, known, as_prompt(session, prompt or "", raw))
-        for warning in session.warnings:
-            stderr().print(f"warning: {warning}", style="yellow")
-        if trace is not None and isinstance(session, Session):
-            stack.enter_context(tracing(session, trace))
+    path = runnable_path(model, revision)
+    common = CommonOptions(budget, ctx, device.value if device else None)
+    paging = PagingOptions(slots, ram, task, patterns, skip, skip_calibration, trace, prefetch)
+    with _opened(path, common, paging, prompt or "", is_raw=raw) as session:
         if prompt is None:
             chat(session, sampling, is_raw=raw)
             return
@@ -191,24 +145,32 @@ def run_command(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def refuse_paging_options(path: Path, options: Mapping[str, object]) -> None:
-    """Raise `TargetError` where an option was given that onnxruntime has nothing for."""
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise TargetError(
-            f"{path} runs in onnxruntime, which neither pages nor skips experts: leave out "
-            f"{', '.join(given)}, or build with --target native"
-        )
+def _check_prompt(prompt: str | None, *, is_needed: bool, is_matched: bool) -> None:
+    """Refuse an empty prompt, and none where `--json`, `--record` or `--task auto` want one."""
+    if prompt is not None and not prompt.strip():
+        raise InputError("--prompt is empty: give it some text, or leave it out for a chat")
+    if prompt is None and is_needed:
+        raise InputError("--json and --record measure one answer: give a --prompt too")
+    if prompt is None and is_matched:
+        raise InputError("--task auto matches a prompt: give a --prompt too, or name the task")
 
 
 @contextmanager
-def tracing(session: Session, path: Path) -> Iterator[None]:
-    """Write the routers' choices to `path` when the block ends, however it ends."""
-    with session.tracing() as recorder:
-        try:
-            yield
-        finally:
-            recorder.finish(session.trace_info()).save(path)
+def _opened(
+    path: Path, common: CommonOptions, paging: PagingOptions, prompt: str, *, is_raw: bool
+) -> Iterator[Runnable]:
+    """The model in `path`, its task chosen and its warnings said; traced where that was asked."""
+    from edge_moe.runtime.session import Session
+
+    opened, known = open_runnable(path, common, paging)
+    with opened as session, ExitStack() as stack:
+        if paging.task is not None and isinstance(session, Session):
+            choose_task(session, paging.task, known, as_prompt(session, prompt, is_raw))
+        for warning in session.warnings:
+            stderr().print(f"warning: {warning}", style="yellow")
+        if paging.trace is not None and isinstance(session, Session):
+            stack.enter_context(tracing(session, paging.trace))
+        yield session
 
 
 def _print(measured: RunMeasurement, is_json: bool) -> None:
