@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -79,44 +80,78 @@ def make_plan(
         TargetError: the target cannot hold this architecture.
         BudgetError: nothing fits; carries the smallest budget that works.
     """
-    spec = source.spec
     _check_stats(source, stats)
     if gradients is not None:
         gradients.info.require_same_run(stats.info)
     offer = find_offer(source, stats.info.forms, target, device)
-    context = min(context_tokens or DEFAULT_CONTEXT_TOKENS, spec.max_position_embeddings)
-    process = runtime[0] + tokenizer_bytes(source.location), runtime[1]
-    setting = Setting(source, target, device, context, process)
+    setting = _setting(source, target, device, context_tokens, runtime)
     fixed_terms = setting.bill([])
-    fixed_bytes = non_expert_bytes(fixed_terms)
     evidence = gather_evidence(
-        *(spec, stats, offer.forms, target, budget_bytes - fixed_bytes),
+        *(source.spec, stats, offer.forms, target, budget_bytes - non_expert_bytes(fixed_terms)),
         gradients=gradients,
         kind=loss_kind,
         offer=offer,
     )
-    problem, supers = evidence.problem, evidence.supers
-    _check_budget(problem, fixed_terms, budget_bytes, target)
-    solution, record = solve(problem), None
+    _check_budget(evidence.problem, fixed_terms, budget_bytes, target)
+    solution, record = solve(evidence.problem), None
     if measure is not None:
         named = by_name(measure, offer.forms)
         solution, record = search(
             *(evidence, solution, named, search_seconds, on_share), measuring=measuring
         )
-    rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
+    asked = _Asked(model, budget_bytes, context_tokens, is_measured=measure is not None)
+    return _written(asked, setting, offer, evidence, gradients, solution, record)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a plan repeats of the question."""
+
+    model: str
+    budget_bytes: int
+    context_tokens: int | None
+    is_measured: bool
+
+
+def _setting(
+    source: SourceModel,
+    target: Target,
+    device: Device,
+    context_tokens: int | None,
+    runtime: tuple[int, Source],
+) -> Setting:
+    longest = source.spec.max_position_embeddings
+    context = min(context_tokens or DEFAULT_CONTEXT_TOKENS, longest)
+    process = runtime[0] + tokenizer_bytes(source.location), runtime[1]
+    return Setting(source, target, device, context, process)
+
+
+def _written(
+    asked: _Asked,
+    setting: Setting,
+    offer: Offer,
+    evidence: Evidence,
+    gradients: GradientStats | None,
+    solution: Solution,
+    record: SearchRecord | None,
+) -> Plan:
+    """The plan of `solution`, with everything that explains it."""
+    spec, stats, problem = setting.model.spec, evidence.stats, evidence.problem
     forms = name_forms(solution.choice, offer.forms)
+    rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
+    is_search_expected = spec.is_gguf or asked.is_measured
     return Plan(
         edge_moe_version=__version__,
-        model=model,
+        model=asked.model,
         model_type=spec.model_type,
-        model_fingerprint=source.fingerprint,
+        model_fingerprint=setting.model.fingerprint,
         stats_fingerprint=stats_fingerprint(stats),
         gradient_fingerprint="" if gradients is None else stats_fingerprint(gradients),
         tasks=list(stats.info.tasks),
-        target=target,
-        device=device,
-        budget_bytes=budget_bytes,
-        context_tokens=context,
+        target=setting.target,
+        device=setting.device,
+        budget_bytes=asked.budget_bytes,
+        context_tokens=setting.context_tokens,
         moe_layer_ids=list(spec.moe_layer_ids),
         top_k=spec.top_k,
         forms=forms,
@@ -124,19 +159,19 @@ def make_plan(
         terms=setting.bill(forms),
         loss=solution.loss,
         loss_unit=evidence.kind.unit,
-        frontier=find_frontier(problem, fixed_bytes, solution),
+        frontier=find_frontier(problem, non_expert_bytes(setting.bill([])), solution),
         rivals=rivals,
         saliency=_share_of_layer(problem.loss[..., 0]),
         routed_share=_share_of_layer(stats.routed_tokens.astype(np.float64)),
-        super_experts=_expert_keys(spec, supers),
+        super_experts=_expert_keys(spec, evidence.supers),
         form_bytes=dict(zip(offer.forms, problem.form_bytes.tolist(), strict=True)),
         stored_forms=list(offer.stored) if spec.is_gguf else [],
-        limits=[*offer.limits, *_super_expert_limits(spec, supers, target)],
+        limits=[*offer.limits, *_super_expert_limits(spec, evidence.supers, setting.target)],
         warnings=[
             *_solver_warnings(solution),
-            *_context_warnings(context_tokens, context),
+            *_context_warnings(asked.context_tokens, setting.context_tokens),
             *_evidence_warnings(stats),
-            *_search_warnings(record, is_expected=spec.is_gguf or measure is not None),
+            *_search_warnings(record, is_expected=is_search_expected),
             *missing_rivals,
         ],
         search=record,
