@@ -27,6 +27,13 @@ from edge_moe.offer import Offer, find_offer
 from edge_moe.optimise import solve
 from edge_moe.overhead import tokenizer_bytes
 from edge_moe.plan import Device, MemoryTerm, Plan, SearchRecord, Source, Target
+from edge_moe.plan_remarks import (
+    context_warnings,
+    evidence_warnings,
+    search_warnings,
+    solver_warnings,
+    super_expert_limits,
+)
 from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_bytes
 from edge_moe.published import Program, published_programs, with_room_for_protected
 from edge_moe.rivals import find_frontier, find_rivals, name_forms
@@ -41,11 +48,6 @@ from edge_moe.units import format_bytes, round_up_bytes
 DEFAULT_CONTEXT_TOKENS = 4096
 MeasureForms = Callable[[Mapping[str, list[list[str]]], OnShare], Mapping[str, FloatArray]]
 """Forms [L][E] by name -> KL divergence of every token [N]; see `edge_moe.trials.Measure`."""
-EVIDENCE_TOKENS = 32
-"""An expert that fewer calibration tokens chose has a loss that is hardly more than a guess."""
-UNSEARCHED = "planned by predicted loss alone: it was not measured on held-out text."
-THIN_EVIDENCE_SHARE = 0.1
-"""Share of experts below `EVIDENCE_TOKENS` from which a plan warns."""
 
 
 def make_plan(
@@ -166,12 +168,12 @@ def _written(
         super_experts=_expert_keys(spec, evidence.supers),
         form_bytes=dict(zip(offer.forms, problem.form_bytes.tolist(), strict=True)),
         stored_forms=list(offer.stored) if spec.is_gguf else [],
-        limits=[*offer.limits, *_super_expert_limits(spec, evidence.supers, setting.target)],
+        limits=[*offer.limits, *super_expert_limits(spec, evidence.supers, setting.target)],
         warnings=[
-            *_solver_warnings(solution),
-            *_context_warnings(asked.context_tokens, setting.context_tokens),
-            *_evidence_warnings(stats),
-            *_search_warnings(record, is_expected=is_search_expected),
+            *solver_warnings(solution),
+            *context_warnings(asked.context_tokens, setting.context_tokens),
+            *evidence_warnings(stats),
+            *search_warnings(record, is_expected=is_search_expected),
             *missing_rivals,
         ],
         search=record,
@@ -321,51 +323,3 @@ def _share_of_layer(table: FloatArray) -> list[list[float]]:
 
 def _expert_keys(spec: ModelSpec, supers: BoolArray) -> list[tuple[int, int]]:
     return [(spec.moe_layer_ids[layer], int(expert)) for layer, expert in np.argwhere(supers)]
-
-
-def _super_expert_limits(spec: ModelSpec, supers: BoolArray, target: Target) -> list[str]:
-    """Where a shared form makes the neighbours of a super expert pay."""
-    scope = TARGET_RULES[target].scope
-    layers = [spec.moe_layer_ids[layer] for layer in np.flatnonzero(supers.any(axis=1))]
-    if scope == "expert" or target == "hf" or not layers:
-        return []
-    where = "the whole model" if scope == "model" else f"layers {', '.join(map(str, layers))}"
-    return [f"Super experts share their form: {where} cannot go below {MINIMUM_BITS} bits."]
-
-
-def _search_warnings(record: SearchRecord | None, *, is_expected: bool) -> list[str]:
-    """Short of the reason, which may name folders: `record` has it, model cards repeat these."""
-    if record is None or not record.trials:
-        return [UNSEARCHED] if is_expected else []
-    if not record.failure:
-        return []
-    count = len(record.trials)
-    return [
-        f"the search ended early: after {count} plan{'s' * (count != 1)} no more could be measured."
-    ]
-
-
-def _solver_warnings(solution: Solution) -> list[str]:
-    if solution.gap == 0.0:
-        return []
-    return [
-        "the optimiser stopped at its time limit: "
-        f"up to {solution.gap:.2%} of the predicted loss could still be won."
-    ]
-
-
-def _context_warnings(asked_tokens: int | None, context_tokens: int) -> list[str]:
-    if asked_tokens in (None, context_tokens):
-        return []
-    return [f"context lowered from {asked_tokens} to {context_tokens} tokens, the model's maximum."]
-
-
-def _evidence_warnings(stats: ExpertStats) -> list[str]:
-    thin = int((stats.routed_tokens < EVIDENCE_TOKENS).sum())
-    if thin <= THIN_EVIDENCE_SHARE * stats.routed_tokens.size:
-        return []
-    return [
-        f"not enough evidence: {thin} of {stats.routed_tokens.size} experts were chosen by fewer "
-        f"than {EVIDENCE_TOKENS} of {stats.info.num_tokens} calibration tokens; "
-        "calibrate on more text."
-    ]

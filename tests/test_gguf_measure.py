@@ -35,7 +35,7 @@ from edge_moe.formats import DROP  # noqa: E402
 from edge_moe.gguf_model import GgufModel  # noqa: E402
 from edge_moe.moments import moments_path  # noqa: E402
 from edge_moe.plan import Plan  # noqa: E402
-from edge_moe.planner import UNSEARCHED  # noqa: E402
+from edge_moe.plan_remarks import UNSEARCHED  # noqa: E402
 from edge_moe.runtime.gguf_logits import gguf_tokenizer  # noqa: E402
 from edge_moe.runtime.heldout import search_windows  # noqa: E402
 from edge_moe.stats import ExpertStats  # noqa: E402

@@ -21,7 +21,8 @@ from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import find_offer, gguf_forms, stored_forms
 from edge_moe.optimise import solve
 from edge_moe.plan import Plan
-from edge_moe.planner import UNSEARCHED, gather_evidence, make_plan
+from edge_moe.plan_remarks import UNSEARCHED
+from edge_moe.planner import gather_evidence, make_plan
 from edge_moe.report.data import load_report
 from edge_moe.stats import ExpertStats
 
