@@ -210,4 +210,6 @@ def _load(path: Path, context_tokens: int, vocab_only: bool = False) -> Any:
                 verbose=False,
             )
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: llama.cpp cannot load it ({error}): export it again") from None
+        raise InputError(
+            f"{path}: llama.cpp cannot load it ({error}): free some memory, or export it again"
+        ) from None
