@@ -97,6 +97,7 @@ def search(
     experts that the best plan keeps. Stops `seconds` after the first plan was measured: with that
     plan experts are packed that later ones share, which may take `seconds`, too. `on_share` is told
     the share of them that has passed, `on_round` the choice [L, E] that every round ends with.
+    Nothing else is measured where the first plan changes no token's distribution.
     It stops, too, where `measure` fails, and keeps what was measured before; the record says why.
     `measuring` says what `measure` can do.
     Which plan takes the first one's place: see `edge_moe.trials`.
@@ -111,7 +112,8 @@ def search(
     try:
         trials.add({PLAN_NAME: first.choice})
         trials.restart_clock()
-        for name, run in _rounds(evidence, trials).items():
+        is_perfect = trials.best.kld == 0  # the model itself: nothing can be better
+        for name, run in ({} if is_perfect else _rounds(evidence, trials)).items():
             try:
                 run()
             finally:

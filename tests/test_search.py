@@ -90,6 +90,15 @@ def test_the_best_measured_plan_is_taken(evidence: Evidence) -> None:
     assert MIXED_BITS in found or not (best.choice == 0).any()
 
 
+def test_nothing_is_measured_beside_a_plan_that_loses_nothing(evidence: Evidence) -> None:
+    truth = Truth(evidence)
+    truth.layer_factors(0.0, 0.0)
+    first = solve(evidence.problem)
+    found, record = search(evidence, first, truth, 100)
+    assert truth.measured == [PLAN_NAME] and record.is_complete
+    assert np.array_equal(found.choice, first.choice)
+
+
 def test_layers_that_matter_more_are_made_dearer(evidence: Evidence) -> None:
     truth = Truth(evidence)
     truth.layer_factors(1 / 8, 64)

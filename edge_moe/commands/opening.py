@@ -69,7 +69,7 @@ def runnable_path(model: str, revision: str | None) -> Path:
     from edge_moe.hub import gguf_inside, resolve_model
 
     path = gguf_inside(Path(model).expanduser()) or resolve_model(model, revision)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         raise TargetError(
             f"run cannot load {path}: it runs native packages, Hugging Face and ONNX folders; for "
             f"GGUF use llama.cpp, as in `llama-cli -m {path}`, or build with --target native"
