@@ -82,8 +82,8 @@ def plan_command(
     Prints the bytes by term, the frontier (quality against size), other ways to spend the same
     bytes, and what the target cannot express. Loss gradients beside the statistics are used.
     """
-    from edge_moe.candidates import check_target
     from edge_moe.commands.plan_search import searching
+    from edge_moe.converters.target_checks import check_model
     from edge_moe.files import require_file_output
     from edge_moe.gradient_stats import load_gradients
     from edge_moe.hub import is_hub_id, resolve_model
@@ -96,7 +96,7 @@ def plan_command(
     gradients = load_gradients(stats, found_stats.info)
     folder = resolve_model(model, revision)
     source = open_model(folder)
-    check_target(source.spec, planned := _planned_target(target, source.spec))
+    check_model(source, planned := _planned_target(target, source.spec))
     runtime = _runtime(source.spec, planned, device.value)
     with searching(source, stats, found_stats.info, task, output, is_wanted=search) as found:
         plan = make_plan(
