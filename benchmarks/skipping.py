@@ -34,11 +34,11 @@ from edge_moe.runtime.allotment import (
     record_sizes,
 )
 from edge_moe.runtime.evaluate import progress, score_windows
-from edge_moe.runtime.generate import Decoder
 from edge_moe.runtime.heldout import heldout_windows
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.simulate import simulate
 from edge_moe.runtime.skipping import SkipRule, parse_skip
+from edge_moe.runtime.torch_decoder import Decoder
 from edge_moe.skip_calibration import SkipCalibration
 from edge_moe.units import format_bytes
 

@@ -27,8 +27,8 @@ from edge_moe.measurement import Provenance
 from edge_moe.metrics import mean_and_error
 from edge_moe.profiles import load_patterns
 from edge_moe.runtime.evaluate import progress
-from edge_moe.runtime.generate import Decoder
 from edge_moe.runtime.session import Session
+from edge_moe.runtime.torch_decoder import Decoder
 from edge_moe.runtime.trace import Trace
 from edge_moe.task_pattern import FLOOR, GENERAL, MARGIN, TaskPattern, cosine, match_pattern
 from edge_moe.tasks import load_task_texts

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from edge_moe.budget import PREFILL_CHUNK_TOKENS
 from edge_moe.errors import InputError
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class TokenLoop(ABC):
         self.timing = Timing()
 
     @abstractmethod
-    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:
+    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> FloatArray:
         """Feed tokens; float32 logits [1 or T, V] of the last or of every position."""
 
     @abstractmethod
     def cache_bytes(self) -> int:
         """Bytes of the tensors that the KV cache holds."""
 
-    def logits(self, token_ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.float32]:
+    def logits(self, token_ids: Sequence[int], vocab_size: int) -> FloatArray:
         """float32 [T, V]: row t predicts token t + 1.
 
         Raises:
@@ -75,19 +76,20 @@ class TokenLoop(ABC):
         logits = np.empty((len(token_ids), vocab_size), np.float32)
         done = 0
         for chunk in chunks(token_ids):
-            logits[done : done + len(chunk)] = self.step(chunk, keep_all=True).cpu().numpy()
+            logits[done : done + len(chunk)] = self.step(chunk, keep_all=True)
             done += len(chunk)
         return logits
 
-    def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
+    def prefill(self, token_ids: Sequence[int]) -> FloatArray:
         """Feed the prompt in chunks; logits [V] of its last position."""
         start = time.perf_counter()
-        logits = torch.empty(0)
+        logits: FloatArray = np.empty((1, 0), np.float32)
         for chunk in chunks(token_ids):
             logits = self.step(chunk)
         self.timing.prompt_tokens = len(token_ids)
         self.timing.prefill_seconds = time.perf_counter() - start
-        return logits[-1]
+        last: FloatArray = logits[-1]
+        return last
 
     def tokens(
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, eos: set[int]
@@ -102,7 +104,7 @@ class TokenLoop(ABC):
     def _tokens(
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, eos: set[int]
     ) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(sampling.seed)
+        generator = np.random.default_rng(sampling.seed)
         logits = self.prefill(prompt_ids)
         start = time.perf_counter()
         self.timing.stop_reason = "length"
@@ -120,37 +122,6 @@ class TokenLoop(ABC):
                 self.timing.stop_reason = "context"
                 return
             logits = self.step([token])[-1]
-
-
-class Decoder(TokenLoop):
-    """A sequence through a torch model and its KV cache."""
-
-    def __init__(self, model: Any, device: torch.device, context_tokens: int) -> None:
-        from edge_moe.runtime.kv_cache import make_cache
-
-        super().__init__(context_tokens)
-        self.model = model
-        self.device = device
-        self.cache = make_cache(model.config, context_tokens)
-
-    @torch.inference_mode()
-    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:
-        inputs = torch.tensor([list(token_ids)], device=self.device)
-        output = self.model(
-            input_ids=inputs,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=0 if keep_all else 1,
-        )
-        self.num_tokens += len(token_ids)
-        logits: torch.Tensor = output.logits[0].float()
-        return logits
-
-    def cache_bytes(self) -> int:
-        """Bytes of the keys, values and states that the cache holds."""
-        from edge_moe.runtime.kv_cache import cached_tensors
-
-        return sum(tensor.nbytes for tensor in cached_tensors(self.cache))
 
 
 def generate_text(
@@ -214,16 +185,20 @@ def chunks(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
         yield token_ids[start : start + PREFILL_CHUNK_TOKENS]
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def sample(logits: FloatArray, sampling: Sampling, generator: np.random.Generator) -> int:
     """Draw a token id from logits [V]; nucleus sampling when top_p < 1 (Holtzman et al. 2019)."""
     if sampling.temperature <= 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits.cpu() / sampling.temperature, dim=-1)
+    scaled = logits.astype(np.float64) / sampling.temperature
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first is always inside
+        order = np.argsort(-probabilities, kind="stable")
+        ordered = probabilities[order]
+        outside = ordered.cumsum() - ordered >= sampling.top_p  # the first is always inside
         probabilities[order[outside]] = 0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        probabilities /= probabilities.sum()
+    return int(generator.choice(len(probabilities), p=probabilities))
 
 
 class TextStream:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from edge_moe.budget import memory_terms
 from edge_moe.errors import BudgetError, InputError, TargetError, install_command
@@ -29,6 +28,7 @@ from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Device, MemoryTerm, Plan
 from edge_moe.runtime.allotment import context_length
 from edge_moe.runtime.generate import (
+    FloatArray,
     Sampling,
     Timing,
     TokenLoop,
@@ -263,7 +263,7 @@ class _OnnxLoop(TokenLoop):
         }
         self._growing = {value.name for value in states if _PAST_TOKENS in value.shape}
 
-    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> torch.Tensor:
+    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> FloatArray:
         binding = self._network.io_binding()
         total = self.num_tokens + len(token_ids)
         ids = np.array([list(token_ids)], np.int64)
@@ -275,10 +275,11 @@ class _OnnxLoop(TokenLoop):
         binding.bind_output("hidden_states" if keep_all else "logits")
         self._network.run_with_iobinding(binding)
         self.num_tokens = total
-        output: npt.NDArray[np.float32] = binding.get_outputs()[-1].numpy()
+        output: FloatArray = binding.get_outputs()[-1].numpy()
         if keep_all:
             (output,) = self._head.run(["logits"], {"hidden_states": output})
-        return torch.from_numpy(output[0])
+        rows: FloatArray = output[0]
+        return rows
 
     def cache_bytes(self) -> int:
         """Of the tokens so far: later rows of the buffers were not touched."""

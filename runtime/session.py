@@ -38,7 +38,6 @@ from edge_moe.runtime.allotment import (
 )
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.generate import (
-    Decoder,
     Sampling,
     Timing,
     check_prompt_length,
@@ -53,6 +52,7 @@ from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.residency import PagingOptions, Residency
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.subset import RouterRows, Rows, SubsetStore, choose_rows
+from edge_moe.runtime.torch_decoder import Decoder
 from edge_moe.runtime.trace import TraceInfo, TraceRecorder
 from edge_moe.spec import ModelSpec
 from edge_moe.task_pattern import Match, TaskPattern, match_pattern
