@@ -25,11 +25,11 @@ import numpy as np
 
 from edge_moe.budget import non_expert_bytes
 from edge_moe.converters.copy_range import write_all
-from edge_moe.converters.gguf_raw import RawTensor, header_bytes, offsets, string_key
 from edge_moe.converters.slice_gguf import slice_gguf
 from edge_moe.files import write_text
 from edge_moe.formats import DROP
 from edge_moe.gguf_model import GgufModel
+from edge_moe.gguf_raw import RawTensor, header_bytes, offsets, string_key
 from edge_moe.measurement import Provenance
 from edge_moe.plan import Plan
 from edge_moe.planner import make_plan

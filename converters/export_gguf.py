@@ -23,7 +23,6 @@ from edge_moe.converters.gguf_families import GGUF_FAMILIES
 from edge_moe.converters.gguf_family import GgufSource, Rule
 from edge_moe.converters.gguf_metadata import add_metadata, add_vocabulary, check_source
 from edge_moe.converters.gguf_provenance import add_provenance
-from edge_moe.converters.gguf_raw import offsets
 from edge_moe.converters.gguf_rules import forms_by_layer
 from edge_moe.converters.gguf_tokenizer import read_vocabulary
 from edge_moe.converters.gguf_writer import (
@@ -46,6 +45,7 @@ from edge_moe.formats import (
     form_fits,
     split_form,
 )
+from edge_moe.gguf_raw import offsets
 from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
 

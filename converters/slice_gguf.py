@@ -16,13 +16,6 @@ from pathlib import Path
 from edge_moe import __version__
 from edge_moe.converters.copy_range import RangeCopier, write_all
 from edge_moe.converters.gguf_metadata import FILE_TYPES
-from edge_moe.converters.gguf_raw import (
-    RawTensor,
-    header_bytes,
-    integer_key_like,
-    offsets,
-    string_key,
-)
 from edge_moe.converters.gguf_rules import forms_by_layer
 from edge_moe.converters.growing_file import GrowingFile, growing_file
 from edge_moe.converters.model_card import plan_fingerprint
@@ -34,6 +27,13 @@ from edge_moe.formats import FORM_NAMES, form_fits, split_form
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_model import GgufModel
+from edge_moe.gguf_raw import (
+    RawTensor,
+    header_bytes,
+    integer_key_like,
+    offsets,
+    string_key,
+)
 from edge_moe.gguf_split import SPLIT_KEYS
 from edge_moe.gguf_tensors import EXPERT_MATRIX, is_per_expert, layer_of
 from edge_moe.plan import Plan

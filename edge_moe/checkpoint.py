@@ -37,8 +37,8 @@ class Checkpoint:
         """
         if folder.suffix.lower() == ".gguf" and folder.is_file():
             raise InputError(
-                f"{folder} is a GGUF file, which only inspect, calibrate, plan, build and eval "
-                "read, and llama.cpp runs: give the Hugging Face folder that it was made from"
+                f"{folder} is a GGUF file, which only inspect, calibrate, plan, build, eval "
+                "and run read: give the Hugging Face folder that it was made from"
             )
         self.folder = folder
         config_path = folder / "config.json"

@@ -43,9 +43,9 @@ def local_path(model: str) -> Path:
     inside = gguf_inside(path)
     if inside is not None:
         raise InputError(
-            f"model {model!r} is a folder around a GGUF file: inspect, calibrate, plan, build and "
-            f"eval read {inside} itself, other commands need the checkpoint or a build with "
-            "--target native"
+            f"model {model!r} is a folder around a GGUF file: inspect, calibrate, plan, build, "
+            f"eval and run read {inside} itself, other commands need the checkpoint or a build "
+            "with --target native"
         )
     if path.is_file() and path.suffix.lower() != ".gguf":
         raise InputError(

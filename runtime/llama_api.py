@@ -20,6 +20,7 @@ _FIELDS = {
         "n_gpu_layers",
         "load_mode",
         "no_alloc",
+        "tensor_buft_overrides",
         "use_extra_bufts",
         "kv_overrides",
     ),
@@ -34,6 +35,7 @@ _FIELDS = {
         "type_k",
         "type_v",
         "cb_eval",
+        "op_offload",
     ),
     "llama_model_kv_override": ("tag", "key", "value"),
     "llama_batch": ("n_tokens", "token", "pos", "n_seq_id", "seq_id", "logits"),
@@ -45,7 +47,26 @@ _FUNCTIONS = (
     "llama_init_from_model",
     "llama_memory_clear",
     "llama_model_load_from_file",
+    "llama_model_load_from_file_ptr",
 )
+
+
+class _TensorHead(ctypes.Structure):
+    """The first fields of ggml_tensor."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+    )
+
+
+_TYPE_F32 = 0
 
 
 class LlamaApi:
@@ -58,6 +79,10 @@ class LlamaApi:
         ggml.ggml_get_name.restype = ctypes.c_char_p
         ggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
         ggml.ggml_nbytes.restype = ctypes.c_size_t
+        ggml.ggml_get_data.argtypes = [ctypes.c_void_p]
+        ggml.ggml_get_data.restype = ctypes.c_void_p
+        ggml.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]
+        ggml.ggml_backend_buffer_is_host.restype = ctypes.c_bool
         for function in (ggml.ggml_backend_tensor_get, ggml.ggml_backend_tensor_set):
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
             function.restype = None
@@ -84,6 +109,45 @@ class LlamaApi:
             )
         self._ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
         return values
+
+    def strided_int32(self, tensor: int) -> npt.NDArray[np.int32]:
+        """A copy of a node [T, k] whose rows lie apart, such as the first k of a ranking."""
+        head = _TensorHead.from_address(tensor)
+        count, rows, stride = head.ne[0], head.ne[1], head.nb[1]
+        raw = np.empty(self._ggml.ggml_nbytes(tensor), np.uint8)
+        self._ggml.ggml_backend_tensor_get(tensor, raw.ctypes.data, 0, raw.nbytes)
+        found = np.lib.stride_tricks.as_strided(
+            raw[: 4 * count].view(np.int32), (rows, count), (stride, 4)
+        )
+        return np.array(found)
+
+    def row(self, tensor: int, width: int) -> npt.NDArray[np.float32] | None:
+        """A copy of the one row of a float32 node [1, width]; None where it is something else."""
+        head = _TensorHead.from_address(tensor)
+        if (head.type, head.ne[0], head.ne[1]) != (_TYPE_F32, width, 1):
+            return None
+        values = np.empty(width, np.float32)
+        self._ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+        return values
+
+    def float32_source(
+        self, node: int, name: str, shape: tuple[int, int]
+    ) -> npt.NDArray[np.float32] | None:
+        """The matrix called `name` among a node's sources, where it lies; None if it is not there
+        as float32 of this shape, or not in this process's own memory."""
+        ggml = self._ggml
+        for source in _TensorHead.from_address(node).src:
+            if not source or self.name(source) != name:
+                continue
+            head = _TensorHead.from_address(source)
+            is_plain = (head.type, head.ne[0], head.ne[1]) == (_TYPE_F32, shape[1], shape[0])
+            if not is_plain or not ggml.ggml_backend_buffer_is_host(head.buffer):
+                return None
+            floats = (ctypes.c_float * (shape[0] * shape[1])).from_address(
+                ggml.ggml_get_data(source)
+            )
+            return np.ctypeslib.as_array(floats).reshape(shape)
+        return None
 
     def write(self, tensor: int, values: npt.NDArray[Any]) -> None:
         """Replace what a node holds; same bytes."""

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_moe.converters.gguf_raw import (
+from edge_moe.formats.ggml_types import GGML_TYPES
+from edge_moe.gguf_header import read_gguf_header
+from edge_moe.gguf_raw import (
     RawTensor,
     header_bytes,
     integer_key_like,
     offsets,
     string_key,
 )
-from edge_moe.formats.ggml_types import GGML_TYPES
-from edge_moe.gguf_header import read_gguf_header
 
 NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=0x4E00, exclude_categories=["Cs"]))
 SHAPES = st.lists(st.integers(1, 5), min_size=0, max_size=3)

@@ -14,10 +14,11 @@ from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
     from edge_moe.measurement import RunMeasurement
+    from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.onnx_session import OnnxSession
     from edge_moe.runtime.session import Session
 
-    Runnable = Session | OnnxSession
+    Runnable = Session | OnnxSession | GgufSession
 
 Prompt = str | list[dict[str, str]]
 """Text to continue, or chat messages."""
@@ -98,7 +99,9 @@ def measure(
         terms=session.memory(),
         measured_terms=_measured_terms(session, model),
         cached_tokens=timing.cached_tokens,
-        peak_memory_bytes=peak_memory_bytes("cpu" if kind == "onnx" else session.device.type),
+        peak_memory_bytes=peak_memory_bytes(
+            session.device.type if kind in ("package", "checkpoint") else "cpu"
+        ),
         prompt_tokens=timing.prompt_tokens,
         generated_tokens=timing.generated_tokens,
         load_seconds=session.load_seconds,
@@ -122,9 +125,11 @@ def _measured_terms(session: Runnable, model: Path) -> dict[str, int]:
 
 def _accelerator(session: Runnable) -> str:
     """Name of the GPU in use, or empty."""
+    if session.device.type != "cuda":
+        return ""
     import torch
 
-    if session.device.type != "cuda" or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return ""
     return str(torch.cuda.get_device_name())
 

@@ -1,4 +1,4 @@
-"""What `edge-moe run` opens: a session that pages experts, or an ONNX folder."""
+"""What `edge-moe run` opens: a session that pages experts, a .gguf file, or an ONNX folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from edge_moe.commands.options import skip_rule
 from edge_moe.commands.task_choice import AUTO, known_patterns
 from edge_moe.errors import TargetError
 from edge_moe.onnx_folder import is_onnx_folder
+from edge_moe.open_model import is_gguf_file
 
 if TYPE_CHECKING:
     from edge_moe.commands.generation import Runnable
+    from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.session import Session
     from edge_moe.task_pattern import TaskPattern
 
@@ -39,10 +41,13 @@ class PagingOptions:
     skip: str | None
     skip_calibration: Path | None
     trace: Path | None
-    prefetch: bool
+    prefetch: bool | None
 
-    def refuse(self, path: Path) -> None:
-        """Raise `TargetError` where one was given for the ONNX folder `path`."""
+    def refuse(self, path: Path, runs: str, names: tuple[str, ...]) -> None:
+        """Raise `TargetError` where one of the options `names` was given.
+
+        `runs` says what runs `path`, and why it has nothing for them.
+        """
         values = {
             "--slots": self.slots,
             "--ram": self.ram_bytes,
@@ -52,29 +57,22 @@ class PagingOptions:
             "--skip-calibration": self.skip_calibration,
             "--trace": self.trace,
         }
-        given = [name for name, value in values.items() if value is not None]
+        given = [name for name in names if values[name] is not None]
         if given:
             raise TargetError(
-                f"{path} runs in onnxruntime, which neither pages nor skips experts: leave out "
-                f"{', '.join(given)}, or build with --target native"
+                f"{path} runs in {runs}: leave out {', '.join(given)}, or build with --target "
+                "native"
             )
 
 
-def runnable_path(model: str, revision: str | None) -> Path:
-    """The folder that MODEL names.
+_ROUTING = ("--ram", "--task", "--patterns", "--skip", "--skip-calibration", "--trace")
 
-    Raises:
-        TargetError: it is a GGUF file, which llama.cpp runs.
-    """
+
+def runnable_path(model: str, revision: str | None) -> Path:
+    """The folder or .gguf file that MODEL names."""
     from edge_moe.hub import gguf_inside, resolve_model
 
-    path = gguf_inside(Path(model).expanduser()) or resolve_model(model, revision)
-    if path.suffix.lower() == ".gguf":
-        raise TargetError(
-            f"run cannot load {path}: it runs native packages, Hugging Face and ONNX folders; for "
-            f"GGUF use llama.cpp, as in `llama-cli -m {path}`, or build with --target native"
-        )
-    return path
+    return gguf_inside(Path(model).expanduser()) or resolve_model(model, revision)
 
 
 def open_runnable(
@@ -83,10 +81,13 @@ def open_runnable(
     """The model in `path`, and its task patterns by name where a task was asked for.
 
     Raises:
-        TargetError: an ONNX folder, and options for paging.
+        TargetError: options that what runs it has nothing for.
     """
+    if is_gguf_file(path):
+        return _open_gguf(path, common, paging), {}
     if is_onnx_folder(path):
-        paging.refuse(path)
+        runs = "onnxruntime, which neither pages nor skips experts"
+        paging.refuse(path, runs, ("--slots", *_ROUTING))
         from edge_moe.runtime.onnx_session import OnnxSession
 
         onnx = OnnxSession.open(
@@ -105,13 +106,31 @@ def open_runnable(
         context_tokens=common.context_tokens,
         device=common.device,
         num_slots=paging.slots,
-        prefetch=paging.prefetch,
+        prefetch=paging.prefetch is not False,
         ram_bytes=paging.ram_bytes,
         skip=skip_rule(paging.skip, paging.skip_calibration, path),
         pattern=known.get(paging.task) if paging.task else None,
         match_first=paging.task == AUTO,
     )
     return session, known
+
+
+def _open_gguf(path: Path, common: CommonOptions, paging: PagingOptions) -> GgufSession:
+    paging.refuse(path, "llama.cpp, which routes by itself", _ROUTING)
+    if common.device == "cuda":
+        raise TargetError(
+            f"{path} runs in llama.cpp with its experts on the CPU: leave out --device cuda, or "
+            "build with --target native"
+        )
+    from edge_moe.runtime.gguf_session import GgufSession
+
+    return GgufSession.open(
+        path,
+        budget_bytes=common.budget_bytes,
+        context_tokens=common.context_tokens,
+        num_slots=paging.slots,
+        prefetch=paging.prefetch,
+    )
 
 
 @contextmanager

@@ -48,7 +48,7 @@ Model = Annotated[str, _model("Checkpoint folder, native package, .gguf file")]
 EvaluatedModel = Annotated[
     str, _model("Checkpoint folder, native package, ONNX folder, .gguf file")
 ]
-RunnableModel = Annotated[str, _model("Checkpoint folder, native package, ONNX folder")]
+RunnableModel = Annotated[str, _model("Checkpoint folder, native package, .gguf file, ONNX folder")]
 SourceModel = Annotated[str, _model("Hugging Face checkpoint folder")]
 CalibratedModel = Annotated[str, _model("Hugging Face checkpoint folder, .gguf file")]
 Revision = Annotated[

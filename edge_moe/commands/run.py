@@ -43,6 +43,7 @@ from edge_moe.units import parse_bytes
 if TYPE_CHECKING:
     from edge_moe.commands.generation import Runnable
     from edge_moe.measurement import RunMeasurement
+    from edge_moe.runtime.session import Session
 
 EXIT_INTERRUPTED = 130
 
@@ -88,8 +89,14 @@ def run_command(
         ),
     ] = None,
     prefetch: Annotated[
-        bool, typer.Option("--prefetch/--no-prefetch", help="Fetch the next layer's experts early.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--prefetch/--no-prefetch",
+            help="Read the next layer's experts early. Of a .gguf both are tried, and the faster "
+            "one stays, unless this says.",
+            show_default=False,
+        ),
+    ] = None,
     slots: Annotated[
         int | None,
         typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
@@ -160,17 +167,23 @@ def _opened(
     path: Path, common: CommonOptions, paging: PagingOptions, prompt: str, *, is_raw: bool
 ) -> Iterator[Runnable]:
     """The model in `path`, its task chosen and its warnings said; traced where that was asked."""
-    from edge_moe.runtime.session import Session
-
     opened, known = open_runnable(path, common, paging)
     with opened as session, ExitStack() as stack:
-        if paging.task is not None and isinstance(session, Session):
-            choose_task(session, paging.task, known, as_prompt(session, prompt, is_raw))
+        paged = None if paging.task is None and paging.trace is None else _native(session)
+        if paging.task is not None and paged is not None:
+            choose_task(paged, paging.task, known, as_prompt(session, prompt, is_raw))
         for warning in session.warnings:
             stderr().print(f"warning: {warning}", style="yellow")
-        if paging.trace is not None and isinstance(session, Session):
-            stack.enter_context(tracing(session, paging.trace))
+        if paging.trace is not None and paged is not None:
+            stack.enter_context(tracing(paged, paging.trace))
         yield session
+
+
+def _native(session: Runnable) -> Session | None:
+    """`session` where edge-moe's own runtime runs it, whose import takes torch."""
+    from edge_moe.runtime.session import Session
+
+    return session if isinstance(session, Session) else None
 
 
 def _print(measured: RunMeasurement, is_json: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME, GgmlType
 
 VERSION = 3
-_STRING = 8
+_UINT32, _FLOAT32, _STRING = 4, 6, 8
 _INTEGER_CODES = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 
 
@@ -46,6 +46,12 @@ class _Sized(Protocol):
 def string_key(name: str, value: str) -> bytes:
     """A key with a string."""
     return _string(name) + struct.pack("<I", _STRING) + _string(value)
+
+
+def number_key(name: str, value: int | float) -> bytes:
+    """A key with a uint32 or a float32."""
+    kind, code = (_UINT32, "<I") if isinstance(value, int) else (_FLOAT32, "<f")
+    return _string(name) + struct.pack("<I", kind) + struct.pack(code, value)
 
 
 def integer_key_like(raw: bytes, value: int) -> bytes:

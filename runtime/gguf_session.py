@@ -1,0 +1,321 @@
+"""`GgufSession`: any GGUF MoE in llama.cpp under a hard budget of RAM, its experts paged by us."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe import budget as bill
+from edge_moe.errors import BudgetError, InputError
+from edge_moe.gguf_model import GgufModel
+from edge_moe.offer import stored_forms
+from edge_moe.overhead import gguf_overhead
+from edge_moe.plan import MemoryTerm
+from edge_moe.runtime import memory
+from edge_moe.runtime.generate import Sampling, Timing, TokenLoop, generate_text
+from edge_moe.runtime.gguf_experts import GgufExperts
+from edge_moe.runtime.gguf_vocabulary import GgufVocabulary
+from edge_moe.runtime.llama_predict import NextRouter
+from edge_moe.runtime.llama_probe import require_loadable
+from edge_moe.runtime.paged_llama import LoadedModel, PagedContext
+from edge_moe.runtime.policy import (
+    EvictionPolicy,
+    PagingStatistics,
+    SoonestNextUse,
+    token_cycle_bytes,
+)
+from edge_moe.runtime.prefetch_trial import PrefetchTrial
+from edge_moe.units import format_bytes, round_up_bytes
+
+_DEFAULT_CONTEXT_TOKENS = 4096
+
+
+class _Where(NamedTuple):
+    """The device, as `torch.device` names it."""
+
+    type: str
+
+
+class GgufSession:
+    """The interface of `runtime.session.Session` that running and chatting need."""
+
+    def __init__(
+        self,
+        model: GgufModel,
+        loaded: LoadedModel,
+        experts: GgufExperts,
+        context: PagedContext,
+        terms: list[MemoryTerm],
+        context_tokens: int,
+    ) -> None:
+        """Use `GgufSession.open`."""
+        self.spec = model.spec
+        self.device = _Where("cpu")
+        self.context_tokens = context_tokens
+        self.timing = Timing()
+        self.load_seconds = 0.0
+        self.warnings: list[str] = []
+        self.tokenizer = GgufVocabulary(loaded.api.llama, loaded.pointer, model.header)
+        self._loaded = loaded
+        self._experts = experts
+        self._context = context
+        self._terms = terms
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        budget_bytes: int | None = None,
+        context_tokens: int | None = None,
+        num_slots: int | None = None,
+        prefetch: bool | None = None,
+        policy: type[EvictionPolicy] = SoonestNextUse,
+    ) -> GgufSession:
+        """Load everything but the experts of the file `path`, and those as far as they fit.
+
+        Args:
+            budget_bytes: hard cap on RAM; None keeps every expert in memory.
+            context_tokens: longest sequence; default 4096 or the model's limit.
+            num_slots: experts in memory at once, instead of a budget.
+            prefetch: read guessed experts of the next layer ahead; None tries both by turns on the
+                first tokens, and keeps what is faster.
+            policy: which expert leaves.
+
+        Raises:
+            BudgetError: the budget cannot hold the model even when paging.
+            CheckpointError, SpecError: a damaged file, or no MoE that is known.
+            InputError: llama.cpp cannot run it, or fewer slots than top_k.
+            MissingExtraError: llama-cpp-python is not installed.
+        """
+        start = time.perf_counter()
+        memory.limit_arenas()
+        model = GgufModel(path)
+        context = _context_tokens(model, context_tokens)
+        terms = _terms(model, context, has_budget=budget_bytes is not None)
+        limit_bytes = _limit_bytes(model, terms, budget_bytes, num_slots)
+        batch_tokens = _batch_tokens(model, limit_bytes)
+        require_loadable(path, context, min(batch_tokens, context), {})
+        loaded = LoadedModel(model)
+        sizes = _expert_bytes(model)
+        cycle_bytes = token_cycle_bytes(sizes.values(), model.spec.top_k)
+        experts = GgufExperts(model, loaded.region, limit_bytes, policy())
+        is_paging = experts.total_bytes > limit_bytes
+        if not is_paging:
+            experts.fill()
+        predictor = trial = None
+        if is_paging and prefetch is not False:
+            predictor = NextRouter(loaded.api, model, model.spec.top_k)
+            trial = PrefetchTrial() if prefetch is None else None
+        network = PagedContext(
+            loaded,
+            experts,
+            context_tokens=context,
+            batch_tokens=min(batch_tokens, context),
+            is_paging=is_paging,
+            path=path,
+            predictor=predictor,
+            trial=trial,
+        )
+        session = cls(model, loaded, experts, network, terms, context)
+        if is_paging and limit_bytes < cycle_bytes:
+            session.warnings.append(
+                f"experts have {format_bytes(limit_bytes)}, one token uses "
+                f"{format_bytes(cycle_bytes)}: nearly every expert is read anew for every token; "
+                "raise --budget if you can"
+            )
+        session.load_seconds = time.perf_counter() - start
+        return session
+
+    def generate(
+        self,
+        prompt: str | list[dict[str, str]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """As `Session.generate`."""
+        prompt_ids = self.prompt_ids(prompt)
+        loop = self._loop()
+        self.timing = loop.timing
+        sampling = Sampling(temperature, top_p, seed)
+        yield from generate_text(
+            loop, self.tokenizer, prompt_ids, self.eos_ids, sampling, max_new_tokens, stop
+        )
+
+    def generate_ids(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, *, stop_at_eos: bool = True
+    ) -> list[int]:
+        """Greedy continuation as token ids."""
+        loop = self._loop()
+        self.timing = loop.timing
+        eos = self.eos_ids if stop_at_eos else set()
+        return list(loop.tokens(prompt_ids, max_new_tokens, Sampling(), eos))
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """float32 [T, V]: row t predicts token t + 1.
+
+        Raises:
+            InputError: more tokens than the context holds.
+        """
+        return self._loop().logits(token_ids, self.spec.vocab_size)
+
+    def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Token ids of text, or of chat messages in the file's chat template.
+
+        Raises:
+            InputError: nothing in it, or messages without a chat template.
+        """
+        return self.tokenizer.prompt_ids(prompt)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Every token that ends a text, as llama.cpp counts them."""
+        return self.tokenizer.end_ids
+
+    @property
+    def is_paging(self) -> bool:
+        """Whether there is less memory than experts."""
+        return self._experts.total_bytes > self._experts.limit_bytes
+
+    @property
+    def measured_terms(self) -> dict[str, int]:
+        """Bytes really taken, by the name of the term."""
+        return {"experts": self._experts.used_bytes}
+
+    def memory(self) -> list[MemoryTerm]:
+        """The bill at this budget, term by term."""
+        limit = min(self._experts.limit_bytes, self._experts.total_bytes)
+        experts = MemoryTerm(name="experts", num_bytes=limit, source="plan", note="whole pages")
+        return [experts if term.name == "experts" else term for term in self._terms]
+
+    def statistics(self) -> PagingStatistics:
+        """What paging did since the session was opened."""
+        return self._experts.statistics
+
+    @property
+    def prefetch_trial(self) -> PrefetchTrial | None:
+        """Whether reading ahead pays here, where that is being tried."""
+        return self._context.prefetch_trial
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if the bookkeeping is inconsistent."""
+        self._experts.check_integrity()
+
+    def close(self) -> None:
+        """Free the model and close the files."""
+        self._context.close()
+        self._experts.close()
+        self._loaded.close()
+
+    def _loop(self) -> _LlamaLoop:
+        self._context.clear()
+        return _LlamaLoop(self._context, self.context_tokens)
+
+    def __enter__(self) -> GgufSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _LlamaLoop(TokenLoop):
+    """A sequence through llama.cpp."""
+
+    def __init__(self, context: PagedContext, context_tokens: int) -> None:
+        super().__init__(context_tokens)
+        self._context = context
+
+    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> npt.NDArray[np.float32]:
+        found: Any = self._context.decode(token_ids, self.num_tokens, keep_all=keep_all)
+        self.num_tokens += len(token_ids)
+        rows: npt.NDArray[np.float32] = found
+        return rows
+
+    def cache_bytes(self) -> int:
+        """llama.cpp takes the whole context's at once."""
+        return 0
+
+
+def _context_tokens(model: GgufModel, asked: int | None) -> int:
+    longest = model.spec.max_position_embeddings
+    if asked is not None and asked > longest:
+        raise InputError(
+            f"context {asked} is longer than the model's {longest} tokens: lower --ctx"
+        )
+    return asked or min(_DEFAULT_CONTEXT_TOKENS, longest)
+
+
+def _terms(model: GgufModel, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
+    """The bill with every expert resident; only a budget is worth measuring a process for."""
+    setting = bill.Setting(model, "gguf", "cpu", context_tokens, (0, "assumed"))
+    rows = [[form] * model.spec.num_experts for form in stored_forms(model)]
+    process, source = gguf_overhead(model.header, is_measured=has_budget)
+    runtime = MemoryTerm(
+        name="runtime", num_bytes=process, source=source, note="a process with llama.cpp"
+    )
+    return [runtime if term.name == "runtime" else term for term in setting.bill(rows)]
+
+
+def _expert_bytes(model: GgufModel) -> dict[int, int]:
+    """Whole pages that an expert of each layer takes at most."""
+    count = model.spec.num_experts
+    return {
+        layer_id: sum(_pages(info.num_bytes // count) for info in layer.stacks)
+        for layer_id, layer in model.layers.items()
+    }
+
+
+def _pages(num_bytes: int) -> int:
+    from edge_moe.runtime.llama_region import PAGE_BYTES
+
+    return (-(-num_bytes // PAGE_BYTES) + 1) * PAGE_BYTES
+
+
+def _limit_bytes(
+    model: GgufModel, terms: list[MemoryTerm], budget_bytes: int | None, num_slots: int | None
+) -> int:
+    """What experts may take.
+
+    Raises:
+        BudgetError: too little for one token.
+        InputError: fewer slots than top_k.
+    """
+    largest, top_k = max(_expert_bytes(model).values()), model.spec.top_k
+    if num_slots is not None:
+        if num_slots < top_k:
+            raise InputError(f"{num_slots} slots are fewer than top_k={top_k}: give at least that")
+        return num_slots * largest
+    if budget_bytes is None:
+        return sum(_expert_bytes(model).values()) * model.spec.num_experts
+    fixed, smallest = bill.non_expert_bytes(terms), top_k * largest
+    if budget_bytes - fixed < smallest:
+        raise BudgetError(
+            f"budget {format_bytes(budget_bytes)} is too small even when experts are paged: "
+            f"{bill.describe_terms([term for term in terms if term.name != 'experts'])} and "
+            f"{format_bytes(smallest)} of experts; the smallest that works is "
+            f"{round_up_bytes(fixed + smallest)}: raise --budget or lower --ctx",
+            minimum_bytes=fixed + smallest,
+        )
+    return budget_bytes - fixed
+
+
+def _batch_tokens(model: GgufModel, limit_bytes: int) -> int:
+    """Tokens computed at a time: whatever their routers choose in one layer fits together."""
+    spec = model.spec
+    fitting = limit_bytes // max(_expert_bytes(model).values())
+    if fitting >= spec.num_experts:
+        return bill.LLAMA_UBATCH_TOKENS
+    return max(1, min(fitting // spec.top_k, bill.LLAMA_UBATCH_TOKENS))

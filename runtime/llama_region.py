@@ -1,0 +1,170 @@
+"""Memory of our own under llama.cpp's expert tensors: taken page by page, given back the same way.
+
+llama.cpp asks a buffer type for memory (`tensor_buft_overrides`). This one reserves addresses
+without memory behind them. A tensor's first byte lies as far from a page's start as in its file, so
+that O_DIRECT reads whole blocks into place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Any
+
+from edge_moe.errors import InputError
+
+PAGE_BYTES = mmap.PAGESIZE
+_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 4, 14, 15
+_MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_TENSOR_WORDS = 42
+"""Of 8 bytes, in ggml_tensor; its pointer to the data is one of them."""
+
+_NAME = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+_ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_SIZE = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)
+_TENSOR_SIZE = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p)
+_FLAG = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
+
+
+class _BufferType(ctypes.Structure):
+    """ggml_backend_buffer_type, ggml/src/ggml-backend-impl.h of GGML_BACKEND_API_VERSION 2."""
+
+    _fields_ = (
+        ("get_name", _NAME),
+        ("alloc_buffer", _ALLOCATE),
+        ("get_alignment", _SIZE),
+        ("get_max_size", ctypes.c_void_p),
+        ("get_alloc_size", _TENSOR_SIZE),
+        ("is_host", _FLAG),
+        ("device", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+    )
+
+
+class ExpertRegion:
+    """The addresses of all expert tensors. Keep it until the model is freed, then `close` it."""
+
+    def __init__(self, ggml: Any) -> None:
+        """`ggml` is libggml-base."""
+        self._libc = _libc()
+        self._ggml = ggml
+        ggml.ggml_backend_cpu_buffer_from_ptr.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        ggml.ggml_backend_cpu_buffer_from_ptr.restype = ctypes.c_void_p
+        ggml.ggml_get_data.argtypes = [ctypes.c_void_p]
+        ggml.ggml_get_data.restype = ctypes.c_void_p
+        self._tensors: dict[str, int] = {}
+        self._places: dict[str, int] = {}
+        self._free = 0
+        """Where the next tensor's pages begin."""
+        self._ranges: list[tuple[int, int]] = []
+        self.error: BaseException | None = None
+        self._name = ctypes.create_string_buffer(b"edge-moe")
+        self._type = _BufferType(
+            _NAME(lambda _: ctypes.addressof(self._name)),
+            _ALLOCATE(self._allocate),
+            _SIZE(lambda _: PAGE_BYTES),
+            None,
+            _TENSOR_SIZE(self._size),
+            _FLAG(lambda _: True),
+            None,
+            None,
+        )
+
+    @property
+    def buffer_type(self) -> int:
+        """What llama.cpp takes as a buffer type."""
+        return ctypes.addressof(self._type)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors that llama.cpp put here."""
+        return frozenset(self._tensors)
+
+    def place(self, name: str, file_offset: int) -> int:
+        """Move the tensor `name` to pages of its own, where O_DIRECT can read it; its address.
+
+        llama.cpp puts tensors side by side. Loading must be over; a second call changes nothing.
+
+        Raises:
+            InputError: another layout of ggml_tensor than is known.
+        """
+        if name not in self._places:
+            tensor = self._tensors[name]
+            start = self._free + file_offset % PAGE_BYTES
+            self._free = _page_end(start + int(self._ggml.ggml_nbytes(tensor)))
+            self._point(tensor, start)
+            self._places[name] = start
+        return self._places[name]
+
+    def _point(self, tensor: int, address: int) -> None:
+        """Let a tensor's data be at `address`."""
+        found = self._ggml.ggml_get_data(tensor)
+        words = (ctypes.c_uint64 * _TENSOR_WORDS).from_address(tensor)
+        indices = [index for index, word in enumerate(words) if word == found]
+        if len(indices) == 1:
+            words[indices[0]] = address
+        if self._ggml.ggml_get_data(tensor) != address:
+            raise InputError(
+                "this version of llama-cpp-python keeps tensors in a way that is not known here: "
+                "install the one that edge-moe[gguf] names"
+            )
+
+    def give_back(self, start: int, end: int) -> None:
+        """Memory of the whole pages between two addresses; they read as zeros then."""
+        if start < end:
+            self._advise(start, end - start, _MADV_DONTNEED)
+
+    def give_back_all(self) -> None:
+        """What loading has touched."""
+        for start, num_bytes in self._ranges:
+            self._advise(start, num_bytes, _MADV_DONTNEED)
+
+    def settle(self) -> None:
+        """Loading is over: from now on memory is taken in small pages, which can be counted."""
+        self.give_back_all()
+        for start, num_bytes in self._ranges:
+            self._advise(start, num_bytes, _MADV_NOHUGEPAGE)
+
+    def close(self) -> None:
+        """Give addresses and memory back. Nothing may look at a tensor afterwards."""
+        for start, num_bytes in self._ranges:
+            self._libc.munmap(start, num_bytes)
+        self._ranges, self._tensors = [], {}
+
+    def _allocate(self, _type: int, num_bytes: int) -> int | None:
+        num_bytes = _page_end(num_bytes)
+        start = self._libc.mmap(
+            None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, _MAP_FLAGS, -1, 0
+        )
+        if start == _MAP_FAILED:
+            return None  # llama.cpp says how much it could not get
+        self._advise(start, num_bytes, _MADV_HUGEPAGE)  # touched and given back while loading
+        self._free = self._free or start
+        self._ranges.append((start, num_bytes))
+        buffer: int = self._ggml.ggml_backend_cpu_buffer_from_ptr(start, num_bytes)
+        return buffer
+
+    def _size(self, _type: int, tensor: int) -> int:
+        self._tensors[self._ggml.ggml_get_name(tensor).decode()] = tensor
+        return _page_end(int(self._ggml.ggml_nbytes(tensor))) + PAGE_BYTES
+
+    def _advise(self, start: int, num_bytes: int, advice: int) -> None:
+        self._libc.madvise(start, num_bytes, advice)
+
+
+def _page_end(address: int) -> int:
+    """The first page's start that is not before `address`."""
+    return -(-address // PAGE_BYTES) * PAGE_BYTES
+
+
+def _libc() -> Any:
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
+        *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
+    ]
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc

@@ -1,0 +1,271 @@
+"""A GGUF model in llama.cpp whose routed experts are paged by us; the rest is llama.cpp's.
+
+Loading reads everything but the experts. While a graph runs, llama.cpp's evaluation callback hands
+over the choice of every router (`ffn_moe_topk`), and goes on when the chosen experts are there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe.errors import InputError
+from edge_moe.formats import ggml_library
+from edge_moe.gguf_model import GgufModel
+from edge_moe.measurement import usable_cores
+from edge_moe.runtime.gguf_experts import GgufExperts
+from edge_moe.runtime.llama_api import LlamaApi, llama_api
+from edge_moe.runtime.llama_log import llama_log
+from edge_moe.runtime.llama_predict import NextRouter
+from edge_moe.runtime.llama_region import ExpertRegion
+from edge_moe.runtime.llama_stream import ModelStream, c_stream, model_pieces
+from edge_moe.runtime.prefetch_trial import PrefetchTrial
+
+TOPK = "ffn_moe_topk"
+"""Node with the ids that a layer's router chose, int32 [T, k], rows apart in memory."""
+_LOAD_MODE_NONE = 0
+_RELEASE_BYTES = 16 * 2**20
+"""Loading touches so much of the experts' memory at most."""
+
+
+class _Override(ctypes.Structure):
+    """llama_model_tensor_buft_override."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+class LoadedModel:
+    """llama.cpp's model, and the memory of its experts, which holds nothing yet."""
+
+    def __init__(self, model: GgufModel, *, gpu_layers: int = 0) -> None:
+        """Load `model`, for which `llama_probe.require_loadable` holds.
+
+        Memory: the weights outside routed experts, and 16 MB of experts at a time.
+
+        Raises:
+            MissingExtraError: llama-cpp-python is not installed.
+            InputError: llama.cpp refuses the file, or keeps experts elsewhere.
+            CheckpointError, OSError: the file cannot be read.
+        """
+        self.api: LlamaApi = llama_api(model.path)
+        self.region = ExpertRegion(ggml_library.library())
+        self._touched_bytes = 0
+        names = model.expert_tensors
+        stream = ModelStream(model_pieces(model, names), self._on_skipped)
+        overrides = (_Override * 2)(
+            _Override(_pattern(names), self.region.buffer_type), _Override(None, None)
+        )
+        llama = self.api.llama
+        llama.llama_backend_init()
+        parameters = llama.llama_model_default_params()
+        parameters.n_gpu_layers = gpu_layers
+        parameters.load_mode = _LOAD_MODE_NONE
+        parameters.use_extra_bufts = False  # repacked experts would lie elsewhere
+        parameters.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        with c_stream(stream) as file, llama_log() as log:
+            self.pointer = llama.llama_model_load_from_file_ptr(file, parameters)
+        if stream.error is not None:
+            self.close()
+            raise stream.error
+        if not self.pointer:
+            self.close()
+            raise InputError(
+                f"{model.path}: llama.cpp cannot load it ({log.last}): download or export it again"
+            )
+        self._require_all(model, names)
+        self.region.settle()
+
+    def close(self) -> None:
+        """Free the model, then the experts' memory."""
+        if self.pointer:
+            self.api.llama.llama_model_free(self.pointer)
+        self.pointer = None
+        self.region.close()
+
+    def _on_skipped(self, num_bytes: int) -> None:
+        self._touched_bytes += num_bytes
+        if self._touched_bytes >= _RELEASE_BYTES:
+            self.region.give_back_all()
+            self._touched_bytes = 0
+
+    def _require_all(self, model: GgufModel, names: frozenset[str]) -> None:
+        elsewhere = names - self.region.names
+        if elsewhere:
+            self.close()
+            raise InputError(
+                f"{model.path}: llama.cpp did not put {min(elsewhere)!r} where experts can be "
+                "paged: run it with llama.cpp itself"
+            )
+
+
+def _pattern(names: frozenset[str]) -> bytes:
+    """A regular expression for exactly these tensors; layers differ by number alone."""
+    endings = sorted({re.escape(name.split(".", 2)[2]) for name in names})
+    return f"^blk\\.[0-9]+\\.({'|'.join(endings)})$".encode()
+
+
+class PagedContext:
+    """A sequence in llama.cpp; `decode` pages what the routers choose."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        experts: GgufExperts,
+        *,
+        context_tokens: int,
+        batch_tokens: int,
+        is_paging: bool,
+        path: Any,
+        predictor: NextRouter | None = None,
+        trial: PrefetchTrial | None = None,
+    ) -> None:
+        """`batch_tokens` are computed at a time, so that their experts fit together.
+
+        Raises:
+            InputError: llama.cpp cannot make the context.
+        """
+        self._path = path
+        self._api = loaded.api
+        self._experts = experts
+        self._batch_tokens = batch_tokens
+        self._predictor = predictor
+        self._trial = trial
+        self._reads_ahead = predictor is not None
+        self._layers = {f"{TOPK}-{id_}": layer for layer, id_ in enumerate(experts.layer_ids)}
+        self._seen: set[int] = set()
+        self._num_new = 0
+        self._error: BaseException | None = None
+        llama = self._api.llama
+        # ctypes keeps no reference: the library would call freed memory
+        self._callback = llama.ggml_backend_sched_eval_callback(self._on_node)
+        parameters = llama.llama_context_default_params()
+        parameters.n_ctx = context_tokens
+        parameters.n_batch = parameters.n_ubatch = batch_tokens
+        parameters.n_seq_max = 1
+        parameters.n_threads = parameters.n_threads_batch = usable_cores()
+        parameters.op_offload = False  # experts are where they are paged to
+        if is_paging:
+            parameters.cb_eval = self._callback
+        self._is_paging = is_paging
+        with llama_log() as log:
+            self._context = llama.llama_init_from_model(loaded.pointer, parameters)
+        if not self._context:
+            raise InputError(
+                f"{path}: llama.cpp cannot run a context of {context_tokens} tokens ({log.last}): "
+                "lower --ctx"
+            )
+
+    @property
+    def prefetch_trial(self) -> PrefetchTrial | None:
+        """Whether reading ahead pays here, where that is being tried."""
+        return self._trial
+
+    def clear(self) -> None:
+        """Forget the sequence."""
+        llama = self._api.llama
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+
+    def decode(self, token_ids: Sequence[int], start: int, *, keep_all: bool = False) -> Any:
+        """Compute tokens at positions `start`...; float32 logits [1 or T, V].
+
+        Raises:
+            InputError: ids that the model does not know, or experts that do not fit together.
+            CheckpointError, OSError: experts could not be read; `clear` before going on.
+        """
+        if len(token_ids) == 1 and self._trial is not None:
+            self._reads_ahead = self._trial.start_token()
+        rows = []
+        for at in range(0, len(token_ids), self._batch_tokens):
+            piece = token_ids[at : at + self._batch_tokens]
+            is_last = at + len(piece) == len(token_ids)
+            rows.append(self._decode_piece(piece, start + at, keep_all, is_last))
+        if len(token_ids) == 1 and self._trial is not None:
+            self._trial.end_token()
+        return np.concatenate([row for row in rows if row is not None])
+
+    def close(self) -> None:
+        if self._context:
+            self._api.llama.llama_free(self._context)
+        self._context = None
+
+    def _decode_piece(
+        self, token_ids: Sequence[int], start: int, keep_all: bool, is_last: bool
+    ) -> npt.NDArray[np.float32] | None:
+        llama = self._api.llama
+        count = len(token_ids)
+        batch = llama.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            for index, token_id in enumerate(token_ids):
+                batch.token[index] = token_id
+                batch.pos[index] = start + index
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = 0
+                batch.logits[index] = keep_all or (is_last and index == count - 1)
+            self._error, self._num_new = None, count
+            self._seen = set()
+            with llama_log() as log:
+                code = llama.llama_decode(self._context, batch)
+        finally:
+            llama.llama_batch_free(batch)
+        if self._error is not None:
+            raise self._error
+        if code != 0:
+            raise InputError(
+                f"{self._path}: llama.cpp stops with code {code} ({log.last}): do the token ids "
+                "belong to this file?"
+            )
+        self._require_all_seen()
+        if not keep_all and not is_last:
+            return None
+        width = llama.llama_vocab_n_tokens(
+            llama.llama_model_get_vocab(llama.llama_get_model(self._context))
+        )
+        first = 0 if keep_all else count - 1
+        found = [
+            np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, index), (width,)).copy()
+            for index in range(first, count)
+        ]
+        return np.stack(found)
+
+    def _require_all_seen(self) -> None:
+        """A layer whose router was not seen would have computed with experts that are not there."""
+        if self._is_paging and len(self._seen) < len(self._layers):
+            missing = min(set(self._layers.values()) - self._seen)
+            raise InputError(
+                f"{self._path}: llama.cpp's graph has no node {TOPK} in layer "
+                f"{self._experts.layer_ids[missing]}: its experts cannot be paged; give a budget "
+                "that holds them all"
+            )
+
+    def _on_node(self, tensor: int, is_asking: bool, _data: object) -> bool:
+        """llama.cpp's callback: asked whether a node is wanted, then given it."""
+        if self._error is not None:
+            return False
+        try:
+            name = self._api.name(tensor)
+            layer = self._layers.get(name)
+            if is_asking:
+                if self._predictor is not None and self._reads_ahead:
+                    self._predictor.see(name, tensor)
+                return layer is not None
+            if layer is not None:
+                self._page_in(layer, self._api.strided_int32(tensor))
+            return True
+        except BaseException as error:  # must not unwind through C
+            self._error = error
+            return False
+
+    def _page_in(self, layer: int, chosen: npt.NDArray[np.int32]) -> None:
+        """Wait for the experts [T, k] of a layer, and start on those of the next."""
+        self._seen.add(layer)
+        rows = np.unique(chosen).tolist()
+        self._experts.require(layer, rows)
+        if self._predictor is not None and self._reads_ahead and self._num_new == 1:
+            guessed = self._predictor.guess(layer)
+            self._experts.prefetch(layer + 1, guessed, [(layer, row) for row in rows])

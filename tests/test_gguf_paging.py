@@ -1,0 +1,372 @@
+"""Experts of a GGUF paged by us: bit for bit what stock llama.cpp computes, whatever is there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import memory_cgroup
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import TinyCheckpoint
+from float32_gguf import float32_gguf
+from gguf_files import requantised
+
+from edge_moe.cli import run
+from edge_moe.errors import BudgetError, CheckpointError, InputError
+from edge_moe.families import FAMILIES
+from edge_moe.gguf_model import GgufModel
+from edge_moe.runtime import gguf_session, llama_stream, paged_llama
+from edge_moe.runtime.gguf_session import GgufSession
+from edge_moe.runtime.prefetch_trial import PrefetchTrial
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+FloatArray = npt.NDArray[np.float32]
+IDS = [int(i) for i in np.random.default_rng(0).integers(1, 250, 40)]
+CONTEXT = 64
+UNWRITTEN = ("deepseek_v2", "phimoe")
+"""Families whose minimal models llama.cpp routes otherwise."""
+READ = sorted(
+    name for name, family in FAMILIES.items() if family.gguf_arch and name not in UNWRITTEN
+)
+
+
+@pytest.fixture(scope="module")
+def gguf_of(
+    tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp("gguf")
+            made[family] = float32_gguf(tiny_checkpoint(family), folder / f"{family}.gguf")
+        return made[family]
+
+    return make
+
+
+def stock_logits(path: Path, batch_tokens: int) -> FloatArray:
+    """[T, V] by llama.cpp with its own mapping of the file: prompt, then token by token."""
+    from llama_cpp import llama_cpp as llama
+
+    llama.llama_backend_init()
+    options = llama.llama_model_default_params()
+    options.use_extra_bufts, options.n_gpu_layers = False, 0
+    model = llama.llama_model_load_from_file(os.fsencode(path), options)
+    settings = llama.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, batch_tokens, batch_tokens
+    settings.n_threads = settings.n_threads_batch = len(os.sched_getaffinity(0))
+    context = llama.llama_init_from_model(model, settings)
+    width = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    rows: list[FloatArray] = []
+    for start, ids in _pieces(batch_tokens):
+        batch = llama.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for index, token in enumerate(ids):
+            batch.token[index], batch.pos[index], batch.logits[index] = token, start + index, 1
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+        assert llama.llama_decode(context, batch) == 0
+        rows += [
+            np.ctypeslib.as_array(llama.llama_get_logits_ith(context, index), (width,)).copy()
+            for index in range(len(ids))
+        ]
+        llama.llama_batch_free(batch)
+    llama.llama_free(context)
+    llama.llama_model_free(model)
+    return np.stack(rows)
+
+
+def _pieces(batch_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    """30 tokens in batches, then one at a time."""
+    for start in range(0, 30, batch_tokens):
+        yield start, IDS[start : min(start + batch_tokens, 30)]
+    for start in range(30, len(IDS)):
+        yield start, IDS[start : start + 1]
+
+
+def paged_logits(session: GgufSession) -> FloatArray:
+    context = session._context
+    context.clear()
+    rows = [context.decode(IDS[:30], 0, keep_all=True)]
+    rows += [context.decode([token], 30 + index) for index, token in enumerate(IDS[30:])]
+    session.check_integrity()
+    return np.concatenate(rows)
+
+
+@pytest.fixture
+def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of our own need not be opened in another process first."""
+    monkeypatch.setattr(gguf_session, "require_loadable", lambda *_: None)
+
+
+@pytest.mark.parametrize("family", READ)
+@pytest.mark.usefixtures("unprobed")
+def test_logits_are_those_of_stock_llama_cpp(family: str, gguf_of: Callable[[str], Path]) -> None:
+    path = gguf_of(family)
+    spec = GgufModel(path).spec
+    total = spec.num_experts * spec.num_moe_layers
+    expected: dict[int, FloatArray] = {}
+    for num_slots in sorted({spec.top_k, spec.top_k + 1, spec.num_experts, total - 1, total}):
+        for prefetch in (False, True):
+            with GgufSession.open(
+                path, context_tokens=CONTEXT, num_slots=num_slots, prefetch=prefetch
+            ) as session:
+                found = paged_logits(session)
+                batch_tokens = session._context._batch_tokens
+                assert session.is_paging == (num_slots < total)
+                if num_slots <= spec.num_experts:
+                    assert session.statistics().misses > 0
+            if batch_tokens not in expected:
+                expected[batch_tokens] = stock_logits(path, batch_tokens)
+            assert np.array_equal(found, expected[batch_tokens]), num_slots
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_parts_of_a_split_model_page_as_one(
+    tiny_checkpoint: TinyCheckpoint, gguf_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("qwen3_moe")
+    first = float32_gguf(source, tmp_path / "split.gguf", split_max_tensors=5)
+    assert len(list(tmp_path.glob("split-*.gguf"))) > 2
+    with GgufSession.open(first, context_tokens=CONTEXT, num_slots=3) as session:
+        found = paged_logits(session)
+    with GgufSession.open(gguf_of("qwen3_moe"), context_tokens=CONTEXT, num_slots=3) as session:
+        assert np.array_equal(found, paged_logits(session))
+
+
+@pytest.fixture
+def quantised(gguf_of: Callable[[str], Path], tmp_path: Path) -> Path:
+    """Experts of 4 and 6 bits, whose rows end anywhere in a page."""
+    types = {"ffn_(gate|up)_exps": "Q4_0", "ffn_down_exps": "Q8_0"}
+    return requantised(gguf_of("qwen3_moe"), tmp_path / "quantised.gguf", types)
+
+
+def test_text_and_chat_are_those_of_llama_cpp_python(quantised: Path) -> None:
+    from llama_cpp import Llama
+
+    stock = Llama(str(quantised), n_ctx=CONTEXT, n_batch=512, verbose=False)
+    asked = stock.create_completion("def f(", max_tokens=20, temperature=0.0, repeat_penalty=1.0)
+    expected = asked["choices"][0]["text"]  # type: ignore[index]
+    stock.close()
+    for num_slots in (2, 5, 15):
+        with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=num_slots) as session:
+            assert "".join(session.generate("def f(", max_new_tokens=20)) == expected
+            assert "".join(session.generate("def f(", max_new_tokens=20)) == expected, "again"
+            assert session.timing.generated_tokens == 20
+            with pytest.raises(InputError, match="no chat template"):
+                next(session.generate([{"role": "user", "content": "hello"}]))
+            with pytest.raises(InputError, match="prompt has .* tokens but the context holds 64"):
+                next(session.generate("x" * 200))
+
+
+def test_a_sequence_is_forgotten_by_the_next(quantised: Path) -> None:
+    with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4) as session:
+        first = session.logits(IDS[:20])
+        session.logits(IDS[20:])
+        assert np.array_equal(session.logits(IDS[:20]), first)
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def test_experts_never_take_more_than_their_limit(
+    quantised: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes in memory are counted by the system: pages of the region that are there."""
+    with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=5) as session:
+        experts, most = session._experts, 0
+        real = experts.require
+
+        def counted(layer: int, rows: list[int]) -> None:
+            nonlocal most
+            real(layer, rows)
+            experts.check_integrity()
+            most = max(most, _present_bytes(session))
+            assert _present_bytes(session) <= experts.used_bytes <= experts.limit_bytes
+
+        monkeypatch.setattr(experts, "require", counted)
+        session.logits(IDS)
+        assert most > experts.limit_bytes / 2
+        assert session.statistics().evictions > 10
+
+
+def _present_bytes(session: GgufSession) -> int:
+    """Of the experts' addresses, what has memory behind it: /proc/self/pagemap."""
+    total = 0
+    with open("/proc/self/pagemap", "rb") as handle:
+        for start, num_bytes in session._loaded.region._ranges:
+            handle.seek(start // 4096 * 8)
+            entries = np.frombuffer(handle.read(num_bytes // 4096 * 8), np.uint64)
+            total += 4096 * int((entries >> np.uint64(63)).sum())
+    return total
+
+
+def test_loading_reads_no_expert(quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = GgufModel(quantised), []
+    real = os.preadv
+
+    def counted(descriptor: int, buffers: list[Any], offset: int) -> int:
+        asked.append((offset, offset + sum(len(each) for each in buffers)))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4) as session:
+        assert session._experts.used_bytes == _present_bytes(session) == 0
+        stacks = [info for layer in model.layers.values() for info in layer.stacks]
+        for start, end in asked:
+            for info in stacks:
+                assert end <= info.offset or start >= info.offset + info.num_bytes
+        assert asked
+
+
+@pytest.mark.skipif(memory_cgroup.missing_reason() is not None, reason="no memory cgroup")
+@pytest.mark.slow
+def test_runs_in_a_cgroup_of_its_budget(quantised: Path) -> None:
+    """The kernel would kill it; with every expert in memory it takes more than that."""
+    command = [sys.executable, "-m", "edge_moe", "run", str(quantised), "--raw", "--json"]
+    command += ["--prompt", "def f(", "--max-new-tokens", "30", "--ctx", "64"]
+    fails = subprocess.run([*command, "--budget", "1MB"], capture_output=True, text=True)
+    found = re.search(r"smallest that works is ([0-9.]+)MB", fails.stderr)
+    assert fails.returncode == 3 and found is not None, fails.stderr
+    budget_bytes = int(float(found[1]) * 1e6) + 200_000
+    with memory_cgroup.memory_cgroup(int(1.05 * budget_bytes)) as group:
+        done = memory_cgroup.run_in(group, [*command, "--budget", f"{budget_bytes}B"])
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["peak_memory_bytes"] <= budget_bytes
+    assert measured["paging"]["evictions"] > 0 and measured["generated_tokens"] == 30
+
+
+def test_budgets_and_slots_that_are_too_small(quantised: Path) -> None:
+    with pytest.raises(InputError, match="1 slots are fewer than top_k=2: give at least that"):
+        GgufSession.open(quantised, num_slots=1)
+    with pytest.raises(BudgetError, match="too small even when experts are paged: dense") as error:
+        GgufSession.open(quantised, budget_bytes=10**6)
+    with GgufSession.open(quantised, budget_bytes=error.value.minimum_bytes) as session:
+        assert session.is_paging and session._context._batch_tokens == 1
+        assert any("nearly every expert is read anew" in each for each in session.warnings)
+        assert sum(term.num_bytes for term in session.memory()) <= error.value.minimum_bytes
+
+
+# ---------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.fixture
+def running(quantised: Path) -> Iterator[GgufSession]:
+    with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4) as session:
+        session.expected = session.logits(IDS)  # type: ignore[attr-defined]
+        yield session
+
+
+def recovers(session: GgufSession) -> bool:
+    session.check_integrity()
+    return np.array_equal(session.logits(IDS), session.expected)  # type: ignore[attr-defined]
+
+
+def test_a_file_that_is_written_to_while_it_runs(running: GgufSession, quantised: Path) -> None:
+    os.utime(quantised, ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"quantised\.gguf has changed while it was running"):
+        running.logits(IDS)
+
+
+def test_a_file_that_is_replaced_while_it_runs(running: GgufSession, quantised: Path) -> None:
+    other = quantised.with_name("other")
+    other.write_bytes(b"nothing")
+    os.replace(other, quantised)
+    assert recovers(running), "the old file stays open"
+
+
+@pytest.mark.parametrize("kind", ["error", "short", "end"])
+def test_disk_errors_end_in_an_error_and_nothing_is_corrupted(
+    kind: str, running: GgufSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.preadv, 0
+
+    def failing(descriptor: int, buffers: list[Any], offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls % 7:
+            return real(descriptor, buffers, offset)
+        if kind == "error":
+            raise OSError(errno.EIO, "bad sector")
+        if kind == "end":
+            return 0
+        return real(descriptor, [memoryview(buffers[0])[:4096]], offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        if kind == "short":
+            assert recovers(running)
+        else:
+            with pytest.raises((OSError, CheckpointError), match="quantised.gguf") as error:
+                for _ in range(20):
+                    running.logits(IDS)
+            assert "Input/output" in str(error.value) or "ended early" in str(error.value)
+    assert recovers(running)
+
+
+def test_a_layer_whose_router_is_not_seen_is_refused(
+    quantised: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_llama, "TOPK", "unheard_of")
+    with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4) as session:
+        with pytest.raises(InputError, match="no node unheard_of in layer 0"):
+            session.logits(IDS)
+
+
+def test_systems_without_callback_streams_say_so(
+    quantised: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_stream, "_OPEN", "fopen_something_else")
+    with pytest.raises(InputError, match="takes glibc's fopencookie, which this system lacks"):
+        GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4)
+
+
+def test_a_damaged_file_is_refused_before_it_is_loaded(quantised: Path) -> None:
+    quantised.write_bytes(quantised.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match="quantised.gguf"):
+        GgufSession.open(quantised)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def test_the_command(quantised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", str(quantised), "--prompt", "def f(", "--raw", "--ctx", "64"]
+    command += ["--max-new-tokens", "8"]
+    assert run([*command, "--slots", "4", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["model_kind"] == "gguf" and measured["paging"]["misses"] > 0
+    assert run([*command, "--slots", "4"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.rstrip("\n") == measured["text"].rstrip("\n")
+    assert "resident), " in printed.err
+    for option in (["--task", "code"], ["--skip", "top-p=0.9"], ["--device", "cuda"]):
+        assert run([*command, *option]) == 2
+        assert "build with --target native" in " ".join(capsys.readouterr().err.split())
+
+
+# ---------------------------------------------------------------------------- reading ahead
+
+
+@pytest.mark.parametrize(("gain", "is_on"), [(0.1, True), (0.0, False), (-0.1, False)])
+def test_the_faster_way_stays(gain: float, is_on: bool) -> None:
+    trial, now = PrefetchTrial(), [0.0]
+    with mock.patch("time.perf_counter", lambda: now[0]):
+        while trial.verdict is None:
+            now[0] += 1 - gain * trial.start_token()
+            trial.end_token()
+        assert trial.verdict is is_on and trial.start_token() is is_on
+    assert trial.gain == pytest.approx(gain)
