@@ -1,0 +1,139 @@
+"""A model larger than its memory: edge-moe's paging of a GGUF beside llama.cpp's mapping.
+
+    python benchmarks/paging_model.py --folder /big/disk
+    python benchmarks/paging.py --folder /big/disk [--caps 0.75 0.5 0.25] [--rounds 3]
+
+Every run is a process of its own in a memory cgroup (v1) of a share of the file's bytes; the file's
+cached pages are dropped before it. Engines take turns; tokens are given, so all compute the same.
+`ram` has no cap. Ratios are medians of rounds, of decoding from the second half of the tokens on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from paging_model import TEXT_NAME
+from rich.console import Console
+from rich.table import Table
+
+from edge_moe.files import write_text
+from edge_moe.measurement import Provenance
+
+WORKER = Path(__file__).with_name("paging_worker.py")
+RESULT = Path(__file__).parent / "results" / "paging.json"
+GROUPS = Path("/sys/fs/cgroup/memory")
+ENGINES = ("edge-moe", "lru", "willneed", "random", "stock")
+SLOW = ("stock",)
+"""Seconds per token: they get fewer."""
+SLOW_TOKENS = 6
+
+
+def drop_cached(path: Path) -> None:
+    """Pages that other processes cached would not be charged to the cgroup."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def run(
+    engine: str, path: Path, cap_bytes: int | None, prompt_tokens: int, num_tokens: int
+) -> dict[str, Any]:
+    """One run; `cap_bytes` None has no cap."""
+    drop_cached(path)
+    group = None if cap_bytes is None else GROUPS / f"edge-moe-{uuid.uuid4().hex[:8]}"
+    command = [sys.executable, str(WORKER), engine, str(path), str(path.parent / TEXT_NAME)]
+    command += [str(cap_bytes or 0), str(prompt_tokens), str(num_tokens)]
+    if group is not None:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(cap_bytes))
+
+    def enter() -> None:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)
+        if done.returncode:
+            raise RuntimeError(f"{engine}: {done.stderr[-2000:]}")
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        if group is not None:
+            peak = int((group / "memory.max_usage_in_bytes").read_text())
+            found |= {"cap_bytes": cap_bytes, "cgroup_peak_bytes": peak}
+            if cap_bytes is not None and peak > cap_bytes:
+                raise RuntimeError(f"{engine}: the cap of {cap_bytes} did not hold: {peak}")
+    finally:
+        if group is not None:
+            group.rmdir()
+    return found
+
+
+def table(runs: list[dict[str, Any]], file_bytes: int) -> Table:
+    """Medians over rounds, by cap and engine."""
+    columns = ("cap", "engine", "tok/s", "x of ram", "prefill", "first token", "MB/token", "peak")
+    shown = Table(*columns)
+    in_ram = _median(runs, None, "ram", "warm_tokens_per_second")
+    caps = list(dict.fromkeys(each["share"] for each in runs))
+    for share in caps:
+        for engine in dict.fromkeys(each["engine"] for each in runs if each["share"] == share):
+            speed = _median(runs, share, engine, "warm_tokens_per_second")
+            peak = _median(runs, share, engine, "cgroup_peak_bytes" if share else "peak_bytes")
+            shown.add_row(
+                "-" if share is None else f"{share:.0%}",
+                engine,
+                f"{speed:.2f}",
+                f"{speed / in_ram:.2f}" if in_ram else "-",
+                f"{_median(runs, share, engine, 'prefill_tokens_per_second'):.1f}",
+                f"{_median(runs, share, engine, 'first_token_seconds'):.1f} s",
+                f"{_median(runs, share, engine, 'read_bytes_per_token') / 1e6:.0f}",
+                f"{peak / file_bytes:.0%}",
+            )
+    return shown
+
+
+def _median(runs: list[dict[str, Any]], share: float | None, engine: str, name: str) -> float:
+    found = [each[name] for each in runs if (each["share"], each["engine"]) == (share, engine)]
+    return statistics.median(found) if found else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--caps", type=float, nargs="*", default=[0.75, 0.5, 0.25])
+    parser.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=160)
+    parser.add_argument("--write", action="store_true", help=f"keep the runs in {RESULT.name}")
+    arguments = parser.parse_args()
+    path, console = arguments.folder / "paging.gguf", Console(stderr=True)
+    file_bytes, runs = path.stat().st_size, []
+    for _ in range(arguments.rounds):
+        for share in [None, *arguments.caps]:
+            for engine in ["ram", "edge-moe"] if share is None else arguments.engines:
+                cap = None if share is None else int(share * file_bytes)
+                tokens = SLOW_TOKENS if engine in SLOW else arguments.tokens
+                found = run(engine, path, cap, arguments.prompt_tokens, tokens)
+                runs.append({"share": share, "num_tokens": tokens, **found})
+                console.print(share, engine, round(found["warm_tokens_per_second"], 2))
+    Console(width=140).print(table(runs, file_bytes))
+    if arguments.write:
+        content = {
+            "provenance": Provenance.published().model_dump(mode="json"),
+            "file_bytes": file_bytes,
+            "prompt_tokens": arguments.prompt_tokens,
+            "runs": runs,
+        }
+        write_text(RESULT, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
