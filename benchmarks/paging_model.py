@@ -10,6 +10,10 @@ for four, under other numbers in every layer. A token's embedding holds 64 numbe
 experts the demo chose; routers look at these alone. All other weights are random, and those that
 write into the hidden state so small that no choice changes. So the big model's routing is the
 demo's, exactly, with its counts, reuse distances and transitions; its text is nonsense.
+
+That alone would let a layer's input tell the next layer's choice without fail. In the demo, the
+next router asked about this layer's input names 59 % of what it then chooses: so each layer's norm
+hides 7 of the 16 numbers that the next layer looks at, and 56 % can be told.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ COPIES = 4
 """Experts of the big model for one of the demo's."""
 ALIGNMENT = 32
 TEXT_NAME = "text.npy"
+NUM_HIDDEN = 7
+"""Of the 16 numbers that the next layer looks at."""
 _LAYERS, _EXPERTS = 4, 16
 """Of the demo."""
 _SURE, _NOISE = 8.0, 1e-3
@@ -102,6 +108,14 @@ def router(layer: int) -> npt.NDArray[np.float32]:
         for copy, expert in enumerate(own):
             matrix[expert, column] = 1 - 0.01 * copy
     return matrix
+
+
+def block_norm(layer: int) -> npt.NDArray[np.float32]:
+    """[HIDDEN] ones, but zero where the next layer's router looks and this one must not see."""
+    weights = np.ones(HIDDEN, np.float32)
+    hidden = np.random.default_rng(2000 + layer).permutation(_EXPERTS)[:NUM_HIDDEN]
+    weights[(layer + 1) % _LAYERS * _EXPERTS + hidden] = 0
+    return weights
 
 
 def make(folder: Path, num_bytes: int) -> Path:
@@ -184,6 +198,8 @@ def _content(tensor: RawTensor, patterns: Rows, seed: int) -> Iterator[bytes]:
         yield embedding(patterns).tobytes()
     elif tensor.name.endswith("ffn_gate_inp.weight"):
         yield router(int(tensor.name.split(".")[1])).tobytes()
+    elif tensor.name.endswith("ffn_norm.weight"):
+        yield block_norm(int(tensor.name.split(".")[1])).tobytes()
     elif tensor.type_name == "F32":
         yield np.ones(tensor.shape, np.float32).tobytes()
     else:
@@ -233,6 +249,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = make(arguments.folder, int(arguments.gigabytes * 1e9))
     print(json.dumps({"path": str(path), "bytes": path.stat().st_size}))
+    print(json.dumps(statistics(demo_routing().rows, _EXPERTS)))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 from edge_moe import budget as bill
 from edge_moe.errors import BudgetError, InputError
@@ -17,7 +14,7 @@ from edge_moe.offer import stored_forms
 from edge_moe.overhead import gguf_overhead
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime import memory
-from edge_moe.runtime.generate import Sampling, Timing, TokenLoop, generate_text
+from edge_moe.runtime.generate import FloatArray, Sampling, Timing, TokenLoop, generate_text
 from edge_moe.runtime.gguf_experts import GgufExperts
 from edge_moe.runtime.gguf_vocabulary import GgufVocabulary
 from edge_moe.runtime.llama_predict import NextRouter
@@ -121,6 +118,7 @@ class GgufSession:
             path=path,
             predictor=predictor,
             trial=trial,
+            may_cut=not model.spec.num_sliding_layers,
         )
         session = cls(model, loaded, experts, network, terms, context)
         if is_paging and limit_bytes < cycle_bytes:
@@ -142,9 +140,11 @@ class GgufSession:
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
-        """As `Session.generate`."""
+        """As `Session.generate`. Of a chat only what is new is computed, where memory allows."""
         prompt_ids = self.prompt_ids(prompt)
-        loop = self._loop()
+        is_chat = not isinstance(prompt, str)
+        kept = self._context.keep_prefix(prompt_ids) if is_chat else 0
+        loop = self._loop() if not kept else _LlamaLoop(self._context, self.context_tokens, kept)
         self.timing = loop.timing
         sampling = Sampling(temperature, top_p, seed)
         yield from generate_text(
@@ -160,7 +160,7 @@ class GgufSession:
         eos = self.eos_ids if stop_at_eos else set()
         return list(loop.tokens(prompt_ids, max_new_tokens, Sampling(), eos))
 
-    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(self, token_ids: Sequence[int]) -> FloatArray:
         """float32 [T, V]: row t predicts token t + 1.
 
         Raises:
@@ -234,15 +234,21 @@ class GgufSession:
 class _LlamaLoop(TokenLoop):
     """A sequence through llama.cpp."""
 
-    def __init__(self, context: PagedContext, context_tokens: int) -> None:
+    def __init__(self, context: PagedContext, context_tokens: int, kept: int = 0) -> None:
+        """`kept` tokens of the prompt are in the cache."""
         super().__init__(context_tokens)
         self._context = context
+        self.num_tokens = kept
 
-    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> npt.NDArray[np.float32]:
-        found: Any = self._context.decode(token_ids, self.num_tokens, keep_all=keep_all)
+    def prefill(self, token_ids: Sequence[int]) -> FloatArray:
+        logits = super().prefill(token_ids[self.num_tokens :])
+        self.timing.prompt_tokens = len(token_ids)
+        return logits
+
+    def step(self, token_ids: Sequence[int], *, keep_all: bool = False) -> FloatArray:
+        found: FloatArray = self._context.decode(token_ids, self.num_tokens, keep_all=keep_all)
         self.num_tokens += len(token_ids)
-        rows: npt.NDArray[np.float32] = found
-        return rows
+        return found
 
     def cache_bytes(self) -> int:
         """llama.cpp takes the whole context's at once."""

@@ -36,6 +36,7 @@ _FIELDS = {
         "type_v",
         "cb_eval",
         "op_offload",
+        "swa_full",
     ),
     "llama_model_kv_override": ("tag", "key", "value"),
     "llama_batch": ("n_tokens", "token", "pos", "n_seq_id", "seq_id", "logits"),
@@ -46,6 +47,7 @@ _FUNCTIONS = (
     "llama_get_memory",
     "llama_init_from_model",
     "llama_memory_clear",
+    "llama_memory_seq_rm",
     "llama_model_load_from_file",
     "llama_model_load_from_file_ptr",
 )

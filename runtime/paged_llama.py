@@ -123,8 +123,11 @@ class PagedContext:
         path: Any,
         predictor: NextRouter | None = None,
         trial: PrefetchTrial | None = None,
+        may_cut: bool = True,
     ) -> None:
         """`batch_tokens` are computed at a time, so that their experts fit together.
+
+        `may_cut`: no layer forgets tokens of its own accord, so that a sequence can be cut.
 
         Raises:
             InputError: llama.cpp cannot make the context.
@@ -135,9 +138,12 @@ class PagedContext:
         self._batch_tokens = batch_tokens
         self._predictor = predictor
         self._trial = trial
+        self._may_cut = may_cut
         self._reads_ahead = predictor is not None
         self._layers = {f"{TOPK}-{id_}": layer for layer, id_ in enumerate(experts.layer_ids)}
         self._seen: set[int] = set()
+        self._sequence: list[int] = []
+        """Tokens in the KV cache."""
         self._num_new = 0
         self._error: BaseException | None = None
         llama = self._api.llama
@@ -149,6 +155,7 @@ class PagedContext:
         parameters.n_seq_max = 1
         parameters.n_threads = parameters.n_threads_batch = usable_cores()
         parameters.op_offload = False  # experts are where they are paged to
+        parameters.swa_full = False  # sliding layers hold a window, as the bill says
         if is_paging:
             parameters.cb_eval = self._callback
         self._is_paging = is_paging
@@ -169,6 +176,28 @@ class PagedContext:
         """Forget the sequence."""
         llama = self._api.llama
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        self._sequence = []
+
+    def keep_prefix(self, token_ids: Sequence[int]) -> int:
+        """Forget the sequence, but for what it has in common with the start of `token_ids`.
+
+        Returns the number of tokens kept, 0 where the model's memory cannot be cut (recurrent
+        states, sliding windows). At least the last of `token_ids` is left to be computed.
+        """
+        if not self._may_cut:
+            self.clear()
+            return 0
+        pairs = zip(self._sequence, token_ids[:-1], strict=False)
+        common = next((at for at, (old, new) in enumerate(pairs) if old != new), None)
+        if common is None:
+            common = min(len(self._sequence), len(token_ids) - 1)
+        llama = self._api.llama
+        memory = llama.llama_get_memory(self._context)
+        if not common or not llama.llama_memory_seq_rm(memory, 0, common, -1):
+            self.clear()
+            return 0
+        self._sequence = self._sequence[:common]
+        return common
 
     def decode(self, token_ids: Sequence[int], start: int, *, keep_all: bool = False) -> Any:
         """Compute tokens at positions `start`...; float32 logits [1 or T, V].
@@ -208,6 +237,7 @@ class PagedContext:
                 batch.seq_id[index][0] = 0
                 batch.logits[index] = keep_all or (is_last and index == count - 1)
             self._error, self._num_new = None, count
+            held, self._sequence = self._sequence, []  # unknown, should it fail
             self._seen = set()
             with llama_log() as log:
                 code = llama.llama_decode(self._context, batch)
@@ -221,6 +251,7 @@ class PagedContext:
                 "belong to this file?"
             )
         self._require_all_seen()
+        self._sequence = [*held[:start], *token_ids]
         if not keep_all and not is_last:
             return None
         width = llama.llama_vocab_n_tokens(

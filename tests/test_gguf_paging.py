@@ -178,6 +178,28 @@ def test_a_sequence_is_forgotten_by_the_next(quantised: Path) -> None:
         assert np.array_equal(session.logits(IDS[:20]), first)
 
 
+def test_of_a_chat_only_what_is_new_is_computed(quantised: Path) -> None:
+    changed = [*IDS[:15], 7, 8, 9]
+    with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4) as session:
+        context, expected = session._context, session.logits(changed)
+        for first, kept in ((IDS[:20], 15), (changed, 17), (IDS[20:], 0)):
+            session.logits(first)
+            assert context.keep_prefix(changed) == kept
+            found = context.decode(changed[kept:], kept, keep_all=True)
+            assert np.abs(found - expected[kept:]).max() < 1e-4
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss"])
+def test_states_and_windows_are_never_cut(family: str, gguf_of: Callable[[str], Path]) -> None:
+    with GgufSession.open(gguf_of(family), context_tokens=CONTEXT, num_slots=4) as session:
+        changed = [*IDS[:15], 7, 8, 9]
+        expected = session.logits(changed)
+        session.logits(IDS)
+        assert session._context.keep_prefix(changed) == 0
+        assert np.array_equal(session._context.decode(changed, 0, keep_all=True), expected)
+
+
 # ---------------------------------------------------------------------------- memory
 
 
