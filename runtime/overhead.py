@@ -92,7 +92,6 @@ def measure_gguf(folder: Path) -> int:
     import rich.progress  # noqa: F401  what the command line has loaded as well
     import typer.rich_utils  # noqa: F401
 
-    import edge_moe.cli
     import edge_moe.runtime.evaluate  # noqa: F401
     from edge_moe.measurement import Provenance
     from edge_moe.runtime.gguf_session import GgufSession
