@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe.demo import task_names
-from edge_moe.files import require_free_disk
+from edge_moe.files import require_free_disk, write_text
 from edge_moe.gguf_raw import RawTensor, header_bytes, number_key, offsets, string_key
 from edge_moe.tasks import task_windows
 
@@ -38,7 +38,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_WIDTH = 1024, 16, 4, 64
 COPIES = 4
 """Experts of the big model for one of the demo's."""
 ALIGNMENT = 32
-TEXT_NAME = "text.npy"
+TEXT_NAME, FACTS_NAME = "text.npy", "routing.json"
 NUM_HIDDEN = 7
 """Of the 16 numbers that the next layer looks at."""
 _LAYERS, _EXPERTS = 4, 16
@@ -64,7 +64,7 @@ class Routing:
         return found.reshape(-1, *self.rows.shape[1:]), index.reshape(-1)
 
 
-def demo_routing(max_windows: int = 8) -> Routing:
+def demo_routing(max_windows: int = 2) -> Routing:
     """The demo model on held-out text of all its tasks, one task after the other."""
     from edge_moe.runtime.session import Session
 
@@ -119,8 +119,9 @@ def block_norm(layer: int) -> npt.NDArray[np.float32]:
 
 
 def make(folder: Path, num_bytes: int) -> Path:
-    """Write `paging.gguf` of about `num_bytes`, and the text beside it; returns the file."""
-    patterns, text = demo_routing().patterns()
+    """Write `paging.gguf` of about `num_bytes`, and beside it the text and how it is routed."""
+    routing = demo_routing()
+    patterns, text = routing.patterns()
     one = NUM_LAYERS * NUM_EXPERTS * 3 * HIDDEN * 18 // _BLOCK
     width = max(_BLOCK, round(num_bytes / one / _BLOCK) * _BLOCK)
     tensors = _tensors(len(patterns), width)
@@ -139,6 +140,8 @@ def make(folder: Path, num_bytes: int) -> Path:
                 raise RuntimeError(f"{tensor.name}: {handle.tell() - start} bytes")
             handle.write(bytes(-handle.tell() % ALIGNMENT))
     np.save(folder / TEXT_NAME, text)
+    facts = {"num_tokens": len(text), **statistics(routing.rows, _EXPERTS)}
+    write_text(folder / FACTS_NAME, json.dumps(facts, indent=1) + "\n")
     return path
 
 
@@ -249,7 +252,6 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = make(arguments.folder, int(arguments.gigabytes * 1e9))
     print(json.dumps({"path": str(path), "bytes": path.stat().st_size}))
-    print(json.dumps(statistics(demo_routing().rows, _EXPERTS)))
 
 
 if __name__ == "__main__":
