@@ -35,6 +35,8 @@ from edge_moe.runtime.allotment import (
 )
 from edge_moe.runtime.evaluate import progress, score_windows
 from edge_moe.runtime.heldout import heldout_windows
+from edge_moe.runtime.policies import DEFAULT_POLICY
+from edge_moe.runtime.replay import Room
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.simulate import simulate
 from edge_moe.runtime.skipping import SkipRule, parse_skip
@@ -130,7 +132,7 @@ def measure(
                 decoder.step([token])
         trace = recorder.finish(session.trace_info())
     replays = {
-        share: simulate(trace, sizes, slots.counts, slots.policy, rule)
+        share: simulate(trace, sizes, Room.of_slots(slots.counts), DEFAULT_POLICY, rule)
         for share in SLOT_SHARES
         for slots in [_slots(model, sizes, share)]
     }

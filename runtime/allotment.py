@@ -15,7 +15,7 @@ from edge_moe.overhead import known_overhead, runtime_overhead, tokenizer_bytes
 from edge_moe.package import RESIDENT_NAME, Package, is_package
 from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime.expert_store import CheckpointStore, ExpertStore, PackageStore
-from edge_moe.runtime.policy import EvictionPolicy, choose_policy, token_cycle_bytes
+from edge_moe.runtime.policy import token_cycle_bytes
 from edge_moe.runtime.slots import (
     allot_by_bytes,
     allot_by_count,
@@ -40,19 +40,13 @@ class Slots:
     is_paging: bool
     is_below_cycle: bool
 
-    @property
-    def policy(self) -> type[EvictionPolicy]:
-        """The eviction policy that suits this many slots."""
-        return choose_policy(self.num_bytes, self.num_bytes + 1 if self.is_below_cycle else 0)
-
     def warnings(self) -> list[str]:
         """What the user should know about these slots."""
         if not self.is_below_cycle:
             return []
         return [
             f"the slots ({format_bytes(self.num_bytes)}) hold less than one token's experts over "
-            "all layers: recency would never hit, so the most frequent experts are kept; a larger "
-            "budget is much faster"
+            "all layers: most experts are read anew for every token; a larger budget is much faster"
         ]
 
 

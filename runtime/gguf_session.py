@@ -20,12 +20,8 @@ from edge_moe.runtime.gguf_vocabulary import GgufVocabulary
 from edge_moe.runtime.llama_predict import NextRouter
 from edge_moe.runtime.llama_probe import require_loadable
 from edge_moe.runtime.paged_llama import LoadedModel, PagedContext
-from edge_moe.runtime.policy import (
-    EvictionPolicy,
-    PagingStatistics,
-    SoonestNextUse,
-    token_cycle_bytes,
-)
+from edge_moe.runtime.policies import DEFAULT_POLICY
+from edge_moe.runtime.policy import EvictionPolicy, PagingStatistics, token_cycle_bytes
 from edge_moe.runtime.prefetch_trial import PrefetchTrial
 from edge_moe.units import format_bytes, round_up_bytes
 
@@ -72,7 +68,7 @@ class GgufSession:
         context_tokens: int | None = None,
         num_slots: int | None = None,
         prefetch: bool | None = None,
-        policy: type[EvictionPolicy] = SoonestNextUse,
+        policy: type[EvictionPolicy] = DEFAULT_POLICY,
     ) -> GgufSession:
         """Load everything but the experts of the file `path`, and those as far as they fit.
 

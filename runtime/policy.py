@@ -11,8 +11,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 Key = tuple[int, int]
 """(MoE layer index, router row) of a kept expert."""
 
@@ -65,11 +63,11 @@ class LeastRecentlyUsed(EvictionPolicy):
 
 
 class LeastFrequentlyUsed(EvictionPolicy):
-    """Evicts what was routed to least often. For caches smaller than one token cycle.
+    """Evicts what was routed to least often.
 
-    There LRU hits nothing: every expert is evicted before the next token comes back to its layer.
-    Of equals the most recently used goes: a cycle needs it again last. Frequency outlives
-    residence. A choice takes logarithmic time: a heap, whose outdated items are skipped.
+    Below one token cycle it still hits, where LRU evicts every expert before the next token comes
+    back to its layer. Of equals the most recently used goes: a cycle needs it again last. Frequency
+    outlives residence. A choice takes logarithmic time: a heap, whose outdated items are skipped.
     """
 
     name = "frequency"
@@ -112,77 +110,9 @@ class LeastFrequentlyUsed(EvictionPolicy):
             heapq.heapify(self._heap)
 
 
-class SoonestNextUse(EvictionPolicy):
-    """Evicts what will most likely be needed last: Belady's rule on expected times of use.
-
-    Layers take turns, and a layer asks for an expert with a probability p that changes slowly: an
-    exponential mean over its visits. Seen from layer l, an expert of layer m is next needed after
-    (m - l) mod L layers and then every L / p layers: (m - l) mod L + (1 / p - 1) L. Counts of uses
-    alone forget nothing, the time since the last use alone knows one visit; neither knows which
-    layer comes next. A choice takes time linear in the experts that are resident.
-    """
-
-    name = "next-use"
-    decay = 0.98
-
-    def __init__(self) -> None:
-        self._shares = np.full((1, 1), _UNSEEN)
-        """[L, E] p of every expert."""
-        self._is_resident = np.zeros((1, 1), np.bool_)
-        self._layer = 0
-
-    def admit(self, key: Key) -> None:
-        self._reach(key)
-        self._is_resident[key] = True
-
-    def use(self, key: Key) -> None:
-        self._reach(key)
-        if key[0] != self._layer:  # a layer's uses come together: this is a new visit
-            self._layer = key[0]
-            self._shares[self._layer] *= self.decay
-        self._shares[key] += 1 - self.decay
-
-    def forget(self, key: Key) -> None:
-        self._is_resident[key] = False
-
-    def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
-        num_layers, num_rows = self._shares.shape
-        ahead = (np.arange(num_layers) - self._layer - 1) % num_layers + 1  # its own comes last
-        expected = ahead[:, None] + (1 / np.maximum(self._shares, _LEAST) - 1) * num_layers
-        expected[~self._is_resident] = -1
-        while True:
-            layer, row = divmod(int(expected.argmax()), num_rows)
-            if expected[layer, row] < 0:
-                return None
-            if may_evict((layer, row)):
-                return layer, row
-            expected[layer, row] = -1
-
-    def _reach(self, key: Key) -> None:
-        """Make the arrays large enough for `key`."""
-        layers, rows = self._shares.shape
-        if key[0] < layers and key[1] < rows:
-            return
-        shape = max(layers, key[0] + 1), max(rows, key[1] + 1)
-        shares, is_resident = np.full(shape, _UNSEEN), np.zeros(shape, np.bool_)
-        shares[:layers, :rows], is_resident[:layers, :rows] = self._shares, self._is_resident
-        self._shares, self._is_resident = shares, is_resident
-
-
-_LEAST = 1e-9
-"""No share counts as less."""
-_UNSEEN = 1e-3
-"""Share of an expert that was never used: less than one use in a few hundred visits gives."""
-
-
 def token_cycle_bytes(largest_record_bytes: Iterable[int], top_k: int) -> int:
     """Bytes that one token touches: over all MoE layers, top_k x the layer's largest record."""
     return top_k * sum(largest_record_bytes)
-
-
-def choose_policy(slot_bytes: int, cycle_bytes: int) -> type[EvictionPolicy]:
-    """LRU, or frequency order where the cache is below one token cycle."""
-    return LeastFrequentlyUsed if slot_bytes < cycle_bytes else LeastRecentlyUsed
 
 
 @dataclass(frozen=True)

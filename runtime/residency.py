@@ -12,6 +12,7 @@ from edge_moe.runtime.expert_cache import ExpertCache, HostTier
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.model import compute_dtype
 from edge_moe.runtime.paged_experts import ExpertPager, attach, detach
+from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.prefetch import Prefetcher
 from edge_moe.runtime.skipping import SkipRule
@@ -56,7 +57,7 @@ class Residency:
         if options.ram_bytes and device.type == "cuda":  # on a CPU the slots already are the RAM
             host = HostTier(options.ram_bytes, is_pinned=True)
         cache = ExpertCache(
-            store, SlotBuffers(slots.counts, device), slots.policy, host=host, device=device
+            store, SlotBuffers(slots.counts, device), DEFAULT_POLICY, host=host, device=device
         )
         cache.fill()
         cache.statistics = PagingStatistics()

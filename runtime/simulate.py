@@ -6,8 +6,8 @@ those of the runtime on the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from edge_moe.errors import InputError
 from edge_moe.measurement import SkippingCost
+from edge_moe.runtime.belady import Belady
 from edge_moe.runtime.expert_store import ExpertStore
-from edge_moe.runtime.policy import EvictionPolicy, Key, RoutedCounts
+from edge_moe.runtime.policy import EvictionPolicy, RoutedCounts
+from edge_moe.runtime.replay import Residents, Room
 from edge_moe.runtime.skipping import Mask, SkipRule
 from edge_moe.runtime.skipping_cost import skipping_cost
 from edge_moe.runtime.trace import Trace
@@ -70,98 +72,117 @@ class Simulation(BaseModel):
         )
 
 
-@dataclass
-class _Slots:
-    """The bookkeeping of `ExpertCache`, without bytes and threads."""
+@dataclass(frozen=True)
+class _Ask:
+    """A step needs experts of a layer."""
 
-    sizes: Sequence[Sequence[int]]
-    free: dict[int, int]
-    policies: dict[int, EvictionPolicy]
-    resident: set[Key]
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    page_in_bytes: int = 0
+    layer: int
+    rows: list[int]
+    """Each once, ascending: as the engines ask."""
+    num_tokens: int
 
-    def fill(self) -> None:
-        """What a session starts from: every expert for which there is a slot, in layer order."""
-        for layer, sizes in enumerate(self.sizes):
-            for row, size in enumerate(sizes):
-                if self.free[size]:
-                    self._admit((layer, row), size)
 
-    def ask(self, key: Key) -> None:
-        """A step needs `key`."""
-        size = self.sizes[key[0]][key[1]]
-        if key in self.resident:
-            self.hits += 1
-        else:
-            self.misses += 1
-            self.page_in_bytes += size
-            if not self.free[size]:
-                self._evict(size)
-            self._admit(key, size)
-        self.policies[size].use(key)
+class Replay:
+    """A trace and a skipping rule, ready to be replayed in any room under any policy."""
 
-    def _admit(self, key: Key, size: int) -> None:
-        self.free[size] -= 1
-        self.resident.add(key)
-        self.policies[size].admit(key)
+    def __init__(
+        self, trace: Trace, sizes: Sequence[Sequence[int]], skip: SkipRule | None = None
+    ) -> None:
+        """`sizes` are the bytes of every expert, [L][rows] in the trace's row order.
 
-    def _evict(self, size: int) -> None:
-        victim = self.policies[size].victim(lambda key: True)
-        if victim is None:
-            raise InputError(f"no slot holds experts of {size} bytes: give more slots")
-        self.policies[size].forget(victim)
-        self.resident.remove(victim)
-        self.free[size] += 1
-        self.evictions += 1
+        `skip` leaves experts out of the trace's choices; a real run would choose differently after
+        that, since every skipped expert changes what later layers see, so counts with a rule are an
+        estimate unless the trace was recorded under the same rule.
+
+        Raises:
+            InputError: a rule, and a trace without weights.
+        """
+        if skip is not None and not trace.info.has_weights:
+            raise InputError(
+                "the trace holds no weights of experts, by which --skip chooses (llama.cpp told "
+                "their ids only): record one of a checkpoint or a native package"
+            )
+        self.trace = trace
+        self.sizes = sizes
+        self.asks: list[_Ask] = []
+        self._rule = skip.name if skip else "none"
+        layer_sizes = [np.array(layer) for layer in sizes]
+        routed_bytes = skipped_experts = skipped_bytes = 0
+        for layer, rows, is_skipped in _choices(trace, skip):
+            row_bytes = layer_sizes[layer][rows]
+            routed_bytes += int(row_bytes.sum())
+            skipped_experts += int(is_skipped.sum())
+            skipped_bytes += int(row_bytes[is_skipped].sum())
+            asked = sorted(set(rows[~is_skipped].tolist()))
+            self.asks.append(_Ask(layer, asked, len(rows)))
+        self._counts = RoutedCounts(
+            int(trace.rows.size), skipped_experts, routed_bytes, skipped_bytes
+        )
+
+    def residents(self, room: Room, policy: type[EvictionPolicy]) -> Residents:
+        """What the replay starts from; Belady's rule is told what comes.
+
+        Raises:
+            InputError: no slot at all for a size.
+        """
+        if issubclass(policy, Belady):
+            future = [(ask.layer, row) for ask in self.asks for row in ask.rows]
+            return Residents(self.sizes, room, lambda: policy(future))
+        return Residents(self.sizes, room, policy)
+
+    def run(self, room: Room, policy: type[EvictionPolicy]) -> Simulation:
+        """Count what is paged.
+
+        Raises:
+            InputError: no slot at all for a size, or too few for one step.
+        """
+        residents = self.residents(room, policy)
+        asked = misses = page_in_bytes = 0
+        for ask in self.asks:
+            missed = residents.ask(ask.layer, ask.rows)
+            asked += len(ask.rows)
+            misses += len(missed)
+            page_in_bytes += sum(map(residents.num_bytes, missed))
+        return Simulation(
+            rule=self._rule,
+            policy=policy.name,
+            num_slots=room.num_slots,
+            slot_bytes=room.num_bytes,
+            num_tokens=self.trace.num_tokens,
+            num_steps=len(self.trace.step_tokens),
+            routed_experts=self._counts.routed_experts,
+            skipped_experts=self._counts.skipped_experts,
+            routed_bytes=self._counts.routed_bytes,
+            skipped_bytes=self._counts.skipped_bytes,
+            hits=asked - misses,
+            misses=misses,
+            evictions=residents.evictions,
+            page_in_bytes=page_in_bytes,
+        )
 
 
 def simulate(
     trace: Trace,
     sizes: Sequence[Sequence[int]],
-    slots: Mapping[int, int],
+    room: Room,
     policy: type[EvictionPolicy],
     skip: SkipRule | None = None,
 ) -> Simulation:
-    """Replay `trace` with `slots` per record size.
+    """One replay; see `Replay`."""
+    return Replay(trace, sizes, skip).run(room, policy)
 
-    `sizes` are the packed bytes of every expert, [L][rows] in the trace's row order. `skip` leaves
-    experts out of the trace's choices; a real run would choose differently after that, since every
-    skipped expert changes what later layers see, so counts with a rule are an estimate unless the
-    trace was recorded under the same rule.
 
-    Raises:
-        InputError: no slot at all for a record size.
+def with_uniform_router(trace: Trace, seed: int = 0) -> Trace:
+    """`trace` with each token's experts drawn uniformly: what its locality is worth is the rest.
+
+    Weights and norms stay; steps, layers and top_k do, too.
     """
-    state = _Slots(sizes, dict(slots), {size: policy() for size in slots}, set())
-    state.fill()
-    layer_sizes = [np.array(layer) for layer in sizes]
-    routed_bytes = skipped_experts = skipped_bytes = 0
-    for layer, rows, is_skipped in _choices(trace, skip):
-        row_bytes = layer_sizes[layer][rows]
-        routed_bytes += int(row_bytes.sum())
-        skipped_experts += int(is_skipped.sum())
-        skipped_bytes += int(row_bytes[is_skipped].sum())
-        for row in np.unique(rows[~is_skipped]):  # ascending, as the runtime asks for them
-            state.ask((layer, int(row)))
-    return Simulation(
-        rule=skip.name if skip else "none",
-        policy=policy.name,
-        num_slots=sum(slots.values()),
-        slot_bytes=sum(size * count for size, count in slots.items()),
-        num_tokens=trace.num_tokens,
-        num_steps=len(trace.step_tokens),
-        routed_experts=int(trace.rows.size),
-        skipped_experts=skipped_experts,
-        routed_bytes=routed_bytes,
-        skipped_bytes=skipped_bytes,
-        hits=state.hits,
-        misses=state.misses,
-        evictions=state.evictions,
-        page_in_bytes=state.page_in_bytes,
-    )
+    generator = np.random.default_rng(seed)
+    rows = np.empty_like(trace.rows)
+    for layer, kept in enumerate(trace.info.kept):
+        order = generator.random((trace.num_tokens, len(kept))).argsort(axis=1)
+        rows[:, layer] = order[:, : trace.info.top_k]
+    return replace(trace, rows=rows)
 
 
 def traced_sizes(trace: Trace, store: ExpertStore, model_fingerprint: str) -> list[list[int]]:

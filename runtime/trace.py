@@ -8,6 +8,8 @@ layers, k top_k:
     token_norms  float32 [N, L]     L1 norm of the MoE block's input: what ODP protects tokens by
     step_tokens  uint32  [S]        tokens per step; a step reads each expert that it needs once
 
+llama.cpp tells the rows only: weights and norms are zero then, and `has_weights` is false.
+
 4 (k + 1) bytes per token and layer, also in memory while it is recorded: 1.7 kB per token for 48
 layers of top-8.
 """
@@ -29,7 +31,7 @@ from safetensors.numpy import save_file
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path
 
-TRACE_VERSION = 1
+TRACE_VERSION = 2
 _INFO_KEY = "edge_moe_trace"
 _DTYPES = {
     "rows": "uint16",
@@ -53,6 +55,8 @@ class TraceInfo(BaseModel):
     top_k: int
     kept: tuple[tuple[int, ...], ...]
     """Per MoE layer the expert ids of the router's rows, in row order."""
+    has_weights: bool = True
+    """Whether weights and token norms were recorded; else they are zero."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,13 @@ class Trace:
             start += count
 
     def gate_means(self, num_experts: int) -> npt.NDArray[np.float64]:
-        """[L, num_experts] mean over tokens of each expert's weight, 0 where it was not chosen."""
+        """[L, num_experts] mean over tokens of each expert's weight, 0 where it was not chosen.
+
+        Raises:
+            InputError: a trace without weights.
+        """
+        if not self.info.has_weights:
+            raise InputError("the trace holds no weights: record one of a checkpoint or package")
         means = np.zeros((len(self.info.kept), num_experts))
         for layer, kept in enumerate(self.info.kept):
             ids = np.asarray(kept)[self.rows[:, layer]]
@@ -104,7 +114,7 @@ class Trace:
         except (OSError, SafetensorError) as error:
             raise InputError(f"trace {path} is not readable ({error}): record it again") from None
         if text is None:
-            raise InputError(f"{path} is no trace: record one with `edge-moe run --trace FILE`")
+            raise InputError(f"{path} is no trace: record one with `edge-moe trace`")
         info = _read_info(path, text)
         _check_arrays(path, info, arrays)
         return cls(info, **arrays)

@@ -27,7 +27,9 @@ from edge_moe.runtime.allotment import (
     open_store,
     source_fingerprint,
 )
+from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import LeastFrequentlyUsed, LeastRecentlyUsed, RoutedCounts
+from edge_moe.runtime.replay import Room
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.simulate import Simulation, simulate, traced_sizes
 from edge_moe.runtime.skipping import RatioRule, SkipRule, TopP
@@ -103,12 +105,14 @@ def test_replay_by_hand() -> None:
     """Slots hold (0, 0) and (0, 1) at first; steps ask rows 0 2 | 1 0, then 1 2 | 0 1."""
     info = INFO.model_copy(update={"kept": ((0, 4, 5), (1, 2, 3))})
     trace = small_trace([[[0, 2], [1, 0]], [[2, 1], [0, 1]]], [1, 1], info)
-    found = simulate(trace, [[10] * 3] * 2, {10: 2}, LeastRecentlyUsed)
+    found = simulate(trace, [[10] * 3] * 2, Room.of_slots({10: 2}), LeastRecentlyUsed)
     # (0,0) hit; (0,2), (1,0), (1,1), (0,1), (0,2), (1,0), (1,1) all miss: a cycle of 4 in 2 slots
     assert (found.hits, found.misses, found.evictions, found.page_in_bytes) == (1, 7, 7, 70)
-    every = simulate(trace, [[10] * 3] * 2, {10: 6}, LeastFrequentlyUsed)
+    every = simulate(trace, [[10] * 3] * 2, Room.of_slots({10: 6}), LeastFrequentlyUsed)
     assert (every.hits, every.misses, every.hit_rate) == (8, 0, 1.0)
-    light = simulate(trace, [[10] * 3] * 2, {10: 2}, LeastRecentlyUsed, RatioRule([0.5, 0.5]))
+    light = simulate(
+        trace, [[10] * 3] * 2, Room.of_slots({10: 2}), LeastRecentlyUsed, RatioRule([0.5, 0.5])
+    )
     # what stays: (0,0), (1,1) | (0,2), (1,0)
     assert (light.skipped_experts, light.hits, light.misses) == (4, 1, 3)
     assert light.page_in_bytes_per_token == 15
@@ -131,7 +135,7 @@ def test_cost_by_hand_of_experts_of_several_sizes(
     trace = small_trace([[[0, 2], [1, 0]], [[2, 1], [0, 1]]], [1, 1], info)
     sizes = [[10, 20, 30], [1, 2, 4]]
     slots = dict.fromkeys((10, 20, 30, 1, 2, 4), 1)
-    found = simulate(trace, sizes, slots, LeastRecentlyUsed, rule)
+    found = simulate(trace, sizes, Room.of_slots(slots), LeastRecentlyUsed, rule)
     cost = found.cost(dense_parameters=1000, expert_parameters=6)
     assert cost.rule == (rule.name if rule else "none")
     assert (cost.routed_per_token, cost.active_per_token) == (4, active)
@@ -145,7 +149,7 @@ def test_cost_by_hand_of_experts_of_several_sizes(
 
 def test_cost_of_no_token_is_that_of_the_dense_part() -> None:
     trace = TraceRecorder().finish(INFO)
-    cost = simulate(trace, [[10] * 3, [10] * 2], {10: 5}, LeastRecentlyUsed).cost(
+    cost = simulate(trace, [[10] * 3, [10] * 2], Room.of_slots({10: 5}), LeastRecentlyUsed).cost(
         dense_parameters=1000, expert_parameters=6
     )
     assert (cost.active_parameters, cost.routed_bytes_per_token, cost.saved_share) == (1000, 0, 0)
@@ -154,7 +158,7 @@ def test_cost_of_no_token_is_that_of_the_dense_part() -> None:
 def test_a_step_asks_for_every_expert_once() -> None:
     info = INFO.model_copy(update={"kept": ((0, 4, 5), (1, 2, 3))})
     trace = small_trace([[[0, 2], [1, 0]], [[2, 0], [0, 1]]], [2], info)
-    found = simulate(trace, [[10] * 3] * 2, {10: 6}, LeastRecentlyUsed)
+    found = simulate(trace, [[10] * 3] * 2, Room.of_slots({10: 6}), LeastRecentlyUsed)
     assert found.hits == 4 and found.num_steps == 1
     assert found.routed_bytes == 8 * 10  # but every token counts its own
 
@@ -163,7 +167,7 @@ def replay(folder: Path, trace: Trace, num_slots: int, skip: SkipRule | None) ->
     source = open_source(folder)
     sizes = traced_sizes(trace, open_store(source), source_fingerprint(source))
     slots = allot(source.spec, sizes, [], None, num_slots)
-    return simulate(trace, sizes, slots.counts, slots.policy, skip)
+    return simulate(trace, sizes, Room.of_slots(slots.counts), DEFAULT_POLICY, skip)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -171,7 +175,7 @@ def replay(folder: Path, trace: Trace, num_slots: int, skip: SkipRule | None) ->
 def test_replay_counts_what_the_runtime_counted(
     family: str, rule: SkipRule | None, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
-    """Below one token cycle (frequency order), above it (LRU), and with everything resident."""
+    """Below one token cycle, above it, and with everything resident."""
     folder = tiny_checkpoint(family)
     every = Checkpoint(folder).spec.num_experts * Checkpoint(folder).spec.num_moe_layers
     for num_slots in (3, 5, 9, every):

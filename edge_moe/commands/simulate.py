@@ -57,6 +57,8 @@ def simulate_command(
         session_terms,
         source_fingerprint,
     )
+    from edge_moe.runtime.policies import DEFAULT_POLICY
+    from edge_moe.runtime.replay import Room
     from edge_moe.runtime.simulate import simulate, traced_sizes
     from edge_moe.runtime.trace import Trace
 
@@ -68,7 +70,10 @@ def simulate_command(
     store.close()
     found = allot(source.spec, sizes, terms, budget, slots)
     rules = [None] if rule is None else [None, rule]
-    results = [simulate(recorded, sizes, found.counts, found.policy, each) for each in rules]
+    results = [
+        simulate(recorded, sizes, Room.of_slots(found.counts), DEFAULT_POLICY, each)
+        for each in rules
+    ]
     costs = [
         result.cost(
             dense_parameters=dense_parameters(source),

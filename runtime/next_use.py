@@ -1,0 +1,109 @@
+"""The default order of eviction: what will most likely be needed last goes first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe.runtime.policy import EvictionPolicy, Key
+
+_LEAST = 1e-9
+"""No share counts as less."""
+_UNSEEN = 1e-3
+"""Share of an expert that was never used: less than one use in a few hundred visits gives."""
+_ABSENT = -np.inf
+"""Gap of an expert that is not resident."""
+
+
+class SoonestNextUse(EvictionPolicy):
+    """Evicts what will most likely be needed last: Belady's rule on expected times of use.
+
+    Layers take turns, and a layer asks for an expert with a probability p that changes slowly: an
+    exponential mean over its visits. Seen from layer l, an expert of layer m is next needed after
+    (m - l) mod L layers, L for m = l, and then every L / p layers: (m - l) mod L + (1 / p - 1) L.
+    Counts of uses alone forget nothing, the time since the last use alone knows one visit; neither
+    knows which layer comes next. A choice takes time linear in the layers, and in the experts of
+    those that were used since the last one.
+    """
+
+    name = "next-use"
+    decay = 0.98
+
+    def __init__(self) -> None:
+        self._shares = np.full((0, 0), _UNSEEN)
+        """[L, E] p of every expert."""
+        self._is_resident = np.zeros((0, 0), np.bool_)
+        self._gaps = np.full((0, 0), _ABSENT)
+        """[L, E] (1 / p - 1) L of the residents; right outside `_stale` layers."""
+        self._last_rows = np.zeros(0, np.int64)
+        """[L] the resident with the largest gap."""
+        self._last_gaps = np.zeros(0)
+        self._stale: set[int] = set()
+        self._layer = -1
+        self._visited: set[int] = set()
+
+    def admit(self, key: Key) -> None:
+        self._reach(key)
+        self._is_resident[key] = True
+        self._stale.add(key[0])
+
+    def use(self, key: Key) -> None:
+        layer, row = key
+        # a layer's uses come together; with a single layer a repeated row tells two visits apart
+        if layer != self._layer or row in self._visited:
+            self._layer = layer
+            self._visited.clear()
+            self._shares[layer] *= self.decay
+        self._visited.add(row)
+        self._shares[key] += 1 - self.decay
+        self._stale.add(layer)
+
+    def forget(self, key: Key) -> None:
+        self._is_resident[key] = False
+        self._stale.add(key[0])
+
+    def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
+        self._settle()
+        num_layers = len(self._gaps)
+        if not num_layers:
+            return None
+        ahead = num_layers - (self._layer - np.arange(num_layers)) % num_layers
+        expected, rows = ahead + self._last_gaps, self._last_rows
+        refused: dict[int, npt.NDArray[np.float64]] = {}
+        while True:
+            layer = int(expected.argmax())
+            if expected[layer] == _ABSENT:
+                return None
+            row = int(rows[layer])
+            if may_evict((layer, row)):
+                return layer, row
+            rows = rows.copy() if not refused else rows
+            gaps = refused.setdefault(layer, self._gaps[layer].copy())
+            gaps[row] = _ABSENT
+            rows[layer] = gaps.argmax()
+            expected[layer] = ahead[layer] + gaps.max()
+
+    def _settle(self) -> None:
+        """Bring the gaps up to date."""
+        for layer in self._stale:
+            shares = np.clip(self._shares[layer], _LEAST, 1)
+            gaps = np.where(self._is_resident[layer], (1 / shares - 1) * len(self._gaps), _ABSENT)
+            self._gaps[layer] = gaps
+            self._last_rows[layer] = row = gaps.argmax()
+            self._last_gaps[layer] = gaps[row]
+        self._stale.clear()
+
+    def _reach(self, key: Key) -> None:
+        """Make the arrays large enough for `key`."""
+        layers, rows = self._shares.shape
+        if key[0] < layers and key[1] < rows:
+            return
+        shape = max(layers, key[0] + 1), max(rows, key[1] + 1)
+        shares, is_resident = np.full(shape, _UNSEEN), np.zeros(shape, np.bool_)
+        shares[:layers, :rows], is_resident[:layers, :rows] = self._shares, self._is_resident
+        self._shares, self._is_resident = shares, is_resident
+        self._gaps = np.full(shape, _ABSENT)
+        self._last_rows, self._last_gaps = np.zeros(shape[0], np.int64), np.full(shape[0], _ABSENT)
+        self._stale = set(range(shape[0]))
