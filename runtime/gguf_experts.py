@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.gguf_model import GgufModel
+from edge_moe.runtime.gguf_allotment import num_pages
 from edge_moe.runtime.llama_region import PAGE_BYTES, ExpertRegion
 from edge_moe.runtime.policy import AdmissionRule, EvictionPolicy, Key, PagingStatistics
 
@@ -326,13 +327,12 @@ def expert_slices(model: GgufModel, region: ExpertRegion) -> dict[Key, list[Slic
             for row in range(model.spec.num_experts):
                 start = info.offset + row * stride
                 skipped = start % PAGE_BYTES
-                pages = -(-(skipped + stride) // PAGE_BYTES)
                 found.setdefault((layer, row), []).append(
                     Slice(
                         info.path,
                         start - skipped,
                         address + row * stride - skipped,
-                        pages * PAGE_BYTES,
+                        num_pages(info.offset, stride, row) * PAGE_BYTES,
                         skipped + stride,
                     )
                 )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from edge_moe import budget as bill
-from edge_moe.errors import BudgetError, InputError
 from edge_moe.gguf_model import GgufModel
-from edge_moe.offer import stored_forms
-from edge_moe.overhead import gguf_overhead
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime import memory
+from edge_moe.runtime.allotment import context_length
 from edge_moe.runtime.generate import FloatArray, Sampling, Timing, TokenLoop, generate_text
+from edge_moe.runtime.gguf_allotment import (
+    batch_tokens,
+    expert_limit_bytes,
+    largest_expert_bytes,
+    session_terms,
+)
 from edge_moe.runtime.gguf_experts import GgufExperts
 from edge_moe.runtime.gguf_vocabulary import GgufVocabulary
 from edge_moe.runtime.llama_predict import NextRouter
@@ -23,9 +27,10 @@ from edge_moe.runtime.paged_llama import LoadedModel, PagedContext
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import EvictionPolicy, PagingStatistics, token_cycle_bytes
 from edge_moe.runtime.prefetch_trial import PrefetchTrial
-from edge_moe.units import format_bytes, round_up_bytes
+from edge_moe.units import format_bytes
 
-_DEFAULT_CONTEXT_TOKENS = 4096
+if TYPE_CHECKING:
+    from edge_moe.runtime.trace import TraceInfo, TraceRecorder
 
 
 class _Where(NamedTuple):
@@ -54,6 +59,7 @@ class GgufSession:
         self.load_seconds = 0.0
         self.warnings: list[str] = []
         self.tokenizer = GgufVocabulary(loaded.api.llama, loaded.pointer, model.header)
+        self._model = model
         self._loaded = loaded
         self._experts = experts
         self._context = context
@@ -69,6 +75,7 @@ class GgufSession:
         num_slots: int | None = None,
         prefetch: bool | None = None,
         policy: type[EvictionPolicy] = DEFAULT_POLICY,
+        can_trace: bool = False,
     ) -> GgufSession:
         """Load everything but the experts of the file `path`, and those as far as they fit.
 
@@ -79,6 +86,7 @@ class GgufSession:
             prefetch: read guessed experts of the next layer ahead; None tries both by turns on the
                 first tokens, and keeps what is faster.
             policy: which expert leaves.
+            can_trace: watch the routers even where nothing is paged, so that `tracing` works.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -89,13 +97,13 @@ class GgufSession:
         start = time.perf_counter()
         memory.limit_arenas()
         model = GgufModel(path)
-        context = _context_tokens(model, context_tokens)
-        terms = _terms(model, context, has_budget=budget_bytes is not None)
-        limit_bytes = _limit_bytes(model, terms, budget_bytes, num_slots)
-        batch_tokens = _batch_tokens(model, limit_bytes)
-        require_loadable(path, context, min(batch_tokens, context), {})
+        context = context_length(model.spec, context_tokens)
+        terms = session_terms(model, context, has_budget=budget_bytes is not None)
+        limit_bytes = expert_limit_bytes(model, terms, budget_bytes, num_slots)
+        most_tokens = min(batch_tokens(model, limit_bytes), context)
+        require_loadable(path, context, most_tokens, {})
         loaded = LoadedModel(model)
-        sizes = _expert_bytes(model)
+        sizes = largest_expert_bytes(model)
         cycle_bytes = token_cycle_bytes(sizes.values(), model.spec.top_k)
         experts = GgufExperts(model, loaded.region, limit_bytes, policy())
         is_paging = experts.total_bytes > limit_bytes
@@ -109,8 +117,8 @@ class GgufSession:
             loaded,
             experts,
             context_tokens=context,
-            batch_tokens=min(batch_tokens, context),
-            is_paging=is_paging,
+            batch_tokens=most_tokens,
+            is_watched=is_paging or can_trace,
             path=path,
             predictor=predictor,
             trial=trial,
@@ -140,7 +148,7 @@ class GgufSession:
         prompt_ids = self.prompt_ids(prompt)
         is_chat = not isinstance(prompt, str)
         kept = self._context.keep_prefix(prompt_ids) if is_chat else 0
-        loop = self._loop() if not kept else _LlamaLoop(self._context, self.context_tokens, kept)
+        loop = self.new_loop() if not kept else _LlamaLoop(self._context, self.context_tokens, kept)
         self.timing = loop.timing
         sampling = Sampling(temperature, top_p, seed)
         yield from generate_text(
@@ -151,7 +159,7 @@ class GgufSession:
         self, prompt_ids: Sequence[int], max_new_tokens: int, *, stop_at_eos: bool = True
     ) -> list[int]:
         """Greedy continuation as token ids."""
-        loop = self._loop()
+        loop = self.new_loop()
         self.timing = loop.timing
         eos = self.eos_ids if stop_at_eos else set()
         return list(loop.tokens(prompt_ids, max_new_tokens, Sampling(), eos))
@@ -162,7 +170,7 @@ class GgufSession:
         Raises:
             InputError: more tokens than the context holds.
         """
-        return self._loop().logits(token_ids, self.spec.vocab_size)
+        return self.new_loop().logits(token_ids, self.spec.vocab_size)
 
     def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of text, or of chat messages in the file's chat template.
@@ -171,6 +179,40 @@ class GgufSession:
             InputError: nothing in it, or messages without a chat template.
         """
         return self.tokenizer.prompt_ids(prompt)
+
+    @contextmanager
+    def tracing(self) -> Iterator[TraceRecorder]:
+        """Record which experts the routers choose while the block runs: ids, without weights.
+
+        Raises:
+            InputError: nothing is paged, and the session was not opened to be traced.
+        """
+        from edge_moe.runtime.trace import TraceRecorder  # a process that only runs stays small
+
+        recorder = TraceRecorder()
+        self._context.record(recorder)
+        try:
+            yield recorder
+        finally:
+            self._context.record(None)
+
+    def trace_info(self) -> TraceInfo:
+        """What the rows of a trace of this session stand for."""
+        from edge_moe.runtime.trace import TraceInfo
+
+        every = tuple(range(self.spec.num_experts))
+        return TraceInfo(
+            model_fingerprint=self._model.fingerprint,
+            moe_layer_ids=self.spec.moe_layer_ids,
+            top_k=self.spec.top_k,
+            kept=(every,) * self.spec.num_moe_layers,
+            has_weights=False,
+        )
+
+    def new_loop(self) -> TokenLoop:
+        """A new sequence; what came before is forgotten."""
+        self._context.clear()
+        return _LlamaLoop(self._context, self.context_tokens)
 
     @property
     def has_chat_template(self) -> bool:
@@ -216,10 +258,6 @@ class GgufSession:
         self._experts.close()
         self._loaded.close()
 
-    def _loop(self) -> _LlamaLoop:
-        self._context.clear()
-        return _LlamaLoop(self._context, self.context_tokens)
-
     def __enter__(self) -> GgufSession:
         return self
 
@@ -249,75 +287,3 @@ class _LlamaLoop(TokenLoop):
     def cache_bytes(self) -> int:
         """llama.cpp takes the whole context's at once."""
         return 0
-
-
-def _context_tokens(model: GgufModel, asked: int | None) -> int:
-    longest = model.spec.max_position_embeddings
-    if asked is not None and asked > longest:
-        raise InputError(
-            f"context {asked} is longer than the model's {longest} tokens: lower --ctx"
-        )
-    return asked or min(_DEFAULT_CONTEXT_TOKENS, longest)
-
-
-def _terms(model: GgufModel, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
-    """The bill with every expert resident; only a budget is worth measuring a process for."""
-    setting = bill.Setting(model, "gguf", "cpu", context_tokens, (0, "assumed"))
-    rows = [[form] * model.spec.num_experts for form in stored_forms(model)]
-    process, source = gguf_overhead(model.header, is_measured=has_budget)
-    runtime = MemoryTerm(
-        name="runtime", num_bytes=process, source=source, note="a process with llama.cpp"
-    )
-    return [runtime if term.name == "runtime" else term for term in setting.bill(rows)]
-
-
-def _expert_bytes(model: GgufModel) -> dict[int, int]:
-    """Whole pages that an expert of each layer takes at most."""
-    count = model.spec.num_experts
-    return {
-        layer_id: sum(_pages(info.num_bytes // count) for info in layer.stacks)
-        for layer_id, layer in model.layers.items()
-    }
-
-
-def _pages(num_bytes: int) -> int:
-    from edge_moe.runtime.llama_region import PAGE_BYTES
-
-    return (-(-num_bytes // PAGE_BYTES) + 1) * PAGE_BYTES
-
-
-def _limit_bytes(
-    model: GgufModel, terms: list[MemoryTerm], budget_bytes: int | None, num_slots: int | None
-) -> int:
-    """What experts may take.
-
-    Raises:
-        BudgetError: too little for one token.
-        InputError: fewer slots than top_k.
-    """
-    largest, top_k = max(_expert_bytes(model).values()), model.spec.top_k
-    if num_slots is not None:
-        if num_slots < top_k:
-            raise InputError(f"{num_slots} slots are fewer than top_k={top_k}: give at least that")
-        return num_slots * largest
-    if budget_bytes is None:
-        return sum(_expert_bytes(model).values()) * model.spec.num_experts
-    fixed, smallest = bill.non_expert_bytes(terms), top_k * largest
-    if budget_bytes - fixed < smallest:
-        raise BudgetError(
-            f"budget {format_bytes(budget_bytes)} is too small even when experts are paged: "
-            f"{bill.describe_terms([term for term in terms if term.name != 'experts'])} and "
-            f"{format_bytes(smallest)} of experts; the smallest that works is "
-            f"{round_up_bytes(fixed + smallest)}: raise --budget or lower --ctx",
-            minimum_bytes=fixed + smallest,
-        )
-    return budget_bytes - fixed
-
-
-def _batch_tokens(model: GgufModel, limit_bytes: int) -> int:
-    """Tokens computed at a time: whatever their routers choose in one layer fits together."""
-    spec = model.spec
-    fitting = limit_bytes // max(_expert_bytes(model).values())
-    if fitting >= spec.num_experts:
-        return bill.LLAMA_UBATCH_TOKENS
-    return max(1, min(fitting // spec.top_k, bill.LLAMA_UBATCH_TOKENS))

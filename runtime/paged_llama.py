@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from edge_moe.runtime.llama_predict import NextRouter
 from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.llama_stream import ModelStream, c_stream, model_pieces
 from edge_moe.runtime.prefetch_trial import PrefetchTrial
+
+if TYPE_CHECKING:
+    from edge_moe.runtime.trace import TraceRecorder
 
 TOPK = "ffn_moe_topk"
 """Node with the ids that a layer's router chose, int32 [T, k], rows apart in memory."""
@@ -119,7 +122,7 @@ class PagedContext:
         *,
         context_tokens: int,
         batch_tokens: int,
-        is_paging: bool,
+        is_watched: bool,
         path: Any,
         predictor: NextRouter | None = None,
         trial: PrefetchTrial | None = None,
@@ -128,6 +131,8 @@ class PagedContext:
         """`batch_tokens` are computed at a time, so that their experts fit together.
 
         `may_cut`: no layer forgets tokens of its own accord, so that a sequence can be cut.
+        `is_watched`: the routers' choices are paged in, or can be recorded; else llama.cpp computes
+        whole graphs, and every expert has to be there.
 
         Raises:
             InputError: llama.cpp cannot make the context.
@@ -141,6 +146,7 @@ class PagedContext:
         self._may_cut = may_cut
         self._reads_ahead = predictor is not None
         self._layers = {f"{TOPK}-{id_}": layer for layer, id_ in enumerate(experts.layer_ids)}
+        self._recorder: TraceRecorder | None = None
         self._seen: set[int] = set()
         self._sequence: list[int] = []
         """Tokens in the KV cache."""
@@ -156,9 +162,9 @@ class PagedContext:
         parameters.n_threads = parameters.n_threads_batch = usable_cores()
         parameters.op_offload = False  # experts are where they are paged to
         parameters.swa_full = False  # sliding layers hold a window, as the bill says
-        if is_paging:
+        if is_watched:
             parameters.cb_eval = self._callback
-        self._is_paging = is_paging
+        self._is_watched = is_watched
         with llama_log() as log:
             self._context = llama.llama_init_from_model(loaded.pointer, parameters)
         if not self._context:
@@ -171,6 +177,18 @@ class PagedContext:
     def prefetch_trial(self) -> PrefetchTrial | None:
         """Whether reading ahead pays here, where that is being tried."""
         return self._trial
+
+    def record(self, recorder: TraceRecorder | None) -> None:
+        """Write every choice of a router into `recorder` from now on.
+
+        Raises:
+            InputError: the routers are not watched.
+        """
+        if recorder is not None and not self._is_watched:
+            raise InputError(
+                f"{self._path}: its routers are not watched: open it with can_trace, or a budget"
+            )
+        self._recorder = recorder
 
     def clear(self) -> None:
         """Forget the sequence."""
@@ -266,7 +284,7 @@ class PagedContext:
 
     def _require_all_seen(self) -> None:
         """A layer whose router was not seen would have computed with experts that are not there."""
-        if self._is_paging and len(self._seen) < len(self._layers):
+        if self._is_watched and len(self._seen) < len(self._layers):
             missing = min(set(self._layers.values()) - self._seen)
             raise InputError(
                 f"{self._path}: llama.cpp's graph has no node {TOPK} in layer "
@@ -295,6 +313,8 @@ class PagedContext:
     def _page_in(self, layer: int, chosen: npt.NDArray[np.int32]) -> None:
         """Wait for the experts [T, k] of a layer, and start on those of the next."""
         self._seen.add(layer)
+        if self._recorder is not None:
+            self._recorder.add_rows(layer, chosen)
         rows = np.unique(chosen).tolist()
         self._experts.require(layer, rows)
         if self._predictor is not None and self._reads_ahead and self._num_new == 1:

@@ -212,7 +212,7 @@ class Session:
         """
         check_prompt_length(prompt_ids, self.context_tokens)
         with self.tracing() as recorder:
-            Decoder(self.model, self.device, self.context_tokens).prefill(prompt_ids)
+            self.new_loop().prefill(prompt_ids)
         trace = recorder.finish(self.trace_info())
         return match_pattern(trace.gate_means(self.spec.num_experts), patterns)
 
@@ -235,6 +235,10 @@ class Session:
             kept=tuple(tuple(kept) for kept in self._residency.store.kept),
         )
 
+    def new_loop(self) -> Decoder:
+        """A new sequence."""
+        return Decoder(self.model, self.device, self.context_tokens)
+
     def generate(
         self,
         prompt: str | list[dict[str, str]],
@@ -254,7 +258,7 @@ class Session:
             InputError: an empty prompt, one longer than the context, or chat without a template.
         """
         prompt_ids = self.prompt_ids(prompt)
-        decoder = Decoder(self.model, self.device, self.context_tokens)
+        decoder = self.new_loop()
         self.timing = decoder.timing
         sampling = Sampling(temperature, top_p, seed)
         yield from generate_text(
@@ -265,7 +269,7 @@ class Session:
         self, prompt_ids: Sequence[int], max_new_tokens: int, *, stop_at_eos: bool = True
     ) -> list[int]:
         """Greedy continuation as token ids."""
-        decoder = Decoder(self.model, self.device, self.context_tokens)
+        decoder = self.new_loop()
         self.timing = decoder.timing
         eos = self.eos_ids if stop_at_eos else set()
         return list(decoder.tokens(prompt_ids, max_new_tokens, Sampling(), eos))
@@ -276,7 +280,7 @@ class Session:
         Raises:
             InputError: more tokens than the context holds.
         """
-        decoder = Decoder(self.model, self.device, self.context_tokens)
+        decoder = self.new_loop()
         return decoder.logits(token_ids, self.model.config.vocab_size)
 
     def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:

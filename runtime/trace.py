@@ -138,6 +138,10 @@ class TraceRecorder:
             )
         )
 
+    def add_rows(self, layer: int, rows: Array) -> None:
+        """One layer of a step, whose weights and norms are not known: [T, k]."""
+        self.add(layer, rows, np.zeros(rows.shape), np.zeros(len(rows)))
+
     def finish(self, info: TraceInfo) -> Trace:
         """Everything so far; a step that was interrupted between two layers is left out."""
         num_layers, top_k = len(info.kept), info.top_k

@@ -1,0 +1,96 @@
+"""What a GGUF model costs under a budget, and what its experts get. No llama.cpp: headers only.
+
+`GgufSession` opens a file by these functions; the trace simulator asks them the same questions.
+"""
+
+from __future__ import annotations
+
+from edge_moe import budget as bill
+from edge_moe.errors import BudgetError, InputError
+from edge_moe.gguf_model import GgufModel
+from edge_moe.offer import stored_forms
+from edge_moe.overhead import gguf_overhead
+from edge_moe.plan import MemoryTerm
+from edge_moe.runtime.llama_region import PAGE_BYTES
+from edge_moe.units import format_bytes, round_up_bytes
+
+
+def session_terms(model: GgufModel, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
+    """The bill with every expert resident; only a budget is worth measuring a process for."""
+    setting = bill.Setting(model, "gguf", "cpu", context_tokens, (0, "assumed"))
+    rows = [[form] * model.spec.num_experts for form in stored_forms(model)]
+    process, source = gguf_overhead(model.header, is_measured=has_budget)
+    runtime = MemoryTerm(
+        name="runtime", num_bytes=process, source=source, note="a process with llama.cpp"
+    )
+    return [runtime if term.name == "runtime" else term for term in setting.bill(rows)]
+
+
+def largest_expert_bytes(model: GgufModel) -> dict[int, int]:
+    """Whole pages that an expert of each layer takes at most."""
+    count = model.spec.num_experts
+    return {
+        layer_id: sum(_pages(info.num_bytes // count) for info in layer.stacks)
+        for layer_id, layer in model.layers.items()
+    }
+
+
+def _pages(num_bytes: int) -> int:
+    return (-(-num_bytes // PAGE_BYTES) + 1) * PAGE_BYTES
+
+
+def expert_limit_bytes(
+    model: GgufModel, terms: list[MemoryTerm], budget_bytes: int | None, num_slots: int | None
+) -> int:
+    """What experts may take.
+
+    Raises:
+        BudgetError: too little for one token.
+        InputError: fewer slots than top_k.
+    """
+    largest, top_k = max(largest_expert_bytes(model).values()), model.spec.top_k
+    if num_slots is not None:
+        if num_slots < top_k:
+            raise InputError(f"{num_slots} slots are fewer than top_k={top_k}: give at least that")
+        return num_slots * largest
+    if budget_bytes is None:
+        return sum(largest_expert_bytes(model).values()) * model.spec.num_experts
+    fixed, smallest = bill.non_expert_bytes(terms), top_k * largest
+    if budget_bytes - fixed < smallest:
+        raise BudgetError(
+            f"budget {format_bytes(budget_bytes)} is too small even when experts are paged: "
+            f"{bill.describe_terms([term for term in terms if term.name != 'experts'])} and "
+            f"{format_bytes(smallest)} of experts; the smallest that works is "
+            f"{round_up_bytes(fixed + smallest)}: raise --budget or lower --ctx",
+            minimum_bytes=fixed + smallest,
+        )
+    return budget_bytes - fixed
+
+
+def batch_tokens(model: GgufModel, limit_bytes: int) -> int:
+    """Tokens computed at a time: whatever their routers choose in one layer fits together."""
+    spec = model.spec
+    fitting = limit_bytes // max(largest_expert_bytes(model).values())
+    if fitting >= spec.num_experts:
+        return bill.LLAMA_UBATCH_TOKENS
+    return max(1, min(fitting // spec.top_k, bill.LLAMA_UBATCH_TOKENS))
+
+
+def num_pages(offset: int, stride: int, row: int) -> int:
+    """Pages of the file that hold row `row` of a stack at `offset`, `stride` bytes each."""
+    start = (offset + row * stride) % PAGE_BYTES
+    return -(-(start + stride) // PAGE_BYTES)
+
+
+def expert_sizes(model: GgufModel) -> list[list[int]]:
+    """[L][E] bytes that every expert takes in memory: the whole pages that its rows lie in."""
+    return [
+        [
+            sum(
+                num_pages(info.offset, info.num_bytes // model.spec.num_experts, row) * PAGE_BYTES
+                for info in model.layers[layer_id].stacks
+            )
+            for row in range(model.spec.num_experts)
+        ]
+        for layer_id in sorted(model.layers)
+    ]
