@@ -31,6 +31,7 @@ from edge_moe.commands.report import report_command
 from edge_moe.commands.run import run_command
 from edge_moe.commands.simulate import simulate_command
 from edge_moe.commands.stats import stats_app
+from edge_moe.commands.trace import trace_command
 from edge_moe.commands.transform import transform_command
 from edge_moe.errors import EdgeMoeError, install_command
 from edge_moe.files import os_problem
@@ -93,6 +94,7 @@ app.command("plan")(plan_command)
 app.command("build")(build_command)
 app.command("recover")(recover_command)
 app.command("run")(run_command)
+app.command("trace")(trace_command)
 app.command("simulate")(simulate_command)
 app.command("eval")(eval_command)
 app.command("compare")(compare_command)

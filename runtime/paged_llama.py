@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 TOPK = "ffn_moe_topk"
 """Node with the ids that a layer's router chose, int32 [T, k], rows apart in memory."""
 _LOAD_MODE_NONE = 0
+_RECORDED_TOKENS = 32
+"""Computed at once while routers are recorded: llama.cpp's last layer routes only tokens whose
+logits are wanted, so all are, and they take room."""
 _RELEASE_BYTES = 16 * 2**20
 """Loading touches so much of the experts' memory at most."""
 
@@ -227,8 +230,11 @@ class PagedContext:
         if len(token_ids) == 1 and self._trial is not None:
             self._reads_ahead = self._trial.start_token()
         rows = []
-        for at in range(0, len(token_ids), self._batch_tokens):
-            piece = token_ids[at : at + self._batch_tokens]
+        step = self._batch_tokens
+        if self._recorder is not None:
+            step = min(step, _RECORDED_TOKENS)
+        for at in range(0, len(token_ids), step):
+            piece = token_ids[at : at + step]
             is_last = at + len(piece) == len(token_ids)
             rows.append(self._decode_piece(piece, start + at, keep_all, is_last))
         if len(token_ids) == 1 and self._trial is not None:
@@ -253,7 +259,8 @@ class PagedContext:
                 batch.pos[index] = start + index
                 batch.n_seq_id[index] = 1
                 batch.seq_id[index][0] = 0
-                batch.logits[index] = keep_all or (is_last and index == count - 1)
+                is_asked = keep_all or (is_last and index == count - 1)
+                batch.logits[index] = is_asked or self._recorder is not None
             self._error, self._num_new = None, count
             held, self._sequence = self._sequence, []  # unknown, should it fail
             self._seen = set()

@@ -191,11 +191,7 @@ def traced_sizes(trace: Trace, store: ExpertStore, model_fingerprint: str) -> li
     Raises:
         InputError: a trace of another model, or of experts that the store does not have.
     """
-    if trace.info.model_fingerprint != model_fingerprint:
-        raise InputError(
-            f"the trace was recorded with another model ({trace.info.model_fingerprint[:12]}, not "
-            f"{model_fingerprint[:12]}): give the model that was traced"
-        )
+    require_same_model(trace, model_fingerprint)
     sizes = []
     for layer, (traced, kept) in enumerate(zip(trace.info.kept, store.kept, strict=True)):
         row_of = {expert_id: row for row, expert_id in enumerate(kept)}
@@ -207,6 +203,15 @@ def traced_sizes(trace: Trace, store: ExpertStore, model_fingerprint: str) -> li
             )
         sizes.append([store.record((layer, row_of[each])).num_bytes for each in traced])
     return sizes
+
+
+def require_same_model(trace: Trace, model_fingerprint: str) -> None:
+    """Raise InputError unless `trace` was recorded with the model of this fingerprint."""
+    if trace.info.model_fingerprint != model_fingerprint:
+        raise InputError(
+            f"the trace was recorded with another model ({trace.info.model_fingerprint[:12]}, not "
+            f"{model_fingerprint[:12]}): give the model that was traced"
+        )
 
 
 def _choices(

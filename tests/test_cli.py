@@ -108,6 +108,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         "calibrate-skipping",
         "patterns",
         "simulate",
+        "trace",
         "stats merge",
         "stats show",
     ],

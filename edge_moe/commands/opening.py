@@ -65,7 +65,7 @@ class PagingOptions:
             )
 
 
-_ROUTING = ("--ram", "--task", "--patterns", "--skip", "--skip-calibration", "--trace")
+_ROUTING = ("--ram", "--task", "--patterns", "--skip", "--skip-calibration")
 
 
 def runnable_path(model: str, revision: str | None) -> Path:
@@ -84,10 +84,10 @@ def open_runnable(
         TargetError: options that what runs it has nothing for.
     """
     if is_gguf_file(path):
-        return _open_gguf(path, common, paging), {}
+        return _open_gguf(path, common, paging, can_trace=paging.trace is not None), {}
     if is_onnx_folder(path):
         runs = "onnxruntime, which neither pages nor skips experts"
-        paging.refuse(path, runs, ("--slots", *_ROUTING))
+        paging.refuse(path, runs, ("--slots", "--trace", *_ROUTING))
         from edge_moe.runtime.onnx_session import OnnxSession
 
         onnx = OnnxSession.open(
@@ -115,7 +115,9 @@ def open_runnable(
     return session, known
 
 
-def _open_gguf(path: Path, common: CommonOptions, paging: PagingOptions) -> GgufSession:
+def _open_gguf(
+    path: Path, common: CommonOptions, paging: PagingOptions, *, can_trace: bool
+) -> GgufSession:
     paging.refuse(path, "llama.cpp, which routes by itself", _ROUTING)
     if common.device == "cuda":
         raise TargetError(
@@ -130,11 +132,38 @@ def _open_gguf(path: Path, common: CommonOptions, paging: PagingOptions) -> Gguf
         context_tokens=common.context_tokens,
         num_slots=paging.slots,
         prefetch=paging.prefetch,
+        can_trace=can_trace,
+    )
+
+
+def open_traceable(path: Path, common: CommonOptions, slots: int | None) -> Session | GgufSession:
+    """The model in `path`, whose routers can be watched.
+
+    Raises:
+        TargetError: an ONNX folder.
+    """
+    if is_onnx_folder(path):
+        raise TargetError(
+            f"{path} runs in onnxruntime, which tells nobody what its routers choose: give the "
+            "checkpoint that it was made from"
+        )
+    paging = PagingOptions(slots, None, None, None, None, None, None, prefetch=False)
+    if is_gguf_file(path):
+        return _open_gguf(path, common, paging, can_trace=True)
+    from edge_moe.runtime.session import Session
+
+    return Session.open(
+        path,
+        budget_bytes=common.budget_bytes,
+        context_tokens=common.context_tokens,
+        device=common.device,
+        num_slots=slots,
+        prefetch=False,
     )
 
 
 @contextmanager
-def tracing(session: Session, path: Path) -> Iterator[None]:
+def tracing(session: Session | GgufSession, path: Path) -> Iterator[None]:
     """Write the routers' choices to `path` when the block ends, however it ends."""
     with session.tracing() as recorder:
         try:

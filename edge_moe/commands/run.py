@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -43,6 +43,7 @@ from edge_moe.units import parse_bytes
 if TYPE_CHECKING:
     from edge_moe.commands.generation import Runnable
     from edge_moe.measurement import RunMeasurement
+    from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.session import Session
 
 EXIT_INTERRUPTED = 130
@@ -169,13 +170,15 @@ def _opened(
     """The model in `path`, its task chosen and its warnings said; traced where that was asked."""
     opened, known = open_runnable(path, common, paging)
     with opened as session, ExitStack() as stack:
-        paged = None if paging.task is None and paging.trace is None else _native(session)
-        if paging.task is not None and paged is not None:
-            choose_task(paged, paging.task, known, as_prompt(session, prompt, is_raw))
+        native = None if paging.task is None else _native(session)
+        if paging.task is not None and native is not None:
+            choose_task(native, paging.task, known, as_prompt(session, prompt, is_raw))
         for warning in session.warnings:
             stderr().print(f"warning: {warning}", style="yellow")
-        if paging.trace is not None and paged is not None:
-            stack.enter_context(tracing(paged, paging.trace))
+        if paging.trace is not None:
+            # `open_runnable` refuses --trace where the routers cannot be watched
+            watched = cast("Session | GgufSession", session)
+            stack.enter_context(tracing(watched, paging.trace))
         yield session
 
 

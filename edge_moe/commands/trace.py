@@ -1,0 +1,55 @@
+"""`edge-moe trace`: which experts the routers choose on real text, for `edge-moe simulate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_moe.commands.opening import CommonOptions, open_traceable, runnable_path, tracing
+from edge_moe.commands.options import Budget, Revision, Tasks, stderr
+from edge_moe.files import require_file_output
+
+
+def trace_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint folder, native package, .gguf file, or hub id such as "
+            "Qwen/Qwen3-30B-A3B.",
+            show_default=False,
+        ),
+    ],
+    task: Tasks,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write, a .safetensors file.")
+    ],
+    window_tokens: Annotated[
+        int, typer.Option(help="Tokens of text before a new sequence begins.")
+    ] = 256,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Of which so many are a prompt, read at once.")
+    ] = 32,
+    max_windows: Annotated[int, typer.Option(help="Sequences in all, of all tasks by turns.")] = 16,
+    budget: Budget = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Record the routers' choices on held-out text, one token a step as when decoding."""
+    path = runnable_path(model, revision)
+    require_file_output(output, ".safetensors")
+    from edge_moe.runtime.evaluate import progress
+    from edge_moe.runtime.record_trace import feed, text_windows
+
+    common = CommonOptions(budget, window_tokens, None)
+    with open_traceable(path, common, slots) as session:
+        windows = text_windows(session, task, window_tokens, max_windows)
+        with tracing(session, output), progress("text", len(windows)) as advance:
+            feed(session, windows, prompt_tokens, advance)
+    num_tokens = sum(map(len, windows))
+    stderr().print(f"{output}: {num_tokens} tokens in {len(windows)} sequences")

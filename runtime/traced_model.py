@@ -1,0 +1,164 @@
+"""What the simulator asks of a model: sizes of its experts, what a budget leaves for them, reads.
+
+No torch and no llama.cpp: headers only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.errors import InputError
+from edge_moe.gguf_model import GgufModel
+from edge_moe.open_model import is_gguf_file
+from edge_moe.package import Package
+from edge_moe.plan import Device, MemoryTerm
+from edge_moe.runtime import gguf_allotment
+from edge_moe.runtime.allotment import (
+    allot,
+    context_length,
+    dense_parameters,
+    open_source,
+    open_store,
+    session_terms,
+    source_fingerprint,
+)
+from edge_moe.runtime.policy import token_cycle_bytes
+from edge_moe.runtime.replay import Room
+from edge_moe.runtime.simulate import require_same_model, traced_sizes
+from edge_moe.runtime.trace import Trace
+from edge_moe.spec import ModelSpec
+
+Sizes = list[list[int]]
+
+
+class TracedModel(ABC):
+    """A model that a trace was recorded with, as an engine would hold it."""
+
+    spec: ModelSpec
+
+    @abstractmethod
+    def sizes(self, trace: Trace) -> Sizes:
+        """[L][rows] bytes in memory of the experts that the trace's rows stand for.
+
+        Raises:
+            InputError: a trace of another model, or of experts that this one does not have.
+        """
+
+    @abstractmethod
+    def terms(self, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
+        """The bill with every expert resident."""
+
+    @abstractmethod
+    def room(
+        self, sizes: Sizes, terms: list[MemoryTerm], budget_bytes: int | None, slots: int | None
+    ) -> Room:
+        """What a budget, or a number of slots, leaves for experts; all of them without either.
+
+        Raises:
+            BudgetError: too little.
+            InputError: fewer slots than top_k.
+        """
+
+    @property
+    @abstractmethod
+    def dense_parameters(self) -> int:
+        """Number of weights outside routed experts."""
+
+    @abstractmethod
+    def dense_read_bytes(self, terms: list[MemoryTerm]) -> int:
+        """Bytes outside routed experts that a token reads: all but a separate embedding table."""
+
+    def context_length(self, asked: int | None) -> int:
+        """Tokens of context: what was asked for, or the default within the model's limit."""
+        return context_length(self.spec, asked)
+
+    def cycle_bytes(self, sizes: Sizes) -> int:
+        """One token cycle; see `token_cycle_bytes`."""
+        return token_cycle_bytes((max(layer) for layer in sizes), self.spec.top_k)
+
+
+class _Native(TracedModel):
+    """A checkpoint or package in edge-moe's own runtime."""
+
+    def __init__(self, path: Path, device: Device) -> None:
+        self._source: Package | Checkpoint = open_source(path)
+        self._store = open_store(self._source)
+        self._device = device
+        self.spec = self._source.spec
+
+    def sizes(self, trace: Trace) -> Sizes:
+        return traced_sizes(trace, self._store, source_fingerprint(self._source))
+
+    def terms(self, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
+        return session_terms(
+            self._source, self._store, context_tokens, self._device, has_budget=has_budget
+        )
+
+    def room(
+        self, sizes: Sizes, terms: list[MemoryTerm], budget_bytes: int | None, slots: int | None
+    ) -> Room:
+        return Room.of_slots(allot(self.spec, sizes, terms, budget_bytes, slots).counts)
+
+    @property
+    def dense_parameters(self) -> int:
+        return dense_parameters(self._source)
+
+    def dense_read_bytes(self, terms: list[MemoryTerm]) -> int:
+        held = term_bytes(terms, "dense weights")
+        if self.spec.tie_word_embeddings:
+            return held
+        table = self.spec.vocab_size * self.spec.hidden_size
+        return held - held * table // self.dense_parameters
+
+
+class _Gguf(TracedModel):
+    """A .gguf file in llama.cpp, whose experts we page."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = GgufModel(path)
+        self.spec = self._model.spec
+
+    def sizes(self, trace: Trace) -> Sizes:
+        require_same_model(trace, self._model.fingerprint)
+        return gguf_allotment.expert_sizes(self._model)
+
+    def terms(self, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
+        return gguf_allotment.session_terms(self._model, context_tokens, has_budget=has_budget)
+
+    def room(
+        self, sizes: Sizes, terms: list[MemoryTerm], budget_bytes: int | None, slots: int | None
+    ) -> Room:
+        limit = gguf_allotment.expert_limit_bytes(self._model, terms, budget_bytes, slots)
+        return Room.of_bytes(limit, sizes)
+
+    @property
+    def dense_parameters(self) -> int:
+        idle = self.spec.num_moe_layers * self.spec.num_experts * self.spec.expert_weights
+        return self._model.total_parameters - idle
+
+    def dense_read_bytes(self, terms: list[MemoryTerm]) -> int:
+        tensors = {info.name: info.num_bytes for info in self._model.dense_tensors}
+        is_tied = "output.weight" not in tensors
+        return sum(tensors.values()) - (0 if is_tied else tensors["token_embd.weight"])
+
+
+def open_traced(path: Path, device: Device) -> TracedModel:
+    """The model at `path`, as it would run on `device`.
+
+    Raises:
+        InputError: neither a folder nor a .gguf file.
+        PackageError, CheckpointError, SpecError: a damaged one.
+    """
+    if is_gguf_file(path):
+        return _Gguf(path)
+    return _Native(path, device)
+
+
+def term_bytes(terms: list[MemoryTerm], name: str) -> int:
+    """Bytes of the term called `name`."""
+    found = [term.num_bytes for term in terms if term.name == name]
+    if not found:
+        raise InputError(f"the bill has no term {name!r}")
+    return sum(found)

@@ -1,0 +1,111 @@
+"""Traces of GGUF files: the rows that the native runtime records, replayed to what was paged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TinyCheckpoint
+from float32_gguf import float32_gguf
+from gguf_files import requantised
+
+from edge_moe.cli import run
+from edge_moe.errors import InputError
+from edge_moe.runtime.gguf_session import GgufSession
+from edge_moe.runtime.policies import DEFAULT_POLICY
+from edge_moe.runtime.record_trace import feed
+from edge_moe.runtime.session import Session
+from edge_moe.runtime.simulate import Replay, simulate
+from edge_moe.runtime.skipping import TopP
+from edge_moe.runtime.trace import Trace
+from edge_moe.runtime.traced_model import open_traced
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+WINDOWS = [[int(i) for i in np.random.default_rng(n).integers(1, 250, 40)] for n in range(3)]
+
+
+@pytest.fixture(scope="module")
+def model(
+    tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """(checkpoint, the same in a float32 file)"""
+    folder = tiny_checkpoint("qwen3_moe")
+    return folder, float32_gguf(folder, tmp_path_factory.mktemp("gguf") / "model.gguf")
+
+
+def recorded(session: Session | GgufSession, prompt_tokens: int = 8) -> Trace:
+    with session.tracing() as recorder:
+        feed(session, WINDOWS, prompt_tokens)
+    return recorder.finish(session.trace_info())
+
+
+def test_both_engines_record_the_same_rows(model: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, file = model
+    with Session.open(folder, context_tokens=64) as native:
+        expected = recorded(native)
+    with GgufSession.open(file, context_tokens=64, can_trace=True) as session:
+        assert not session.is_paging
+        found = recorded(session)
+    found.save(tmp_path / "t.safetensors")
+    found = Trace.load(tmp_path / "t.safetensors")
+    assert found.step_tokens.tolist() == expected.step_tokens.tolist() == ([8] + [1] * 32) * 3
+    np.testing.assert_array_equal(np.sort(found.rows, 2), np.sort(expected.rows, 2))
+    assert expected.info.has_weights and expected.weights.any()
+    assert not found.info.has_weights and not found.weights.any()
+    with pytest.raises(InputError, match="no weights of experts, by which --skip chooses"):
+        Replay(found, open_traced(file, "cpu").sizes(found), TopP(0.5))
+    with pytest.raises(InputError, match="holds no weights"):
+        found.gate_means(8)
+
+
+def test_only_watched_routers_can_be_traced(model: tuple[Path, Path]) -> None:
+    with GgufSession.open(model[1], context_tokens=64) as session:
+        with pytest.raises(InputError, match="routers are not watched"), session.tracing():
+            pass
+
+
+@pytest.mark.parametrize("kind", ["float32", "quantised"])
+def test_replay_counts_what_was_paged(kind: str, model: tuple[Path, Path], tmp_path: Path) -> None:
+    """Quantised experts end anywhere in a page, so that they take different numbers of pages."""
+    file = model[1]
+    if kind == "quantised":
+        types = {"ffn_(gate|up)_exps": "Q4_0", "ffn_down_exps": "Q8_0"}
+        file = requantised(file, tmp_path / "q.gguf", types)
+    traced = open_traced(file, "cpu")
+    for num_slots in (2, 5, 9):
+        with GgufSession.open(
+            file, context_tokens=64, num_slots=num_slots, prefetch=False
+        ) as session:
+            trace = recorded(session)
+            real, limit = session.statistics(), session._experts.limit_bytes
+        sizes = traced.sizes(trace)
+        room = traced.room(sizes, traced.terms(64, has_budget=False), None, num_slots)
+        assert room.num_bytes == limit
+        found = simulate(trace, sizes, room, DEFAULT_POLICY)
+        assert (found.hits, found.misses) == (real.hits, real.misses)
+        assert (found.evictions, found.page_in_bytes) == (real.evictions, real.page_in_bytes)
+
+
+def test_command_line(
+    model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {n} of a text" for n in range(60)))
+    shape = ["--window-tokens", "30", "--prompt-tokens", "4", "--max-windows", "2"]
+    for path in model:
+        output = tmp_path / f"{path.name}.safetensors"
+        arguments = ["trace", str(path), "--task", str(text), "-o", str(output), *shape]
+        assert run(arguments) == 0
+        assert "60 tokens in 2 sequences" in capsys.readouterr().err
+        trace = Trace.load(output)
+        assert trace.step_tokens.tolist() == ([4] + [1] * 26) * 2
+        assert trace.info.has_weights == (path == model[0])
+    assert run([*arguments, "--prompt-tokens", "0"]) == 2
+    assert "--prompt-tokens is 0" in capsys.readouterr().err
+    prompt = ["--prompt", "def f(", "--raw", "--max-new-tokens", "5", "--ctx", "64", "--json"]
+    output = tmp_path / "run.safetensors"
+    assert run(["run", str(model[1]), *prompt, "--trace", str(output)]) == 0
+    assert Trace.load(output).num_tokens == len("def f(") + 4
