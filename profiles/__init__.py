@@ -20,12 +20,15 @@ def device_names() -> tuple[str, ...]:
 
 
 def load_device(name: str) -> DeviceProfile:
-    """The shipped profile called `name`.
+    """The shipped profile called `name`, or the only one whose name begins so.
 
     Raises:
         InputError: unknown name, with the known ones; or a damaged file.
     """
     known = device_names()
+    if name not in known:
+        beginning = [each for each in known if each.startswith(f"{name}-")]
+        name = beginning[0] if len(beginning) == 1 else name
     if name not in known:
         raise InputError(f"device {name!r} is unknown; known devices: {', '.join(known)}")
     entry = files("edge_moe.profiles") / "devices" / f"{name}{_SUFFIX}"

@@ -22,12 +22,16 @@ class Traceable(Protocol):
 def text_windows(
     session: Traceable, tasks: Sequence[str], window_tokens: int, max_windows: int
 ) -> list[list[int]]:
-    """Held-out text of `tasks` by turns, as windows of token ids.
+    """Held-out text as windows of token ids, at most `max_windows` of each task after another.
 
     Raises:
         InputError: a task without held-out text, or a limit that leaves nothing.
     """
-    return task_windows(tasks, "heldout", session.tokenizer, window_tokens, max_windows)
+    return [
+        window
+        for task in tasks
+        for window in task_windows([task], "heldout", session.tokenizer, window_tokens, max_windows)
+    ]
 
 
 def feed(

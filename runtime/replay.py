@@ -74,6 +74,9 @@ class Residents:
         self._used_bytes = dict.fromkeys(room.limit_bytes, 0)
         self._keys: set[Key] = set()
         self.evictions = 0
+        self.is_busy: Callable[[Key], bool] = lambda _: False
+        """Whether an expert may not leave, for it is being read."""
+        self.on_evicted: Callable[[Key], None] = lambda _: None
         for size in {size for layer in sizes for size in layer} - room.pool_of.keys():
             raise InputError(f"no slot holds experts of {size} bytes: give more slots")
         if room.is_filled:
@@ -102,11 +105,12 @@ class Residents:
                 missing.append(key)
         return missing
 
-    def admit(
-        self, key: Key, may_evict: Callable[[Key], bool], on_evicted: Callable[[Key], None]
-    ) -> bool:
-        """Bring `key` ahead of its use; False where nothing may leave for it."""
-        return self._make_room(key, may_evict, on_evicted) and self._take(key)
+    def admit(self, key: Key, keep: frozenset[Key]) -> bool:
+        """Bring `key` ahead of its use; False where only experts of `keep` could leave for it."""
+        if not self._make_room(key, keep):
+            return False
+        self._take(key)
+        return True
 
     def _use(self, key: Key) -> bool:
         if key not in self._keys:
@@ -115,7 +119,7 @@ class Residents:
         return True
 
     def _bring(self, key: Key, keep: frozenset[Key]) -> None:
-        if not self._make_room(key, lambda other: other not in keep, lambda _: None):
+        if not self._make_room(key, keep):
             raise InputError(
                 f"there is no room for {len(keep) or 1} experts of {self.num_bytes(key)} bytes "
                 "together: give more slots, or a larger budget"
@@ -123,26 +127,25 @@ class Residents:
         self._take(key)
         self._policy(key).use(key)
 
-    def _take(self, key: Key) -> bool:
+    def _take(self, key: Key) -> None:
         self._used_bytes[self._pool(key)] += self.num_bytes(key)
         self._keys.add(key)
         self._policy(key).admit(key)
-        return True
 
-    def _make_room(
-        self, key: Key, may_evict: Callable[[Key], bool], on_evicted: Callable[[Key], None]
-    ) -> bool:
+    def _make_room(self, key: Key, keep: frozenset[Key]) -> bool:
         pool, size = self._pool(key), self.num_bytes(key)
         limit = self._room.limit_bytes[pool]
         while self._used_bytes[pool] + size > limit:
-            victim = self._policies[pool].victim(may_evict)
+            victim = self._policies[pool].victim(
+                lambda other: other not in keep and not self.is_busy(other)
+            )
             if victim is None:
                 return False
             self._policies[pool].forget(victim)
             self._keys.remove(victim)
             self._used_bytes[pool] -= self.num_bytes(victim)
             self.evictions += 1
-            on_evicted(victim)
+            self.on_evicted(victim)
         return True
 
     def _fill(self) -> None:

@@ -73,13 +73,18 @@ class Simulation(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Ask:
+class Ask:
     """A step needs experts of a layer."""
 
     layer: int
     rows: list[int]
     """Each once, ascending: as the engines ask."""
     num_tokens: int
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the step is a single token, as when text is generated."""
+        return self.num_tokens == 1
 
 
 class Replay:
@@ -104,7 +109,7 @@ class Replay:
             )
         self.trace = trace
         self.sizes = sizes
-        self.asks: list[_Ask] = []
+        self.asks: list[Ask] = []
         self._rule = skip.name if skip else "none"
         layer_sizes = [np.array(layer) for layer in sizes]
         routed_bytes = skipped_experts = skipped_bytes = 0
@@ -114,7 +119,7 @@ class Replay:
             skipped_experts += int(is_skipped.sum())
             skipped_bytes += int(row_bytes[is_skipped].sum())
             asked = sorted(set(rows[~is_skipped].tolist()))
-            self.asks.append(_Ask(layer, asked, len(rows)))
+            self.asks.append(Ask(layer, asked, len(rows)))
         self._counts = RoutedCounts(
             int(trace.rows.size), skipped_experts, routed_bytes, skipped_bytes
         )

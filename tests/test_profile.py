@@ -31,6 +31,7 @@ def test_shipped_profiles_are_complete(name: str) -> None:
 
 def test_shipped_numbers() -> None:
     assert load_device("rtx-3060-12gb").memory_bytes == 12 * 2**30
+    assert load_device("rtx-3060") == load_device("rtx-3060-12gb")
     assert load_device("rtx-4090-24gb").memory_bytes_per_second == 1_008_000_000_000
     assert load_device("h200").memory_bytes == 141_000_000_000
 

@@ -1,4 +1,4 @@
-"""`edge-moe simulate`: what a recorded trace would cost with other slots or a skipping rule."""
+"""`edge-moe simulate`: what a recorded trace would cost with other memory, orders and devices."""
 
 from __future__ import annotations
 
@@ -8,123 +8,181 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edge_moe.commands.options import (
-    Budget,
     ContextTokens,
-    DeviceName,
     Json,
-    RunnableModel,
+    Revision,
     Skip,
     SkipCalibrationFile,
     skip_rule,
     stdout,
 )
 from edge_moe.errors import InputError
-from edge_moe.units import format_bytes
+from edge_moe.plan import Device
+from edge_moe.units import parse_bytes
 
 if TYPE_CHECKING:
     from edge_moe.measurement import SkippingCost
+    from edge_moe.profile import DeviceProfile
+    from edge_moe.runtime.policy import EvictionPolicy
     from edge_moe.runtime.simulate import Simulation
+    from edge_moe.runtime.skipping import SkipRule
+    from edge_moe.runtime.trace import Trace
+    from edge_moe.runtime.traced_model import TracedModel
+    from edge_moe.runtime.what_if import SizeResult, WhatIf
+
+Size = tuple[int | None, int | None]
+"""Budget in bytes, or number of slots."""
 
 
 def simulate_command(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="From `edge-moe run --trace`.")],
-    model: RunnableModel,
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="From `edge-moe trace`.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="What was traced: checkpoint folder, native package, .gguf file, or hub id.",
+            show_default=False,
+        ),
+    ],
     slots: Annotated[
-        int | None, typer.Option(help="Experts in memory at once.", show_default=False)
+        list[int] | None,
+        typer.Option(help="Experts in memory at once. Repeat for several.", show_default=False),
     ] = None,
-    budget: Budget = None,
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="Hard limit on memory: 12GB, 500MB, 8GiB. Repeat for several.",
+            show_default=False,
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Order of eviction: next-use, lru, frequency, pinned; else all. Repeat for "
+            "several: the first is used for what is shown of one.",
+            show_default=False,
+        ),
+    ] = None,
     ctx: ContextTokens = None,
     device: Annotated[
-        DeviceName, typer.Option(help="Where the budget is meant to hold.")
-    ] = DeviceName.CPU,
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu, cuda, or a data sheet such as rtx-3060, which adds tokens per second.",
+        ),
+    ] = "cpu",
+    sync_us: Annotated[
+        float, typer.Option(help="Microseconds per MoE layer for launches and waiting.", min=0)
+    ] = 0.0,
+    predictors: Annotated[
+        bool, typer.Option("--predictors", help="Score guesses of the next layer on misses.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the uniform router.")] = 0,
     skip: Skip = None,
     skip_calibration: SkipCalibrationFile = None,
     json: Json = False,
+    revision: Revision = None,
 ) -> None:
-    """Replay a trace through the runtime's own eviction policy, without weights or torch."""
-    from edge_moe.hub import resolve_model
-
-    if (slots is None) == (budget is None):
-        raise InputError("simulate needs either --slots N or --budget SIZE: give one of them")
-    path = resolve_model(model)
-    rule = skip_rule(skip, skip_calibration, path)
-    from edge_moe.runtime.allotment import (
-        allot,
-        context_length,
-        dense_parameters,
-        open_source,
-        open_store,
-        session_terms,
-        source_fingerprint,
-    )
-    from edge_moe.runtime.policies import DEFAULT_POLICY
-    from edge_moe.runtime.replay import Room
-    from edge_moe.runtime.simulate import simulate, traced_sizes
+    """Replay a trace through the engines' own eviction policies, without weights or torch."""
+    from edge_moe.commands.opening import runnable_path
+    from edge_moe.runtime.evaluate import progress
     from edge_moe.runtime.trace import Trace
+    from edge_moe.runtime.traced_model import open_traced
+    from edge_moe.runtime.what_if import Question, WhatIf
 
-    recorded, source = Trace.load(trace), open_source(path)
-    store = open_store(source)
-    sizes = traced_sizes(recorded, store, source_fingerprint(source))
-    context = context_length(source.spec, ctx)
-    terms = session_terms(source, store, context, device.value, has_budget=budget is not None)
-    store.close()
-    found = allot(source.spec, sizes, terms, budget, slots)
-    rules = [None] if rule is None else [None, rule]
-    results = [
-        simulate(recorded, sizes, Room.of_slots(found.counts), DEFAULT_POLICY, each)
-        for each in rules
-    ]
-    costs = [
-        result.cost(
-            dense_parameters=dense_parameters(source),
-            expert_parameters=source.spec.expert_weights,
-        )
-        for result in results
-    ]
-    if json:
-        print(f"[{','.join(map(_as_json, results, costs))}]")
-        return
-    _print(results, costs)
-
-
-def _as_json(result: Simulation, cost: SkippingCost) -> str:
-    import json
-
-    paging = {
-        "hit_rate": result.hit_rate,
-        "page_in_bytes_per_token": result.page_in_bytes_per_token,
-    }
-    return json.dumps(result.model_dump() | paging | cost.model_dump(), indent=1)
-
-
-def _print(results: list[Simulation], costs: list[SkippingCost]) -> None:
-    """One column per rule."""
-    from rich.table import Table
-
-    from edge_moe.eval_table import skipping_rows
-
-    first = results[0]
-    table = Table(
-        title=f"{first.num_tokens} tokens in {first.num_steps} steps, {first.num_slots} slots "
-        f"({format_bytes(first.slot_bytes)}), {first.policy}",
-        title_justify="left",
+    profile, kind = _device(device)
+    sizes = _sizes(slots, budget, profile)
+    path = runnable_path(model, revision)
+    rule = skip_rule(skip, skip_calibration, path)
+    orders = _policies(policy)
+    recorded, traced = Trace.load(trace), open_traced(path, kind)
+    context = traced.context_length(ctx)
+    what_if = WhatIf(
+        Question(recorded, traced, orders, context, profile, sync_us / 1e6, predictors, seed)
     )
-    table.add_column("skipping")
+    with progress("replays", len(sizes) * (len(orders) + 1)) as advance:
+        results = [what_if.size(*size, advance) for size in sizes]
+    skipped = [] if rule is None else _skipped(recorded, traced, what_if, rule, sizes, orders[0])
+    _print(recorded, results, skipped, profile, is_json=json)
+
+
+def _device(name: str) -> tuple[DeviceProfile | None, Device]:
+    """(the data sheet that `name` is, what it computes on)"""
+    if name == "cpu":
+        return None, "cpu"
+    if name == "cuda":
+        return None, "cuda"
+    from edge_moe.profiles import load_device
+
+    profile = load_device(name)
+    return profile, profile.device
+
+
+def _sizes(
+    slots: list[int] | None, budgets: list[int] | None, profile: DeviceProfile | None
+) -> list[Size]:
+    """What was asked for; else the whole memory of a data sheet."""
+    if slots and budgets:
+        raise InputError("--slots and --budget are two ways to say the same: give one of them")
+    if slots:
+        return [(None, each) for each in slots]
+    if budgets:
+        return [(each, None) for each in budgets]
+    if profile is not None:
+        return [(profile.memory_bytes, None)]
+    raise InputError("simulate needs either --slots N or --budget SIZE: give one of them")
+
+
+def _policies(names: list[str] | None) -> list[type[EvictionPolicy]]:
+    from edge_moe.runtime.policies import POLICIES, policy_named
+
+    return [policy_named(name) for name in names] if names else list(POLICIES.values())
+
+
+def _skipped(
+    trace: Trace,
+    model: TracedModel,
+    what_if: WhatIf,
+    rule: SkipRule,
+    sizes: list[Size],
+    policy: type[EvictionPolicy],
+) -> list[list[tuple[Simulation, SkippingCost]]]:
+    """Per size: without the rule, and with it."""
+    from edge_moe.runtime.simulate import Replay
+
+    replays = [what_if.replay, Replay(trace, what_if.replay.sizes, rule)]
+    dense, expert = model.dense_parameters, model.spec.expert_weights
+    found = []
+    for size in sizes:
+        room = what_if.room(*size)
+        results = [replay.run(room, policy) for replay in replays]
+        costs = [each.cost(dense_parameters=dense, expert_parameters=expert) for each in results]
+        found.append(list(zip(results, costs, strict=True)))
+    return found
+
+
+def _print(
+    trace: Trace,
+    results: list[SizeResult],
+    skipped: list[list[tuple[Simulation, SkippingCost]]],
+    profile: DeviceProfile | None,
+    *,
+    is_json: bool,
+) -> None:
+    from edge_moe.commands import simulate_table as tables
+
+    if is_json:
+        print(tables.as_json(trace, results, skipped, profile))
+        return
+    console = stdout()
+    console.print(tables.policy_table(trace, results))
+    for line in tables.cycle_lines(results):
+        console.print(line)
     for result in results:
-        table.add_column(result.rule, justify="right")
-    columns = [
-        [*skipping_rows(cost), *_paging_rows(result)]
-        for result, cost in zip(results, costs, strict=True)
-    ]
-    for cells in zip(*columns, strict=True):
-        table.add_row(cells[0][0], *(text for _, text in cells))
-    stdout().print(table)
-
-
-def _paging_rows(result: Simulation) -> list[tuple[str, str]]:
-    return [
-        ("paged in", f"{format_bytes(result.page_in_bytes_per_token)} per token"),
-        ("hits", f"{result.hits:,}"),
-        ("misses", f"{result.misses:,}"),
-        ("resident", f"{result.hit_rate:.1%}"),
-    ]
+        for table in tables.more_tables(result, profile):
+            console.print(table)
+    for pair in skipped:
+        console.print(tables.skipping_table(pair))

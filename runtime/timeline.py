@@ -1,0 +1,160 @@
+"""Replaying a trace on a clock: does reading ahead pay on a link of this rate?
+
+One link brings one expert after another, those that are waited for behind those already on their
+way. A layer waits for its experts, guesses are admitted by the engines' rule, then it computes.
+Prompts move experts and take no time: only single tokens are timed.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from edge_moe.runtime.policy import AdmissionRule, EvictionPolicy, Key
+from edge_moe.runtime.predictors import Predictor
+from edge_moe.runtime.replay import Residents, Room
+from edge_moe.runtime.simulate import Replay
+
+
+class Timeline(BaseModel):
+    """What decoding took, and what became of the bytes that were read ahead."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    predictor: str
+    num_tokens: int
+    """Timed ones."""
+    seconds: float
+    stall_seconds: float
+    page_in_bytes: int
+    useful_bytes: int
+    """Read ahead, there in time, and used."""
+    late_bytes: int
+    """Used, but waited for."""
+    wasted_bytes: int
+    """Evicted without use, or left over."""
+    rejected: int
+    """Guesses that the rule did not admit."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+
+def timeline(
+    replay: Replay,
+    room: Room,
+    policy: type[EvictionPolicy],
+    predictor: Predictor | None,
+    *,
+    bytes_per_second: float,
+    layer_seconds: float,
+) -> Timeline:
+    """Replay on a clock; None reads nothing ahead. `layer_seconds` are those of computing.
+
+    Raises:
+        InputError: no slot at all for a size, or too few for one step.
+    """
+    clock = _Clock(replay.residents(room, policy), bytes_per_second)
+    num_layers, num_tokens = len(replay.sizes), 0
+    for ask in replay.asks:
+        if not ask.is_decoding:
+            clock.skip(ask.layer, ask.rows)
+            continue
+        num_tokens += ask.layer == 0
+        clock.require(ask.layer, ask.rows)
+        if predictor is not None:
+            predictor.learn(ask.layer, ask.rows)
+            if ask.layer + 1 < num_layers:
+                clock.prefetch(ask.layer, ask.rows, predictor.guess(ask.layer, ask.rows))
+        clock.now += layer_seconds
+    used = clock.useful_bytes + clock.late_bytes
+    return Timeline(
+        predictor=predictor.name if predictor else "none",
+        num_tokens=num_tokens,
+        seconds=clock.now,
+        stall_seconds=clock.stall_seconds,
+        page_in_bytes=clock.demanded_bytes + clock.issued_bytes,
+        useful_bytes=clock.useful_bytes,
+        late_bytes=clock.late_bytes,
+        wasted_bytes=clock.issued_bytes - used,
+        rejected=clock.rejected,
+    )
+
+
+class _Clock:
+    def __init__(self, residents: Residents, bytes_per_second: float) -> None:
+        self._residents = residents
+        self._rate = bytes_per_second
+        self._rule = AdmissionRule(bytes_per_second=bytes_per_second)
+        self._arrival: dict[Key, float] = {}  # of what was read ahead and not used yet
+        self._guessed: set[int] = set()
+        self._link_free = 0.0
+        self._last = 0.0
+        self.now = self.stall_seconds = 0.0
+        self.demanded_bytes = self.issued_bytes = self.useful_bytes = self.late_bytes = 0
+        self.rejected = 0
+        residents.is_busy = lambda key: self._arrival.get(key, 0.0) > self.now
+        residents.on_evicted = self._forget
+
+    def skip(self, layer: int, rows: list[int]) -> None:
+        """A piece of a prompt: experts move, time stands still."""
+        self._arrival = dict.fromkeys(self._arrival, self.now)
+        self._link_free, self._guessed = self.now, set()
+        self._residents.ask(layer, rows)
+        for row in rows:
+            self._count((layer, row))
+
+    def require(self, layer: int, rows: list[int]) -> None:
+        """Wait until `rows` are there."""
+        for row in self._guessed:
+            self._rule.learn_precision(layer, row in rows)
+        self._guessed = set()
+        ready = max((self._count((layer, row)) for row in rows), default=self.now)
+        for key in self._residents.ask(layer, rows):
+            size = self._residents.num_bytes(key)
+            self.demanded_bytes += size
+            ready = self._transfer(size)
+        stall = max(0.0, ready - self.now)
+        self.stall_seconds += stall
+        self.now += stall
+        self._rule.learn_busy(stall, self.now - self._last)
+        self._last = self.now
+
+    def prefetch(self, layer: int, rows: list[int], guess: list[int]) -> None:
+        """Put on the link what is worth it; experts in use stay."""
+        keys = [(layer + 1, row) for row in guess]
+        missing = [key for key in keys if key not in self._residents]
+        self._guessed = {row for _, row in missing}
+        keep = frozenset([*keys, *((layer, row) for row in rows)])
+        for key in missing:
+            size = self._residents.num_bytes(key)
+            queued = sum(
+                self._residents.num_bytes(other)
+                for other, arrival in self._arrival.items()
+                if arrival > self.now
+            )
+            if not self._rule.admits(layer + 1, size, queued):
+                self.rejected += 1
+            elif self._residents.admit(key, keep):
+                self.issued_bytes += size
+                self._arrival[key] = self._transfer(size)
+
+    def _count(self, key: Key) -> float:
+        """When a wanted expert arrives, if it was read ahead; the present otherwise."""
+        arrival = self._arrival.pop(key, None)
+        if arrival is None:
+            return self.now
+        size = self._residents.num_bytes(key)
+        if arrival > self.now:
+            self.late_bytes += size
+        else:
+            self.useful_bytes += size
+        return arrival
+
+    def _forget(self, key: Key) -> None:
+        self._arrival.pop(key, None)
+
+    def _transfer(self, size: int) -> float:
+        """When `size` more bytes have come over the link."""
+        self._link_free = max(self._link_free, self.now) + size / self._rate
+        return self._link_free
