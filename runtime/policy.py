@@ -6,6 +6,7 @@ The same classes can be replayed over a recorded trace: they know keys, sizes an
 from __future__ import annotations
 
 import heapq
+import math
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -194,9 +195,11 @@ class PagingStatistics:
 class AdmissionRule:
     """Admit a prefetch only when the time it may save exceeds what its bytes cost now.
 
-    saved = precision x load_seconds: chance that the guess is a miss avoided, times the stall.
-    cost  = (1 - precision) x load_seconds x busy + queued_bytes / bytes_per_second: a wrong guess
-    delays demand reads when the link is busy, and a queue delays this one beyond its use.
+    saved = precision x min(load_seconds, layer_seconds - queued_bytes / bytes_per_second): chance
+    that the guess is a miss avoided, times what of its load the layer's compute hides once the
+    queue before it is done. A link that is too slow for the compute hides nothing.
+    cost  = (1 - precision) x load_seconds x busy: a wrong guess delays demand reads when the link
+    is busy.
     Precision is tracked per layer on misses, as an exponential mean that starts optimistic.
     """
 
@@ -205,13 +208,15 @@ class AdmissionRule:
     bytes_per_second: float = 1e9
     busy: float = 0.0
     """Share of recent time during which the link was reading on demand, 0..1."""
+    layer_seconds: float = math.inf
+    """From one layer's experts being there to the next layer asking; unknown at first."""
 
     def admits(self, layer: int, record_bytes: int, queued_bytes: int) -> bool:
         """Whether to read a guessed miss of `layer` ahead of demand."""
         load_seconds = record_bytes / self.bytes_per_second
         precision = self.precision.get(layer, 0.8)
-        cost = (1 - precision) * load_seconds * self.busy + queued_bytes / self.bytes_per_second
-        return precision * load_seconds > cost
+        hidden = min(load_seconds, self.layer_seconds - queued_bytes / self.bytes_per_second)
+        return precision * hidden > (1 - precision) * load_seconds * self.busy
 
     def learn_precision(self, layer: int, used: bool) -> None:
         """A guessed miss of `layer` was (not) asked for."""
@@ -226,6 +231,10 @@ class AdmissionRule:
 
     def learn_busy(self, stalled_seconds: float, step_seconds: float) -> None:
         """Of the last step's time, `stalled_seconds` went into demand reads."""
-        if step_seconds > 0:
-            share = min(1.0, stalled_seconds / step_seconds)
-            self.busy = self.decay * self.busy + (1 - self.decay) * share
+        if step_seconds <= 0:
+            return
+        share = min(1.0, stalled_seconds / step_seconds)
+        self.busy = self.decay * self.busy + (1 - self.decay) * share
+        known, free = self.layer_seconds, max(0.0, step_seconds - stalled_seconds)
+        is_known = math.isfinite(known)
+        self.layer_seconds = self.decay * known + (1 - self.decay) * free if is_known else free

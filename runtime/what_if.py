@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from edge_moe.errors import BudgetError
+from edge_moe.plan import MemoryTerm
 from edge_moe.profile import DeviceProfile
 from edge_moe.runtime.belady import Belady
 from edge_moe.runtime.limit import Limit, limit, page_in_rate
@@ -88,6 +89,7 @@ class Question:
     device: DeviceProfile | None
     sync_seconds: float
     has_predictors: bool
+    has_budget: bool
     seed: int = 0
 
 
@@ -98,6 +100,7 @@ class WhatIf:
         """Raise InputError where the trace is not one of the model."""
         self._ask = question
         self._sizes = question.model.sizes(question.trace)
+        self._bills: dict[int, list[MemoryTerm]] = {}
         self.replay = Replay(question.trace, self._sizes)
         self._uniform = Replay(with_uniform_router(question.trace, question.seed), self._sizes)
 
@@ -142,8 +145,16 @@ class WhatIf:
 
     def _room(self, context: int, budget_bytes: int | None, num_slots: int | None) -> Room:
         model = self._ask.model
-        terms = model.terms(context, has_budget=budget_bytes is not None)
+        terms = self._terms(context)
         return model.room(self._sizes, terms, budget_bytes, num_slots)
+
+    def _terms(self, context: int) -> list[MemoryTerm]:
+        """The bill; a process is measured where the machine at hand is meant."""
+        if context not in self._bills:
+            ask = self._ask
+            is_here = ask.device is None and ask.has_budget
+            self._bills[context] = ask.model.terms(context, has_budget=is_here)
+        return self._bills[context]
 
     def _replayed(
         self, room: Room, advance: Callable[[], None]
@@ -158,7 +169,7 @@ class WhatIf:
         ask = self._ask
         if ask.device is None:
             return None
-        terms = ask.model.terms(context, has_budget=False)
+        terms = self._terms(context)
         return limit(
             result,
             ask.device,
@@ -184,7 +195,7 @@ class WhatIf:
     def _split(self, context: int, room: Room) -> Split:
         result = self.replay.run(room, self._ask.policies[0])
         term = self._limit(result, context)
-        terms = self._ask.model.terms(context, has_budget=False)
+        terms = self._terms(context)
         return Split(
             context_tokens=context,
             kv_bytes=term_bytes(terms, "KV cache"),

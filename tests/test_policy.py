@@ -112,7 +112,18 @@ def test_admission_weighs_saved_time_against_a_busy_link() -> None:
     rule.busy = 0.5
     assert rule.admits(1, 10**6, queued_bytes=0)
     assert not rule.admits(2, 10**6, queued_bytes=0)
-    assert not rule.admits(1, 10**6, queued_bytes=10**6)
+
+
+def test_admission_asks_what_the_compute_of_a_layer_hides() -> None:
+    rule = AdmissionRule(bytes_per_second=1e6, precision={1: 0.5}, busy=0.5)
+    assert rule.admits(1, 10**6, queued_bytes=10**9)  # nobody knows yet
+    rule.layer_seconds = 1.6
+    # after a queue of 1 s, .6 s are hidden: .5 x .6 s against .5 x 1 s x .5
+    assert rule.admits(1, 10**6, queued_bytes=10**6)
+    assert not rule.admits(1, 10**6, queued_bytes=1_200_000)  # .4 s
+    rule.busy, rule.layer_seconds = 0.0, 0.001
+    assert rule.admits(1, 10**6, queued_bytes=0)  # costs nothing on an idle link
+    assert not rule.admits(1, 10**6, queued_bytes=1001)
 
 
 def test_admission_learns() -> None:
@@ -120,7 +131,9 @@ def test_admission_learns() -> None:
     rule.learn_precision(3, used=False)
     assert rule.precision[3] == pytest.approx(0.4)
     rule.learn_busy(1.0, 2.0)
-    assert rule.busy == pytest.approx(0.25)
+    assert rule.busy == pytest.approx(0.25) and rule.layer_seconds == 1.0
+    rule.learn_busy(0.0, 2.0)
+    assert rule.layer_seconds == pytest.approx(1.5)
     rule.learn_transfer(100, 0.0)
     assert rule.bytes_per_second == 1e9
 

@@ -101,7 +101,17 @@ def simulate_command(
     recorded, traced = Trace.load(trace), open_traced(path, kind)
     context = traced.context_length(ctx)
     what_if = WhatIf(
-        Question(recorded, traced, orders, context, profile, sync_us / 1e6, predictors, seed)
+        Question(
+            recorded,
+            traced,
+            orders,
+            context,
+            profile,
+            sync_us / 1e6,
+            has_predictors=predictors,
+            has_budget=bool(budget),
+            seed=seed,
+        )
     )
     with progress("replays", len(sizes) * (len(orders) + 1)) as advance:
         results = [what_if.size(*size, advance) for size in sizes]
