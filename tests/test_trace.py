@@ -255,7 +255,9 @@ def test_command_line(
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
     )
-    plain, skipped = json.loads(done.stdout)
+    found = json.loads(done.stdout)["sizes"][0]
+    plain, skipped = found["skipping"]
+    assert found["policies"][0]["hits"] == plain["hits"]
     assert (plain["hits"], plain["misses"]) == (real["hits"], real["misses"])
     assert plain["page_in_bytes_per_token"] == real["page_in_bytes"] / plain["num_tokens"]
     assert skipped["rule"] == "top-p=0.5" and skipped["misses"] < plain["misses"]
@@ -274,5 +276,3 @@ def test_command_line(
     assert "tokens in" in printed and "active parameters" in printed
     share = skipped["saved_bytes_per_token"] / skipped["routed_bytes_per_token"]
     assert f"per token ({share:.1%})" in printed
-    assert run(["simulate", str(trace), str(folder)]) == 2
-    assert "either --slots N or --budget SIZE" in capsys.readouterr().err

@@ -1,0 +1,288 @@
+"""Predictors, the clock, the limit formula and `simulate` as a whole, worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TinyCheckpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.cli import run
+from edge_moe.profile import DeviceProfile
+from edge_moe.profiles import load_device
+from edge_moe.runtime.belady import Belady
+from edge_moe.runtime.limit import limit
+from edge_moe.runtime.policies import POLICIES
+from edge_moe.runtime.policy import LeastRecentlyUsed
+from edge_moe.runtime.predictors import Exact, Popular, Predictor, Repeat, Transitions
+from edge_moe.runtime.replay import Room
+from edge_moe.runtime.score_predictors import LayerScore, score_predictor
+from edge_moe.runtime.simulate import Replay, simulate, with_uniform_router
+from edge_moe.runtime.timeline import timeline
+from edge_moe.runtime.trace import Trace, TraceInfo
+from edge_moe.runtime.what_if import Split, _best_context
+
+MB = 10**6
+
+
+def trace_of(rows: Sequence[Sequence[Sequence[int]]], num_rows: int, steps: list[int]) -> Trace:
+    """[N][L][k] rows of layers with `num_rows` experts each."""
+    table = np.array(rows, np.uint16)
+    num_layers = table.shape[1]
+    info = TraceInfo(
+        model_fingerprint="m",
+        moe_layer_ids=tuple(range(num_layers)),
+        top_k=table.shape[2],
+        kept=(tuple(range(num_rows)),) * num_layers,
+    )
+    zeros = np.zeros(table.shape, np.float16)
+    norms = np.zeros(table.shape[:2], np.float32)
+    return Trace(info, table, zeros, norms, np.array(steps, np.uint32))
+
+
+def decoding(*rows: Sequence[Sequence[int]], num_rows: int = 4) -> Replay:
+    """One token a step; experts of 1 MB."""
+    trace = trace_of(rows, num_rows, [1] * len(rows))
+    return Replay(trace, [[MB] * num_rows] * len(rows[0]))
+
+
+# ---------------------------------------------------------------------- guesses
+
+
+def test_predictors_by_hand() -> None:
+    counts = [3, 3]
+    popular, repeat, follows = Popular(counts, 1), Repeat(counts), Transitions(counts, 2)
+    every: list[Predictor] = [popular, repeat, follows]
+    for predictor in every:
+        assert predictor.guess(0, [0]) == []  # nothing was seen
+    for first, second in ((0, 1), (0, 1), (0, 2), (1, 2), (1, 2)):
+        for predictor in every:
+            predictor.learn(0, [first])
+            predictor.learn(1, [second])
+    assert popular.guess(0, [0]) == [2]  # 3 of 5
+    assert repeat.guess(0, [0]) == [2]
+    assert follows.guess(0, [0]) == [1, 2]  # 2/3 and 1/3
+    assert follows.guess(0, [1]) == [2]
+    assert follows.guess(0, [0, 1]) == [2, 1]  # 4/3 and 2/3
+    assert follows.guess(0, [2]) == []
+
+
+def test_guesses_are_scored_on_misses() -> None:
+    """Two layers, two slots: (0, 0) and (0, 1) are there; each token needs row 0, then row 3."""
+    replay = decoding([[0], [3]], [[0], [3]], [[0], [2]])
+    room = Room.of_slots({MB: 2})
+    score = score_predictor(replay, room, LeastRecentlyUsed, Repeat([4, 4]))
+    # (1, 3) misses unguessed, then stays; in the end 3 is guessed, but it is there: no guess
+    assert score.layers[1] == LayerScore(missed=2, guessed=0, right=0)
+    assert score.layers[0].missed == 0 and score.total.recall == 0 and score.total.precision == 1
+    narrow = Room.of_slots({MB: 1})
+    score = score_predictor(replay, narrow, LeastRecentlyUsed, Repeat([4, 4]))
+    # one slot: all six miss but the first; guesses are 3 (right) and 3 (wrong)
+    assert score.layers[1] == LayerScore(missed=3, guessed=2, right=1)
+    assert score.total == LayerScore(missed=5, guessed=2, right=1)
+    exact = score_predictor(replay, narrow, LeastRecentlyUsed, Exact(replay.asks))
+    assert exact.layers[1].recall == exact.layers[1].precision == 1
+
+
+# ---------------------------------------------------------------------- the clock
+
+
+def test_clock_by_hand() -> None:
+    """A slot for one of two layers; experts load in 1 s, a layer computes for 2 s."""
+    replay = decoding([[0], [0]], [[0], [0]])
+    slots, rates = Room.of_slots({MB: 1}), {"bytes_per_second": 1e6, "layer_seconds": 2.0}
+    plain = timeline(replay, slots, LeastRecentlyUsed, None, **rates)
+    # (0, 0) is there; three loads of 1 s, four computations of 2 s
+    assert (plain.seconds, plain.stall_seconds, plain.page_in_bytes) == (11, 3, 3 * MB)
+    assert plain.tokens_per_second == 2 / 11
+    # its only slot is in use while it could be read ahead
+    ahead = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks), **rates)
+    assert (ahead.seconds, ahead.useful_bytes) == (11, 0)
+
+
+def test_clock_hides_loads_behind_compute() -> None:
+    """Two slots of two layers that change their expert with every token."""
+    rows = [[[0], [0]], [[1], [1]], [[2], [2]], [[3], [3]]]
+    replay = decoding(*rows)
+    slots = Room.of_slots({MB: 2})
+    slow = {"bytes_per_second": 1e6, "layer_seconds": 2.0}
+    plain = timeline(replay, slots, LeastRecentlyUsed, None, **slow)
+    # the first of (0, 0) is a hit: seven loads of 1 s, eight computations of 2 s
+    assert plain.seconds == 7 + 16
+    ahead = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks), **slow)
+    # every second layer is read while the first computes
+    assert ahead.seconds == 3 + 16
+    assert (ahead.useful_bytes, ahead.late_bytes, ahead.wasted_bytes) == (4 * MB, 0, 0)
+    quick = {"bytes_per_second": 1e6, "layer_seconds": 0.25}
+    late = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks), **quick)
+    assert (late.useful_bytes, late.late_bytes) == (0, 4 * MB)
+    assert late.seconds == 3 + 4 * 0.75 + 8 * 0.25  # a quarter of each is hidden
+
+
+def test_prompts_take_no_time_and_wrong_guesses_are_wasted() -> None:
+    trace = trace_of([[[0], [1]], [[1], [0]], [[2], [3]], [[2], [2]]], 4, [2, 1, 1])
+    replay = Replay(trace, [[MB] * 4] * 2)
+    rates = {"bytes_per_second": 1e6, "layer_seconds": 2.0}
+    found = timeline(replay, Room.of_slots({MB: 3}), LeastRecentlyUsed, Repeat([4, 4]), **rates)
+    assert found.num_tokens == 2
+    # (0, 2) and (1, 3) are demanded, the second token finds both; (1, 2) is not what was guessed
+    assert found.seconds == 3 + 8
+    assert found.page_in_bytes == 3 * MB
+
+
+@given(st.lists(st.integers(0, 3), min_size=8, max_size=40), st.floats(0.1, 8), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_clock_adds_up(flat: list[int], layer_seconds: float, num_slots: int) -> None:
+    pairs = [[[a], [b]] for a, b in zip(flat[::2], flat[1::2], strict=False)]
+    replay, room = decoding(*pairs), Room.of_slots({MB: num_slots})
+    rates = {"bytes_per_second": 1e6, "layer_seconds": layer_seconds}
+    counted = replay.run(room, LeastRecentlyUsed)
+    plain = timeline(replay, room, LeastRecentlyUsed, None, **rates)
+    assert plain.page_in_bytes == counted.page_in_bytes
+    assert plain.seconds == pytest.approx(2 * len(pairs) * layer_seconds + counted.misses)
+    for predictor in (Repeat([4, 4]), Transitions([4, 4], 2), Exact(replay.asks)):
+        found = timeline(replay, room, LeastRecentlyUsed, predictor, **rates)
+        assert found.wasted_bytes >= 0
+        assert found.seconds == pytest.approx(2 * len(pairs) * layer_seconds + found.stall_seconds)
+        if predictor.name == "exact" and num_slots > 1:
+            assert found.wasted_bytes == 0
+
+
+# ---------------------------------------------------------------------- limit, null and split
+
+
+def test_limit_formula_by_hand() -> None:
+    """One token, two layers of one 1 MB expert, one of which was paged in."""
+    result = decoding([[0], [0]]).run(Room.of_slots({MB: 1}), LeastRecentlyUsed)
+    assert (result.hits, result.misses) == (1, 1)
+    device = DeviceProfile("d", "cuda", 10**9, 10 * MB, 2 * MB, 7 * MB, {})
+    terms = limit(result, device, dense_bytes=4 * MB, kv_bytes=MB, num_layers=2, sync_seconds=0.05)
+    assert (terms.dense_seconds, terms.kv_seconds, terms.resident_seconds) == (0.4, 0.1, 0.1)
+    assert (terms.page_in_seconds, terms.sync_seconds) == (0.5, 0.1)
+    assert terms.serial_tokens_per_second == pytest.approx(1 / 1.2)
+    assert terms.overlapped_tokens_per_second == pytest.approx(1 / 0.7)
+
+
+def test_uniform_router_keeps_everything_but_the_choice() -> None:
+    trace = trace_of([[[0, 1]] * 2] * 3000, 8, [1] * 3000)
+    uniform = with_uniform_router(trace, seed=1)
+    assert uniform.rows.shape == trace.rows.shape and uniform.info == trace.info
+    counts = np.bincount(uniform.rows[:, 1].ravel(), minlength=8)
+    assert (abs(counts - 750) < 5 * np.sqrt(750)).all()
+    ordered = np.sort(uniform.rows, axis=2)
+    assert (ordered[:, :, 0] < ordered[:, :, 1]).all()
+    np.testing.assert_array_equal(with_uniform_router(trace, seed=1).rows, uniform.rows)
+    assert (with_uniform_router(trace, seed=2).rows != uniform.rows).any()
+    # 8 of 16 slots: whatever the order, half of uniform choices hit
+    result = simulate(uniform, [[1] * 8] * 2, Room.of_slots({1: 8}), POLICIES["lru"])
+    assert result.hit_rate == pytest.approx(0.5, abs=0.05)
+
+
+def test_best_split_is_the_longest_context_that_costs_little() -> None:
+    def split(context: int, paged: float, speed: float | None) -> Split:
+        return Split(
+            context_tokens=context,
+            kv_bytes=1,
+            num_slots=1,
+            hit_rate=0.5,
+            page_in_bytes_per_token=paged,
+            tokens_per_second=speed,
+        )
+
+    assert _best_context([]) is None
+    assert _best_context([split(1, 100, None), split(2, 105, None), split(4, 106, None)]) == 2
+    assert _best_context([split(1, 1, 20.0), split(2, 9, 19.0), split(4, 1, 18.9)]) == 2
+
+
+@given(st.lists(st.integers(0, 5), min_size=4, max_size=60), st.integers(1, 8))
+@settings(deadline=None)
+def test_nobody_beats_belady(flat: list[int], num_slots: int) -> None:
+    pairs = [[[a], [b]] for a, b in zip(flat[::2], flat[1::2], strict=False)]
+    replay, room = decoding(*pairs, num_rows=6), Room.of_slots({MB: num_slots})
+    bound = replay.run(room, Belady).hits
+    assert all(replay.run(room, policy).hits <= bound for policy in POLICIES.values())
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def traced(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> tuple[Path, Path]:
+    """(trace, model)"""
+    folder, text = tiny_checkpoint("olmoe"), tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {n} of a text" for n in range(60)))
+    output = tmp_path / "t.safetensors"
+    shape = ["--window-tokens", "40", "--prompt-tokens", "8", "--max-windows", "3"]
+    assert run(["trace", str(folder), "--task", str(text), "-o", str(output), *shape]) == 0
+    return output, folder
+
+
+def test_command_line(traced: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    spec = Checkpoint(traced[1]).spec
+    every = spec.num_experts * spec.num_moe_layers
+    arguments = ["simulate", *map(str, traced), "--slots", "3", "--slots", str(every)]
+    arguments += ["--device", "rtx-3060", "--predictors", "--ctx", "64"]
+    capsys.readouterr()
+    assert run([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["num_tokens"] == 120 and document["device"] == "NVIDIA GeForce RTX 3060 12 GB"
+    assert document["sources"] == load_device("rtx-3060").sources
+    small, whole = document["sizes"]
+    assert small["is_below_cycle"] and not whole["is_below_cycle"]  # two layers of top-2
+    assert small["cycle_bytes"] == 4 * 2 * spec.expert_weights
+    names = [each["policy"] for each in small["policies"]]
+    assert names == ["next-use", "lru", "frequency", "pinned", "belady"]
+    for each in small["policies"]:
+        assert each["belady_share"] == each["hits"] / small["policies"][-1]["hits"] <= 1
+        assert each["page_in_bytes"] == each["misses"] * 2 * spec.expert_weights
+    assert {each["hit_rate"] for each in whole["policies"]} == {1.0}
+    assert whole["limit"]["page_in_seconds"] == 0 < small["limit"]["page_in_seconds"]
+    assert [each["predictor"] for each in small["predictors"]][-1] == "exact"
+    assert [each["predictor"] for each in small["timelines"]][0] == "none"
+    assert run(arguments) == 0
+    printed = capsys.readouterr().out
+    for words in ("of Belady's hits", "3 experts are below it", "uniform router", "page-in beside"):
+        assert words in printed
+
+
+def test_budgets_are_split_between_context_and_experts(
+    traced: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["simulate", *map(str, traced), "--policy", "lru", "--device", "laptop-16gb"]
+    assert run([*arguments, "--budget", "1MB"]) == 3
+    assert "too small even when experts are paged" in capsys.readouterr().err
+    assert run([*arguments, "--json"]) == 0  # the laptop's whole memory
+    found = json.loads(capsys.readouterr().out)["sizes"][0]
+    assert found["budget_bytes"] == 16 * 2**30
+    contexts = [each["context_tokens"] for each in found["splits"]]
+    longest = Checkpoint(traced[1]).spec.max_position_embeddings
+    assert contexts == [n for n in (256, 512, 1024, 2048, 4096) if n <= longest] and contexts
+    assert found["best_context_tokens"] in contexts
+    kv = [each["kv_bytes"] for each in found["splits"]]
+    assert kv == sorted(kv) and len(set(kv)) == len(kv)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either --slots N or --budget SIZE"),
+        (["--slots", "4", "--budget", "1GB"], "give one of them"),
+        (["--slots", "4", "--policy", "clock"], "policy 'clock' is unknown"),
+        (["--slots", "4", "--device", "abacus"], "device 'abacus' is unknown"),
+        (["--slots", "1"], "1 slots are fewer than top_k=2"),
+    ],
+)
+def test_refusals(
+    options: list[str],
+    message: str,
+    traced: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["simulate", *map(str, traced), *options]) == 2
+    assert message in capsys.readouterr().err
