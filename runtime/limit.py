@@ -1,14 +1,15 @@
 """How fast a token can be at best: bytes over bandwidths, term by term.
 
 With A_d dense bytes, KV cached bytes and A_e routed bytes per token, h the share of A_e found in
-the device's memory, B_g its bandwidth, B_x that of what brings the rest, t_s per MoE layer:
+the device's memory and g that of the rest found in RAM, B_g, B_x, B_s the bandwidths of the
+device's memory, the host link and storage, t_s per MoE layer:
 
-    serial   T  = (A_d + KV + h A_e) / B_g + (1 - h) A_e / B_x + L t_s
-    overlap  T >= max((A_d + KV + h A_e) / B_g, (1 - h) A_e / B_x) + L t_s
+    serial   T  = (A_d + KV + h A_e) / B_g + (1 - h) A_e / B_x + (1 - h) (1 - g) A_e / B_s + L t_s
+    overlap  T >= max of the three + L t_s
 
-(1 - h) A_e is what the replay paged in. The rest comes over the host link where there is one, as
-then RAM is taken to hold every expert, else from storage. Terms of a data sheet bound what a
-machine does; nothing here was measured.
+The replay counted (1 - h) A_e and (1 - h) (1 - g) A_e. What a GPU lacks crosses the link, also if
+it comes from storage. A CPU has no link; a GPU without a size of RAM is taken to find every expert
+there. Data sheets bound what a machine does; nothing here was measured.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ class Limit(BaseModel):
     kv_seconds: float
     resident_seconds: float
     """Reading the experts that were there, h A_e / B_g."""
-    page_in_seconds: float
+    link_seconds: float
+    storage_seconds: float
     sync_seconds: float
 
     @property
     def compute_seconds(self) -> float:
         """What the device's own memory takes."""
         return self.dense_seconds + self.kv_seconds + self.resident_seconds
+
+    @property
+    def page_in_seconds(self) -> float:
+        """Until what was missing is there."""
+        return self.link_seconds + self.storage_seconds
 
     @property
     def serial_tokens_per_second(self) -> float:
@@ -45,21 +52,8 @@ class Limit(BaseModel):
     @property
     def overlapped_tokens_per_second(self) -> float:
         """Where both go on at once."""
-        return 1 / (max(self.compute_seconds, self.page_in_seconds) + self.sync_seconds)
-
-
-def page_in_rate(device: DeviceProfile) -> int:
-    """Bytes per second at which a missed expert arrives.
-
-    Raises:
-        InputError: the profile does not say.
-    """
-    rate = device.host_link_bytes_per_second or device.storage_bytes_per_second
-    if rate is None:
-        raise InputError(
-            f"the profile of {device.label} has neither a host link nor storage: it cannot page"
-        )
-    return rate
+        longest = max(self.compute_seconds, self.link_seconds, self.storage_seconds)
+        return 1 / (longest + self.sync_seconds)
 
 
 def limit(
@@ -70,20 +64,33 @@ def limit(
     kv_bytes: int,
     num_layers: int,
     sync_seconds: float = 0.0,
+    storage_rate: int | None = None,
+    has_host: bool = False,
 ) -> Limit:
-    """The terms for a replay of single tokens on `device`; `sync_seconds` are per MoE layer.
+    """The terms for a replay on `device`; `sync_seconds` are per MoE layer.
+
+    `storage_rate` (bytes per second) replaces the profile's; `has_host`: the replay had a tier in
+    RAM, so that what it lacks comes from storage.
 
     Raises:
-        InputError: the profile does not say how fast experts arrive.
+        InputError: nobody says how fast storage is.
     """
     tokens = max(result.num_tokens, 1)
     paged = result.page_in_bytes_per_token
     computed = (result.routed_bytes - result.skipped_bytes) / tokens
-    rate = device.memory_bytes_per_second
+    memory, link = device.memory_bytes_per_second, device.host_link_bytes_per_second
+    stored = result.storage_bytes / tokens if has_host or link is None else 0.0
+    storage = storage_rate or device.storage_bytes_per_second
+    if stored and storage is None:
+        raise InputError(
+            f"nobody says how fast the disk beside {device.label} is: add --storage-rate, such as "
+            "3GB per second"
+        )
     return Limit(
-        dense_seconds=dense_bytes / rate,
-        kv_seconds=kv_bytes / rate,
-        resident_seconds=max(0.0, computed - paged) / rate,
-        page_in_seconds=paged / page_in_rate(device),
+        dense_seconds=dense_bytes / memory,
+        kv_seconds=kv_bytes / memory,
+        resident_seconds=max(0.0, computed - paged) / memory,
+        link_seconds=paged / link if link else 0.0,
+        storage_seconds=stored / storage if storage else 0.0,
         sync_seconds=num_layers * sync_seconds,
     )

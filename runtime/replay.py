@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,6 +90,10 @@ class Residents:
         """What an expert takes."""
         return self._sizes[key[0]][key[1]]
 
+    def keys(self) -> list[Key]:
+        """Who is there, in layer order."""
+        return sorted(self._keys)
+
     def ask(self, layer: int, rows: Iterable[int]) -> list[Key]:
         """A step needs `rows` of `layer`; those that had to be brought."""
         keys = [(layer, row) for row in rows]
@@ -160,3 +165,25 @@ class Residents:
 
     def _policy(self, key: Key) -> EvictionPolicy:
         return self._policies[self._pool(key)]
+
+
+class HostResidents:
+    """The native engine's tier in RAM between disk and GPU: who passes through stays, LRU."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._sizes: OrderedDict[Key, int] = OrderedDict()
+        self._used_bytes = 0
+
+    def fetch(self, key: Key, num_bytes: int) -> bool:
+        """Whether `key` was there; it is afterwards, unless it is larger than the tier."""
+        if key in self._sizes:
+            self._sizes.move_to_end(key)
+            return True
+        if num_bytes > self._limit_bytes:
+            return False
+        while self._used_bytes + num_bytes > self._limit_bytes:
+            self._used_bytes -= self._sizes.popitem(last=False)[1]
+        self._sizes[key] = num_bytes
+        self._used_bytes += num_bytes
+        return False

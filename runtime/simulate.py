@@ -18,7 +18,7 @@ from edge_moe.measurement import SkippingCost
 from edge_moe.runtime.belady import Belady
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.policy import EvictionPolicy, RoutedCounts
-from edge_moe.runtime.replay import Residents, Room
+from edge_moe.runtime.replay import HostResidents, Residents, Room
 from edge_moe.runtime.skipping import Mask, SkipRule
 from edge_moe.runtime.skipping_cost import skipping_cost
 from edge_moe.runtime.trace import Trace
@@ -48,6 +48,8 @@ class Simulation(BaseModel):
     misses: int
     evictions: int
     page_in_bytes: int
+    storage_bytes: int
+    """... of which came from disk, past a tier in RAM."""
 
     @property
     def hit_rate(self) -> float:
@@ -135,19 +137,27 @@ class Replay:
             return Residents(self.sizes, room, lambda: policy(future))
         return Residents(self.sizes, room, policy)
 
-    def run(self, room: Room, policy: type[EvictionPolicy]) -> Simulation:
-        """Count what is paged.
+    def run(
+        self, room: Room, policy: type[EvictionPolicy], host_bytes: int | None = None
+    ) -> Simulation:
+        """Count what is paged, through `host_bytes` of RAM where there is a tier between.
 
         Raises:
             InputError: no slot at all for a size, or too few for one step.
         """
         residents = self.residents(room, policy)
-        asked = misses = page_in_bytes = 0
+        host = HostResidents(host_bytes or 0)
+        for key in residents.keys():
+            host.fetch(key, residents.num_bytes(key))
+        asked = misses = page_in_bytes = storage_bytes = 0
         for ask in self.asks:
             missed = residents.ask(ask.layer, ask.rows)
             asked += len(ask.rows)
             misses += len(missed)
-            page_in_bytes += sum(map(residents.num_bytes, missed))
+            for key in missed:
+                size = residents.num_bytes(key)
+                page_in_bytes += size
+                storage_bytes += 0 if host.fetch(key, size) else size
         return Simulation(
             rule=self._rule,
             policy=policy.name,
@@ -163,6 +173,7 @@ class Replay:
             misses=misses,
             evictions=residents.evictions,
             page_in_bytes=page_in_bytes,
+            storage_bytes=storage_bytes,
         )
 
 

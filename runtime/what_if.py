@@ -11,7 +11,7 @@ from edge_moe.errors import BudgetError
 from edge_moe.plan import MemoryTerm
 from edge_moe.profile import DeviceProfile
 from edge_moe.runtime.belady import Belady
-from edge_moe.runtime.limit import Limit, limit, page_in_rate
+from edge_moe.runtime.limit import Limit, limit
 from edge_moe.runtime.policy import EvictionPolicy
 from edge_moe.runtime.predictors import Predictor, predictor_makers
 from edge_moe.runtime.replay import Room
@@ -42,6 +42,8 @@ class PolicyResult(_Model):
     evictions: int
     page_in_bytes: int
     page_in_bytes_per_token: float
+    storage_bytes: int
+    """Of what was paged in: from disk."""
     uniform_hit_rate: float
     """With every token's experts drawn uniformly."""
 
@@ -88,6 +90,10 @@ class Question:
     context_tokens: int
     device: DeviceProfile | None
     sync_seconds: float
+    storage_rate: int | None
+    """Bytes per second; None takes the profile's."""
+    host_bytes: int | None
+    """RAM between the disk and a GPU for experts."""
     has_predictors: bool
     has_budget: bool
     seed: int = 0
@@ -134,7 +140,7 @@ class WhatIf:
             policies=tuple(_policy_results(found)),
             limit=term,
             predictors=tuple(self._scores(room)),
-            timelines=tuple(self._timelines(room, term)),
+            timelines=tuple(self._timelines(room, first, term)),
             splits=splits,
             best_context_tokens=_best_context(splits),
         )
@@ -162,7 +168,8 @@ class WhatIf:
         """(the trace, a uniform router) of every policy, Belady's rule last."""
         policies: list[type[EvictionPolicy]] = [*self._ask.policies, Belady]
         for policy in policies:
-            yield self.replay.run(room, policy), self._uniform.run(room, policy)
+            host = self._ask.host_bytes
+            yield self.replay.run(room, policy, host), self._uniform.run(room, policy)
             advance()
 
     def _limit(self, result: Simulation, context: int) -> Limit | None:
@@ -177,6 +184,8 @@ class WhatIf:
             kv_bytes=term_bytes(terms, "KV cache"),
             num_layers=len(self._sizes),
             sync_seconds=ask.sync_seconds,
+            storage_rate=ask.storage_rate,
+            has_host=ask.host_bytes is not None,
         )
 
     def _splits(self, budget_bytes: int) -> tuple[Split, ...]:
@@ -193,7 +202,7 @@ class WhatIf:
         return tuple(found)
 
     def _split(self, context: int, room: Room) -> Split:
-        result = self.replay.run(room, self._ask.policies[0])
+        result = self.replay.run(room, self._ask.policies[0], self._ask.host_bytes)
         term = self._limit(result, context)
         terms = self._terms(context)
         return Split(
@@ -215,22 +224,22 @@ class WhatIf:
         for make in self._makers():
             yield score_predictor(self.replay, room, self._ask.policies[0], make())
 
-    def _timelines(self, room: Room, term: Limit | None) -> Iterator[Timeline]:
+    def _timelines(self, room: Room, first: Simulation, term: Limit | None) -> Iterator[Timeline]:
         """Nothing read ahead, then each predictor, where a device says how fast its link is."""
         device, makers = self._ask.device, self._makers()
-        if device is None or term is None or not makers:
+        paged = first.page_in_bytes_per_token
+        if device is None or term is None or not makers or not paged:
             return
-        every = term.compute_seconds + term.page_in_seconds * page_in_rate(device) / (
-            device.memory_bytes_per_second
-        )  # what was paged in is read from memory, too
-        layer_seconds = (every + term.sync_seconds) / len(self._sizes)
+        # what was paged in is read from the device's memory, too
+        computing = term.compute_seconds + paged / device.memory_bytes_per_second
+        layer_seconds = (computing + term.sync_seconds) / len(self._sizes)
         for predictor in (None, *(make() for make in makers)):
             yield timeline(
                 self.replay,
                 room,
                 self._ask.policies[0],
                 predictor,
-                bytes_per_second=page_in_rate(device),
+                bytes_per_second=paged / term.page_in_seconds,
                 layer_seconds=layer_seconds,
             )
 
@@ -247,6 +256,7 @@ def _policy_results(found: Sequence[tuple[Simulation, Simulation]]) -> Iterator[
             evictions=result.evictions,
             page_in_bytes=result.page_in_bytes,
             page_in_bytes_per_token=result.page_in_bytes_per_token,
+            storage_bytes=result.storage_bytes,
             uniform_hit_rate=uniform.hit_rate,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
+from edge_moe.errors import InputError
 from edge_moe.profile import DeviceProfile
 from edge_moe.profiles import load_device
 from edge_moe.runtime.belady import Belady
@@ -160,13 +162,35 @@ def test_clock_adds_up(flat: list[int], layer_seconds: float, num_slots: int) ->
 def test_limit_formula_by_hand() -> None:
     """One token, two layers of one 1 MB expert, one of which was paged in."""
     result = decoding([[0], [0]]).run(Room.of_slots({MB: 1}), LeastRecentlyUsed)
-    assert (result.hits, result.misses) == (1, 1)
-    device = DeviceProfile("d", "cuda", 10**9, 10 * MB, 2 * MB, 7 * MB, {})
-    terms = limit(result, device, dense_bytes=4 * MB, kv_bytes=MB, num_layers=2, sync_seconds=0.05)
+    assert (result.hits, result.misses, result.storage_bytes) == (1, 1, MB)
+    gpu = DeviceProfile("d", "cuda", 10**9, 10 * MB, 2 * MB, None, {})
+    sized = partial(limit, result, dense_bytes=4 * MB, kv_bytes=MB, num_layers=2, sync_seconds=0.05)
+    terms = sized(gpu)
     assert (terms.dense_seconds, terms.kv_seconds, terms.resident_seconds) == (0.4, 0.1, 0.1)
-    assert (terms.page_in_seconds, terms.sync_seconds) == (0.5, 0.1)
+    assert (terms.link_seconds, terms.storage_seconds, terms.sync_seconds) == (0.5, 0, 0.1)
     assert terms.serial_tokens_per_second == pytest.approx(1 / 1.2)
     assert terms.overlapped_tokens_per_second == pytest.approx(1 / 0.7)
+    terms = sized(gpu, storage_rate=MB, has_host=True)
+    assert (terms.link_seconds, terms.storage_seconds) == (0.5, 1.0)
+    assert terms.serial_tokens_per_second == pytest.approx(1 / 2.2)
+    assert terms.overlapped_tokens_per_second == pytest.approx(1 / 1.1)
+    with pytest.raises(InputError, match="how fast the disk beside d is: add --storage-rate"):
+        sized(gpu, has_host=True)
+    cpu = DeviceProfile("c", "cpu", 10**9, 10 * MB, None, 4 * MB, {})
+    terms = sized(cpu)
+    assert (terms.link_seconds, terms.storage_seconds) == (0, 0.25)
+
+
+def test_a_tier_in_ram_spares_the_disk() -> None:
+    """One slot on the device; rows 0 1 2 0 1 2 of a single layer, the slot begins with row 0."""
+    replay = decoding(*([[row]] for row in (0, 1, 2, 0, 1, 2)))
+    room = Room.of_slots({MB: 1})
+    assert replay.run(room, LeastRecentlyUsed).storage_bytes == 5 * MB
+    # whoever came through stays: rows 1 and 2 are read once
+    assert replay.run(room, LeastRecentlyUsed, 3 * MB).storage_bytes == 2 * MB
+    # two places for a round of three: LRU has never what comes next
+    assert replay.run(room, LeastRecentlyUsed, 2 * MB).storage_bytes == 5 * MB
+    assert replay.run(room, LeastRecentlyUsed, MB - 1).storage_bytes == 5 * MB
 
 
 def test_uniform_router_keeps_everything_but_the_choice() -> None:
@@ -275,6 +299,8 @@ def test_budgets_are_split_between_context_and_experts(
         (["--slots", "4", "--budget", "1GB"], "give one of them"),
         (["--slots", "4", "--policy", "clock"], "policy 'clock' is unknown"),
         (["--slots", "4", "--device", "abacus"], "device 'abacus' is unknown"),
+        (["--slots", "4", "--ram", "1GB"], "--ram is a tier beside a GPU"),
+        (["--slots", "4", "--ram", "1kB", "--device", "h200"], "add --storage-rate"),
         (["--slots", "1"], "1 slots are fewer than top_k=2"),
     ],
 )

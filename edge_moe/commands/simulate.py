@@ -77,6 +77,24 @@ def simulate_command(
     sync_us: Annotated[
         float, typer.Option(help="Microseconds per MoE layer for launches and waiting.", min=0)
     ] = 0.0,
+    ram: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="With a GPU's data sheet: RAM for experts that are not on the device; else all.",
+            show_default=False,
+        ),
+    ] = None,
+    storage_rate: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="Bytes that the disk reads per second, at random; else the data sheet's.",
+            show_default=False,
+        ),
+    ] = None,
     predictors: Annotated[
         bool, typer.Option("--predictors", help="Score guesses of the next layer on misses.")
     ] = False,
@@ -94,6 +112,8 @@ def simulate_command(
     from edge_moe.runtime.what_if import Question, WhatIf
 
     profile, kind = _device(device)
+    if ram is not None and (profile is None or profile.device != "cuda"):
+        raise InputError("--ram is a tier beside a GPU: name one with --device, such as rtx-3060")
     sizes = _sizes(slots, budget, profile)
     path = runnable_path(model, revision)
     rule = skip_rule(skip, skip_calibration, path)
@@ -108,6 +128,8 @@ def simulate_command(
             context,
             profile,
             sync_us / 1e6,
+            storage_rate,
+            ram,
             has_predictors=predictors,
             has_budget=bool(budget),
             seed=seed,

@@ -35,6 +35,7 @@ def as_json(
     for size, result in zip(sizes, results, strict=True):
         if result.limit is not None:
             size["limit"] |= {
+                "page_in_seconds": result.limit.page_in_seconds,
                 "serial_tokens_per_second": result.limit.serial_tokens_per_second,
                 "overlapped_tokens_per_second": result.limit.overlapped_tokens_per_second,
             }
@@ -151,7 +152,8 @@ def _limit_table(limit: Limit, title: str) -> Table:
         ("dense weights", limit.dense_seconds),
         ("KV cache, full", limit.kv_seconds),
         ("experts in memory", limit.resident_seconds),
-        ("page-in", limit.page_in_seconds),
+        ("host link", limit.link_seconds),
+        ("storage", limit.storage_seconds),
         ("launches and waiting", limit.sync_seconds),
     )
     for name, seconds in terms:
