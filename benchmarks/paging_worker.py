@@ -47,13 +47,13 @@ Step = Callable[[list[int], int], Any]
 def paged(path: Path, budget_bytes: int, policy: str) -> tuple[Step, Callable[[], dict[str, Any]]]:
     """edge-moe's engine."""
     from edge_moe.runtime.gguf_session import GgufSession
-    from edge_moe.runtime.policy import LeastRecentlyUsed, SoonestNextUse
+    from edge_moe.runtime.policies import DEFAULT_POLICY, policy_named
 
     session = GgufSession.open(
         path,
         budget_bytes=budget_bytes or None,
         context_tokens=CONTEXT_TOKENS,
-        policy=LeastRecentlyUsed if policy == "lru" else SoonestNextUse,
+        policy=policy_named(policy) if policy == "lru" else DEFAULT_POLICY,
     )
 
     def facts() -> dict[str, Any]:

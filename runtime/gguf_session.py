@@ -76,7 +76,6 @@ class GgufSession:
         prefetch: bool | None = None,
         policy: type[EvictionPolicy] = DEFAULT_POLICY,
         can_trace: bool = False,
-        policy: type[EvictionPolicy] = DEFAULT_POLICY,
     ) -> GgufSession:
         """Load everything but the experts of the file `path`, and those as far as they fit.
 
@@ -88,7 +87,6 @@ class GgufSession:
                 first tokens, and keeps what is faster.
             policy: which expert leaves.
             can_trace: watch the routers even where nothing is paged, so that `tracing` works.
-            policy: who leaves where memory is short.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
