@@ -25,6 +25,8 @@ class Room:
     comes_together: bool
     """Whether a layer's experts are asked for at once, so that none leaves for another; those that
     are there count as used first. Else they come one by one, in the order of rows."""
+    most_tokens: int | None = None
+    """Tokens computed at once, so that what they choose fits together; None: a step's."""
 
     @classmethod
     def of_slots(cls, counts: Mapping[int, int]) -> Room:
@@ -38,7 +40,9 @@ class Room:
         )
 
     @classmethod
-    def of_bytes(cls, limit_bytes: int, sizes: Sequence[Sequence[int]]) -> Room:
+    def of_bytes(
+        cls, limit_bytes: int, sizes: Sequence[Sequence[int]], most_tokens: int | None = None
+    ) -> Room:
         """The GGUF engine: one limit for experts of [L][rows] `sizes`; it fills what fits whole."""
         every = [size for layer in sizes for size in layer]
         return cls(
@@ -47,6 +51,7 @@ class Room:
             min(len(every), limit_bytes // max(every)),
             is_filled=sum(every) <= limit_bytes,
             comes_together=True,
+            most_tokens=most_tokens,
         )
 
     @property

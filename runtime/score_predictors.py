@@ -63,7 +63,7 @@ def score_predictor(
     num_layers = len(replay.sizes)
     counts = [[0, 0, 0] for _ in range(num_layers)]
     guessed: set[int] = set()
-    for ask in replay.asks:
+    for ask in replay.asks(room.most_tokens):
         if not ask.is_decoding:
             residents.ask(ask.layer, ask.rows)
             guessed = set()

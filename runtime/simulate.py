@@ -81,12 +81,12 @@ class Ask:
     layer: int
     rows: list[int]
     """Each once, ascending: as the engines ask."""
-    num_tokens: int
+    step_tokens: int
 
     @property
     def is_decoding(self) -> bool:
         """Whether the step is a single token, as when text is generated."""
-        return self.num_tokens == 1
+        return self.step_tokens == 1
 
 
 class Replay:
@@ -111,20 +111,30 @@ class Replay:
             )
         self.trace = trace
         self.sizes = sizes
-        self.asks: list[Ask] = []
+        self._skip = skip
+        self._asks: dict[int | None, list[Ask]] = {}
         self._rule = skip.name if skip else "none"
         layer_sizes = [np.array(layer) for layer in sizes]
         routed_bytes = skipped_experts = skipped_bytes = 0
-        for layer, rows, is_skipped in _choices(trace, skip):
+        for layer, rows, is_skipped, _ in _choices(trace, skip, None):
             row_bytes = layer_sizes[layer][rows]
             routed_bytes += int(row_bytes.sum())
             skipped_experts += int(is_skipped.sum())
             skipped_bytes += int(row_bytes[is_skipped].sum())
-            asked = sorted(set(rows[~is_skipped].tolist()))
-            self.asks.append(Ask(layer, asked, len(rows)))
         self._counts = RoutedCounts(
             int(trace.rows.size), skipped_experts, routed_bytes, skipped_bytes
         )
+
+    def asks(self, most_tokens: int | None = None) -> list[Ask]:
+        """What is asked for, in order; steps of more than `most_tokens` are cut."""
+        if most_tokens not in self._asks:
+            self._asks[most_tokens] = [
+                Ask(layer, sorted(set(rows[~is_skipped].tolist())), step_tokens)
+                for layer, rows, is_skipped, step_tokens in _choices(
+                    self.trace, self._skip, most_tokens
+                )
+            ]
+        return self._asks[most_tokens]
 
     def residents(self, room: Room, policy: type[EvictionPolicy]) -> Residents:
         """What the replay starts from; Belady's rule is told what comes.
@@ -133,7 +143,7 @@ class Replay:
             InputError: no slot at all for a size.
         """
         if issubclass(policy, Belady):
-            future = [(ask.layer, row) for ask in self.asks for row in ask.rows]
+            future = [(ask.layer, row) for ask in self.asks(room.most_tokens) for row in ask.rows]
             return Residents(self.sizes, room, lambda: policy(future))
         return Residents(self.sizes, room, policy)
 
@@ -150,7 +160,7 @@ class Replay:
         for key in residents.keys():
             host.fetch(key, residents.num_bytes(key))
         asked = misses = page_in_bytes = storage_bytes = 0
-        for ask in self.asks:
+        for ask in self.asks(room.most_tokens):
             missed = residents.ask(ask.layer, ask.rows)
             asked += len(ask.rows)
             misses += len(missed)
@@ -231,15 +241,21 @@ def require_same_model(trace: Trace, model_fingerprint: str) -> None:
 
 
 def _choices(
-    trace: Trace, skip: SkipRule | None
-) -> Iterator[tuple[int, npt.NDArray[np.uint16], Mask]]:
-    """(layer, [T, k] chosen rows, [T, k] which are skipped) of every layer of every step."""
-    for tokens in trace.steps():
-        for layer in range(len(trace.info.kept)):
-            rows = trace.rows[tokens, layer]
-            is_skipped: Mask = np.zeros(rows.shape, np.bool_)
-            if skip is not None:
-                is_skipped = skip.skips(
-                    layer, trace.weights[tokens, layer], trace.token_norms[tokens, layer]
-                )
-            yield layer, rows, is_skipped
+    trace: Trace, skip: SkipRule | None, most_tokens: int | None
+) -> Iterator[tuple[int, npt.NDArray[np.uint16], Mask, int]]:
+    """(layer, [T, k] chosen rows, [T, k] which are skipped, tokens of the step) in order.
+
+    T are the tokens of a step, or of a piece of it: every layer of a piece comes before the next.
+    """
+    for step in trace.steps():
+        step_tokens = step.stop - step.start
+        for start in range(step.start, step.stop, most_tokens or step_tokens):
+            tokens = slice(start, min(start + (most_tokens or step_tokens), step.stop))
+            for layer in range(len(trace.info.kept)):
+                rows = trace.rows[tokens, layer]
+                is_skipped: Mask = np.zeros(rows.shape, np.bool_)
+                if skip is not None:
+                    is_skipped = skip.skips(
+                        layer, trace.weights[tokens, layer], trace.token_norms[tokens, layer]
+                    )
+                yield layer, rows, is_skipped, step_tokens

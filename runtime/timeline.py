@@ -56,7 +56,7 @@ def timeline(
     """
     clock = _Clock(replay.residents(room, policy), bytes_per_second)
     num_layers, num_tokens = len(replay.sizes), 0
-    for ask in replay.asks:
+    for ask in replay.asks(room.most_tokens):
         if not ask.is_decoding:
             clock.skip(ask.layer, ask.rows)
             continue

@@ -131,7 +131,8 @@ class _Gguf(TracedModel):
         self, sizes: Sizes, terms: list[MemoryTerm], budget_bytes: int | None, slots: int | None
     ) -> Room:
         limit = gguf_allotment.expert_limit_bytes(self._model, terms, budget_bytes, slots)
-        return Room.of_bytes(limit, sizes)
+        most_tokens = gguf_allotment.batch_tokens(self._model, limit)
+        return Room.of_bytes(limit, sizes, most_tokens)
 
     @property
     def dense_parameters(self) -> int:

@@ -218,7 +218,7 @@ class WhatIf:
         if not self._ask.has_predictors:
             return []
         rows = [len(layer) for layer in self._sizes]
-        return predictor_makers(rows, self._ask.model.spec.top_k, self.replay.asks)
+        return predictor_makers(rows, self._ask.model.spec.top_k, self.replay.asks())
 
     def _scores(self, room: Room) -> Iterator[PredictorScore]:
         for make in self._makers():

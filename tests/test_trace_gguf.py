@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from gguf_files import requantised
 
 from edge_moe.cli import run
 from edge_moe.errors import InputError
+from edge_moe.gguf_model import GgufModel
+from edge_moe.profiles import load_device
 from edge_moe.runtime.gguf_session import GgufSession
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.record_trace import feed
@@ -103,6 +106,22 @@ def test_command_line(
         trace = Trace.load(output)
         assert trace.step_tokens.tolist() == ([4] + [1] * 26) * 2
         assert trace.info.has_weights == (path == model[0])
+    simulated = ["simulate", str(output), str(model[1]), "--device", "laptop-16gb", "--ctx", "64"]
+    assert run([*simulated, "--slots", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["sizes"][0]
+    header = GgufModel(model[1])
+    table = header.spec.vocab_size * header.spec.hidden_size * 4
+    read = header.dense_bytes - (0 if header.spec.tie_word_embeddings else table)
+    rate = load_device("laptop-16gb").memory_bytes_per_second
+    assert found["limit"]["dense_seconds"] == pytest.approx(read / rate)
+    assert found["limit"]["storage_seconds"] > 0 == found["limit"]["link_seconds"]
+    assert run([*simulated, "--budget", "1GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["sizes"][0]
+    assert found["share_of_experts"] == 1 and found["splits"] and not found["is_below_cycle"]
+    assert run([*simulated, "--budget", "1MB"]) == 3
+    assert "too small even when experts are paged" in capsys.readouterr().err
+    assert run(["simulate", str(output), str(model[0]), "--slots", "4"]) == 2
+    assert "recorded with another model" in capsys.readouterr().err
     assert run([*arguments, "--prompt-tokens", "0"]) == 2
     assert "--prompt-tokens is 0" in capsys.readouterr().err
     prompt = ["--prompt", "def f(", "--raw", "--max-new-tokens", "5", "--ctx", "64", "--json"]

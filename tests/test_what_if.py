@@ -88,7 +88,7 @@ def test_guesses_are_scored_on_misses() -> None:
     # one slot: all six miss but the first; guesses are 3 (right) and 3 (wrong)
     assert score.layers[1] == LayerScore(missed=3, guessed=2, right=1)
     assert score.total == LayerScore(missed=5, guessed=2, right=1)
-    exact = score_predictor(replay, narrow, LeastRecentlyUsed, Exact(replay.asks))
+    exact = score_predictor(replay, narrow, LeastRecentlyUsed, Exact(replay.asks()))
     assert exact.layers[1].recall == exact.layers[1].precision == 1
 
 
@@ -104,7 +104,7 @@ def test_clock_by_hand() -> None:
     assert (plain.seconds, plain.stall_seconds, plain.page_in_bytes) == (11, 3, 3 * MB)
     assert plain.tokens_per_second == 2 / 11
     # its only slot is in use while it could be read ahead
-    ahead = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks), **rates)
+    ahead = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks()), **rates)
     assert (ahead.seconds, ahead.useful_bytes) == (11, 0)
 
 
@@ -117,12 +117,12 @@ def test_clock_hides_loads_behind_compute() -> None:
     plain = timeline(replay, slots, LeastRecentlyUsed, None, **slow)
     # the first of (0, 0) is a hit: seven loads of 1 s, eight computations of 2 s
     assert plain.seconds == 7 + 16
-    ahead = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks), **slow)
+    ahead = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks()), **slow)
     # every second layer is read while the first computes
     assert ahead.seconds == 3 + 16
     assert (ahead.useful_bytes, ahead.late_bytes, ahead.wasted_bytes) == (4 * MB, 0, 0)
     quick = {"bytes_per_second": 1e6, "layer_seconds": 0.25}
-    late = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks), **quick)
+    late = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks()), **quick)
     assert (late.useful_bytes, late.late_bytes) == (0, 4 * MB)
     assert late.seconds == 3 + 4 * 0.75 + 8 * 0.25  # a quarter of each is hidden
 
@@ -148,7 +148,7 @@ def test_clock_adds_up(flat: list[int], layer_seconds: float, num_slots: int) ->
     plain = timeline(replay, room, LeastRecentlyUsed, None, **rates)
     assert plain.page_in_bytes == counted.page_in_bytes
     assert plain.seconds == pytest.approx(2 * len(pairs) * layer_seconds + counted.misses)
-    for predictor in (Repeat([4, 4]), Transitions([4, 4], 2), Exact(replay.asks)):
+    for predictor in (Repeat([4, 4]), Transitions([4, 4], 2), Exact(replay.asks())):
         found = timeline(replay, room, LeastRecentlyUsed, predictor, **rates)
         assert found.wasted_bytes >= 0
         assert found.seconds == pytest.approx(2 * len(pairs) * layer_seconds + found.stall_seconds)
@@ -179,6 +179,23 @@ def test_limit_formula_by_hand() -> None:
     cpu = DeviceProfile("c", "cpu", 10**9, 10 * MB, None, 4 * MB, {})
     terms = sized(cpu)
     assert (terms.link_seconds, terms.storage_seconds) == (0, 0.25)
+
+
+def test_steps_are_cut_where_their_experts_do_not_fit_together() -> None:
+    """Three tokens at once, two layers; room for two experts."""
+    trace = trace_of([[[0], [0]], [[1], [1]], [[2], [2]]], 4, [3])
+    replay, sizes = Replay(trace, [[MB] * 4] * 2), [[MB] * 4] * 2
+    with pytest.raises(InputError, match="no room for 3 experts of 1000000 bytes together"):
+        replay.run(Room.of_bytes(2 * MB, sizes), LeastRecentlyUsed)
+    room = Room.of_bytes(2 * MB, sizes, 2)
+    assert [(ask.layer, ask.rows) for ask in replay.asks(2)] == [
+        (0, [0, 1]),
+        (1, [0, 1]),
+        (0, [2]),
+        (1, [2]),
+    ]
+    assert not any(ask.is_decoding for ask in replay.asks(2))
+    assert replay.run(room, LeastRecentlyUsed).misses == 6
 
 
 def test_a_tier_in_ram_spares_the_disk() -> None:
