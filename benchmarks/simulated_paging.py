@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from edge_moe.commands.options import parse_names
 from edge_moe.files import write_text
 from edge_moe.gguf_model import GgufModel
 from edge_moe.measurement import Provenance
@@ -79,21 +80,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--policies", type=parse_names, default=tuple(POLICIES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "simulated_paging.json")
     options = parser.parse_args()
-    result = compare(options.model, options.tokens, options.rounds)
+    result = compare(options.model, options.tokens, options.rounds, options.policies)
     write_text(options.output, result.model_dump_json(indent=1))
     show(result)
 
 
-def compare(path: Path, num_tokens: int, rounds: int) -> Result:
-    """Measure all pairs by turns, and foretell them."""
+def compare(path: Path, num_tokens: int, rounds: int, policies: Sequence[str]) -> Result:
+    """Measure all pairs by turns, and foretell them; `policies` hold the calibrated one."""
     spec = GgufModel(path).spec
     generator = np.random.default_rng(0)
     window = generator.integers(1, spec.vocab_size, num_tokens).tolist()
     every = spec.num_experts * spec.num_moe_layers
-    keys = [(share, name) for share in SHARES for name in POLICIES]
+    keys = [(share, name) for share in SHARES for name in policies]
     resident: list[float] = []
     measured: dict[tuple[float, str], list[float]] = {key: [] for key in keys}
     hits: dict[tuple[float, str], int] = {}

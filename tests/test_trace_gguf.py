@@ -78,11 +78,13 @@ def test_replay_counts_what_was_paged(kind: str, model: tuple[Path, Path], tmp_p
         types = {"ffn_(gate|up)_exps": "Q4_0", "ffn_down_exps": "Q8_0"}
         file = requantised(file, tmp_path / "q.gguf", types)
     traced = open_traced(file, "cpu")
+    with GgufSession.open(file, context_tokens=64, can_trace=True) as whole:
+        trace = recorded(whole)
     for num_slots in (2, 5, 9):
         with GgufSession.open(
             file, context_tokens=64, num_slots=num_slots, prefetch=False
         ) as session:
-            trace = recorded(session)
+            recorded(session)  # of prompts only then the last layer computes every token
             real, limit = session.statistics(), session._experts.limit_bytes
         sizes = traced.sizes(trace)
         room = traced.room(sizes, traced.terms(64, has_budget=False), None, num_slots)
