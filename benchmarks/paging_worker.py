@@ -13,9 +13,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import argparse
 import ctypes
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -156,8 +156,14 @@ class _Advice:
                 self._libc.madvise(first, length, _MADV_WILLNEED)
 
 
-def main(arguments: list[str]) -> None:
-    engine, path, text_path, budget, prompt_tokens, num_tokens = arguments
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("engine", choices=("edge-moe", "lru", "stock", "random", "willneed", "ram"))
+    for name in ("file", "text", "budget_bytes", "prompt_tokens", "tokens"):
+        parser.add_argument(name)
+    found = parser.parse_args()
+    engine, path, text_path, budget = found.engine, found.file, found.text, found.budget_bytes
+    prompt_tokens, num_tokens = found.prompt_tokens, found.tokens
     text = np.load(text_path).tolist()
     start = time.perf_counter()
     step, facts = (
@@ -195,4 +201,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
