@@ -154,6 +154,8 @@ class RunMeasurement(_Record):
     """Generated tokens per second of decoding."""
     paging: dict[str, float] = Field(default_factory=dict)
     """The fields of the runtime's PagingStatistics, by name."""
+    kernels: str = ""
+    """Whose kernels computed the experts: `ggml`, `exact` or both; empty for other runtimes."""
     text: str = ""
     """What was generated, to be looked at."""
 
@@ -204,6 +206,8 @@ class EvalResult(_Record):
     in_task: bool | None
     """Whether the model was shrunken for this task; None when its plan is not known."""
     budget_bytes: int | None = None
+    kernels: str = ""
+    """Whose kernels computed the experts: `ggml`, `exact` or both; empty for other runtimes."""
     window_tokens: int
     num_windows: int
     num_search_windows: int = 0

@@ -30,6 +30,7 @@ from edge_moe.metrics import Comparison, Estimate, TokenScores
 from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.package import is_package
 from edge_moe.runtime.heldout import is_in_task, text_to_score
+from edge_moe.runtime.kernel_choice import Kernels
 from edge_moe.runtime.policy import RoutedCounts
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.skipping_cost import skipping_cost
@@ -102,12 +103,13 @@ def evaluate(
     max_problems: int = MAX_PROBLEMS,
     budget_bytes: int | None = None,
     skip: SkipRule | None = None,
+    kernels: Kernels | None = None,
 ) -> list[EvalResult]:
     """Evaluate `model` on the held-out text of every task, beside `against` when it is given.
 
-    `budget_bytes` caps the memory of `model` only, and `skip` leaves out experts of `model` only.
-    Tasks that come with problems to solve are
-    scored by exact match too, on the first `max_problems` of them.
+    `budget_bytes` caps the memory of `model` only, `skip` leaves out experts of `model` only, and
+    `kernels` (else auto) compute those of `model` only: the reference is exact. Tasks that come
+    with problems to solve are scored by exact match too, on the first `max_problems` of them.
 
     Raises:
         InputError: no task, a window below 2 tokens, models with different tokenizers, or logits
@@ -120,8 +122,15 @@ def evaluate(
         raise InputError(f"no task to evaluate on: give --task, such as {', '.join(task_names())}")
     context_tokens = max(window_tokens, _PROBLEM_CONTEXT_TOKENS)
     with ExitStack() as stack:
-        tested = _open(stack, model, context_tokens, budget_bytes, skip)
-        base = _open(stack, against, context_tokens, None) if against else None
+        tested = open_model(
+            model,
+            context_tokens=context_tokens,
+            budget_bytes=budget_bytes,
+            skip=skip,
+            kernels=kernels,
+        )
+        stack.callback(tested.close)
+        base = _open_reference(stack, against, context_tokens) if against else None
         if base is not None and against is not None:
             check_same_tokenizer({str(model): tested, str(against): base})
         pair = _Pair(model, tested, against, base, budget_bytes, skip)
@@ -134,14 +143,20 @@ def open_model(
     context_tokens: int,
     budget_bytes: int | None = None,
     skip: SkipRule | None = None,
+    kernels: Kernels | None = None,
 ) -> LanguageModel:
     """A native package or Hugging Face folder as a Session, others through their own programs.
 
     Raises:
-        TargetError: a skipping rule for a .gguf file or an ONNX folder, which route themselves; a
-            budget for a .gguf file.
+        TargetError: a skipping rule for a .gguf file or an ONNX folder, which route themselves, or
+            kernels, which they have of their own; a budget for a .gguf file.
         BudgetError: an ONNX folder that takes more than the budget.
     """
+    if kernels is not None and model_kind(path) in ("onnx", "gguf"):
+        raise TargetError(
+            f"{path} does not run in edge-moe's own runtime: leave out --kernels, or use a native "
+            "package or a Hugging Face folder"
+        )
     if model_kind(path) == "onnx":
         if skip is not None:
             raise TargetError(
@@ -177,6 +192,7 @@ def open_model(
         context_tokens=context_tokens,
         skip=skip,
         scored_tokens=context_tokens,
+        kernels=kernels or "auto",
     )
 
 
@@ -295,6 +311,7 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
         task=task,
         in_task=is_in_task(pair.path, task),
         budget_bytes=pair.budget_bytes,
+        kernels=str(getattr(pair.model, "kernels", "")),
         window_tokens=text.window_tokens,
         num_windows=len(windows),
         num_search_windows=text.num_search_windows,
@@ -383,14 +400,10 @@ def _skipping_cost(
     )
 
 
-def _open(
-    stack: ExitStack,
-    path: Path,
-    context_tokens: int,
-    budget_bytes: int | None,
-    skip: SkipRule | None = None,
-) -> LanguageModel:
-    model = open_model(path, context_tokens=context_tokens, budget_bytes=budget_bytes, skip=skip)
+def _open_reference(stack: ExitStack, path: Path, context_tokens: int) -> LanguageModel:
+    """Exact where there is a choice."""
+    is_ours = model_kind(path) in ("package", "checkpoint")
+    model = open_model(path, context_tokens=context_tokens, kernels="exact" if is_ours else None)
     stack.callback(model.close)
     return model
 

@@ -106,6 +106,13 @@ class ExpertCache:
         Raises:
             PackageError, OSError: the expert could not be read.
         """
+        return self._buffers.view(self._store.record(key).num_bytes, self.acquire_slot(key))
+
+    def acquire_slot(self, key: Key) -> int:
+        """The expert's slot among those of its size, pinned like `acquire`.
+
+        One caller may hold as many of a size as `num_slots` says, or it would wait for itself.
+        """
         with self._lock:
             entry, is_mine = self._find_or_reserve(key)
             entry.pins += 1
@@ -123,7 +130,11 @@ class ExpertCache:
                 entry.ready.set()
             self.release(key)
             raise
-        return self._buffers.view(entry.record_bytes, entry.slot)
+        return entry.slot
+
+    def num_slots(self, record_bytes: int) -> int:
+        """Slots for records of that size."""
+        return self._buffers.counts[record_bytes]
 
     def release(self, key: Key) -> None:
         """Undo one `acquire`."""

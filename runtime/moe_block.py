@@ -130,19 +130,31 @@ def expert_inner(experts: Any, inputs: Tensor, gate_up: Tensor, row: int) -> Ten
 
     `experts` is transformers' module, `gate_up` [2I, H] holds gate_proj over up_proj.
     """
-    hidden = F.linear(inputs, gate_up)
+    return apply_gate(experts, F.linear(inputs, gate_up), row)
+
+
+def apply_gate(experts: Any, hidden: Tensor, rows: int | Tensor) -> Tensor:
+    """[n, 2I] -> [n, I], from gate_proj's outputs beside up_proj's; [n, I] -> [n, I] without gate.
+
+    `rows` says which expert they are of: one for all, or [n].
+    """
     if not experts.is_concatenated:  # such modules want gate and up values taking turns
         width = hidden.shape[1] // 2
         hidden = hidden.view(-1, 2, width).transpose(1, 2).reshape(-1, 2 * width)
     if experts.has_bias:
-        hidden = hidden + experts.gate_up_proj_bias[row].to(hidden.dtype)
+        hidden = hidden + experts.gate_up_proj_bias[rows].to(hidden.dtype)
     inner: Tensor = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     return inner
 
 
 def expert_output(experts: Any, inputs: Tensor, gate_up: Tensor, down: Tensor, row: int) -> Tensor:
     """Un-gated output [n, H] of one expert; gate_up [2I, H], down [H, I]."""
-    output = F.linear(expert_inner(experts, inputs, gate_up, row), down)
-    if experts.has_bias:
-        output = output + experts.down_proj_bias[row].to(output.dtype)
-    return output
+    return add_down_bias(experts, F.linear(expert_inner(experts, inputs, gate_up, row), down), row)
+
+
+def add_down_bias(experts: Any, output: Tensor, rows: int | Tensor) -> Tensor:
+    """[n, H] plus down_proj's bias where the family has one; `rows` as for `apply_gate`."""
+    if not experts.has_bias:
+        return output
+    biased: Tensor = output + experts.down_proj_bias[rows].to(output.dtype)
+    return biased

@@ -18,6 +18,7 @@ from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernels.unpack import unpack
 from edge_moe.runtime.model import EXPERTS_IMPLEMENTATION
 from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock, expert_output
+from edge_moe.runtime.packed_experts import PackedExperts
 from edge_moe.runtime.prefetch import Prefetcher
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.trace import TraceRecorder
@@ -37,13 +38,16 @@ class ExpertPager:
         dtype: torch.dtype,
         prefetcher: Prefetcher | None,
         skip: SkipRule | None = None,
+        packed: PackedExperts | None = None,
     ) -> None:
+        """`packed` computes the experts that it can; the others are unpacked."""
         self._spec = spec
         self._store = store
         self._cache = cache
         self._dtype = dtype
         self._prefetcher = prefetcher
         self._skip = skip
+        self._packed = packed
         self._sizes = [np.array(layer) for layer in record_sizes(store)]
         self.recorder: TraceRecorder | None = None
         """Where the routers' choices are written down, while somebody wants them."""
@@ -61,31 +65,58 @@ class ExpertPager:
         Returns: [T, H]
         """
         rows, weights = self._chosen(layer, hidden, rows, weights)
-        if len(hidden) == 1:
-            return self._forward_token(experts, layer, hidden, rows[0].tolist(), weights[0])
+        if len(hidden) == 1 and self._prefetcher is not None:
+            self._read_ahead(self._prefetcher, layer, hidden, rows[0].tolist())
         output = torch.zeros_like(hidden)
+        left: Tensor | None = rows
+        if self._packed is not None:
+            left = self._packed.add(output, experts, layer, hidden, rows, weights)
+        if left is not None:
+            self._add_unpacked(output, experts, layer, hidden, left, weights)
+        return output
+
+    def _read_ahead(
+        self, prefetcher: Prefetcher, layer: int, hidden: Tensor, rows: list[int]
+    ) -> None:
+        """For the next layer, given one token [1, H]."""
+        asked = sorted(row for row in rows if row >= 0)
+        prefetcher.observe(layer, asked)
+        prefetcher.predict(layer, hidden, asked)
+
+    def _add_unpacked(
+        self,
+        output: Tensor,
+        experts: Any,
+        layer: int,
+        hidden: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+    ) -> None:
+        """The reference: one expert after another in float32."""
+        if len(hidden) == 1:
+            self._add_token(output, experts, layer, hidden, rows[0].tolist(), weights[0])
+            return
         for row in torch.unique(rows[rows >= 0]).tolist():
             tokens, places = torch.nonzero(rows == row, as_tuple=True)
             scale = weights[tokens, places, None].to(hidden.dtype)
             result = self._one_expert(experts, (layer, row), hidden[tokens])
             output.index_add_(0, tokens, result.mul_(scale))
-        return output
 
-    def _forward_token(
-        self, experts: Any, layer: int, hidden: Tensor, rows: list[int], weights: Tensor
-    ) -> Tensor:
-        """The decoding case: one token [1, H], read-ahead for the next layer."""
+    def _add_token(
+        self,
+        output: Tensor,
+        experts: Any,
+        layer: int,
+        hidden: Tensor,
+        rows: list[int],
+        weights: Tensor,
+    ) -> None:
+        """The decoding case: one token [1, H]."""
         wanted = sorted((row, place) for place, row in enumerate(rows) if row >= 0)
-        if self._prefetcher is not None:
-            asked = [row for row, _ in wanted]
-            self._prefetcher.observe(layer, asked)
-            self._prefetcher.predict(layer, hidden, asked)
-        output = torch.zeros_like(hidden)
         scales = weights.to(hidden.dtype)
         for row, place in wanted:
             result = self._one_expert(experts, (layer, row), hidden)
             output.add_(result.mul_(scales[place]))
-        return output
 
     def _chosen(
         self, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor

@@ -10,12 +10,15 @@ import torch
 from edge_moe.runtime.allotment import Slots
 from edge_moe.runtime.expert_cache import ExpertCache, HostTier
 from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.kernel_choice import KernelChoice
 from edge_moe.runtime.model import compute_dtype
+from edge_moe.runtime.packed_experts import PackedExperts
 from edge_moe.runtime.paged_experts import ExpertPager, attach, detach
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.prefetch import Prefetcher
 from edge_moe.runtime.skipping import SkipRule
+from edge_moe.runtime.slot_products import SlotProducts
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.spec import ModelSpec
 
@@ -29,6 +32,7 @@ class PagingOptions:
     ram_bytes: int | None
     """On CUDA, packed experts kept in RAM between the disk and the GPU."""
     skip: SkipRule | None
+    kernels: KernelChoice
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Residency:
     cache: ExpertCache
     pager: ExpertPager
     prefetcher: Prefetcher | None
+    packed: PackedExperts | None
     blocks: list[Any]
 
     @classmethod
@@ -56,23 +61,28 @@ class Residency:
         host = None
         if options.ram_bytes and device.type == "cuda":  # on a CPU the slots already are the RAM
             host = HostTier(options.ram_bytes, is_pinned=True)
-        cache = ExpertCache(
-            store, SlotBuffers(slots.counts, device), DEFAULT_POLICY, host=host, device=device
-        )
+        buffers = SlotBuffers(slots.counts, device)
+        cache = ExpertCache(store, buffers, DEFAULT_POLICY, host=host, device=device)
         cache.fill()
         cache.statistics = PagingStatistics()
         prefetcher = None
         # latent experts are not given what the next router would be
         if options.prefetch and slots.is_paging and not spec.latent_width:
             prefetcher = Prefetcher(blocks, store, cache, options.skip)
+        packed = None
+        if options.kernels.ggml_forms:
+            products = SlotProducts(spec, buffers)
+            packed = PackedExperts(store, cache, products, options.kernels.ggml_forms)
         pager = ExpertPager(
-            spec, store, cache, compute_dtype(spec, device), prefetcher, options.skip
+            spec, store, cache, compute_dtype(spec, device), prefetcher, options.skip, packed
         )
         attach(blocks, pager)
-        return cls(store, slots, cache, pager, prefetcher, blocks)
+        return cls(store, slots, cache, pager, prefetcher, packed, blocks)
 
     def close(self) -> None:
         """Stop reading ahead, and let the model forget the pager, so that its slots are freed."""
         if self.prefetcher is not None:
             self.prefetcher.close()
         detach(self.blocks)
+        if self.packed is not None:
+            self.packed.close()

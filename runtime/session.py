@@ -44,6 +44,7 @@ from edge_moe.runtime.generate import (
     encode_prompt,
     generate_text,
 )
+from edge_moe.runtime.kernel_choice import Kernels, choose_kernels
 from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
 from edge_moe.runtime.model_config import load_config
@@ -115,6 +116,7 @@ class Session:
         skip: SkipRule | None = None,
         pattern: TaskPattern | None = None,
         match_first: bool = False,
+        kernels: Kernels = "auto",
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -129,10 +131,14 @@ class Session:
             pattern: run with this task's experts only; see `use_pattern`.
             match_first: without a limit, start with slots for one layer's experts only, until
                 `match_task` has said which pattern to use: the other experts never stay in memory.
+            kernels: whose kernels compute the experts, see `edge_moe.runtime.kernel_choice`:
+                `exact` gives what transformers does with the same weights, `ggml` rounds inputs as
+                llama.cpp does, `auto` is ggml for quantised experts where it can be.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
             PackageError, CheckpointError, SpecError, InputError: `model` cannot be used.
+            MissingExtraError: kernels ggml without llama-cpp-python.
         """
         start = time.perf_counter()
         memory.limit_arenas()
@@ -144,6 +150,7 @@ class Session:
         kind: Device = "cuda" if where.type == "cuda" else "cpu"
         context = context_length(spec, context_tokens)
         store = open_store(source)
+        chosen = choose_kernels(kernels, where, {store.record(key).form for key in store.keys()})
         terms = session_terms(
             *(source, store, context, kind),
             has_budget=budget_bytes is not None,
@@ -159,7 +166,7 @@ class Session:
             merge_adapter(network, source)
         memory.trim()
         limits = _Limits(budget_bytes, num_slots)
-        options = PagingOptions(where, prefetch, ram_bytes, skip)
+        options = PagingOptions(where, prefetch, ram_bytes, skip, chosen)
         session = cls(source, network, tokenizer, store, terms, context, limits, options)
         if match_first and not limits.has_any:
             most = max(map(len, store.kept))
@@ -332,8 +339,13 @@ class Session:
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know about the slots."""
-        return self._residency.slots.warnings()
+        """What the user should know about the slots and the kernels."""
+        return self._residency.slots.warnings() + self._options.kernels.warnings
+
+    @property
+    def kernels(self) -> str:
+        """Whose kernels compute the experts: `ggml`, `exact`, or both."""
+        return self._options.kernels.label
 
     @property
     def measured_terms(self) -> dict[str, int]:

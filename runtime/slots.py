@@ -125,6 +125,10 @@ class SlotBuffers:
     def num_bytes(self) -> int:
         return sum(buffer.numel() for buffer in self._buffers.values())
 
+    def buffer(self, record_bytes: int) -> torch.Tensor:
+        """uint8 [slots, record_bytes] of one size class."""
+        return self._buffers[record_bytes]
+
     def view(self, record_bytes: int, slot: int) -> torch.Tensor:
         """uint8 [record_bytes] of one slot."""
         return self._buffers[record_bytes][slot]

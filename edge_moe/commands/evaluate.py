@@ -10,6 +10,7 @@ from edge_moe.commands.options import (
     Budget,
     EvaluatedModel,
     Json,
+    Kernels,
     Skip,
     SkipCalibrationFile,
     Tasks,
@@ -34,6 +35,7 @@ def eval_command(
         int, typer.Option(help="Solve at most this many of a task's problems.")
     ] = 100,
     budget: Budget = None,
+    kernels: Kernels = None,
     skip: Skip = None,
     skip_calibration: SkipCalibrationFile = None,
     record: Annotated[
@@ -58,6 +60,7 @@ def eval_command(
         max_problems=max_problems,
         budget_bytes=budget,
         skip=rule,
+        kernels=kernels.value if kernels else None,
     )
     if record:
         folder = tested if tested.is_dir() else tested.parent

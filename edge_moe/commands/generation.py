@@ -109,6 +109,7 @@ def measure(
         decode_seconds=timing.decode_seconds,
         tokens_per_second=timing.tokens_per_second,
         paging=_paging(session),
+        kernels=_kernels(session),
         text=text,
     )
 
@@ -134,6 +135,11 @@ def _accelerator(session: Runnable) -> str:
     return str(torch.cuda.get_device_name())
 
 
+def _kernels(session: Runnable) -> str:
+    """Whose kernels compute the experts; only edge-moe's own runtime has a choice."""
+    return str(getattr(session, "kernels", ""))
+
+
 def _paging(session: Runnable) -> dict[str, float]:
     statistics = session.statistics()
     if statistics is None:
@@ -150,6 +156,8 @@ def statistics_lines(measured: RunMeasurement) -> list[str]:
         f"loaded in {measured.load_seconds:.2f} s",
         _memory_line(measured),
     ]
+    if measured.kernels:
+        lines.append(f"kernels of the experts: {measured.kernels}")
     paging = measured.paging
     if paging.get("misses"):
         lines.append(

@@ -17,6 +17,7 @@ from edge_moe.open_model import is_gguf_file
 if TYPE_CHECKING:
     from edge_moe.commands.generation import Runnable
     from edge_moe.runtime.gguf_session import GgufSession
+    from edge_moe.runtime.kernel_choice import Kernels
     from edge_moe.runtime.session import Session
     from edge_moe.task_pattern import TaskPattern
 
@@ -42,6 +43,7 @@ class PagingOptions:
     skip_calibration: Path | None
     trace: Path | None
     prefetch: bool | None
+    kernels: Kernels | None
 
     def refuse(self, path: Path, runs: str, names: tuple[str, ...]) -> None:
         """Raise `TargetError` where one of the options `names` was given.
@@ -56,6 +58,7 @@ class PagingOptions:
             "--skip": self.skip,
             "--skip-calibration": self.skip_calibration,
             "--trace": self.trace,
+            "--kernels": self.kernels,
         }
         given = [name for name in names if values[name] is not None]
         if given:
@@ -65,7 +68,7 @@ class PagingOptions:
             )
 
 
-_ROUTING = ("--ram", "--task", "--patterns", "--skip", "--skip-calibration")
+_ROUTING = ("--ram", "--task", "--patterns", "--skip", "--skip-calibration", "--kernels")
 
 
 def runnable_path(model: str, revision: str | None) -> Path:
@@ -111,6 +114,7 @@ def open_runnable(
         skip=skip_rule(paging.skip, paging.skip_calibration, path),
         pattern=known.get(paging.task) if paging.task else None,
         match_first=paging.task == AUTO,
+        kernels=paging.kernels or "auto",
     )
     return session, known
 

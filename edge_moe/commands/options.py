@@ -38,6 +38,14 @@ class DeviceName(StrEnum):
     CUDA = "cuda"
 
 
+class KernelsName(StrEnum):
+    """The values of `edge_moe.runtime.kernel_choice.Kernels`."""
+
+    AUTO = "auto"
+    EXACT = "exact"
+    GGML = "ggml"
+
+
 def _model(kinds: str) -> Any:
     """The argument MODEL of a command that takes `kinds`, and hub ids."""
     text = f"{kinds}, or hub id such as Qwen/Qwen3-30B-A3B."
@@ -99,6 +107,16 @@ SkipCalibrationFile = Annotated[
         "--skip-calibration",
         metavar="FILE",
         help="Medians for odp and naee, from `edge-moe calibrate-skipping`.",
+        show_default=False,
+    ),
+]
+Kernels = Annotated[
+    KernelsName | None,
+    typer.Option(
+        "--kernels",
+        help="Whose kernels compute experts on a CPU: exact is torch, on weights in float32; ggml "
+        "is llama.cpp's, on packed weights, faster and rounded as there; auto (default) is ggml "
+        "for quantised experts where it is installed.",
         show_default=False,
     ),
 ]

@@ -30,6 +30,7 @@ from edge_moe.commands.options import (
     ContextTokens,
     DeviceName,
     Json,
+    Kernels,
     Revision,
     RunnableModel,
     Skip,
@@ -113,6 +114,7 @@ def run_command(
         Path | None,
         typer.Option(help="Folder of task patterns; else the shipped ones.", show_default=False),
     ] = None,
+    kernels: Kernels = None,
     skip: Skip = None,
     skip_calibration: SkipCalibrationFile = None,
     trace: Annotated[
@@ -135,7 +137,10 @@ def run_command(
     sampling.check()
     path = runnable_path(model, revision)
     common = CommonOptions(budget, ctx, device.value if device else None)
-    paging = PagingOptions(slots, ram, task, patterns, skip, skip_calibration, trace, prefetch)
+    paging = PagingOptions(
+        *(slots, ram, task, patterns, skip, skip_calibration, trace, prefetch),
+        kernels.value if kernels else None,
+    )
     with _opened(path, common, paging, prompt or "", is_raw=raw) as session:
         if prompt is None:
             chat(session, sampling, is_raw=raw)

@@ -14,6 +14,7 @@ from edge_moe.formats.base import ByteArray, FloatArray, Form
 from edge_moe.formats.ggml_types import GgmlType
 
 _NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
+_CPU_NAMES = ("libggml-cpu.so", "libggml-cpu.dylib", "ggml-cpu.dll")
 
 
 def quantize_chunk(
@@ -113,13 +114,31 @@ def library() -> ctypes.CDLL:
     return _library()
 
 
-def _path() -> Path | None:
-    """The library beside the package `llama_cpp`, found without importing it."""
+@cache
+def cpu_library() -> ctypes.CDLL:
+    """The loaded library of the CPU kernels.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed, or loads its CPU kernels by itself.
+    """
+    path = _path(_CPU_NAMES)
+    if path is None:
+        raise MissingExtraError("llama-cpp-python", "gguf", "computing packed experts by libggml")
+    return ctypes.CDLL(str(path))
+
+
+def has_cpu_library() -> bool:
+    """Whether the library of the CPU kernels is there."""
+    return _path(_CPU_NAMES) is not None
+
+
+def _path(names: tuple[str, ...] = _NAMES) -> Path | None:
+    """A library beside the package `llama_cpp`, found without importing it."""
     found = importlib.util.find_spec("llama_cpp")
     if found is None or found.origin is None:
         return None
     folders = (Path(found.origin).parent / name for name in ("lib", "bin"))
-    paths = (folder / name for folder in folders for name in _NAMES)
+    paths = (folder / name for folder in folders for name in names)
     return next((path for path in paths if path.is_file()), None)
 
 

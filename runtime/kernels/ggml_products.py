@@ -1,0 +1,251 @@
+"""Products with packed matrices by libggml's CPU kernels, which never expand a weight to a float.
+
+The library is the one that llama-cpp-python brings (extra `gguf`); its functions here are all of
+ggml's public interface. A product is a graph of one node, MUL_MAT_ID, over a stack of matrices that
+lie at equal distances in memory, such as the gate_proj of every slot. As in llama.cpp, inputs are
+rounded to blocks of 8 bits where weights are quantised, to the weights' type where they are 16-bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from edge_moe.errors import InputError
+from edge_moe.formats import ggml_library
+from edge_moe.formats.ggml_types import GgmlType
+
+Tensor = torch.Tensor
+
+_F32, _I32 = 0, 26  # numbers of ggml types
+_ALIGNMENT_BYTES = 64
+_MOST_NODES = 8
+_MOST_TENSORS = 6
+_P, _I, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
+
+
+class _InitParams(ctypes.Structure):
+    """`struct ggml_init_params` of ggml.h."""
+
+    _fields_ = (("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool))
+
+
+class _CpuTraits(ctypes.Structure):
+    """`struct ggml_type_traits_cpu` of ggml-cpu.h."""
+
+    _fields_ = (("from_float", _P), ("vec_dot", _P), ("vec_dot_type", _I), ("nrows", _I64))
+
+
+_BASE_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_backend_buffer_free": (None, (_P,)),
+    "ggml_backend_cpu_buffer_from_ptr": (_P, (_P, _SIZE)),
+    "ggml_backend_free": (None, (_P,)),
+    "ggml_backend_graph_compute": (_I, (_P, _P)),
+    "ggml_backend_tensor_alloc": (_I, (_P, _P, _P)),
+    "ggml_backend_view_init": (_I, (_P,)),
+    "ggml_blck_size": (_I64, (_I,)),
+    "ggml_build_forward_expand": (None, (_P, _P)),
+    "ggml_free": (None, (_P,)),
+    "ggml_graph_overhead_custom": (_SIZE, (_SIZE, ctypes.c_bool)),
+    "ggml_init": (_P, (_InitParams,)),
+    "ggml_mul_mat_id": (_P, (_P, _P, _P, _P)),
+    "ggml_nbytes": (_SIZE, (_P,)),
+    "ggml_new_graph_custom": (_P, (_P, _SIZE, ctypes.c_bool)),
+    "ggml_new_tensor_1d": (_P, (_P, _I, _I64)),
+    "ggml_new_tensor_2d": (_P, (_P, _I, *[_I64] * 2)),
+    "ggml_new_tensor_3d": (_P, (_P, _I, *[_I64] * 3)),
+    "ggml_tensor_overhead": (_SIZE, ()),
+    "ggml_type_size": (_SIZE, (_I,)),
+    "ggml_view_3d": (_P, (_P, _P, *[_I64] * 3, *[_SIZE] * 3)),
+}
+_CPU_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_backend_cpu_init": (_P, ()),
+    "ggml_backend_cpu_set_n_threads": (None, (_P, _I)),
+    "ggml_get_type_traits_cpu": (ctypes.POINTER(_CpuTraits), (_I,)),
+}
+
+
+class GgmlCpu:
+    """The C functions that are used, of libggml-base and libggml-cpu."""
+
+    def __init__(self, base: ctypes.CDLL, cpu: ctypes.CDLL) -> None:
+        """Raises InputError where the library lacks one of them."""
+        missing = []
+        for library, functions in ((base, _BASE_FUNCTIONS), (cpu, _CPU_FUNCTIONS)):
+            for name, (result, arguments) in functions.items():
+                function = getattr(library, name, None)
+                if function is None:
+                    missing.append(name)
+                    continue
+                function = library[name]  # an object of its own: others declare it their way
+                function.restype, function.argtypes = result, list(arguments)
+                setattr(self, name.removeprefix("ggml_"), function)
+        if missing:
+            raise InputError(
+                f"llama-cpp-python's libggml has no {', '.join(missing)}: install the version of "
+                "the extra gguf, or use --kernels exact"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def can_multiply(self, kind: GgmlType) -> bool:
+        """Whether the library has a product for the type, with blocks as they are known here."""
+        number = kind.ggml_type
+        blocks = (self.blck_size(number), self.type_size(number))
+        if blocks != (kind.block_size, kind.block_bytes):
+            return False
+        return bool(self.get_type_traits_cpu(number).contents.vec_dot)
+
+
+@cache
+def ggml_cpu() -> GgmlCpu:
+    """The loaded library.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed, or was built without it.
+        InputError: another version of it.
+    """
+    return GgmlCpu(ggml_library.library(), ggml_library.cpu_library())
+
+
+@dataclass(frozen=True)
+class MatrixStack:
+    """Matrices [rows, width] of one type, the first at `offset_bytes` of a uint8 buffer."""
+
+    buffer: Tensor
+    """uint8 [count, stride_bytes], contiguous, on the CPU."""
+    kind: GgmlType
+    rows: int
+    width: int
+    offset_bytes: int
+
+    def __post_init__(self) -> None:
+        """The library aborts the process on what does not fit: refuse it here."""
+        count, stride_bytes = self.buffer.shape
+        end = self.offset_bytes + self.rows * self.kind.row_bytes(self.width)
+        if min(count, self.rows, self.width) < 1 or end > stride_bytes:
+            raise ValueError(f"{self.rows} rows end at byte {end} of {stride_bytes}")
+        if not self.buffer.is_contiguous() or self.buffer.device.type != "cpu":
+            raise ValueError("a stack of matrices must be contiguous, on the CPU")
+
+
+class Backend:
+    """libggml's CPU backend: threads, and a work buffer that grows to the largest product's."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.api = ggml_cpu()
+        self.pointer = self.api.backend_cpu_init()
+        if not self.pointer:
+            raise MemoryError("libggml could not start its CPU backend")
+        self.api.backend_cpu_set_n_threads(self.pointer, num_threads)
+
+    def close(self) -> None:
+        """Free the work buffer; no product may be computed after it."""
+        if self.pointer:
+            self.api.backend_free(self.pointer)
+            self.pointer = None
+
+
+class Product:
+    """Inputs [R, width], each times the matrix of a stack that is chosen for it: [R, rows].
+
+    With `is_shared` one input row is multiplied with R matrices.
+    """
+
+    def __init__(
+        self, backend: Backend, stack: MatrixStack, num_rows: int, *, is_shared: bool
+    ) -> None:
+        self._backend, self._api = backend, backend.api
+        self._stack = stack  # keeps the memory alive that the graph points to
+        num_inputs = 1 if is_shared else num_rows
+        sizes = (4 * num_inputs * stack.width, 4 * num_rows, 4 * num_rows * stack.rows)
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + size + -size % _ALIGNMENT_BYTES)
+        arena = torch.empty(starts[-1] + _ALIGNMENT_BYTES, dtype=torch.uint8)
+        first = -arena.data_ptr() % _ALIGNMENT_BYTES
+        parts = [
+            arena[first + start : first + start + size]
+            for start, size in zip(starts, sizes, strict=False)
+        ]
+        self._inputs = parts[0].view(torch.float32).view(num_inputs, stack.width)
+        self._chosen = parts[1].view(torch.int32)
+        self._outputs = parts[2].view(torch.float32).view(num_rows, stack.rows)
+        self._buffers: list[int] = []
+        self._context = self._new_context()
+        self._graph = self._build(num_rows, is_shared)
+
+    def __call__(self, inputs: Tensor, chosen: Tensor) -> Tensor:
+        """[R, rows], overwritten by the next call.
+
+        Args:
+            inputs: float32 [R, width], or [1, width] if shared.
+            chosen: [R] positions in the stack, each below its length.
+        """
+        self._inputs.copy_(inputs)
+        self._chosen.copy_(chosen)
+        status = self._api.backend_graph_compute(self._backend.pointer, self._graph)
+        if status:
+            raise MemoryError(f"libggml could not compute a product (status {status})")
+        return self._outputs
+
+    def close(self) -> None:
+        """Free what C allocated."""
+        for buffer in self._buffers:
+            self._api.backend_buffer_free(buffer)
+        self._buffers.clear()
+        if self._context:
+            self._api.free(self._context)
+            self._context = None
+
+    def _new_context(self) -> Any:
+        api = self._api
+        num_bytes = _MOST_TENSORS * api.tensor_overhead()
+        num_bytes += api.graph_overhead_custom(_MOST_NODES, False)
+        context = api.init(_InitParams(num_bytes, None, True))
+        if not context:
+            raise MemoryError(f"libggml could not allocate {num_bytes} bytes for a graph")
+        return context
+
+    def _build(self, num_rows: int, is_shared: bool) -> Any:
+        """The graph; its tensors lie in the slots and in this object's memory."""
+        api, context, stack = self._api, self._context, self._stack
+        count, stride_bytes = stack.buffer.shape
+        number, row_bytes = stack.kind.ggml_type, stack.kind.row_bytes(stack.width)
+        num_blocks = -(-count * stride_bytes // stack.kind.block_bytes)  # the last may be cut short
+        base = api.new_tensor_1d(context, number, num_blocks * stack.kind.block_size)
+        self._place(base, stack.buffer)
+        matrices = api.view_3d(
+            *(context, base, stack.width, stack.rows, count),
+            *(row_bytes, stride_bytes, stack.offset_bytes),
+        )
+        api.backend_view_init(matrices)
+        inputs = api.new_tensor_3d(
+            context, _F32, stack.width, 1, len(self._inputs)
+        )  # [rows of a token, tokens]
+        shape = (num_rows, 1) if is_shared else (1, num_rows)
+        chosen = api.new_tensor_2d(context, _I32, *shape)
+        outputs = api.mul_mat_id(context, matrices, inputs, chosen)
+        self._place(inputs, self._inputs)
+        self._place(chosen, self._chosen)
+        self._place(outputs, self._outputs)
+        graph = api.new_graph_custom(context, _MOST_NODES, False)
+        api.build_forward_expand(graph, outputs)
+        return graph
+
+    def _place(self, tensor: Any, memory: Tensor) -> None:
+        """Put a C tensor into torch's memory, which it may exceed by less than a block.
+
+        A C buffer only frames the memory: it starts aligned, and nothing is read but the tensor.
+        """
+        address = memory.data_ptr()
+        before = address % _ALIGNMENT_BYTES
+        num_bytes = before + self._api.nbytes(tensor)
+        buffer = self._api.backend_cpu_buffer_from_ptr(address - before, num_bytes)
+        self._buffers.append(buffer)
+        self._api.backend_tensor_alloc(buffer, tensor, address)
