@@ -58,6 +58,7 @@ from edge_moe.onnx_folder import OnnxOptions
 from edge_moe.plan import Plan, Target
 from edge_moe.planner import make_plan
 from edge_moe.runtime.evaluate import open_model
+from edge_moe.runtime.kernel_choice import Kernels
 from edge_moe.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +232,8 @@ class Subject:
         """Build and run: the largest absolute difference of a logit."""
         output = self.built(target, kind)
         path = output / GGUF_NAME if target == "gguf" else output
-        with closing(open_model(path, context_tokens=_CONTEXT_TOKENS)) as model:
+        kernels: Kernels | None = "exact" if target == "native" else None
+        with closing(open_model(path, context_tokens=_CONTEXT_TOKENS, kernels=kernels)) as model:
             list(model.generate("def f(", max_new_tokens=4, stop=()))
             found = model.logits(TOKENS)
         if target == "hf":  # whose own program is transformers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -106,12 +107,12 @@ class ExpertCache:
         Raises:
             PackageError, OSError: the expert could not be read.
         """
-        return self._buffers.view(self._store.record(key).num_bytes, self.acquire_slot(key))
+        return self.slot(key, self.acquire_slot(key))
 
     def acquire_slot(self, key: Key) -> int:
         """The expert's slot among those of its size, pinned like `acquire`.
 
-        One caller may hold as many of a size as `num_slots` says, or it would wait for itself.
+        Who holds others should ask `would_evict` first, or may wait for itself.
         """
         with self._lock:
             entry, is_mine = self._find_or_reserve(key)
@@ -132,9 +133,20 @@ class ExpertCache:
             raise
         return entry.slot
 
-    def num_slots(self, record_bytes: int) -> int:
-        """Slots for records of that size."""
-        return self._buffers.counts[record_bytes]
+    def slot(self, key: Key, slot: int) -> torch.Tensor:
+        """uint8 [record_bytes] of what `acquire_slot` found."""
+        return self._buffers.view(self._store.record(key).num_bytes, slot)
+
+    def would_evict(self, key: Key, held: Container[Key]) -> bool:
+        """Whether one of `held` is what the policy would evict now for `key`, were it not held."""
+        size = self._store.record(key).num_bytes
+        with self._lock:
+            if key in self._entries or self._free[size]:
+                return False
+            victim = self._policies[size].victim(
+                lambda other: self._entries[other].state is State.RESIDENT
+            )
+            return victim is not None and victim in held
 
     def release(self, key: Key) -> None:
         """Undo one `acquire`."""

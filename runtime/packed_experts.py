@@ -2,9 +2,10 @@
 
 Letters: T tokens, K top_k, H hidden_size, R pairs of a token and an expert.
 
-Results do not depend on how many slots there are: libggml computes each expert's rows by
-themselves, an expert with many tokens is cut at a fixed number of them, and what a token's experts
-give is added form by form, in router order.
+Experts are asked for in the order in which the reference asks for them, and held until they are
+computed together, unless one would have to leave for another: so both page alike. Results do not
+depend on how many slots there are, since libggml computes each expert's rows by themselves and what
+a token's experts give is added in router order.
 """
 
 from __future__ import annotations
@@ -12,36 +13,42 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from edge_moe.runtime.expert_cache import ExpertCache
-from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
+from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.moe_block import add_down_bias, apply_gate
+from edge_moe.runtime.policy import Key
 from edge_moe.runtime.slot_products import SlotProducts
 
 Tensor = torch.Tensor
 
 
+class Reference(Protocol):
+    """Computes one expert in float32: `ExpertPager.unpacked_output`."""
+
+    def __call__(self, experts: Any, form: str, packed: Tensor, inputs: Tensor, row: int) -> Tensor:
+        """[n, H] -> [n, H]"""
+
+
 @dataclass(frozen=True)
-class _Piece:
-    """Pairs of one expert: places in the order of `_Pairs`."""
+class _Member:
+    """An expert that was chosen, and its pairs: places in the order of `_Pairs`."""
 
     row: int
+    form: str
     start: int
     stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Who chose whom, sorted by expert, then by token."""
+    """Who chose whom, sorted by router row, then by token."""
 
     rows: Tensor
-    """int64 [R] router rows."""
+    """int64 [R]"""
     tokens: Tensor
     """int64 [R]"""
     weights: Tensor
@@ -52,24 +59,25 @@ class _Pairs:
         """From [T, K] of both; row -1 is nobody."""
         flat, top_k = rows.reshape(-1), rows.shape[1]
         ordered, order = flat.sort(stable=True)
-        order = order[int((flat < 0).sum()) :]
-        chosen = weights.reshape(-1)[order].float()
-        return cls(ordered[len(flat) - len(order) :], order // top_k, chosen)
+        num_nobody = int((flat < 0).sum())
+        ordered, order = ordered[num_nobody:], order[num_nobody:]
+        return cls(ordered, order // top_k, weights.reshape(-1)[order].float())
 
-    def pieces(self, most_rows: int) -> list[_Piece]:
-        """Each expert's pairs, at most `most_rows` at a time."""
+    def at(self, places: slice | Tensor) -> _Pairs:
+        """Some of them."""
+        return _Pairs(self.rows[places], self.tokens[places], self.weights[places])
+
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """(row, start, stop) of every expert's places."""
         ids, counts = torch.unique_consecutive(self.rows, return_counts=True)
-        found, start = [], 0
+        start = 0
         for row, count in zip(ids.tolist(), counts.tolist(), strict=True):
-            stop = start + count
-            for first in range(start, stop, most_rows):
-                found.append(_Piece(row, first, min(stop, first + most_rows)))
-            start = stop
-        return found
+            yield row, start, start + count
+            start += count
 
 
 class PackedExperts:
-    """What `ExpertPager` asks first: computes the experts of the forms that it was given."""
+    """Computes experts in forms that libggml was chosen for, and asks a reference for others."""
 
     def __init__(
         self,
@@ -77,17 +85,16 @@ class PackedExperts:
         cache: ExpertCache,
         products: SlotProducts,
         forms: frozenset[str],
+        reference: Reference,
     ) -> None:
         self._cache = cache
         self._products = products
-        self._records = [
-            [store.record((layer, row)) for row in range(len(kept))]
+        self._ggml_forms = forms
+        self._reference = reference
+        self._forms = [
+            [store.record((layer, row)).form for row in range(len(kept))]
             for layer, kept in enumerate(store.kept)
         ]
-        self._left_rows = [
-            torch.tensor([record.form not in forms for record in layer]) for layer in self._records
-        ]
-        self._has_left = [bool(layer.any()) for layer in self._left_rows]
 
     def add(
         self,
@@ -97,78 +104,127 @@ class PackedExperts:
         hidden: Tensor,
         rows: Tensor,
         weights: Tensor,
-    ) -> Tensor | None:
+    ) -> None:
         """Add the weighted outputs of the chosen experts to `output` [T, H].
 
         Args:
+            experts: transformers' experts module of this layer.
             hidden: float32 [T, H] input of the MoE block.
             rows, weights: [T, K] the choice; row -1 is nobody.
-
-        Returns: [T, K] rows of the experts whose forms are left to the caller, or -1; None if none.
         """
-        left = self._left(layer, rows)
-        mine = rows if left is None else torch.where(left < 0, rows, -1)
-        pairs = _Pairs.of(mine, weights)
-        for group in self._groups(layer, pairs.pieces(self._products.most_rows)):
-            self._add_group(output, experts, layer, hidden, pairs, group)
-        return left
+        pairs = _Pairs.of(rows, weights)
+        group = _Group(self._cache, layer)
+        for row, start, stop in pairs.ranges():
+            member = _Member(row, self._forms[layer][row], start, stop)
+            if group.num_rows + stop - start > self._products.most_rows or group.is_in_way(row):
+                self._add_group(output, experts, hidden, pairs, group)
+                group = _Group(self._cache, layer)
+            group.acquire(member)
+        self._add_group(output, experts, hidden, pairs, group)
 
     def close(self) -> None:
         """Free what C allocated."""
         self._products.close()
 
-    def _left(self, layer: int, rows: Tensor) -> Tensor | None:
-        if not self._has_left[layer]:
-            return None
-        is_left = (rows >= 0) & self._left_rows[layer][rows.clamp(min=0)]
-        return torch.where(is_left, rows, -1) if is_left.any() else None
-
-    def _groups(self, layer: int, pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-        """Pieces of one form each that slots and workspace hold at once."""
-        by_record: dict[RecordInfo, list[_Piece]] = {}
-        for piece in pieces:
-            by_record.setdefault(self._records[layer][piece.row], []).append(piece)
-        for record in sorted(by_record, key=lambda record: record.form):
-            most_experts = self._cache.num_slots(record.num_bytes)
-            group: list[_Piece] = []
-            for piece in by_record[record]:
-                num_rows = sum(map(len, group)) + len(piece)
-                num_experts = len({item.row for item in group} | {piece.row})
-                if num_rows > self._products.most_rows or num_experts > most_experts:
-                    yield group
-                    group = []
-                group.append(piece)
-            yield group
-
     def _add_group(
-        self,
-        output: Tensor,
-        experts: Any,
-        layer: int,
-        hidden: Tensor,
-        pairs: _Pairs,
-        group: list[_Piece],
+        self, output: Tensor, experts: Any, hidden: Tensor, pairs: _Pairs, group: _Group
     ) -> None:
-        form = self._records[layer][group[0].row].form
-        places = torch.cat([torch.arange(piece.start, piece.stop) for piece in group])
-        tokens, rows = pairs.tokens[places], pairs.rows[places]
-        with ExitStack() as pins:
-            slots = self._acquire(pins, layer, group)
-            inputs = hidden if len(hidden) == 1 else hidden[tokens]
-            inner = apply_gate(experts, self._products.gate_up(form, inputs, slots), rows)
-            results = self._products.down(form, inner, slots)
-        results = add_down_bias(experts, results, rows)
-        output.index_add_(0, tokens, results.mul_(pairs.weights[places, None]))
+        """Compute what a group holds, and let go of it."""
+        with group:
+            if not group.members:
+                return
+            start = group.members[0].start
+            mine = pairs.at(slice(start, group.members[-1].stop))
+            results = [
+                (places, self._of_form(experts, form, hidden, mine.at(places), group))
+                for form, places in group.places_by_form(start)
+            ]
+        together = results[0][1]
+        if len(results) > 1:
+            together = together.new_empty(len(mine.rows), together.shape[1])
+            for places, result in results:
+                together[places] = result
+        output.index_add_(0, mine.tokens, together.mul_(mine.weights[:, None]))
 
-    def _acquire(self, pins: ExitStack, layer: int, group: list[_Piece]) -> Tensor:
-        """int64 [R] slots of a group's experts, pinned until `pins` is closed.
+    def _of_form(
+        self, experts: Any, form: str, hidden: Tensor, pairs: _Pairs, group: _Group
+    ) -> Tensor:
+        """[R, H] un-gated outputs of experts in one form."""
+        if form not in self._ggml_forms:
+            return torch.cat(
+                [
+                    self._reference(
+                        *(experts, form, group.packed(row)),
+                        *(hidden[pairs.tokens[start:stop]], row),
+                    )
+                    for row, start, stop in pairs.ranges()
+                ]
+            )
+        slots = group.slots(pairs.rows)
+        inputs = hidden if len(hidden) == 1 else hidden[pairs.tokens]
+        inner = apply_gate(experts, self._products.gate_up(form, inputs, slots), pairs.rows)
+        return add_down_bias(experts, self._products.down(form, inner, slots), pairs.rows)
 
-        Residents are pinned first, lest they are evicted for the others.
-        """
-        keys = {(layer, piece.row) for piece in group}
-        slots = {}
-        for key in sorted(keys, key=lambda key: (not self._cache.is_resident(key), key)):
-            slots[key[1]] = self._cache.acquire_slot(key)
-            pins.callback(self._cache.release, key)
-        lengths = torch.tensor([len(piece) for piece in group])
-        return torch.tensor([slots[piece.row] for piece in group]).repeat_interleave(lengths)
+
+class _Group:
+    """Experts of one layer that are held at the same time."""
+
+    def __init__(self, cache: ExpertCache, layer: int) -> None:
+        self.members: list[_Member] = []
+        self._cache = cache
+        self._layer = layer
+        self._pins = ExitStack()
+        self._slots: dict[int, int] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Pairs of all members."""
+        return self.members[-1].stop - self.members[0].start if self.members else 0
+
+    def is_in_way(self, row: int) -> bool:
+        """Whether a member would be evicted for the expert in `row`."""
+        held = {self._key(member.row) for member in self.members}
+        return bool(held) and self._cache.would_evict(self._key(row), held)
+
+    def acquire(self, member: _Member) -> None:
+        """Hold an expert until the group is left; after an error, let go of all."""
+        key = self._key(member.row)
+        try:
+            self._slots[member.row] = self._cache.acquire_slot(key)
+        except BaseException:
+            self._pins.close()
+            raise
+        self._pins.callback(self._cache.release, key)
+        self.members.append(member)
+
+    def places_by_form(self, start: int) -> list[tuple[str, slice | Tensor]]:
+        """Where the members of each form have their pairs, counted from `start`."""
+        forms = list(dict.fromkeys(member.form for member in self.members))
+        if len(forms) == 1:
+            return [(forms[0], slice(None))]
+        ranges = {
+            form: [
+                torch.arange(member.start - start, member.stop - start)
+                for member in self.members
+                if member.form == form
+            ]
+            for form in forms
+        }
+        return [(form, torch.cat(found)) for form, found in ranges.items()]
+
+    def slots(self, rows: Tensor) -> Tensor:
+        """int64 [R] slots of the experts in `rows`."""
+        return torch.tensor([self._slots[row] for row in rows.tolist()])
+
+    def packed(self, row: int) -> Tensor:
+        """uint8 [record_bytes] of a member."""
+        return self._cache.slot(self._key(row), self._slots[row])
+
+    def _key(self, row: int) -> Key:
+        return self._layer, row
+
+    def __enter__(self) -> _Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pins.close()

@@ -38,17 +38,16 @@ class ExpertPager:
         dtype: torch.dtype,
         prefetcher: Prefetcher | None,
         skip: SkipRule | None = None,
-        packed: PackedExperts | None = None,
     ) -> None:
-        """`packed` computes the experts that it can; the others are unpacked."""
         self._spec = spec
         self._store = store
         self._cache = cache
         self._dtype = dtype
         self._prefetcher = prefetcher
         self._skip = skip
-        self._packed = packed
         self._sizes = [np.array(layer) for layer in record_sizes(store)]
+        self.packed: PackedExperts | None = None
+        """What computes experts without unpacking them, where it was chosen."""
         self.recorder: TraceRecorder | None = None
         """Where the routers' choices are written down, while somebody wants them."""
 
@@ -68,11 +67,12 @@ class ExpertPager:
         if len(hidden) == 1 and self._prefetcher is not None:
             self._read_ahead(self._prefetcher, layer, hidden, rows[0].tolist())
         output = torch.zeros_like(hidden)
-        left: Tensor | None = rows
-        if self._packed is not None:
-            left = self._packed.add(output, experts, layer, hidden, rows, weights)
-        if left is not None:
-            self._add_unpacked(output, experts, layer, hidden, left, weights)
+        if self.packed is not None:
+            self.packed.add(output, experts, layer, hidden, rows, weights)
+        elif len(hidden) == 1:
+            self._add_token(output, experts, layer, hidden, rows[0].tolist(), weights[0])
+        else:
+            self._add_tokens(output, experts, layer, hidden, rows, weights)
         return output
 
     def _read_ahead(
@@ -83,7 +83,7 @@ class ExpertPager:
         prefetcher.observe(layer, asked)
         prefetcher.predict(layer, hidden, asked)
 
-    def _add_unpacked(
+    def _add_tokens(
         self,
         output: Tensor,
         experts: Any,
@@ -92,10 +92,7 @@ class ExpertPager:
         rows: Tensor,
         weights: Tensor,
     ) -> None:
-        """The reference: one expert after another in float32."""
-        if len(hidden) == 1:
-            self._add_token(output, experts, layer, hidden, rows[0].tolist(), weights[0])
-            return
+        """The prefilling case: one expert after another."""
         for row in torch.unique(rows[rows >= 0]).tolist():
             tokens, places = torch.nonzero(rows == row, as_tuple=True)
             scale = weights[tokens, places, None].to(hidden.dtype)
@@ -159,10 +156,17 @@ class ExpertPager:
         """[t, H] -> [t, H], un-gated output of one expert."""
         packed = self._cache.acquire(key)
         try:
-            gate_up, down = self._unpack(self._store.record(key).form, packed)
-            return expert_output(experts, inputs, gate_up, down, key[1])
+            form = self._store.record(key).form
+            return self.unpacked_output(experts, form, packed, inputs, key[1])
         finally:
             self._cache.release(key)
+
+    def unpacked_output(
+        self, experts: Any, form: str, packed: Tensor, inputs: Tensor, row: int
+    ) -> Tensor:
+        """[t, H] -> [t, H], un-gated output of the expert in `packed`, unpacked for it."""
+        gate_up, down = self._unpack(form, packed)
+        return expert_output(experts, inputs, gate_up, down, row)
 
     def _unpack(self, form: str, packed: Tensor) -> tuple[Tensor, Tensor]:
         """(gate_up_proj [2I, H], down_proj [H, I]) in the compute dtype."""

@@ -44,7 +44,6 @@ class Residency:
     cache: ExpertCache
     pager: ExpertPager
     prefetcher: Prefetcher | None
-    packed: PackedExperts | None
     blocks: list[Any]
 
     @classmethod
@@ -69,20 +68,19 @@ class Residency:
         # latent experts are not given what the next router would be
         if options.prefetch and slots.is_paging and not spec.latent_width:
             prefetcher = Prefetcher(blocks, store, cache, options.skip)
-        packed = None
-        if options.kernels.ggml_forms:
-            products = SlotProducts(spec, buffers)
-            packed = PackedExperts(store, cache, products, options.kernels.ggml_forms)
         pager = ExpertPager(
-            spec, store, cache, compute_dtype(spec, device), prefetcher, options.skip, packed
+            spec, store, cache, compute_dtype(spec, device), prefetcher, options.skip
         )
+        if forms := options.kernels.ggml_forms:
+            products = SlotProducts(spec, buffers)
+            pager.packed = PackedExperts(store, cache, products, forms, pager.unpacked_output)
         attach(blocks, pager)
-        return cls(store, slots, cache, pager, prefetcher, packed, blocks)
+        return cls(store, slots, cache, pager, prefetcher, blocks)
 
     def close(self) -> None:
         """Stop reading ahead, and let the model forget the pager, so that its slots are freed."""
         if self.prefetcher is not None:
             self.prefetcher.close()
         detach(self.blocks)
-        if self.packed is not None:
-            self.packed.close()
+        if self.pager.packed is not None:
+            self.pager.packed.close()

@@ -200,3 +200,16 @@ def test_an_interrupted_acquire_leaves_no_pin() -> None:
     cache._store = store
     cache.check_integrity()
     read(cache, store, (0, 2))
+
+
+def test_would_evict_names_only_what_the_policy_would_take() -> None:
+    store = MemoryStore()
+    cache = make_cache(store, {4: 2, 8: 1})
+    first, second, third = (0, 0), (0, 2), (1, 0)
+    assert not cache.would_evict(first, {second})  # a slot is free
+    read(cache, store, first)
+    read(cache, store, second)
+    assert not cache.would_evict(second, {first, second})  # it has a slot
+    assert cache.would_evict(third, {first})  # the least recently used
+    assert not cache.would_evict(third, {second})
+    assert not cache.would_evict((0, 1), {first, second})  # of another size
