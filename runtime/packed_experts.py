@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
@@ -24,6 +25,8 @@ from edge_moe.runtime.policy import Key
 from edge_moe.runtime.slot_products import SlotProducts
 
 Tensor = torch.Tensor
+
+_PROBES = 64
 
 
 class Reference(Protocol):
@@ -91,6 +94,7 @@ class PackedExperts:
         self._products = products
         self._ggml_forms = forms
         self._reference = reference
+        self._plain: dict[int, bool] = {}
         self._forms = [
             [store.record((layer, row)).form for row in range(len(kept))]
             for layer, kept in enumerate(store.kept)
@@ -162,8 +166,29 @@ class PackedExperts:
             )
         slots = group.slots(pairs.rows)
         inputs = hidden if len(hidden) == 1 else hidden[pairs.tokens]
+        if self._is_plain(experts):
+            return self._products.gated(form, inputs, slots)
         inner = apply_gate(experts, self._products.gate_up(form, inputs, slots), pairs.rows)
         return add_down_bias(experts, self._products.down(form, inner, slots), pairs.rows)
+
+    def _is_plain(self, experts: Any) -> bool:
+        """Whether an expert is down(silu(gate x) * up x), which libggml computes in one go.
+
+        Asked of the module itself, at sizes where a family's limits would show.
+        """
+        known = self._plain.get(id(experts))
+        if known is None:
+            known = self._plain[id(experts)] = _multiplies_silu(experts)
+        return known
+
+
+def _multiplies_silu(experts: Any) -> bool:
+    if experts.has_bias or not experts.has_gate or not experts.is_concatenated:
+        return False
+    gate, up = torch.linspace(-50.0, 50.0, 2 * _PROBES).view(2, _PROBES)
+    probe = torch.stack([torch.cat([gate, up]), torch.cat([up, gate])])
+    expected = F.silu(probe[:, :_PROBES]) * probe[:, _PROBES:]
+    return torch.allclose(apply_gate(experts, probe, 0), expected, rtol=1e-5, atol=1e-5)
 
 
 class _Group:

@@ -5,6 +5,7 @@ Letters: H hidden_size, I expert_width, R pairs of a token and an expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -12,7 +13,13 @@ import torch
 from edge_moe.budget import PREFILL_CHUNK_TOKENS
 from edge_moe.formats import expert_packed_bytes, split_form
 from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME, GgmlType
-from edge_moe.runtime.kernels.ggml_products import Backend, MatrixStack, Product, ggml_cpu
+from edge_moe.runtime.kernels.ggml_products import (
+    Backend,
+    GatedProducts,
+    MatrixStack,
+    Product,
+    ggml_cpu,
+)
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.spec import ModelSpec
 
@@ -38,7 +45,7 @@ class SlotProducts:
         self._buffers = buffers
         self._backend = Backend(torch.get_num_threads())
         self._stacks: dict[str, list[MatrixStack]] = {}
-        self._kept: dict[tuple[str, int, int, bool], Product] = {}
+        self._kept: dict[tuple[str, str, int, bool], Product] = {}
 
     @property
     def most_rows(self) -> int:
@@ -51,6 +58,15 @@ class SlotProducts:
         pair_halves = 7 * spec.expert_hidden + 15 * spec.expert_width
         return max(PREFILL_CHUNK_TOKENS, 2 * (spec.expert_weights * 7 // 6) // pair_halves)
 
+    def gated(self, form: str, inputs: Tensor, slots: Tensor) -> Tensor:
+        """[R, H], outputs of experts that multiply silu(gate) with up; see `gate_up`."""
+        *first, down = self._matrices(form)
+
+        def make(num_rows: int, is_shared: bool) -> Product:
+            return GatedProducts(self._backend, first, down, num_rows, is_shared=is_shared)
+
+        return self._compute(form, "gated", make, inputs, slots)
+
     def gate_up(self, form: str, inputs: Tensor, slots: Tensor) -> Tensor:
         """[R, 2I], gate_proj's outputs before up_proj's; [R, I] without a gate.
 
@@ -59,12 +75,15 @@ class SlotProducts:
             slots: [R], of the form's size class.
         """
         *first, _ = self._matrices(form)
-        found = [self._multiply(form, place, inputs, slots) for place in range(len(first))]
+        found = [
+            self._multiply(form, f"first {place}", stack, inputs, slots)
+            for place, stack in enumerate(first)
+        ]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def down(self, form: str, inner: Tensor, slots: Tensor) -> Tensor:
         """[R, I] -> [R, H]."""
-        return self._multiply(form, len(self._matrices(form)) - 1, inner, slots)
+        return self._multiply(form, "down", self._matrices(form)[-1], inner, slots)
 
     def close(self) -> None:
         """Free what C allocated; the slots are the caller's."""
@@ -73,18 +92,32 @@ class SlotProducts:
         self._kept.clear()
         self._backend.close()
 
-    def _multiply(self, form: str, place: int, inputs: Tensor, slots: Tensor) -> Tensor:
-        is_shared = len(inputs) < len(slots)
-        stack = self._matrices(form)[place]
-        if len(slots) > self._spec.top_k:
-            product = Product(self._backend, stack, len(slots), is_shared=is_shared)
+    def _multiply(
+        self, form: str, name: str, stack: MatrixStack, inputs: Tensor, slots: Tensor
+    ) -> Tensor:
+        def make(num_rows: int, is_shared: bool) -> Product:
+            return Product(self._backend, stack, num_rows, is_shared=is_shared)
+
+        return self._compute(form, name, make, inputs, slots)
+
+    def _compute(
+        self,
+        form: str,
+        name: str,
+        make: Callable[[int, bool], Product],
+        inputs: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        num_rows, is_shared = len(slots), len(inputs) < len(slots)
+        if num_rows > self._spec.top_k:
+            product = make(num_rows, is_shared)
             try:
                 return product(inputs, slots)
             finally:
                 product.close()
-        key = (form, place, len(slots), is_shared)
+        key = (form, name, num_rows, is_shared)
         if key not in self._kept:
-            self._kept[key] = Product(self._backend, stack, len(slots), is_shared=is_shared)
+            self._kept[key] = make(num_rows, is_shared)
         return self._kept[key](inputs, slots)
 
     def _matrices(self, form: str) -> list[MatrixStack]:

@@ -9,6 +9,7 @@ rounded to blocks of 8 bits where weights are quantised, to the weights' type wh
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,11 +25,11 @@ Tensor = torch.Tensor
 _F32, _I32 = 0, 26  # numbers of ggml types
 _ALIGNMENT_BYTES = 64
 _MOST_NODES = 8
-_MOST_TENSORS = 6
+_MOST_TENSORS = 12
 _P, _I, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
     """`struct ggml_init_params` of ggml.h."""
 
     _fields_ = (("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool))
@@ -51,13 +52,15 @@ _BASE_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_build_forward_expand": (None, (_P, _P)),
     "ggml_free": (None, (_P,)),
     "ggml_graph_overhead_custom": (_SIZE, (_SIZE, ctypes.c_bool)),
-    "ggml_init": (_P, (_InitParams,)),
+    "ggml_init": (_P, (InitParams,)),
     "ggml_mul_mat_id": (_P, (_P, _P, _P, _P)),
     "ggml_nbytes": (_SIZE, (_P,)),
     "ggml_new_graph_custom": (_P, (_P, _SIZE, ctypes.c_bool)),
     "ggml_new_tensor_1d": (_P, (_P, _I, _I64)),
     "ggml_new_tensor_2d": (_P, (_P, _I, *[_I64] * 2)),
     "ggml_new_tensor_3d": (_P, (_P, _I, *[_I64] * 3)),
+    "ggml_swiglu": (_P, (_P, _P)),
+    "ggml_swiglu_split": (_P, (_P, _P, _P)),
     "ggml_tensor_overhead": (_SIZE, ()),
     "ggml_type_size": (_SIZE, (_I,)),
     "ggml_view_3d": (_P, (_P, _P, *[_I64] * 3, *[_SIZE] * 3)),
@@ -160,25 +163,9 @@ class Product:
     def __init__(
         self, backend: Backend, stack: MatrixStack, num_rows: int, *, is_shared: bool
     ) -> None:
-        self._backend, self._api = backend, backend.api
-        self._stack = stack  # keeps the memory alive that the graph points to
-        num_inputs = 1 if is_shared else num_rows
-        sizes = (4 * num_inputs * stack.width, 4 * num_rows, 4 * num_rows * stack.rows)
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + size + -size % _ALIGNMENT_BYTES)
-        arena = torch.empty(starts[-1] + _ALIGNMENT_BYTES, dtype=torch.uint8)
-        first = -arena.data_ptr() % _ALIGNMENT_BYTES
-        parts = [
-            arena[first + start : first + start + size]
-            for start, size in zip(starts, sizes, strict=False)
-        ]
-        self._inputs = parts[0].view(torch.float32).view(num_inputs, stack.width)
-        self._chosen = parts[1].view(torch.int32)
-        self._outputs = parts[2].view(torch.float32).view(num_rows, stack.rows)
-        self._buffers: list[int] = []
-        self._context = self._new_context()
-        self._graph = self._build(num_rows, is_shared)
+        self._start(backend, num_rows, is_shared)
+        inputs, chosen = self._new_inputs(stack.width)
+        self._finish(self._multiply(stack, inputs, chosen), stack.rows)
 
     def __call__(self, inputs: Tensor, chosen: Tensor) -> Tensor:
         """[R, rows], overwritten by the next call.
@@ -203,18 +190,45 @@ class Product:
             self._api.free(self._context)
             self._context = None
 
-    def _new_context(self) -> Any:
+    # -- building the graph -----------------------------------------------------------------------
+
+    def _start(self, backend: Backend, num_rows: int, is_shared: bool) -> None:
+        self._backend, self._api = backend, backend.api
+        self._num_rows, self._num_inputs = num_rows, 1 if is_shared else num_rows
+        self._buffers: list[int] = []
+        self._memory: list[Tensor] = []  # what the graph points to must stay alive
         api = self._api
         num_bytes = _MOST_TENSORS * api.tensor_overhead()
         num_bytes += api.graph_overhead_custom(_MOST_NODES, False)
-        context = api.init(_InitParams(num_bytes, None, True))
-        if not context:
+        self._context = api.init(InitParams(num_bytes, None, True))
+        if not self._context:
             raise MemoryError(f"libggml could not allocate {num_bytes} bytes for a graph")
-        return context
 
-    def _build(self, num_rows: int, is_shared: bool) -> Any:
-        """The graph; its tensors lie in the slots and in this object's memory."""
-        api, context, stack = self._api, self._context, self._stack
+    def _new_inputs(self, width: int) -> tuple[Any, Any]:
+        """(inputs, chosen)"""
+        api, num_inputs = self._api, self._num_inputs
+        inputs = api.new_tensor_3d(self._context, _F32, width, 1, num_inputs)
+        is_shared = num_inputs < self._num_rows
+        shape = (self._num_rows, 1) if is_shared else (1, self._num_rows)  # [of a token, tokens]
+        chosen = api.new_tensor_2d(self._context, _I32, *shape)
+        self._inputs = self._allocate(inputs, torch.float32).view(num_inputs, width)
+        self._chosen = self._allocate(chosen, torch.int32)
+        return inputs, chosen
+
+    def _finish(self, outputs: Any, rows: int) -> None:
+        self._outputs = self._memory[-1].view(torch.float32).view(self._num_rows, rows)
+        self._graph = self._api.new_graph_custom(self._context, _MOST_NODES, False)
+        self._api.build_forward_expand(self._graph, outputs)
+
+    def _multiply(self, stack: MatrixStack, inputs: Any, chosen: Any) -> Any:
+        matrices = self._matrices(stack)
+        outputs = self._api.mul_mat_id(self._context, matrices, inputs, chosen)
+        self._allocate(outputs, torch.float32)
+        return outputs
+
+    def _matrices(self, stack: MatrixStack) -> Any:
+        """The stack as a C tensor, which lies in the slots."""
+        api, context = self._api, self._context
         count, stride_bytes = stack.buffer.shape
         number, row_bytes = stack.kind.ggml_type, stack.kind.row_bytes(stack.width)
         num_blocks = -(-count * stride_bytes // stack.kind.block_bytes)  # the last may be cut short
@@ -225,27 +239,46 @@ class Product:
             *(row_bytes, stride_bytes, stack.offset_bytes),
         )
         api.backend_view_init(matrices)
-        inputs = api.new_tensor_3d(
-            context, _F32, stack.width, 1, len(self._inputs)
-        )  # [rows of a token, tokens]
-        shape = (num_rows, 1) if is_shared else (1, num_rows)
-        chosen = api.new_tensor_2d(context, _I32, *shape)
-        outputs = api.mul_mat_id(context, matrices, inputs, chosen)
-        self._place(inputs, self._inputs)
-        self._place(chosen, self._chosen)
-        self._place(outputs, self._outputs)
-        graph = api.new_graph_custom(context, _MOST_NODES, False)
-        api.build_forward_expand(graph, outputs)
-        return graph
+        return matrices
+
+    def _allocate(self, tensor: Any, dtype: torch.dtype) -> Tensor:
+        """Memory for a C tensor, as a flat tensor of torch."""
+        memory = torch.empty(self._api.nbytes(tensor), dtype=torch.uint8)
+        self._place(tensor, memory)
+        return memory.view(dtype)
 
     def _place(self, tensor: Any, memory: Tensor) -> None:
         """Put a C tensor into torch's memory, which it may exceed by less than a block.
 
         A C buffer only frames the memory: it starts aligned, and nothing is read but the tensor.
         """
+        self._memory.append(memory)
         address = memory.data_ptr()
         before = address % _ALIGNMENT_BYTES
         num_bytes = before + self._api.nbytes(tensor)
         buffer = self._api.backend_cpu_buffer_from_ptr(address - before, num_bytes)
         self._buffers.append(buffer)
         self._api.backend_tensor_alloc(buffer, tensor, address)
+
+
+class GatedProducts(Product):
+    """silu(gate x) * (up x), times down: [R, H] -> [R, H] without leaving the library."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        first: Sequence[MatrixStack],
+        down: MatrixStack,
+        num_rows: int,
+        *,
+        is_shared: bool,
+    ) -> None:
+        """`first` is gate_proj over up_proj in one stack, or the one and the other."""
+        self._start(backend, num_rows, is_shared)
+        inputs, chosen = self._new_inputs(first[0].width)
+        hidden = [self._multiply(stack, inputs, chosen) for stack in first]
+        gated = self._api.swiglu if len(hidden) == 1 else self._api.swiglu_split
+        inner = gated(self._context, *hidden)
+        self._allocate(inner, torch.float32)
+        # pairs of one shared input are [k, 1], as the choice is
+        self._finish(self._multiply(down, inner, chosen), down.rows)
