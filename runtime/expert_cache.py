@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -107,14 +107,20 @@ class ExpertCache:
         Raises:
             PackageError, OSError: the expert could not be read.
         """
-        return self.slot(key, self.acquire_slot(key))
+        slot = self.acquire_beside(key, ())
+        if slot is None:
+            raise RuntimeError("nothing is held, so nothing is in the way")
+        return self.slot(key, slot)
 
-    def acquire_slot(self, key: Key) -> int:
+    def acquire_beside(self, key: Key, held: Collection[Key]) -> int | None:
         """The expert's slot among those of its size, pinned like `acquire`.
 
-        Who holds others should ask `would_evict` first, or may wait for itself.
+        None where the policy would evict one of `held` for it, which the caller has acquired: let
+        go of them first. With nothing held there is always a slot.
         """
         with self._lock:
+            if held and self._would_evict(key, held):
+                return None
             entry, is_mine = self._find_or_reserve(key)
             entry.pins += 1
             self._count_use(key, entry, is_mine)
@@ -136,17 +142,6 @@ class ExpertCache:
     def slot(self, key: Key, slot: int) -> torch.Tensor:
         """uint8 [record_bytes] of what `acquire_slot` found."""
         return self._buffers.view(self._store.record(key).num_bytes, slot)
-
-    def would_evict(self, key: Key, held: Container[Key]) -> bool:
-        """Whether one of `held` is what the policy would evict now for `key`, were it not held."""
-        size = self._store.record(key).num_bytes
-        with self._lock:
-            if key in self._entries or self._free[size]:
-                return False
-            victim = self._policies[size].victim(
-                lambda other: self._entries[other].state is State.RESIDENT
-            )
-            return victim is not None and victim in held
 
     def release(self, key: Key) -> None:
         """Undo one `acquire`."""
@@ -224,6 +219,16 @@ class ExpertCache:
         self._entries[key] = entry
         self._policies[size].admit(key)
         return entry
+
+    def _would_evict(self, key: Key, held: Collection[Key]) -> bool:
+        """Whether one of `held` is what the policy would evict for `key`, were it not held."""
+        size = self._store.record(key).num_bytes
+        if key in self._entries or self._free[size]:
+            return False
+        victim = self._policies[size].victim(
+            lambda other: self._entries[other].state is State.RESIDENT
+        )
+        return victim is not None and victim in held
 
     def _evict_one(self, size: int, keep: frozenset[Key]) -> bool:
         def may_evict(key: Key) -> bool:

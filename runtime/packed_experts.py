@@ -10,11 +10,13 @@ a token's experts give is added in router order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -25,8 +27,21 @@ from edge_moe.runtime.policy import Key
 from edge_moe.runtime.slot_products import SlotProducts
 
 Tensor = torch.Tensor
+IntArray = npt.NDArray[np.int64]
 
 _PROBES = 64
+
+
+@dataclass(frozen=True)
+class _Member:
+    """An expert that was chosen, and its pairs: places in the order of `_Pairs`."""
+
+    row: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 class Reference(Protocol):
@@ -37,21 +52,11 @@ class Reference(Protocol):
 
 
 @dataclass(frozen=True)
-class _Member:
-    """An expert that was chosen, and its pairs: places in the order of `_Pairs`."""
-
-    row: int
-    form: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class _Pairs:
     """Who chose whom, sorted by router row, then by token."""
 
-    rows: Tensor
-    """int64 [R]"""
+    rows: IntArray
+    """[R]"""
     tokens: Tensor
     """int64 [R]"""
     weights: Tensor
@@ -60,23 +65,17 @@ class _Pairs:
     @classmethod
     def of(cls, rows: Tensor, weights: Tensor) -> _Pairs:
         """From [T, K] of both; row -1 is nobody."""
-        flat, top_k = rows.reshape(-1), rows.shape[1]
-        ordered, order = flat.sort(stable=True)
-        num_nobody = int((flat < 0).sum())
-        ordered, order = ordered[num_nobody:], order[num_nobody:]
-        return cls(ordered, order // top_k, weights.reshape(-1)[order].float())
+        flat, top_k = rows.reshape(-1).numpy(), rows.shape[1]
+        order = np.argsort(flat, kind="stable")[int((flat < 0).sum()) :]
+        scales = weights.reshape(-1)[torch.from_numpy(order)].float()
+        return cls(flat[order], torch.from_numpy(order // top_k), scales)
 
-    def at(self, places: slice | Tensor) -> _Pairs:
-        """Some of them."""
-        return _Pairs(self.rows[places], self.tokens[places], self.weights[places])
-
-    def ranges(self) -> Iterator[tuple[int, int, int]]:
-        """(row, start, stop) of every expert's places."""
-        ids, counts = torch.unique_consecutive(self.rows, return_counts=True)
-        start = 0
-        for row, count in zip(ids.tolist(), counts.tolist(), strict=True):
-            yield row, start, start + count
-            start += count
+    def members(self) -> Iterator[_Member]:
+        """Every expert with its places."""
+        ids, starts = np.unique(self.rows, return_index=True)
+        stops = [*starts.tolist(), len(self.rows)][1 : len(ids) + 1]
+        for row, start, stop in zip(ids.tolist(), starts.tolist(), stops, strict=True):
+            yield _Member(row, start, stop)
 
 
 class PackedExperts:
@@ -100,76 +99,108 @@ class PackedExperts:
             for layer, kept in enumerate(store.kept)
         ]
 
-    def add(
-        self,
-        output: Tensor,
-        experts: Any,
-        layer: int,
-        hidden: Tensor,
-        rows: Tensor,
-        weights: Tensor,
-    ) -> None:
-        """Add the weighted outputs of the chosen experts to `output` [T, H].
+    def token(
+        self, experts: Any, layer: int, hidden: Tensor, rows: list[int], weights: list[float]
+    ) -> Tensor:
+        """[1, H]: `forward` for one token [1, H], its K rows and their weights."""
+        chosen = sorted((row, place) for place, row in enumerate(rows) if row >= 0)
+        if not chosen:
+            return torch.zeros_like(hidden)
+        members = [_Member(row, number, number + 1) for number, (row, _) in enumerate(chosen)]
+        results = []
+        with closing(self._groups(layer, members)) as groups:
+            for group in groups:
+                result = self._outputs(experts, layer, hidden, group)
+                is_whole = len(group.members) == len(members)
+                results.append(result if is_whole else result.clone())
+        scales = torch.tensor([[weights[place] for _, place in chosen]])
+        return scales @ (results[0] if len(results) == 1 else torch.cat(results))
+
+    def forward(
+        self, experts: Any, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Weighted sum [T, H] of the chosen experts' outputs.
 
         Args:
             experts: transformers' experts module of this layer.
             hidden: float32 [T, H] input of the MoE block.
             rows, weights: [T, K] the choice; row -1 is nobody.
         """
-        pairs = _Pairs.of(rows, weights)
-        group = _Group(self._cache, layer)
-        for row, start, stop in pairs.ranges():
-            member = _Member(row, self._forms[layer][row], start, stop)
-            if group.num_rows + stop - start > self._products.most_rows or group.is_in_way(row):
-                self._add_group(output, experts, hidden, pairs, group)
-                group = _Group(self._cache, layer)
-            group.acquire(member)
-        self._add_group(output, experts, hidden, pairs, group)
+        pairs, output = _Pairs.of(rows, weights), torch.zeros_like(hidden)
+        with closing(self._groups(layer, pairs.members())) as groups:
+            for group in groups:
+                places = slice(group.members[0].start, group.members[-1].stop)
+                tokens = pairs.tokens[places]
+                results = self._outputs(experts, layer, hidden, group, tokens)
+                output.index_add_(0, tokens, results.mul_(pairs.weights[places, None]))
+        return output
 
     def close(self) -> None:
         """Free what C allocated."""
         self._products.close()
 
-    def _add_group(
-        self, output: Tensor, experts: Any, hidden: Tensor, pairs: _Pairs, group: _Group
-    ) -> None:
-        """Compute what a group holds, and let go of it."""
-        with group:
-            if not group.members:
-                return
-            start = group.members[0].start
-            mine = pairs.at(slice(start, group.members[-1].stop))
-            results = [
-                (places, self._of_form(experts, form, hidden, mine.at(places), group))
-                for form, places in group.places_by_form(start)
-            ]
-        together = results[0][1]
-        if len(results) > 1:
-            together = together.new_empty(len(mine.rows), together.shape[1])
-            for places, result in results:
-                together[places] = result
-        output.index_add_(0, mine.tokens, together.mul_(mine.weights[:, None]))
+    def _groups(self, layer: int, members: Iterable[_Member]) -> Generator[_Group]:
+        """Members that slots and workspace hold at once, held while the caller computes them."""
+        most_rows = self._products.most_rows
+        group = _Group(self._cache, layer)
+        try:
+            for member in members:
+                has_room = group.num_rows + len(member) <= most_rows or not group.members
+                if not (has_room and group.hold(member)):
+                    yield group
+                    group.release()
+                    group.hold(member)
+            if group.members:
+                yield group
+        finally:
+            group.release()
+
+    def _outputs(
+        self,
+        experts: Any,
+        layer: int,
+        hidden: Tensor,
+        group: _Group,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """[R, H] un-gated, in the group's order; may be overwritten by the next call.
+
+        `tokens` [R] says which row of `hidden` each pair takes; without it there is but one.
+        """
+        by_form: dict[str, list[_Member]] = {}
+        for member in group.members:
+            by_form.setdefault(self._forms[layer][member.row], []).append(member)
+        if len(by_form) == 1:
+            ((form, members),) = by_form.items()
+            inputs = hidden if tokens is None else hidden[tokens]
+            return self._of_form(experts, form, inputs, members, group)
+        together = torch.empty(group.num_rows, hidden.shape[1])
+        first = group.members[0].start
+        for form, members in by_form.items():
+            places = torch.cat([torch.arange(m.start - first, m.stop - first) for m in members])
+            inputs = hidden if tokens is None else hidden[tokens[places]]
+            together[places] = self._of_form(experts, form, inputs, members, group)
+        return together
 
     def _of_form(
-        self, experts: Any, form: str, hidden: Tensor, pairs: _Pairs, group: _Group
+        self, experts: Any, form: str, inputs: Tensor, members: list[_Member], group: _Group
     ) -> Tensor:
-        """[R, H] un-gated outputs of experts in one form."""
+        """[R, H] of experts in one form; `inputs` are [R, H], or one row for all."""
+        lengths = [len(member) for member in members]
         if form not in self._ggml_forms:
+            pieces = inputs.expand(sum(lengths), -1).split(lengths)
             return torch.cat(
                 [
-                    self._reference(
-                        *(experts, form, group.packed(row)),
-                        *(hidden[pairs.tokens[start:stop]], row),
-                    )
-                    for row, start, stop in pairs.ranges()
+                    self._reference(experts, form, group.packed(member), piece, member.row)
+                    for member, piece in zip(members, pieces, strict=True)
                 ]
             )
-        slots = group.slots(pairs.rows)
-        inputs = hidden if len(hidden) == 1 else hidden[pairs.tokens]
+        slots = np.repeat([group.slots[member.row] for member in members], lengths)
         if self._is_plain(experts):
             return self._products.gated(form, inputs, slots)
-        inner = apply_gate(experts, self._products.gate_up(form, inputs, slots), pairs.rows)
-        return add_down_bias(experts, self._products.down(form, inner, slots), pairs.rows)
+        rows = torch.from_numpy(np.repeat([member.row for member in members], lengths))
+        inner = apply_gate(experts, self._products.gate_up(form, inputs, slots), rows)
+        return add_down_bias(experts, self._products.down(form, inner, slots), rows)
 
     def _is_plain(self, experts: Any) -> bool:
         """Whether an expert is down(silu(gate x) * up x), which libggml computes in one go.
@@ -196,60 +227,35 @@ class _Group:
 
     def __init__(self, cache: ExpertCache, layer: int) -> None:
         self.members: list[_Member] = []
+        self.slots: dict[int, int] = {}
+        """By router row."""
         self._cache = cache
         self._layer = layer
-        self._pins = ExitStack()
-        self._slots: dict[int, int] = {}
+        self._held: dict[Key, None] = {}
 
     @property
     def num_rows(self) -> int:
         """Pairs of all members."""
         return self.members[-1].stop - self.members[0].start if self.members else 0
 
-    def is_in_way(self, row: int) -> bool:
-        """Whether a member would be evicted for the expert in `row`."""
-        held = {self._key(member.row) for member in self.members}
-        return bool(held) and self._cache.would_evict(self._key(row), held)
-
-    def acquire(self, member: _Member) -> None:
-        """Hold an expert until the group is left; after an error, let go of all."""
-        key = self._key(member.row)
-        try:
-            self._slots[member.row] = self._cache.acquire_slot(key)
-        except BaseException:
-            self._pins.close()
-            raise
-        self._pins.callback(self._cache.release, key)
+    def hold(self, member: _Member) -> bool:
+        """Keep an expert in its slot; False where a member would be evicted for it."""
+        key = self._layer, member.row
+        slot = self._cache.acquire_beside(key, self._held)
+        if slot is None:
+            return False
+        self._held[key] = None
+        self.slots[member.row] = slot
         self.members.append(member)
+        return True
 
-    def places_by_form(self, start: int) -> list[tuple[str, slice | Tensor]]:
-        """Where the members of each form have their pairs, counted from `start`."""
-        forms = list(dict.fromkeys(member.form for member in self.members))
-        if len(forms) == 1:
-            return [(forms[0], slice(None))]
-        ranges = {
-            form: [
-                torch.arange(member.start - start, member.stop - start)
-                for member in self.members
-                if member.form == form
-            ]
-            for form in forms
-        }
-        return [(form, torch.cat(found)) for form, found in ranges.items()]
+    def packed(self, member: _Member) -> Tensor:
+        """uint8 [record_bytes]"""
+        return self._cache.slot((self._layer, member.row), self.slots[member.row])
 
-    def slots(self, rows: Tensor) -> Tensor:
-        """int64 [R] slots of the experts in `rows`."""
-        return torch.tensor([self._slots[row] for row in rows.tolist()])
-
-    def packed(self, row: int) -> Tensor:
-        """uint8 [record_bytes] of a member."""
-        return self._cache.slot(self._key(row), self._slots[row])
-
-    def _key(self, row: int) -> Key:
-        return self._layer, row
-
-    def __enter__(self) -> _Group:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pins.close()
+    def release(self) -> None:
+        """Let go of all."""
+        while self._held:
+            self._cache.release(self._held.popitem()[0])
+        self.slots.clear()
+        self.members.clear()

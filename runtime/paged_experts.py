@@ -66,10 +66,12 @@ class ExpertPager:
         rows, weights = self._chosen(layer, hidden, rows, weights)
         if len(hidden) == 1 and self._prefetcher is not None:
             self._read_ahead(self._prefetcher, layer, hidden, rows[0].tolist())
-        output = torch.zeros_like(hidden)
+        if self.packed is not None and len(hidden) == 1:
+            return self.packed.token(experts, layer, hidden, rows[0].tolist(), weights[0].tolist())
         if self.packed is not None:
-            self.packed.add(output, experts, layer, hidden, rows, weights)
-        elif len(hidden) == 1:
+            return self.packed.forward(experts, layer, hidden, rows, weights)
+        output = torch.zeros_like(hidden)
+        if len(hidden) == 1:
             self._add_token(output, experts, layer, hidden, rows[0].tolist(), weights[0])
         else:
             self._add_tokens(output, experts, layer, hidden, rows, weights)

@@ -16,6 +16,7 @@ from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME, GgmlType
 from edge_moe.runtime.kernels.ggml_products import (
     Backend,
     GatedProducts,
+    IntArray,
     MatrixStack,
     Product,
     ggml_cpu,
@@ -58,7 +59,7 @@ class SlotProducts:
         pair_halves = 7 * spec.expert_hidden + 15 * spec.expert_width
         return max(PREFILL_CHUNK_TOKENS, 2 * (spec.expert_weights * 7 // 6) // pair_halves)
 
-    def gated(self, form: str, inputs: Tensor, slots: Tensor) -> Tensor:
+    def gated(self, form: str, inputs: Tensor, slots: IntArray) -> Tensor:
         """[R, H], outputs of experts that multiply silu(gate) with up; see `gate_up`."""
         *first, down = self._matrices(form)
 
@@ -67,7 +68,7 @@ class SlotProducts:
 
         return self._compute(form, "gated", make, inputs, slots)
 
-    def gate_up(self, form: str, inputs: Tensor, slots: Tensor) -> Tensor:
+    def gate_up(self, form: str, inputs: Tensor, slots: IntArray) -> Tensor:
         """[R, 2I], gate_proj's outputs before up_proj's; [R, I] without a gate.
 
         Args:
@@ -81,7 +82,7 @@ class SlotProducts:
         ]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
-    def down(self, form: str, inner: Tensor, slots: Tensor) -> Tensor:
+    def down(self, form: str, inner: Tensor, slots: IntArray) -> Tensor:
         """[R, I] -> [R, H]."""
         return self._multiply(form, "down", self._matrices(form)[-1], inner, slots)
 
@@ -93,7 +94,7 @@ class SlotProducts:
         self._backend.close()
 
     def _multiply(
-        self, form: str, name: str, stack: MatrixStack, inputs: Tensor, slots: Tensor
+        self, form: str, name: str, stack: MatrixStack, inputs: Tensor, slots: IntArray
     ) -> Tensor:
         def make(num_rows: int, is_shared: bool) -> Product:
             return Product(self._backend, stack, num_rows, is_shared=is_shared)
@@ -106,7 +107,7 @@ class SlotProducts:
         name: str,
         make: Callable[[int, bool], Product],
         inputs: Tensor,
-        slots: Tensor,
+        slots: IntArray,
     ) -> Tensor:
         num_rows, is_shared = len(slots), len(inputs) < len(slots)
         if num_rows > self._spec.top_k:

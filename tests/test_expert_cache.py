@@ -202,14 +202,19 @@ def test_an_interrupted_acquire_leaves_no_pin() -> None:
     read(cache, store, (0, 2))
 
 
-def test_would_evict_names_only_what_the_policy_would_take() -> None:
+def test_who_holds_an_expert_is_told_when_it_is_in_the_way() -> None:
     store = MemoryStore()
     cache = make_cache(store, {4: 2, 8: 1})
     first, second, third = (0, 0), (0, 2), (1, 0)
-    assert not cache.would_evict(first, {second})  # a slot is free
-    read(cache, store, first)
-    read(cache, store, second)
-    assert not cache.would_evict(second, {first, second})  # it has a slot
-    assert cache.would_evict(third, {first})  # the least recently used
-    assert not cache.would_evict(third, {second})
-    assert not cache.would_evict((0, 1), {first, second})  # of another size
+    held = [first]
+    assert cache.acquire_beside(first, ()) is not None
+    assert cache.acquire_beside(second, held) is not None  # a slot is free
+    assert cache.acquire_beside(second, [first, second]) is not None  # it has one
+    assert cache.acquire_beside(third, [first, second]) is None  # the least recently used is held
+    assert cache.acquire_beside((0, 1), [first, second]) is not None  # of another size
+    cache.release(first)
+    assert cache.acquire_beside(third, [second]) is not None
+    assert not cache.is_resident(first)
+    for key in (second, second, third, (0, 1)):
+        cache.release(key)
+    cache.check_integrity()

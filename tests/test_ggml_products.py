@@ -46,7 +46,7 @@ def _multiply(
     is_shared = len(inputs) < len(chosen)
     product = Product(backend, stack, len(chosen), is_shared=is_shared)
     try:
-        return product(inputs, torch.tensor(chosen)).numpy().copy()
+        return product(inputs, np.array(chosen)).numpy().copy()
     finally:
         product.close()
         backend.close()

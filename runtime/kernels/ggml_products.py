@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from edge_moe.errors import InputError
@@ -21,10 +23,13 @@ from edge_moe.formats import ggml_library
 from edge_moe.formats.ggml_types import GgmlType
 
 Tensor = torch.Tensor
+IntArray = npt.NDArray[np.int64]
 
 _F32, _I32 = 0, 26  # numbers of ggml types
 _ALIGNMENT_BYTES = 64
 _MOST_NODES = 8
+_COUNT_OFFSET, _DATA_OFFSET = 32, 248
+"""Bytes before `ne[2]` and `data` in `struct ggml_tensor` of ggml.h, where pointers take 8."""
 _MOST_TENSORS = 12
 _P, _I, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 
@@ -51,6 +56,7 @@ _BASE_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_blck_size": (_I64, (_I,)),
     "ggml_build_forward_expand": (None, (_P, _P)),
     "ggml_free": (None, (_P,)),
+    "ggml_get_data": (_P, (_P,)),
     "ggml_graph_overhead_custom": (_SIZE, (_SIZE, ctypes.c_bool)),
     "ggml_init": (_P, (InitParams,)),
     "ggml_mul_mat_id": (_P, (_P, _P, _P, _P)),
@@ -91,6 +97,24 @@ class GgmlCpu:
             raise InputError(
                 f"llama-cpp-python's libggml has no {', '.join(missing)}: install the version of "
                 "the extra gguf, or use --kernels exact"
+            )
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        """Fields that `_Window` writes must be where they are in ggml.h."""
+        context = self.init(InitParams(4 * self.tensor_overhead(), None, True))
+        memory = torch.empty(2**10, dtype=torch.uint8)
+        address = memory.data_ptr() + -memory.data_ptr() % _ALIGNMENT_BYTES
+        tensor = self.new_tensor_3d(context, _F32, 2, 3, 5)
+        buffer = self.backend_cpu_buffer_from_ptr(address, 4 * 2 * 3 * 5)
+        self.backend_tensor_alloc(buffer, tensor, address)
+        found = _count_of(tensor).value, _data_of(tensor).value, self.get_data(tensor)
+        self.backend_buffer_free(buffer)
+        self.free(context)
+        if found != (5, address, address):
+            raise InputError(
+                "llama-cpp-python's libggml lays its tensors out in another way: install the "
+                "version of the extra gguf, or use --kernels exact"
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -154,6 +178,31 @@ class Backend:
             self.pointer = None
 
 
+def _count_of(tensor: int) -> ctypes.c_int64:
+    return ctypes.c_int64.from_address(tensor + _COUNT_OFFSET)
+
+
+def _data_of(tensor: int) -> ctypes.c_uint64:
+    return ctypes.c_uint64.from_address(tensor + _DATA_OFFSET)
+
+
+class _Window:
+    """The part of a stack that a graph's tensor shows: MUL_MAT_ID takes time for every matrix.
+
+    ggml has no function that moves a view, so two fields of `struct ggml_tensor` are written.
+    """
+
+    def __init__(self, tensor: int, stack: MatrixStack) -> None:
+        self._stride_bytes = stack.buffer.shape[1]
+        self._address = stack.buffer.data_ptr() + stack.offset_bytes
+        self._count, self._data = _count_of(tensor), _data_of(tensor)
+
+    def move(self, first: int, stop: int) -> None:
+        """Show the matrices from `first` to before `stop`."""
+        self._data.value = self._address + first * self._stride_bytes
+        self._count.value = stop - first
+
+
 class Product:
     """Inputs [R, width], each times the matrix of a stack that is chosen for it: [R, rows].
 
@@ -167,7 +216,7 @@ class Product:
         inputs, chosen = self._new_inputs(stack.width)
         self._finish(self._multiply(stack, inputs, chosen), stack.rows)
 
-    def __call__(self, inputs: Tensor, chosen: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, chosen: IntArray) -> Tensor:
         """[R, rows], overwritten by the next call.
 
         Args:
@@ -175,7 +224,10 @@ class Product:
             chosen: [R] positions in the stack, each below its length.
         """
         self._inputs.copy_(inputs)
-        self._chosen.copy_(chosen)
+        first = int(chosen.min())
+        np.subtract(chosen, first, out=self._chosen, casting="unsafe")
+        for window in self._windows:
+            window.move(first, int(chosen.max()) + 1)
         status = self._api.backend_graph_compute(self._backend.pointer, self._graph)
         if status:
             raise MemoryError(f"libggml could not compute a product (status {status})")
@@ -196,6 +248,7 @@ class Product:
         self._backend, self._api = backend, backend.api
         self._num_rows, self._num_inputs = num_rows, 1 if is_shared else num_rows
         self._buffers: list[int] = []
+        self._windows: list[_Window] = []
         self._memory: list[Tensor] = []  # what the graph points to must stay alive
         api = self._api
         num_bytes = _MOST_TENSORS * api.tensor_overhead()
@@ -212,7 +265,7 @@ class Product:
         shape = (self._num_rows, 1) if is_shared else (1, self._num_rows)  # [of a token, tokens]
         chosen = api.new_tensor_2d(self._context, _I32, *shape)
         self._inputs = self._allocate(inputs, torch.float32).view(num_inputs, width)
-        self._chosen = self._allocate(chosen, torch.int32)
+        self._chosen = self._allocate(chosen, torch.int32).numpy()
         return inputs, chosen
 
     def _finish(self, outputs: Any, rows: int) -> None:
@@ -239,6 +292,7 @@ class Product:
             *(row_bytes, stride_bytes, stack.offset_bytes),
         )
         api.backend_view_init(matrices)
+        self._windows.append(_Window(matrices, stack))
         return matrices
 
     def _allocate(self, tensor: Any, dtype: torch.dtype) -> Tensor:
