@@ -188,7 +188,7 @@ class PackedExperts:
         """[R, H] of experts in one form; `inputs` are [R, H], or one row for all."""
         lengths = [len(member) for member in members]
         if form not in self._ggml_forms:
-            pieces = inputs.expand(sum(lengths), -1).split(lengths)
+            pieces = torch.split(inputs.expand(sum(lengths), -1), lengths)
             return torch.cat(
                 [
                     self._reference(experts, form, group.packed(member), piece, member.row)

@@ -253,7 +253,7 @@ class Product:
         api = self._api
         num_bytes = _MOST_TENSORS * api.tensor_overhead()
         num_bytes += api.graph_overhead_custom(_MOST_NODES, False)
-        self._context = api.init(InitParams(num_bytes, None, True))
+        self._context: int | None = api.init(InitParams(num_bytes, None, True))
         if not self._context:
             raise MemoryError(f"libggml could not allocate {num_bytes} bytes for a graph")
 
