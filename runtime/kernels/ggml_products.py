@@ -209,6 +209,9 @@ class Product:
     With `is_shared` one input row is multiplied with R matrices.
     """
 
+    _context: int | None
+    """A `struct ggml_context`, until `close`."""
+
     def __init__(
         self, backend: Backend, stack: MatrixStack, num_rows: int, *, is_shared: bool
     ) -> None:
@@ -253,7 +256,7 @@ class Product:
         api = self._api
         num_bytes = _MOST_TENSORS * api.tensor_overhead()
         num_bytes += api.graph_overhead_custom(_MOST_NODES, False)
-        self._context: int | None = api.init(InitParams(num_bytes, None, True))
+        self._context = api.init(InitParams(num_bytes, None, True))
         if not self._context:
             raise MemoryError(f"libggml could not allocate {num_bytes} bytes for a graph")
 
