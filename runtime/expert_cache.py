@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -138,6 +138,31 @@ class ExpertCache:
             self.release(key)
             raise
         return entry.slot
+
+    def acquire_residents(self, keys: Sequence[Key]) -> list[int] | None:
+        """Slots of all of `keys`, pinned like `acquire`; None, and nothing done, if one is absent.
+
+        The same as to acquire them one by one, in less time.
+        """
+        with self._lock:
+            entries = [self._entries.get(key) for key in keys]
+            slots = []
+            for entry in entries:
+                if entry is None or entry.state is not State.RESIDENT:
+                    return None
+                slots.append(entry.slot)
+            for key in keys:
+                entry = self._entries[key]
+                entry.pins += 1
+                self._count_use(key, entry, False)
+        return slots
+
+    def release_residents(self, keys: Collection[Key]) -> None:
+        """Undo one `acquire_residents`."""
+        with self._lock:
+            for key in keys:
+                self._entries[key].pins -= 1
+            self._lock.notify_all()
 
     def slot(self, key: Key, slot: int) -> torch.Tensor:
         """uint8 [record_bytes] of what `acquire_slot` found."""

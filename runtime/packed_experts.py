@@ -10,10 +10,10 @@ a token's experts give is added in router order.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,16 +32,12 @@ IntArray = npt.NDArray[np.int64]
 _PROBES = 64
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Member(NamedTuple):
     """An expert that was chosen, and its pairs: places in the order of `_Pairs`."""
 
     row: int
     start: int
     stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 class Reference(Protocol):
@@ -113,8 +109,9 @@ class PackedExperts:
                 result = self._outputs(experts, layer, hidden, group)
                 is_whole = len(group.members) == len(members)
                 results.append(result if is_whole else result.clone())
-        scales = torch.tensor([[weights[place] for _, place in chosen]])
-        return scales @ (results[0] if len(results) == 1 else torch.cat(results))
+        scales = torch.tensor([[weights[place]] for _, place in chosen])
+        together = results[0] if len(results) == 1 else torch.cat(results)
+        return together.mul_(scales).sum(0, keepdim=True)
 
     def forward(
         self, experts: Any, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor
@@ -142,10 +139,14 @@ class PackedExperts:
     def _groups(self, layer: int, members: Iterable[_Member]) -> Generator[_Group]:
         """Members that slots and workspace hold at once, held while the caller computes them."""
         most_rows = self._products.most_rows
-        group = _Group(self._cache, layer)
+        group, members = _Group(self._cache, layer), list(members)
         try:
+            if members and members[-1].stop <= most_rows and group.hold_residents(members):
+                yield group
+                return
             for member in members:
-                has_room = group.num_rows + len(member) <= most_rows or not group.members
+                num_rows = group.num_rows + member.stop - member.start
+                has_room = num_rows <= most_rows or not group.members
                 if not (has_room and group.hold(member)):
                     yield group
                     group.release()
@@ -186,7 +187,7 @@ class PackedExperts:
         self, experts: Any, form: str, inputs: Tensor, members: list[_Member], group: _Group
     ) -> Tensor:
         """[R, H] of experts in one form; `inputs` are [R, H], or one row for all."""
-        lengths = [len(member) for member in members]
+        lengths = [member.stop - member.start for member in members]
         if form not in self._ggml_forms:
             pieces = torch.split(inputs.expand(sum(lengths), -1), lengths)
             return torch.cat(
@@ -195,7 +196,9 @@ class PackedExperts:
                     for member, piece in zip(members, pieces, strict=True)
                 ]
             )
-        slots = np.repeat([group.slots[member.row] for member in members], lengths)
+        slots = np.array([group.slots[member.row] for member in members])
+        if sum(lengths) > len(slots):
+            slots = slots.repeat(lengths)
         if self._is_plain(experts):
             return self._products.gated(form, inputs, slots)
         rows = torch.from_numpy(np.repeat([member.row for member in members], lengths))
@@ -249,13 +252,24 @@ class _Group:
         self.members.append(member)
         return True
 
+    def hold_residents(self, members: Sequence[_Member]) -> bool:
+        """Keep them all if all have slots; else hold none, and False."""
+        keys = [(self._layer, member.row) for member in members]
+        slots = self._cache.acquire_residents(keys)
+        if slots is None:
+            return False
+        self._held = dict.fromkeys(keys)
+        self.slots = {key[1]: slot for key, slot in zip(keys, slots, strict=True)}
+        self.members.extend(members)
+        return True
+
     def packed(self, member: _Member) -> Tensor:
         """uint8 [record_bytes]"""
         return self._cache.slot((self._layer, member.row), self.slots[member.row])
 
     def release(self) -> None:
         """Let go of all."""
-        while self._held:
-            self._cache.release(self._held.popitem()[0])
+        self._cache.release_residents(self._held)
+        self._held.clear()
         self.slots.clear()
         self.members.clear()

@@ -20,7 +20,7 @@ from edge_moe.converters.build import build
 from edge_moe.errors import InputError, MissingExtraError, PackageError, TargetError
 from edge_moe.families import FAMILIES
 from edge_moe.formats import DROP, ggml_library
-from edge_moe.runtime.evaluate import open_model
+from edge_moe.runtime.evaluate import evaluate, open_model
 from edge_moe.runtime.kernel_choice import Kernels, choose_kernels
 from edge_moe.runtime.kernels import ggml_products
 from edge_moe.runtime.kernels.ggml_products import Backend
@@ -259,3 +259,18 @@ def test_run_records_whose_kernels_it_was(
     assert found["kernels"] == label
     assert run(["run", str(package), *options]) == 0
     assert f"kernels of the experts: {label}" in capsys.readouterr().err
+
+
+def test_eval_records_whose_kernels_it_was_and_compares_with_an_exact_reference(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    package = package_of(tiny_checkpoint("qwen3_moe"), ("q8_0",) * 8, tmp_path / "out")
+    differences = {}
+    for kernels in ("exact", "ggml"):
+        (found,) = evaluate(
+            *(package, package, ["code"]), max_windows=2, window_tokens=32, kernels=kernels
+        )
+        assert found.kernels == kernels
+        assert found.comparison is not None
+        differences[kernels] = found.comparison.mean_kld.value
+    assert abs(differences["exact"]) < 1e-9 < differences["ggml"] < 0.02

@@ -227,10 +227,10 @@ class Product:
             chosen: [R] positions in the stack, each below its length.
         """
         self._inputs.copy_(inputs)
-        first = int(chosen.min())
+        first, stop = int(chosen.min()), int(chosen.max()) + 1
         np.subtract(chosen, first, out=self._chosen, casting="unsafe")
         for window in self._windows:
-            window.move(first, int(chosen.max()) + 1)
+            window.move(first, stop)
         status = self._api.backend_graph_compute(self._backend.pointer, self._graph)
         if status:
             raise MemoryError(f"libggml could not compute a product (status {status})")
