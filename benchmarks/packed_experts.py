@@ -47,7 +47,7 @@ from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
 from edge_moe.runtime.kernels.ggml_products import Backend
 from edge_moe.runtime.model import meta_model
-from edge_moe.runtime.packed_experts import PackedExperts
+from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.paged_experts import ExpertPager, register_experts
 from edge_moe.runtime.policy import Key, LeastRecentlyUsed
 from edge_moe.runtime.slot_products import SlotProducts
@@ -186,7 +186,7 @@ def measure(form: str, num_tokens: int, rounds: int) -> Row:
     cache.fill()
     products = SlotProducts(spec, buffers)
     pagers = {name: ExpertPager(spec, store, cache, torch.float32, None) for name in (EXACT, GGML)}
-    pagers[GGML].packed = PackedExperts(
+    pagers[GGML].packed = SlotExperts(
         store, cache, products, frozenset({form}), pagers[GGML].unpacked_output
     )
     rate = read_rate(buffers.buffer(record_bytes))

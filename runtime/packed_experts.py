@@ -74,7 +74,7 @@ class _Pairs:
             yield _Member(row, start, stop)
 
 
-class PackedExperts:
+class SlotExperts:
     """Computes experts in forms that libggml was chosen for, and asks a reference for others."""
 
     def __init__(

@@ -18,7 +18,7 @@ from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernels.unpack import unpack
 from edge_moe.runtime.model import EXPERTS_IMPLEMENTATION
 from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock, expert_output
-from edge_moe.runtime.packed_experts import PackedExperts
+from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.prefetch import Prefetcher
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.trace import TraceRecorder
@@ -46,7 +46,7 @@ class ExpertPager:
         self._prefetcher = prefetcher
         self._skip = skip
         self._sizes = [np.array(layer) for layer in record_sizes(store)]
-        self.packed: PackedExperts | None = None
+        self.packed: SlotExperts | None = None
         """What computes experts without unpacking them, where it was chosen."""
         self.recorder: TraceRecorder | None = None
         """Where the routers' choices are written down, while somebody wants them."""

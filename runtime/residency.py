@@ -12,7 +12,7 @@ from edge_moe.runtime.expert_cache import ExpertCache, HostTier
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernel_choice import KernelChoice
 from edge_moe.runtime.model import compute_dtype
-from edge_moe.runtime.packed_experts import PackedExperts
+from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.paged_experts import ExpertPager, attach, detach
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import PagingStatistics
@@ -73,7 +73,7 @@ class Residency:
         )
         if forms := options.kernels.ggml_forms:
             products = SlotProducts(spec, buffers)
-            pager.packed = PackedExperts(store, cache, products, forms, pager.unpacked_output)
+            pager.packed = SlotExperts(store, cache, products, forms, pager.unpacked_output)
         attach(blocks, pager)
         return cls(store, slots, cache, pager, prefetcher, blocks)
 

@@ -89,7 +89,7 @@ def test_builds_and_the_search_pack_what_was_measured(
     )["plan"]
     with (
         Session.open(folder, context_tokens=64) as base,
-        Session.open(output, context_tokens=64) as built,
+        Session.open(output, context_tokens=64, kernels="exact") as built,
     ):
         found = metrics.compare_tokens(built.logits(window), base.logits(window), window)
     np.testing.assert_allclose(scores.kld, found.kld, atol=1e-5)

@@ -53,7 +53,7 @@ def test_scores_are_those_of_built_packages(
         base = [session.logits(window) for window in WINDOWS]
     for name in ("first", "mixed"):
         output = build(hand_plan(checkpoint, variants[name]), tmp_path / name)
-        with Session.open(output, context_tokens=64) as session:
+        with Session.open(output, context_tokens=64, kernels="exact") as session:
             parts = [
                 metrics.compare_tokens(session.logits(window), reference, window)
                 for window, reference in zip(WINDOWS, base, strict=True)
