@@ -104,7 +104,7 @@ def test_command_line(
         output = tmp_path / f"{path.name}.safetensors"
         arguments = ["trace", str(path), "--task", str(text), "-o", str(output), *shape]
         assert run(arguments) == 0
-        assert "60 tokens in 2 sequences" in capsys.readouterr().err
+        assert "60 tokens in 2 sequences" in " ".join(capsys.readouterr().err.split())
         trace = Trace.load(output)
         assert trace.step_tokens.tolist() == ([4] + [1] * 26) * 2
         assert trace.info.has_weights == (path == model[0])
