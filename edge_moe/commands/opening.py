@@ -151,7 +151,7 @@ def open_traceable(path: Path, common: CommonOptions, slots: int | None) -> Sess
             f"{path} runs in onnxruntime, which tells nobody what its routers choose: give the "
             "checkpoint that it was made from"
         )
-    paging = PagingOptions(slots, *[None] * 6, prefetch=False, kernels=None)
+    paging = PagingOptions(slots, None, None, None, None, None, None, False, None)
     if is_gguf_file(path):
         return _open_gguf(path, common, paging, can_trace=True)
     from edge_moe.runtime.session import Session
