@@ -47,7 +47,12 @@ def measure(
         plan = plan_for_share(Checkpoint(model), stats, share)
         package = build(plan, Path(work) / "package", model=model)
         found = evaluate(
-            package, model, [task], max_windows=max_windows, max_problems=max_problems
+            package,
+            model,
+            [task],
+            max_windows=max_windows,
+            max_problems=max_problems,
+            kernels="exact",
         )[0]
     published = {"model": f"{share:.0%}", "against": model.name}
     return found.model_copy(update=published | {"provenance": Provenance.published()})

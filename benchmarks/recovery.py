@@ -133,8 +133,11 @@ def measure(
     model: Path, packages: Mapping[str, Path], tasks: Sequence[str], max_windows: int
 ) -> list[Row]:
     """Every package beside the original on every task."""
-    base = open_model(model, context_tokens=WINDOW_TOKENS)
-    opened = {n: open_model(path, context_tokens=WINDOW_TOKENS) for n, path in packages.items()}
+    base = open_model(model, context_tokens=WINDOW_TOKENS, kernels="exact")
+    opened = {
+        n: open_model(path, context_tokens=WINDOW_TOKENS, kernels="exact")
+        for n, path in packages.items()
+    }
     rows = []
     for task in tasks:
         windows = heldout_windows(task, base.tokenizer, WINDOW_TOKENS, max_windows)

@@ -92,7 +92,7 @@ def main() -> None:
     model = demo_model_dir()
     with TemporaryDirectory(prefix="edge-moe-") as work:
         medians = calibrate_skipping(model, [arguments.task], Path(work) / "skip.json")
-    with Session.open(model) as base:
+    with Session.open(model, kernels="exact") as base:
         windows = heldout_windows(arguments.task, base.tokenizer, WINDOW_TOKENS, arguments.windows)
         with progress("rules", len(RULES)) as advance:
             rules = []
@@ -121,7 +121,7 @@ def measure(
     source = open_source(model)
     with closing(open_store(source)) as store:
         sizes = record_sizes(store)
-    with Session.open(model, skip=rule) as session:
+    with Session.open(model, skip=rule, kernels="exact") as session:
         scores = compare(score_windows({"it": session}, base, windows)["it"])
         prompts = session.statistics().routed
         prompt_tokens = sum(map(len, windows))

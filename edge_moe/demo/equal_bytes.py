@@ -187,7 +187,7 @@ def _opened(
     with TemporaryDirectory(prefix="edge-moe-") as work, ExitStack() as stack:
 
         def opened(path: Path) -> LanguageModel:
-            found = open_model(path, context_tokens=WINDOW_TOKENS)
+            found = open_model(path, context_tokens=WINDOW_TOKENS, kernels="exact")
             stack.callback(found.close)
             return found
 
