@@ -132,7 +132,8 @@ def main() -> None:
             "prompt_tokens": arguments.prompt_tokens,
             "runs": runs,
         }
-        write_text(RESULT, json.dumps(content, indent=1) + "\n")
+        text = json.dumps(content, indent=1).replace(str(arguments.folder), "FOLDER")
+        write_text(RESULT, text + "\n")
 
 
 if __name__ == "__main__":
