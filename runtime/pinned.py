@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 
-from edge_moe.runtime.policy import EvictionPolicy, Key
+from edge_moe.runtime.policy import Key, LeastRecentlyUsed
 
 
-class FrequencyPinned(EvictionPolicy):
+class FrequencyPinned(LeastRecentlyUsed):
     """Pins those half of the residents that were used most often; LRU among the others.
 
     Who is pinned is settled anew after as many uses as four times the residents, so that a choice
@@ -19,29 +19,25 @@ class FrequencyPinned(EvictionPolicy):
     pinned_share = 0.5
 
     def __init__(self) -> None:
-        self._order: OrderedDict[Key, None] = OrderedDict()
+        super().__init__()
         self._uses: Counter[Key] = Counter()
         self._pinned: set[Key] = set()
         self._uses_left = 0
 
-    def admit(self, key: Key) -> None:
-        self._order[key] = None
-
     def use(self, key: Key) -> None:
-        self._order.move_to_end(key)
+        super().use(key)
         self._uses[key] += 1
         self._uses_left -= 1
         if self._uses_left < 0:
             self._pin()
 
     def forget(self, key: Key) -> None:
-        del self._order[key]
+        super().forget(key)
         self._pinned.discard(key)
 
     def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
-        others = (key for key in self._order if key not in self._pinned)
-        found = next(filter(may_evict, others), None)
-        return found if found is not None else next(filter(may_evict, self._order), None)
+        found = super().victim(lambda key: key not in self._pinned and may_evict(key))
+        return found if found is not None else super().victim(may_evict)
 
     def _pin(self) -> None:
         count = int(len(self._order) * self.pinned_share)

@@ -63,29 +63,15 @@ class LeastRecentlyUsed(EvictionPolicy):
         return next(filter(may_evict, self._order), None)
 
 
-class LeastFrequentlyUsed(EvictionPolicy):
-    """Evicts what was routed to least often.
+class RankedPolicy(EvictionPolicy):
+    """Evicts the resident of the lowest rank. A choice takes logarithmic time.
 
-    Below one token cycle it still hits, where LRU evicts every expert before the next token comes
-    back to its layer. Of equals the most recently used goes: a cycle needs it again last. Frequency
-    outlives residence. A choice takes logarithmic time: a heap, whose outdated items are skipped.
+    A heap, whose outdated items are skipped, and thrown out when they are too many.
     """
 
-    name = "frequency"
-
     def __init__(self) -> None:
-        self._uses: Counter[Key] = Counter()
-        self._rank: dict[Key, tuple[int, int]] = {}  # resident key -> (uses, -time of last use)
-        self._heap: list[tuple[tuple[int, int], Key]] = []
-        self._clock = 0
-
-    def admit(self, key: Key) -> None:
-        self._place(key, 0)
-
-    def use(self, key: Key) -> None:
-        self._clock += 1
-        self._uses[key] += 1
-        self._place(key, self._clock)
+        self._rank: dict[Key, tuple[int, ...]] = {}  # of residents
+        self._heap: list[tuple[tuple[int, ...], Key]] = []
 
     def forget(self, key: Key) -> None:
         del self._rank[key]
@@ -103,12 +89,37 @@ class LeastFrequentlyUsed(EvictionPolicy):
             heapq.heappush(self._heap, item)
         return found
 
-    def _place(self, key: Key, time: int) -> None:
-        self._rank[key] = self._uses[key], -time
-        heapq.heappush(self._heap, (self._rank[key], key))
+    def _place(self, key: Key, *rank: int) -> None:
+        """Of equals the smallest key leaves first."""
+        self._rank[key] = rank
+        heapq.heappush(self._heap, (rank, key))
         if len(self._heap) > 4 * len(self._rank) + 64:
             self._heap = [(rank, known) for known, rank in self._rank.items()]
             heapq.heapify(self._heap)
+
+
+class LeastFrequentlyUsed(RankedPolicy):
+    """Evicts what was routed to least often.
+
+    Below one token cycle it still hits, where LRU evicts every expert before the next token comes
+    back to its layer. Of equals the most recently used goes: a cycle needs it again last. Frequency
+    outlives residence.
+    """
+
+    name = "frequency"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._uses: Counter[Key] = Counter()
+        self._clock = 0
+
+    def admit(self, key: Key) -> None:
+        self._place(key, self._uses[key], 0)
+
+    def use(self, key: Key) -> None:
+        self._clock += 1
+        self._uses[key] += 1
+        self._place(key, self._uses[key], -self._clock)
 
 
 def token_cycle_bytes(largest_record_bytes: Iterable[int], top_k: int) -> int:

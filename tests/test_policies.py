@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
+from eviction import anything, filled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,16 +19,6 @@ from edge_moe.runtime.policies import DEFAULT_POLICY, POLICIES, policy_named
 from edge_moe.runtime.policy import EvictionPolicy, Key
 
 KEYS = [(layer, row) for layer in range(3) for row in range(4)]
-
-
-def anything(key: Key) -> bool:
-    return True
-
-
-def filled(policy: EvictionPolicy, keys: Iterable[Key]) -> EvictionPolicy:
-    for key in keys:
-        policy.admit(key)
-    return policy
 
 
 def test_names() -> None:

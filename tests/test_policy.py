@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
+from eviction import anything, filled
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_moe.runtime.policy import (
     AdmissionRule,
-    EvictionPolicy,
     Key,
     LeastFrequentlyUsed,
     LeastRecentlyUsed,
     PagingStatistics,
     token_cycle_bytes,
 )
-
-
-def anything(key: Key) -> bool:
-    return True
-
-
-def filled(policy: EvictionPolicy, keys: Iterable[Key]) -> EvictionPolicy:
-    for key in keys:
-        policy.admit(key)
-    return policy
 
 
 def test_lru_evicts_the_oldest_use_or_arrival() -> None:
