@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,6 @@ class GgufExperts:
         self.limit_bytes = limit_bytes
         self.statistics = PagingStatistics()
         self.layer_ids = tuple(sorted(model.layers))
-        self.num_rows = model.spec.num_experts
         self._region = region
         self._policy = policy
         self._slices = expert_slices(model, region)
@@ -101,10 +100,6 @@ class GgufExperts:
     def used_bytes(self) -> int:
         """What the experts in memory take."""
         return self._used_bytes
-
-    def is_resident(self, key: Key) -> bool:
-        """Whether `key` is in memory, or on its way."""
-        return key in self._entries
 
     def require(self, layer: int, rows: Sequence[int]) -> None:
         """Bring the experts `rows` of the MoE layer with index `layer` into memory, and wait.
@@ -148,7 +143,7 @@ class GgufExperts:
                 self._start(key, keep, is_prefetched=True)
                 self.statistics.prefetch_issued_bytes += size
 
-    def fill(self, advance: Callable[[int], None] = lambda _: None) -> None:
+    def fill(self) -> None:
         """Read experts in layer order as long as they fit."""
         keys = [key for key in self._slices if key not in self._entries]
         batch: list[Key] = []
@@ -158,8 +153,8 @@ class GgufExperts:
             self._start(key, frozenset(), is_prefetched=False)
             batch.append(key)
             if len(batch) == 4 * READERS:
-                self._finish_all(batch, advance)
-        self._finish_all(batch, advance)
+                self._finish_all(batch)
+        self._finish_all(batch)
         self.statistics = PagingStatistics()
 
     def check_integrity(self) -> None:
@@ -239,10 +234,9 @@ class GgufExperts:
             return error
         return None
 
-    def _finish_all(self, keys: list[Key], advance: Callable[[int], None]) -> None:
+    def _finish_all(self, keys: list[Key]) -> None:
         for key in keys:
             self._finish(key)
-            advance(self.num_bytes(key))
         keys.clear()
 
     # ------------------------------------------------------------------ room

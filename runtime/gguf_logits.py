@@ -20,56 +20,21 @@ from edge_moe.errors import CheckpointError, InputError, MissingExtraError
 from edge_moe.gguf_header import GgufHeader
 from edge_moe.gguf_split import read_parts
 from edge_moe.measurement import usable_cores
+from edge_moe.runtime.gguf_tokenizer import GgufTokenizer
 from edge_moe.runtime.llama_log import llama_log
 from edge_moe.runtime.llama_probe import require_loadable
 
 _GGML_TYPE_F32 = 0
 _LONGEST_CONTEXT_TOKENS = 2**27
-_MOST_SPECIAL_TOKENS = 16
-"""Around a text; within it no token is shorter than a byte."""
 _VOCABULARY_CONTEXT_TOKENS = 8  # llama-cpp-python makes a context even for a vocabulary alone
 
 
-class GgufTokenizer:
-    """The part of a transformers tokenizer's interface that `edge_moe.tasks` uses."""
+def _tokenizer(llama: Any) -> GgufTokenizer:
+    """Of a `llama_cpp.Llama`."""
+    from llama_cpp import llama_cpp
 
-    def __init__(self, llama: Any) -> None:
-        self._llama = llama
-        self.eos_token_id: int = llama.token_eos()
-        self.chat_template: str | None = llama.metadata.get("tokenizer.chat_template")
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; the file's metadata decides which special tokens are added.
-
-        `Llama.tokenize` would take as much memory as the file's context_length asks for.
-        """
-        from llama_cpp import llama_cpp
-
-        raw = text.encode()
-        room = len(raw) + _MOST_SPECIAL_TOKENS
-        ids = (llama_cpp.llama_token * room)()
-        vocabulary = self._llama._model.vocab
-        count = llama_cpp.llama_tokenize(
-            vocabulary, raw, len(raw), ids, room, add_special_tokens, True
-        )
-        if count < 0:
-            raise InputError(f"llama.cpp gives {-count} tokens for {len(raw)} bytes of text")
-        return list(ids[:count])
-
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool) -> str:
-        """`conversation` as the file's own template renders it, in jinja2's sandbox."""
-        if tokenize or self.chat_template is None:
-            raise ValueError("chat messages are rendered as text, by the file's own template")
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-        eos, bos = (
-            self._llama.detokenize([token], special=True).decode(errors="replace")
-            if token >= 0
-            else ""
-            for token in (self._llama.token_eos(), self._llama.token_bos())
-        )
-        render = Jinja2ChatFormatter(self.chat_template, eos, bos, add_generation_prompt=False)
-        return str(render(messages=conversation).prompt)
+    template = llama.metadata.get("tokenizer.chat_template")
+    return GgufTokenizer(llama_cpp, llama._model.vocab, template)
 
 
 @contextmanager
@@ -84,7 +49,7 @@ def gguf_tokenizer(path: Path) -> Iterator[GgufTokenizer]:
     _check_context(read_parts(path)[0])
     llama = _load(path, _VOCABULARY_CONTEXT_TOKENS, vocab_only=True)
     try:
-        yield GgufTokenizer(llama)
+        yield _tokenizer(llama)
     finally:
         llama.close()
 
@@ -106,7 +71,7 @@ def open_untrusted(path: Path, context_tokens: int) -> GgufModel:
 
 
 def _check_context(header: GgufHeader) -> None:
-    """llama-cpp-python allocates as many token ids as the model's context is said to hold."""
+    """No model has such a context, and llama-cpp-python allocates by it."""
     found = header.number("context_length") or 0
     if not 0 <= found <= _LONGEST_CONTEXT_TOKENS:
         raise CheckpointError(
@@ -130,7 +95,7 @@ class GgufModel:
         self._path = path
         self._context_tokens = context_tokens
         self._llama = _load(path, context_tokens)
-        self.tokenizer = GgufTokenizer(self._llama)
+        self.tokenizer = _tokenizer(self._llama)
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """[T, V] float32: row t follows `token_ids[: t + 1]`.

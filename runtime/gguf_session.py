@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime import memory
 from edge_moe.runtime.allotment import context_length
-from edge_moe.runtime.generate import FloatArray, Sampling, Timing, TokenLoop, generate_text
+from edge_moe.runtime.generate import FloatArray, Timing, TokenLoop
 from edge_moe.runtime.gguf_allotment import (
     batch_tokens,
     expert_limit_bytes,
@@ -20,26 +20,21 @@ from edge_moe.runtime.gguf_allotment import (
     session_terms,
 )
 from edge_moe.runtime.gguf_experts import GgufExperts
-from edge_moe.runtime.gguf_vocabulary import GgufVocabulary
+from edge_moe.runtime.gguf_tokenizer import GgufTokenizer
 from edge_moe.runtime.llama_predict import NextRouter
 from edge_moe.runtime.llama_probe import require_loadable
 from edge_moe.runtime.paged_llama import LoadedModel, PagedContext
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import EvictionPolicy, PagingStatistics, token_cycle_bytes
 from edge_moe.runtime.prefetch_trial import PrefetchTrial
+from edge_moe.runtime.text_session import Prompt, TextSession, Where
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
     from edge_moe.runtime.trace import TraceInfo, TraceRecorder
 
 
-class _Where(NamedTuple):
-    """The device, as `torch.device` names it."""
-
-    type: str
-
-
-class GgufSession:
+class GgufSession(TextSession):
     """The interface of `runtime.session.Session` that running and chatting need."""
 
     def __init__(
@@ -53,12 +48,14 @@ class GgufSession:
     ) -> None:
         """Use `GgufSession.open`."""
         self.spec = model.spec
-        self.device = _Where("cpu")
+        self.device = Where("cpu")
         self.context_tokens = context_tokens
         self.timing = Timing()
         self.load_seconds = 0.0
         self.warnings: list[str] = []
-        self.tokenizer = GgufVocabulary(loaded.api.llama, loaded.pointer, model.header)
+        template = model.header.metadata.get("tokenizer.chat_template")
+        vocabulary = loaded.api.llama.llama_model_get_vocab(loaded.pointer)
+        self.tokenizer: GgufTokenizer = GgufTokenizer(loaded.api.llama, vocabulary, template)
         self._model = model
         self._loaded = loaded
         self._experts = experts
@@ -134,36 +131,6 @@ class GgufSession:
         session.load_seconds = time.perf_counter() - start
         return session
 
-    def generate(
-        self,
-        prompt: str | list[dict[str, str]],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """As `Session.generate`. Of a chat only what is new is computed, where memory allows."""
-        prompt_ids = self.prompt_ids(prompt)
-        is_chat = not isinstance(prompt, str)
-        kept = self._context.keep_prefix(prompt_ids) if is_chat else 0
-        loop = self.new_loop() if not kept else _LlamaLoop(self._context, self.context_tokens, kept)
-        self.timing = loop.timing
-        sampling = Sampling(temperature, top_p, seed)
-        yield from generate_text(
-            loop, self.tokenizer, prompt_ids, self.eos_ids, sampling, max_new_tokens, stop
-        )
-
-    def generate_ids(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, *, stop_at_eos: bool = True
-    ) -> list[int]:
-        """Greedy continuation as token ids."""
-        loop = self.new_loop()
-        self.timing = loop.timing
-        eos = self.eos_ids if stop_at_eos else set()
-        return list(loop.tokens(prompt_ids, max_new_tokens, Sampling(), eos))
-
     def logits(self, token_ids: Sequence[int]) -> FloatArray:
         """float32 [T, V]: row t predicts token t + 1.
 
@@ -171,14 +138,6 @@ class GgufSession:
             InputError: more tokens than the context holds.
         """
         return self.new_loop().logits(token_ids, self.spec.vocab_size)
-
-    def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Token ids of text, or of chat messages in the file's chat template.
-
-        Raises:
-            InputError: nothing in it, or messages without a chat template.
-        """
-        return self.tokenizer.prompt_ids(prompt)
 
     @contextmanager
     def tracing(self) -> Iterator[TraceRecorder]:
@@ -213,10 +172,6 @@ class GgufSession:
         """A new sequence; what came before is forgotten."""
         self._context.clear()
         return _LlamaLoop(self._context, self.context_tokens)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self.tokenizer.chat_template is not None
 
     @property
     def eos_ids(self) -> set[int]:
@@ -258,11 +213,10 @@ class GgufSession:
         self._experts.close()
         self._loaded.close()
 
-    def __enter__(self) -> GgufSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _loop_for(self, prompt: Prompt, prompt_ids: Sequence[int]) -> TokenLoop:
+        """Of a chat only what is new is computed, where the model's memory can be cut."""
+        kept = 0 if isinstance(prompt, str) else self._context.keep_prefix(prompt_ids)
+        return _LlamaLoop(self._context, self.context_tokens, kept) if kept else self.new_loop()
 
 
 class _LlamaLoop(TokenLoop):

@@ -37,6 +37,7 @@ from edge_moe.runtime.llama_graph import (
 )
 from edge_moe.runtime.llama_log import llama_log
 from edge_moe.runtime.llama_probe import override_array, require_loadable
+from edge_moe.runtime.llama_watch import WatchedGraph
 from edge_moe.spec import ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
@@ -71,7 +72,7 @@ TakeBlock = Callable[[int, slice, BlockCapture], None]
 """Is given (layer_id, tokens of the window, what its block did)."""
 
 
-class LlamaCapture:
+class LlamaCapture(WatchedGraph):
     """A GGUF file whose MoE blocks are watched. Runs on the CPU, weights mapped from the file."""
 
     def __init__(self, path: Path, spec: ModelSpec, architecture: str, window_tokens: int) -> None:
@@ -85,9 +86,8 @@ class LlamaCapture:
             MissingExtraError: llama-cpp-python is not installed.
         """
         check_architecture(path, architecture)
-        self._path = path
+        super().__init__(llama_api(path), path)
         self._spec = spec
-        self._api = llama_api(path)
         self._num_slots = num_slots(spec)
         self._nodes = GraphNodes(ARCHITECTURES[architecture], spec)
         self._batch_tokens = batch_tokens(spec, window_tokens)
@@ -96,9 +96,6 @@ class LlamaCapture:
         self._gates: FloatArray | None = None
         self._tokens = slice(0, 0)
         self._take: TakeBlock | None = None
-        self._error: BaseException | None = None
-        # ctypes keeps no reference: the library would call freed memory
-        self._callback = self._api.llama.ggml_backend_sched_eval_callback(self._on_node)
         self._model = self._context = None  # what `close` looks at, should loading fail
         self._model = self._load_model(architecture)
         self._context = self._make_context()
@@ -185,43 +182,13 @@ class LlamaCapture:
     # ------------------------------------------------------------------ running
 
     def _decode(self, token_ids: Sequence[int], start: int) -> None:
-        llama = self._api.llama
-        batch = llama.llama_batch_init(len(token_ids), 0, 1)
-        try:
-            batch.n_tokens = len(token_ids)
-            for index, token_id in enumerate(token_ids):
-                batch.token[index] = token_id
-                batch.pos[index] = start + index
-                batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = 0
-                batch.logits[index] = 1  # the last layer drops tokens whose logits nobody wants
-            self._error = None
-            self._nodes.restart()
-            with llama_log() as log:
-                code = llama.llama_decode(self._context, batch)
-        finally:
-            llama.llama_batch_free(batch)
-        if self._error is not None:
-            raise self._error
-        if code != 0:
-            raise InputError(
-                f"{self._path}: llama.cpp stops with code {code} ({log.last}): do the token ids "
-                "belong to this file?"
-            )
+        self._nodes.restart()
+        # the last layer drops tokens whose logits nobody wants
+        self._compute(self._context, token_ids, start, lambda _: True)
         self._nodes.require_all(self._path)
 
-    def _on_node(self, tensor: int, is_asking: bool, _data: object) -> bool:
-        """llama.cpp's callback: asked whether a node is wanted, then given it."""
-        if self._error is not None:
-            return False
-        try:
-            name = self._api.name(tensor)
-            if is_asking:
-                return self._nodes.wants(name)
-            return self._receive(tensor, name)
-        except BaseException as error:  # must not unwind through C
-            self._error = error
-            return False
+    def _wants(self, name: str, tensor: int) -> bool:
+        return self._nodes.wants(name)
 
     def _receive(self, tensor: int, name: str) -> bool:
         """Keep one node; False stops the graph once nothing more is needed of it."""

@@ -58,7 +58,6 @@ class ExpertRegion:
         self._free = 0
         """Where the next tensor's pages begin."""
         self._ranges: list[tuple[int, int]] = []
-        self.error: BaseException | None = None
         self._name = ctypes.create_string_buffer(b"edge-moe")
         self._type = _BufferType(
             _NAME(lambda _: ctypes.addressof(self._name)),

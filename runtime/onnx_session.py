@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,10 @@ from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME, require_whole
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Device, MemoryTerm, Plan
 from edge_moe.runtime.allotment import context_length
-from edge_moe.runtime.generate import (
-    FloatArray,
-    Sampling,
-    Timing,
-    TokenLoop,
-    encode_prompt,
-    generate_text,
-)
+from edge_moe.runtime.generate import FloatArray, Timing, TokenLoop
 from edge_moe.runtime.onnx_library import PROVIDERS, import_onnxruntime, require_provider
 from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.text_session import TextSession, Where
 from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes, round_up_bytes
 
@@ -47,14 +41,7 @@ _PAST_TOKENS = "past_tokens"
 _QUIET = 3  # onnxruntime's severity: errors only
 
 
-@dataclass(frozen=True)
-class Where:
-    """The device, as `torch.device` names it."""
-
-    type: Device
-
-
-class OnnxSession:
+class OnnxSession(TextSession):
     """The interface of `runtime.session.Session` that running, chatting and evaluating need."""
 
     def __init__(
@@ -119,34 +106,6 @@ class OnnxSession:
         session.load_seconds = time.perf_counter() - start
         return session
 
-    def generate(
-        self,
-        prompt: str | list[dict[str, str]],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """As `Session.generate`: with one seed both draw the same tokens from equal logits."""
-        prompt_ids = encode_prompt(self.tokenizer, prompt)
-        loop = self._loop()
-        self.timing = loop.timing
-        sampling = Sampling(temperature, top_p, seed)
-        yield from generate_text(
-            loop, self.tokenizer, prompt_ids, self.eos_ids, sampling, max_new_tokens, stop
-        )
-
-    def generate_ids(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, *, stop_at_eos: bool = True
-    ) -> list[int]:
-        """Greedy continuation as token ids."""
-        loop = self._loop()
-        self.timing = loop.timing
-        eos = self.eos_ids if stop_at_eos else set()
-        return list(loop.tokens(prompt_ids, max_new_tokens, Sampling(), eos))
-
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [T, V]: row t predicts token t + 1.
 
@@ -155,11 +114,7 @@ class OnnxSession:
         """
         if self._head is None:
             self._head = _load(self._runtime, self.folder / HEAD_NAME, self.device.type)
-        return self._loop().logits(token_ids, self.spec.vocab_size)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return self.new_loop().logits(token_ids, self.spec.vocab_size)
 
     @property
     def eos_ids(self) -> set[int]:
@@ -188,16 +143,11 @@ class OnnxSession:
         """Let go of the model."""
         self._network = self._head = None
 
-    def _loop(self) -> _OnnxLoop:
+    def new_loop(self) -> _OnnxLoop:
+        """A new sequence, with buffers of its own."""
         if self._network is None:
             raise RuntimeError("the session is closed")
         return _OnnxLoop(self._network, self._head, self.context_tokens, self.device.type)
-
-    def __enter__(self) -> OnnxSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)

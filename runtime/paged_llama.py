@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from edge_moe.runtime.llama_log import llama_log
 from edge_moe.runtime.llama_predict import NextRouter
 from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.llama_stream import ModelStream, c_stream, model_pieces
+from edge_moe.runtime.llama_watch import WatchedGraph
 from edge_moe.runtime.prefetch_trial import PrefetchTrial
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class _Override(ctypes.Structure):
 class LoadedModel:
     """llama.cpp's model, and the memory of its experts, which holds nothing yet."""
 
-    def __init__(self, model: GgufModel, *, gpu_layers: int = 0) -> None:
+    def __init__(self, model: GgufModel) -> None:
         """Load `model`, for which `llama_probe.require_loadable` holds.
 
         Memory: the weights outside routed experts, and 16 MB of experts at a time.
@@ -69,7 +71,7 @@ class LoadedModel:
         llama = self.api.llama
         llama.llama_backend_init()
         parameters = llama.llama_model_default_params()
-        parameters.n_gpu_layers = gpu_layers
+        parameters.n_gpu_layers = 0
         parameters.load_mode = _LOAD_MODE_NONE
         parameters.use_extra_bufts = False  # repacked experts would lie elsewhere
         parameters.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
@@ -115,7 +117,7 @@ def _pattern(names: frozenset[str]) -> bytes:
     return f"^blk\\.[0-9]+\\.({'|'.join(endings)})$".encode()
 
 
-class PagedContext:
+class PagedContext(WatchedGraph):
     """A sequence in llama.cpp; `decode` pages what the routers choose."""
 
     def __init__(
@@ -126,7 +128,7 @@ class PagedContext:
         context_tokens: int,
         batch_tokens: int,
         is_watched: bool,
-        path: Any,
+        path: Path,
         predictor: NextRouter | None = None,
         trial: PrefetchTrial | None = None,
         may_cut: bool = True,
@@ -140,8 +142,7 @@ class PagedContext:
         Raises:
             InputError: llama.cpp cannot make the context.
         """
-        self._path = path
-        self._api = loaded.api
+        super().__init__(loaded.api, path)
         self._experts = experts
         self._batch_tokens = batch_tokens
         self._predictor = predictor
@@ -154,10 +155,7 @@ class PagedContext:
         self._sequence: list[int] = []
         """Tokens in the KV cache."""
         self._num_new = 0
-        self._error: BaseException | None = None
         llama = self._api.llama
-        # ctypes keeps no reference: the library would call freed memory
-        self._callback = llama.ggml_backend_sched_eval_callback(self._on_node)
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = context_tokens
         parameters.n_batch = parameters.n_ubatch = batch_tokens
@@ -249,32 +247,14 @@ class PagedContext:
     def _decode_piece(
         self, token_ids: Sequence[int], start: int, keep_all: bool, is_last: bool
     ) -> npt.NDArray[np.float32] | None:
-        llama = self._api.llama
-        count = len(token_ids)
-        batch = llama.llama_batch_init(count, 0, 1)
-        try:
-            batch.n_tokens = count
-            for index, token_id in enumerate(token_ids):
-                batch.token[index] = token_id
-                batch.pos[index] = start + index
-                batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = 0
-                is_asked = keep_all or (is_last and index == count - 1)
-                batch.logits[index] = is_asked or self._recorder is not None
-            self._error, self._num_new = None, count
-            held, self._sequence = self._sequence, []  # unknown, should it fail
-            self._seen = set()
-            with llama_log() as log:
-                code = llama.llama_decode(self._context, batch)
-        finally:
-            llama.llama_batch_free(batch)
-        if self._error is not None:
-            raise self._error
-        if code != 0:
-            raise InputError(
-                f"{self._path}: llama.cpp stops with code {code} ({log.last}): do the token ids "
-                "belong to this file?"
-            )
+        llama, count = self._api.llama, len(token_ids)
+        is_recorded = self._recorder is not None
+        self._num_new, self._seen = count, set()
+        held, self._sequence = self._sequence, []  # unknown, should it fail
+        self._compute(
+            *(self._context, token_ids, start),
+            lambda index: is_recorded or keep_all or (is_last and index == count - 1),
+        )
         self._require_all_seen()
         self._sequence = [*held[:start], *token_ids]
         if not keep_all and not is_last:
@@ -299,23 +279,14 @@ class PagedContext:
                 "that holds them all"
             )
 
-    def _on_node(self, tensor: int, is_asking: bool, _data: object) -> bool:
-        """llama.cpp's callback: asked whether a node is wanted, then given it."""
-        if self._error is not None:
-            return False
-        try:
-            name = self._api.name(tensor)
-            layer = self._layers.get(name)
-            if is_asking:
-                if self._predictor is not None and self._reads_ahead:
-                    self._predictor.see(name, tensor)
-                return layer is not None
-            if layer is not None:
-                self._page_in(layer, self._api.strided_int32(tensor))
-            return True
-        except BaseException as error:  # must not unwind through C
-            self._error = error
-            return False
+    def _wants(self, name: str, tensor: int) -> bool:
+        if self._predictor is not None and self._reads_ahead:
+            self._predictor.see(name, tensor)
+        return name in self._layers
+
+    def _receive(self, tensor: int, name: str) -> bool:
+        self._page_in(self._layers[name], self._api.strided_int32(tensor))
+        return True
 
     def _page_in(self, layer: int, chosen: npt.NDArray[np.int32]) -> None:
         """Wait for the experts [T, k] of a layer, and start on those of the next."""

@@ -37,13 +37,7 @@ from edge_moe.runtime.allotment import (
     with_slots,
 )
 from edge_moe.runtime.expert_store import ExpertStore
-from edge_moe.runtime.generate import (
-    Sampling,
-    Timing,
-    check_prompt_length,
-    encode_prompt,
-    generate_text,
-)
+from edge_moe.runtime.generate import Timing, check_prompt_length
 from edge_moe.runtime.kernel_choice import Kernels, choose_kernels
 from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
@@ -53,6 +47,7 @@ from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.residency import PagingOptions, Residency
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.subset import RouterRows, Rows, SubsetStore, choose_rows
+from edge_moe.runtime.text_session import TextSession
 from edge_moe.runtime.torch_decoder import Decoder
 from edge_moe.runtime.trace import TraceInfo, TraceRecorder
 from edge_moe.spec import ModelSpec
@@ -71,7 +66,7 @@ class _Limits:
         return self.budget_bytes is not None or self.num_slots is not None
 
 
-class Session:
+class Session(TextSession):
     """A model that can be asked. Use `Session.open`, and close it or use it in a `with` block."""
 
     def __init__(
@@ -246,41 +241,6 @@ class Session:
         """A new sequence."""
         return Decoder(self.model, self.device, self.context_tokens)
 
-    def generate(
-        self,
-        prompt: str | list[dict[str, str]],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """Text that follows `prompt` (a string, or chat messages for the chat template).
-
-        `timing` says afterwards how long it took and why it stopped. Closing the iterator, or
-        Ctrl-C while it runs, leaves the session usable.
-
-        Raises:
-            InputError: an empty prompt, one longer than the context, or chat without a template.
-        """
-        prompt_ids = self.prompt_ids(prompt)
-        decoder = self.new_loop()
-        self.timing = decoder.timing
-        sampling = Sampling(temperature, top_p, seed)
-        yield from generate_text(
-            decoder, self.tokenizer, prompt_ids, self.eos_ids, sampling, max_new_tokens, stop
-        )
-
-    def generate_ids(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, *, stop_at_eos: bool = True
-    ) -> list[int]:
-        """Greedy continuation as token ids."""
-        decoder = self.new_loop()
-        self.timing = decoder.timing
-        eos = self.eos_ids if stop_at_eos else set()
-        return list(decoder.tokens(prompt_ids, max_new_tokens, Sampling(), eos))
-
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [T, V]: row t predicts token t + 1.
 
@@ -289,18 +249,6 @@ class Session:
         """
         decoder = self.new_loop()
         return decoder.logits(token_ids, self.model.config.vocab_size)
-
-    def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Token ids of a prompt.
-
-        Raises:
-            InputError: nothing in it, or messages without a chat template.
-        """
-        return encode_prompt(self.tokenizer, prompt)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
     def eos_ids(self) -> set[int]:
@@ -388,12 +336,6 @@ class Session:
             limits.budget_bytes,
             limits.num_slots,
         )
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -102,7 +102,7 @@ def test_fixed_states_last_over_chunks_and_steps(
     limit = exact_error(family) * np.abs(expected).max()
     with OnnxSession.open(tmp_path / "out", context_tokens=320) as session:
         assert np.abs(session.logits(tokens[0, :-1].tolist()) - expected).max() < limit
-        loop = session._loop()
+        loop = session.new_loop()
         prompt = loop.prefill(tokens[0, :290].tolist())
         steps = [prompt, *(loop.step([int(each)])[0] for each in tokens[0, 290:-1])]
         assert np.abs(np.stack(steps) - expected[289:]).max() < limit

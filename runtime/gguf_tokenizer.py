@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from edge_moe.errors import InputError
-from edge_moe.gguf_header import GgufHeader
 
 _NO_VOCABULARY = 0
 _MOST_SPECIAL_TOKENS = 16
 """Around a text; within it no token is shorter than a byte."""
 
 
-class GgufVocabulary:
-    """What `generate_text` and the commands need of a tokenizer."""
+class GgufTokenizer:
+    """The part of a transformers tokenizer's interface that edge-moe uses."""
 
-    def __init__(self, llama: Any, model: Any, header: GgufHeader) -> None:
-        """`llama` is the module llama_cpp.llama_cpp, `model` a pointer of it."""
+    def __init__(self, llama: Any, vocabulary: Any, chat_template: object) -> None:
+        """`llama` is the module llama_cpp.llama_cpp, `vocabulary` a pointer of it."""
         self._llama = llama
-        self._vocabulary = llama.llama_model_get_vocab(model)
-        template = header.metadata.get("tokenizer.chat_template")
-        self.chat_template = template if isinstance(template, str) else None
-        end: int = llama.llama_vocab_eos(self._vocabulary)
+        self._vocabulary = vocabulary
+        self.chat_template = chat_template if isinstance(chat_template, str) else None
+        end: int = llama.llama_vocab_eos(vocabulary)
         self.eos_token_id = end if end >= 0 else None
 
-    @property
+    @cached_property
     def end_ids(self) -> set[int]:
         """Tokens after which a text or a turn is over."""
+        is_end = self._llama.llama_vocab_is_eog
         count = self._llama.llama_vocab_n_tokens(self._vocabulary)
-        return {each for each in range(count) if self._is_end(each)}
+        return {each for each in range(count) if is_end(self._vocabulary, each)}
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """`input_ids` of `text`."""
+        return {"input_ids": self.encode(text, add_special_tokens=add_special_tokens)}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; the file's metadata decides which special tokens are added.
+
+        `Llama.tokenize` would take as much memory as the file's context_length asks for.
 
         Raises:
             InputError: the file has no vocabulary.
@@ -55,39 +61,26 @@ class GgufVocabulary:
         pieces = [self._piece(each, not skip_special_tokens) for each in token_ids]
         return b"".join(pieces).decode(errors="replace")
 
-    def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Token ids of text, or of chat messages in the file's chat template.
-
-        Raises:
-            InputError: nothing in it, or messages without a chat template.
-        """
-        if isinstance(prompt, str):
-            ids = self.encode(prompt)
-        else:
-            ids = self.encode(self._rendered(prompt), add_special_tokens=False)
-        if not ids:
-            raise InputError("the prompt is empty: give it at least one character")
-        return ids
-
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
-        """`messages` in the file's own template, in jinja2's sandbox."""
-        if self.chat_template is None:
-            raise InputError("this model has no chat template: give plain text with --raw")
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool = False
+    ) -> str:
+        """`conversation` as the file's own template renders it, in jinja2's sandbox."""
+        if tokenize or self.chat_template is None:
+            raise ValueError("chat messages are rendered as text, by the file's own template")
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         llama = self._llama
         eos, bos = (
-            self._piece(token, True).decode(errors="replace") if token >= 0 else ""
+            self.decode([token], skip_special_tokens=False) if token >= 0 else ""
             for token in (
                 llama.llama_vocab_eos(self._vocabulary),
                 llama.llama_vocab_bos(self._vocabulary),
             )
         )
-        render: Any = Jinja2ChatFormatter(self.chat_template, eos, bos)
-        return str(render(messages=messages).prompt)
-
-    def _is_end(self, token: int) -> bool:
-        return bool(self._llama.llama_vocab_is_eog(self._vocabulary, token))
+        render: Any = Jinja2ChatFormatter(
+            self.chat_template, eos, bos, add_generation_prompt=add_generation_prompt
+        )
+        return str(render(messages=conversation).prompt)
 
     def _piece(self, token: int, with_special: bool) -> bytes:
         room = 64

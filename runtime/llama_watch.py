@@ -1,0 +1,78 @@
+"""`WatchedGraph`: a llama.cpp context that computes batches while its nodes are looked at."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_moe.errors import InputError
+from edge_moe.runtime.llama_api import LlamaApi
+from edge_moe.runtime.llama_log import llama_log
+
+
+class WatchedGraph(ABC):
+    """llama.cpp calls back for the nodes that are wanted, and computes up to the next in one go."""
+
+    def __init__(self, api: LlamaApi, path: Path) -> None:
+        """`path` is for messages. Give `_callback` to the context as its cb_eval."""
+        self._api = api
+        self._path = path
+        self._error: BaseException | None = None
+        # ctypes keeps no reference: the library would call freed memory
+        self._callback = api.llama.ggml_backend_sched_eval_callback(self._on_node)
+
+    @abstractmethod
+    def _wants(self, name: str, tensor: int) -> bool:
+        """Whether a node is wanted, before it is computed."""
+
+    @abstractmethod
+    def _receive(self, tensor: int, name: str) -> bool:
+        """Look at a wanted node; False stops the graph."""
+
+    def _compute(
+        self,
+        context: Any,
+        token_ids: Sequence[int],
+        start: int,
+        wants_logits: Callable[[int], bool],
+    ) -> None:
+        """Compute tokens at positions `start`...; `wants_logits` is asked of each one's place.
+
+        Raises:
+            InputError: llama.cpp fails; or whatever a callback raised.
+        """
+        llama, count = self._api.llama, len(token_ids)
+        batch = llama.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            for index, token_id in enumerate(token_ids):
+                batch.token[index] = token_id
+                batch.pos[index] = start + index
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = 0
+                batch.logits[index] = wants_logits(index)
+            self._error = None
+            with llama_log() as log:
+                code = llama.llama_decode(context, batch)
+        finally:
+            llama.llama_batch_free(batch)
+        if self._error is not None:
+            raise self._error
+        if code != 0:
+            raise InputError(
+                f"{self._path}: llama.cpp stops with code {code} ({log.last}): do the token ids "
+                "belong to this file?"
+            )
+
+    def _on_node(self, tensor: int, is_asking: bool, _data: object) -> bool:
+        """llama.cpp's callback: asked whether a node is wanted, then given it."""
+        if self._error is not None:
+            return False
+        try:
+            name = self._api.name(tensor)
+            return self._wants(name, tensor) if is_asking else self._receive(tensor, name)
+        except BaseException as error:  # must not unwind through C
+            self._error = error
+            return False
