@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from edge_moe.runtime.memory import peak_memory_bytes
+
 CONTEXT_TOKENS = 1024
 _MADV_RANDOM, _MADV_WILLNEED = 1, 3
 _LOAD_NONE, _LOAD_MMAP = 0, 1
@@ -33,11 +35,6 @@ def read_bytes() -> int:
     """From the disk, by this process so far, page faults included."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["read_bytes"])
-
-
-def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text().split()
-    return int(status[status.index("VmHWM:") + 1]) * 1024
 
 
 Step = Callable[[list[int], int], Any]
@@ -192,7 +189,7 @@ def main() -> None:
                 "decode_tokens_per_second": len(seconds) / sum(seconds),
                 "warm_tokens_per_second": (len(seconds) - half) / sum(seconds[half:]),
                 "read_bytes_per_token": (read_bytes() - read_before) / len(seconds),
-                "peak_bytes": peak_bytes(),
+                "peak_bytes": peak_memory_bytes(),
                 "checksum": checksum,
                 "facts": facts(),
             }

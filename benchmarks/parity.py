@@ -238,16 +238,18 @@ class Subject:
             found = model.logits(TOKENS)
         if target == "hf":  # whose own program is transformers
             found = logits(load(output))
+        expected = self._reference(target, kind)
         if target == "gguf" and kind == "whole":
-            self._of_whole_gguf = found
-        by_token = _by_token(found, self._reference(target, kind))
+            self._whole_gguf = found, expected
+        by_token = _by_token(found, expected)
         return float(np.median(by_token) if (target, kind) == _WITH_TIES else by_token.max())
 
     def _unmodified_errors(self) -> dict[str, float]:
         """GGUF from transformers as it is, where the model that it is compared with is not."""
-        if np.array_equal(self._reference("gguf", "whole"), self.expected):
+        found, compared = self._whole_gguf
+        if np.array_equal(compared, self.expected):
             return {}
-        by_token = _by_token(self._of_whole_gguf, self.expected)
+        by_token = _by_token(found, self.expected)
         return {
             "unmodified_error": float(by_token.max()),
             "unmodified_median_error": float(np.median(by_token)),

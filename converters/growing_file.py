@@ -85,11 +85,8 @@ def growing_file(
 
 def unfinished_bytes(folder: Path) -> int:
     """What files that did not finish growing hold in `folder`, as far as they can be continued."""
-    return sum(
-        path.with_name(f"{path.stem}.partial").stat().st_size
-        for path in folder.glob(".*.progress")
-        if path.with_name(f"{path.stem}.partial").exists()
-    )
+    partials = (path.with_suffix(".partial") for path in folder.glob(".*.progress"))
+    return sum(path.stat().st_size for path in partials if path.exists())
 
 
 def _names(output: Path) -> tuple[Path, Path]:

@@ -177,21 +177,29 @@ def allot(
         fixed = bill.non_expert_bytes(terms)
         smallest = smallest_slot_bytes(classes, spec.top_k)
         if budget_bytes - fixed < smallest:
-            raise BudgetError(
-                f"budget {format_bytes(budget_bytes)} is too small even when experts are paged: "
-                f"{bill.describe_terms([term for term in terms if term.name != 'experts'])} and "
-                f"{format_bytes(smallest)} of slots; the smallest that works is "
-                f"{round_up_bytes(fixed + smallest)}: raise --budget or lower --ctx",
-                minimum_bytes=fixed + smallest,
-            )
+            raise too_small(budget_bytes, terms, smallest, "slots")
         counts = allot_by_bytes(classes, budget_bytes - fixed, spec.top_k)
     num_bytes = sum(size * count for size, count in counts.items())
     return Slots(counts, num_bytes, counts != every, num_bytes < cycle and counts != every)
 
 
-def with_slots(terms: list[MemoryTerm], slot_bytes: int) -> list[MemoryTerm]:
+def too_small(
+    budget_bytes: int, terms: list[MemoryTerm], smallest_bytes: int, what: str
+) -> BudgetError:
+    """The error where not even the `smallest_bytes` of `what` fit beside the other terms."""
+    minimum_bytes = bill.non_expert_bytes(terms) + smallest_bytes
+    return BudgetError(
+        f"budget {format_bytes(budget_bytes)} is too small even when experts are paged: "
+        f"{bill.describe_terms([term for term in terms if term.name != 'experts'])} and "
+        f"{format_bytes(smallest_bytes)} of {what}; the smallest that works is "
+        f"{round_up_bytes(minimum_bytes)}: raise --budget or lower --ctx",
+        minimum_bytes=minimum_bytes,
+    )
+
+
+def with_slots(terms: list[MemoryTerm], slot_bytes: int, note: str = "slots") -> list[MemoryTerm]:
     """The bill at this budget: experts take what the slots take."""
-    experts = MemoryTerm(name="experts", num_bytes=slot_bytes, source="plan", note="slots")
+    experts = MemoryTerm(name="experts", num_bytes=slot_bytes, source="plan", note=note)
     return [experts if term.name == "experts" else term for term in terms]
 
 

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from edge_moe import budget as bill
-from edge_moe.errors import BudgetError, InputError
+from edge_moe.errors import InputError
 from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import stored_forms
 from edge_moe.overhead import gguf_overhead
 from edge_moe.plan import MemoryTerm
+from edge_moe.runtime.allotment import too_small
 from edge_moe.runtime.llama_region import PAGE_BYTES
-from edge_moe.units import format_bytes, round_up_bytes
 
 
 def session_terms(model: GgufModel, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
@@ -57,13 +57,7 @@ def expert_limit_bytes(
         return sum(largest_expert_bytes(model).values()) * model.spec.num_experts
     fixed, smallest = bill.non_expert_bytes(terms), top_k * largest
     if budget_bytes - fixed < smallest:
-        raise BudgetError(
-            f"budget {format_bytes(budget_bytes)} is too small even when experts are paged: "
-            f"{bill.describe_terms([term for term in terms if term.name != 'experts'])} and "
-            f"{format_bytes(smallest)} of experts; the smallest that works is "
-            f"{round_up_bytes(fixed + smallest)}: raise --budget or lower --ctx",
-            minimum_bytes=fixed + smallest,
-        )
+        raise too_small(budget_bytes, terms, smallest, "experts")
     return budget_bytes - fixed
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.gguf_model import GgufModel
 from edge_moe.runtime.gguf_allotment import num_pages
+from edge_moe.runtime.guesses import Guesses
 from edge_moe.runtime.llama_region import PAGE_BYTES, ExpertRegion
-from edge_moe.runtime.policy import AdmissionRule, EvictionPolicy, Key, PagingStatistics
+from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
 
 READERS = 4
 """Threads that read: enough to keep an NVMe disk busy with pieces of half a megabyte."""
@@ -83,9 +84,7 @@ class GgufExperts:
         """Whose reads were not waited for."""
         self._used_bytes = 0
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="edge-moe-page-in")
-        self._rule = AdmissionRule()
-        self._guesses: dict[int, set[int]] = {}
-        self._last = (time.perf_counter(), 0.0)
+        self._guesses = Guesses()
 
     def num_bytes(self, key: Key) -> int:
         """What an expert takes in memory: whole pages."""
@@ -110,7 +109,7 @@ class GgufExperts:
             OSError: it cannot be read.
         """
         keys = [(layer, row) for row in rows]
-        self._score_guesses(layer, rows)
+        self._guesses.score(layer, rows, self.statistics)
         keep = frozenset(keys)
         missing = [key for key in keys if not self._use(key)]
         start = time.perf_counter()
@@ -133,11 +132,11 @@ class GgufExperts:
         """
         keys = [(layer, row) for row in rows]
         misses = [key for key in keys if key not in self._entries]
-        self._guesses[layer] = {row for _, row in misses}
+        self._guesses.remember(layer, (row for _, row in misses))
         keep = frozenset([*keys, *current])
         for key in misses:
             size = self.num_bytes(key)
-            if not self._rule.admits(layer, size, self._queued_bytes()):
+            if not self._guesses.rule.admits(layer, size, self._queued_bytes()):
                 self.statistics.prefetch_rejected += 1
             elif self._make_room(size, keep):
                 self._start(key, keep, is_prefetched=True)
@@ -224,7 +223,7 @@ class GgufExperts:
         size = self.num_bytes(key)
         self.statistics.page_in_bytes += size
         self.statistics.page_in_seconds += seconds
-        self._rule.learn_transfer(size, seconds)
+        self._guesses.rule.learn_transfer(size, seconds)
 
     def _failure(self, key: Key) -> BaseException | None:
         """Wait for an expert's reads; what went wrong, after which it is gone."""
@@ -290,18 +289,6 @@ class GgufExperts:
         return edge
 
     # ------------------------------------------------------------------ guesses
-
-    def _score_guesses(self, layer: int, rows: Sequence[int]) -> None:
-        guessed = self._guesses.pop(layer, None)
-        now, stalled = time.perf_counter(), self.statistics.stall_seconds
-        self._rule.learn_busy(stalled - self._last[1], now - self._last[0])
-        self._last = now, stalled
-        if guessed is None:
-            return
-        for row in guessed:
-            self._rule.learn_precision(layer, row in rows)
-        self.statistics.predicted_misses += len(guessed)
-        self.statistics.predicted_misses_used += len(guessed & set(rows))
 
     def _queued_bytes(self) -> int:
         loading = (key for key in self._loading if self._entries[key].is_loading)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime import memory
-from edge_moe.runtime.allotment import context_length
+from edge_moe.runtime.allotment import context_length, with_slots
 from edge_moe.runtime.generate import FloatArray, Timing, TokenLoop
 from edge_moe.runtime.gguf_allotment import (
     batch_tokens,
@@ -190,9 +190,8 @@ class GgufSession(TextSession):
 
     def memory(self) -> list[MemoryTerm]:
         """The bill at this budget, term by term."""
-        limit = min(self._experts.limit_bytes, self._experts.total_bytes)
-        experts = MemoryTerm(name="experts", num_bytes=limit, source="plan", note="whole pages")
-        return [experts if term.name == "experts" else term for term in self._terms]
+        held_bytes = min(self._experts.limit_bytes, self._experts.total_bytes)
+        return with_slots(self._terms, held_bytes, "whole pages")
 
     def statistics(self) -> PagingStatistics:
         """What paging did since the session was opened."""

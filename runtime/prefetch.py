@@ -16,7 +16,8 @@ import torch
 
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
-from edge_moe.runtime.policy import AdmissionRule, Key
+from edge_moe.runtime.guesses import Guesses
+from edge_moe.runtime.policy import Key
 from edge_moe.runtime.skipping import SkipRule
 
 
@@ -41,24 +42,16 @@ class Prefetcher:
         self._store = store
         self._cache = cache
         self._skip = skip
-        self._rule = AdmissionRule()
-        self._guessed_misses: dict[int, set[int]] = {}
+        self._guesses = Guesses()
         self._queue: queue.SimpleQueue[tuple[Key, frozenset[Key]] | None] = queue.SimpleQueue()
         self._queued_bytes = 0
         self._lock = threading.Lock()
-        self._last = (time.perf_counter(), 0.0)
         self._thread = threading.Thread(target=self._run, name="edge-moe-prefetch", daemon=True)
         self._thread.start()
 
     def observe(self, layer: int, rows: list[int]) -> None:
         """The router of `layer` chose `rows`: score the guess that was made for it."""
-        guessed = self._guessed_misses.pop(layer, set())
-        statistics = self._cache.statistics
-        for row in guessed:
-            self._rule.learn_precision(layer, row in rows)
-        statistics.predicted_misses += len(guessed)
-        statistics.predicted_misses_used += len(guessed & set(rows))
-        self._learn_busy()
+        self._guesses.score(layer, rows, self._cache.statistics)
 
     def predict(self, layer: int, hidden: torch.Tensor, current: list[int]) -> None:
         """Guess the experts of the layer after `layer` from this layer's input [1, H].
@@ -72,7 +65,7 @@ class Prefetcher:
         chosen, weights = self._blocks[following].choose(hidden)
         rows = self._wanted(following, weights, chosen)
         misses = [row for row in rows if not self._cache.is_resident((following, row))]
-        self._guessed_misses[following] = set(misses)
+        self._guesses.remember(following, misses)
         keep = frozenset([(following, row) for row in rows] + [(layer, row) for row in current])
         for row in misses:
             self._submit((following, row), keep)
@@ -93,7 +86,7 @@ class Prefetcher:
     def _submit(self, key: Key, keep: frozenset[Key]) -> None:
         num_bytes = self._store.record(key).num_bytes
         with self._lock:
-            if not self._rule.admits(key[0], num_bytes, self._queued_bytes):
+            if not self._guesses.rule.admits(key[0], num_bytes, self._queued_bytes):
                 self._cache.statistics.prefetch_rejected += 1
                 return
             self._queued_bytes += num_bytes
@@ -110,10 +103,4 @@ class Prefetcher:
                 with self._lock:
                     self._queued_bytes -= num_bytes
                     if was_read:
-                        self._rule.learn_transfer(num_bytes, time.perf_counter() - start)
-
-    def _learn_busy(self) -> None:
-        now, stalled = time.perf_counter(), self._cache.statistics.stall_seconds
-        before, stalled_before = self._last
-        self._rule.learn_busy(stalled - stalled_before, now - before)
-        self._last = (now, stalled)
+                        self._guesses.rule.learn_transfer(num_bytes, time.perf_counter() - start)

@@ -35,15 +35,15 @@ class CommonOptions:
 class PagingOptions:
     """Options of edge-moe's own runtime, which onnxruntime has nothing for."""
 
-    slots: int | None
-    ram_bytes: int | None
-    task: str | None
-    patterns: Path | None
-    skip: str | None
-    skip_calibration: Path | None
-    trace: Path | None
-    prefetch: bool | None
-    kernels: Kernels | None
+    slots: int | None = None
+    ram_bytes: int | None = None
+    task: str | None = None
+    patterns: Path | None = None
+    skip: str | None = None
+    skip_calibration: Path | None = None
+    trace: Path | None = None
+    prefetch: bool | None = None
+    kernels: Kernels | None = None
 
     def refuse(self, path: Path, runs: str, names: tuple[str, ...]) -> None:
         """Raise `TargetError` where one of the options `names` was given.
@@ -151,9 +151,8 @@ def open_traceable(path: Path, common: CommonOptions, slots: int | None) -> Sess
             f"{path} runs in onnxruntime, which tells nobody what its routers choose: give the "
             "checkpoint that it was made from"
         )
-    paging = PagingOptions(slots, None, None, None, None, None, None, False, None)
     if is_gguf_file(path):
-        return _open_gguf(path, common, paging, can_trace=True)
+        return _open_gguf(path, common, PagingOptions(slots, prefetch=False), can_trace=True)
     from edge_moe.runtime.session import Session
 
     return Session.open(
