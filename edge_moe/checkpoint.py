@@ -14,6 +14,7 @@ from edge_moe.config_reader import read_config, text_config
 from edge_moe.dense_shapes import dense_shapes
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import read_json
+from edge_moe.gguf_split import is_gguf_name
 from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.packed_tensors import PackedInfo, unpacked_tensors
 from edge_moe.safetensors_header import header_length, read_header
@@ -35,7 +36,7 @@ class Checkpoint:
             SpecError: config.json is missing or not supported.
             CheckpointError: a weight file is missing, truncated, or lacks expected tensors.
         """
-        if folder.suffix.lower() == ".gguf" and folder.is_file():
+        if is_gguf_name(folder) and folder.is_file():
             raise InputError(
                 f"{folder} is a GGUF file, which only inspect, calibrate, plan, build, eval "
                 "and run read: give the Hugging Face folder that it was made from"

@@ -47,6 +47,11 @@ def read_parts(path: Path) -> tuple[GgufHeader, ...]:
     return tuple(parts)
 
 
+def is_gguf_name(path: Path) -> bool:
+    """Whether a name ends as those of GGUF files do, in capitals or not."""
+    return path.suffix.lower() == ".gguf"
+
+
 def is_later_part(path: Path) -> bool:
     """Whether a file's name says that it is a part of a split model, and not the first."""
     match = _NAME.fullmatch(path.name)

@@ -12,7 +12,7 @@ from typing import Any
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import InputError
-from edge_moe.gguf_split import is_later_part
+from edge_moe.gguf_split import is_gguf_name, is_later_part
 from edge_moe.tensor_info import TensorInfo
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -23,7 +23,7 @@ _SNAPSHOT_IGNORED = ["*/*", "consolidated*"]
 
 def is_hub_id(model: str) -> bool:
     """Whether `model` can only mean `owner/name` on a hub: no such local path, no local parent."""
-    if Path(model).exists() or not _HUB_ID.fullmatch(model) or model.lower().endswith(".gguf"):
+    if Path(model).exists() or not _HUB_ID.fullmatch(model) or is_gguf_name(Path(model)):
         return False
     return not Path(model).parent.exists()
 
@@ -47,7 +47,7 @@ def local_path(model: str) -> Path:
             f"eval and run read {inside} itself, other commands need the checkpoint or a build "
             "with --target native"
         )
-    if path.is_file() and path.suffix.lower() != ".gguf":
+    if path.is_file() and not is_gguf_name(path):
         raise InputError(
             f"model {model!r} is a file: MODEL must be a checkpoint folder, a package folder or a "
             ".gguf file"

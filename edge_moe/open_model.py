@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.gguf_model import GgufModel
+from edge_moe.gguf_split import is_gguf_name
 
 
 def open_model(path: Path) -> Checkpoint | GgufModel:
@@ -20,4 +21,4 @@ def open_model(path: Path) -> Checkpoint | GgufModel:
 
 def is_gguf_file(path: Path) -> bool:
     """Whether `path` is a file that ends in .gguf."""
-    return path.suffix.lower() == ".gguf" and path.is_file()
+    return is_gguf_name(path) and path.is_file()

@@ -25,6 +25,7 @@ from edge_moe import metrics
 from edge_moe.demo import task_dir, task_names
 from edge_moe.demo.arithmetic import extract_answer
 from edge_moe.errors import InputError, TargetError
+from edge_moe.gguf_split import is_gguf_name
 from edge_moe.measurement import EvalResult, ModelKind, Provenance, RecoveryKind, SkippingCost
 from edge_moe.metrics import Comparison, Estimate, TokenScores
 from edge_moe.onnx_folder import is_onnx_folder
@@ -198,7 +199,7 @@ def open_model(
 
 def model_kind(path: Path) -> ModelKind:
     """What `path` is, from its name and its manifest."""
-    if path.suffix.lower() == ".gguf":
+    if is_gguf_name(path):
         return "gguf"
     if is_onnx_folder(path):
         return "onnx"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_moe.errors import InputError
+from edge_moe.gguf_split import is_gguf_name
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, SearchRecord
 from edge_moe.tasks import load_task_texts, task_argument, task_label, token_windows
@@ -118,7 +119,7 @@ def text_to_score(
 
 def plan_beside(model: Path) -> Plan | None:
     """The plan that `model` was built from, where it lies beside it."""
-    path = (model.parent if model.suffix.lower() == ".gguf" else model) / PLAN_NAME
+    path = (model.parent if is_gguf_name(model) else model) / PLAN_NAME
     return Plan.load(path) if path.exists() else None
 
 

@@ -20,6 +20,7 @@ from edge_moe.commands.options import (
     stderr,
 )
 from edge_moe.errors import InputError
+from edge_moe.gguf_split import is_gguf_name
 
 if TYPE_CHECKING:
     from edge_moe.stats import ExpertStats
@@ -130,7 +131,7 @@ def _measurement(model: Path, gradients: bool, quantiser: str | None) -> Callabl
     Raises:
         InputError: gradients of a GGUF file, or packing that `build` could not repeat.
     """
-    if model.suffix.lower() != ".gguf":
+    if not is_gguf_name(model):
         from edge_moe.converters.calibrate import calibrate
         from edge_moe.converters.calibrate_gradients import calibrate_with_gradients
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from edge_moe.commands.options import Json, Model, Revision, stdout
+from edge_moe.gguf_split import is_gguf_name
 
 
 def inspect_command(model: Model, revision: Revision = None, json: Json = False) -> None:
     """Show architecture, bytes by component, forms and target limits, from headers only."""
-    if model.lower().endswith(".gguf"):
+    if is_gguf_name(Path(model)):
         _inspect_gguf(model, json)
         return
     from edge_moe.inspect import inspect_model
