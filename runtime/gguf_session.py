@@ -143,13 +143,16 @@ class GgufSession(TextSession):
     def tracing(self) -> Iterator[TraceRecorder]:
         """Record which experts the routers choose while the block runs: ids, without weights.
 
+        Twice as many as top_k are guessed beside them, so that narrower guesses can be told.
+
         Raises:
             InputError: nothing is paged, and the session was not opened to be traced.
         """
         from edge_moe.runtime.trace import TraceRecorder  # a process that only runs stays small
 
         recorder = TraceRecorder()
-        self._context.record(recorder)
+        ranker = NextRouter(self._loaded.api, self._model, 2 * self.spec.top_k)
+        self._context.record(recorder, ranker)
         try:
             yield recorder
         finally:

@@ -63,7 +63,8 @@ class NextRouter:
             return []
         logits = matrix @ hidden
         count = min(self.num_guesses, len(logits))
-        guessed: list[int] = np.argpartition(-logits, count - 1)[:count].tolist()
+        best = np.argpartition(-logits, count - 1)[:count]
+        guessed: list[int] = best[np.argsort(-logits[best], kind="stable")].tolist()
         return guessed
 
     def _matrix(self, layer: int, node: int) -> FloatArray | None:

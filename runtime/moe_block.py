@@ -90,6 +90,17 @@ class MoeBlock:
         _, weights, ids = self.router(hidden, *self._bias_argument())
         return ids, weights
 
+    def ranked(self, hidden: Tensor, width: int) -> list[int]:
+        """Rows for one token [1, H]: the router's choice, then the others of the largest logits.
+
+        At most `width` of them; a bias that decides the choice does not order the others.
+        """
+        ids, _ = self.choose(hidden)
+        logits = self.logits(hidden)[0]
+        chosen: list[int] = ids[0].tolist()
+        order = logits.topk(min(width, len(logits))).indices.tolist()
+        return [*chosen, *(row for row in order if row not in chosen)][:width]
+
     def _bias_argument(self) -> tuple[Tensor, ...]:
         """The selection bias where it belongs to the block, which hands it to the router."""
         return tuple(self.tensor(name) for name in self._names if "." not in name)

@@ -5,6 +5,7 @@ Shapes: T tokens, K top_k, H hidden_size, I expert_width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from edge_moe.runtime.trace import TraceRecorder
 from edge_moe.spec import ModelSpec
 
 Tensor = torch.Tensor
+Ranker = Callable[[int, Tensor], list[int]]
+"""(layer, its input [1, H]) -> rows of the next layer, likeliest first."""
 
 
 class ExpertPager:
@@ -50,6 +53,8 @@ class ExpertPager:
         """What computes experts without unpacking them, where it was chosen."""
         self.recorder: TraceRecorder | None = None
         """Where the routers' choices are written down, while somebody wants them."""
+        self.rankers: Mapping[str, Ranker] = {}
+        """What guesses the next layer's rows, to be written down beside them."""
 
     def forward(
         self, experts: Any, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor
@@ -133,6 +138,7 @@ class ExpertPager:
             norms = hidden.float().abs().sum(dim=1).cpu().numpy()
         if self.recorder is not None and norms is not None:
             self.recorder.add(layer, ids, gates, norms)
+            self._write_guesses(self.recorder, layer, hidden)
         if self._skip is None:
             return rows, weights
         self._cache.statistics.routed_bytes += int(self._sizes[layer][ids].sum())
@@ -143,6 +149,13 @@ class ExpertPager:
         remaining = torch.from_numpy(self._skip.remaining(gates, is_skipped))
         chosen = torch.from_numpy(np.where(is_skipped, -1, ids))
         return chosen.to(rows), remaining.to(weights)
+
+    def _write_guesses(self, recorder: TraceRecorder, layer: int, hidden: Tensor) -> None:
+        """Of single tokens, whose experts can be read ahead."""
+        if len(hidden) > 1 or layer + 1 == len(self._store.kept):
+            return
+        for name, rank in self.rankers.items():
+            recorder.add_guess(name, layer + 1, rank(layer, hidden))
 
     def _count_skipped(
         self, layer: int, ids: npt.NDArray[np.int64], is_skipped: npt.NDArray[np.bool_]

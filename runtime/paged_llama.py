@@ -26,6 +26,7 @@ from edge_moe.runtime.llama_predict import NextRouter
 from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.llama_stream import ModelStream, c_stream, model_pieces
 from edge_moe.runtime.llama_watch import WatchedGraph
+from edge_moe.runtime.predictors import ROUTER_GUESSES
 from edge_moe.runtime.prefetch_trial import PrefetchTrial
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class PagedContext(WatchedGraph):
         self._reads_ahead = predictor is not None
         self._layers = {f"{TOPK}-{id_}": layer for layer, id_ in enumerate(experts.layer_ids)}
         self._recorder: TraceRecorder | None = None
+        self._ranker: NextRouter | None = None
         self._seen: set[int] = set()
         self._sequence: list[int] = []
         """Tokens in the KV cache."""
@@ -179,8 +181,8 @@ class PagedContext(WatchedGraph):
         """Whether reading ahead pays here, where that is being tried."""
         return self._trial
 
-    def record(self, recorder: TraceRecorder | None) -> None:
-        """Write every choice of a router into `recorder` from now on.
+    def record(self, recorder: TraceRecorder | None, ranker: NextRouter | None = None) -> None:
+        """Write every choice of a router into `recorder` from now on, and what `ranker` guesses.
 
         Raises:
             InputError: the routers are not watched.
@@ -189,7 +191,7 @@ class PagedContext(WatchedGraph):
             raise InputError(
                 f"{self._path}: its routers are not watched: open it with can_trace, or a budget"
             )
-        self._recorder = recorder
+        self._recorder, self._ranker = recorder, ranker
 
     def clear(self) -> None:
         """Forget the sequence."""
@@ -251,6 +253,8 @@ class PagedContext(WatchedGraph):
         is_recorded = self._recorder is not None
         self._num_new, self._seen = count, set()
         held, self._sequence = self._sequence, []  # unknown, should it fail
+        if self._recorder is not None:
+            self._recorder.begin(token_ids)
         self._compute(
             *(self._context, token_ids, start),
             lambda index: is_recorded or keep_all or (is_last and index == count - 1),
@@ -282,6 +286,8 @@ class PagedContext(WatchedGraph):
     def _wants(self, name: str, tensor: int) -> bool:
         if self._predictor is not None and self._reads_ahead:
             self._predictor.see(name, tensor)
+        if self._ranker is not None:
+            self._ranker.see(name, tensor)
         return name in self._layers
 
     def _receive(self, tensor: int, name: str) -> bool:
@@ -292,9 +298,15 @@ class PagedContext(WatchedGraph):
         """Wait for the experts [T, k] of a layer, and start on those of the next."""
         self._seen.add(layer)
         if self._recorder is not None:
-            self._recorder.add_rows(layer, chosen)
+            self._write(self._recorder, layer, chosen)
         rows = np.unique(chosen).tolist()
         self._experts.require(layer, rows)
         if self._predictor is not None and self._reads_ahead and self._num_new == 1:
             guessed = self._predictor.guess(layer)
             self._experts.prefetch(layer + 1, guessed, [(layer, row) for row in rows])
+
+    def _write(self, recorder: TraceRecorder, layer: int, chosen: npt.NDArray[np.int32]) -> None:
+        """The choice of a layer, and of single tokens the guess of the next."""
+        recorder.add_rows(layer, chosen)
+        if self._ranker is not None and self._num_new == 1 and layer + 1 < len(self._layers):
+            recorder.add_guess(ROUTER_GUESSES, layer + 1, self._ranker.guess(layer))

@@ -1,23 +1,37 @@
 """Guesses of the next layer's experts that need nothing but ids, so that a trace can score them.
 
-The engines ask the next layer's router about the current hidden state (`runtime.prefetch`,
-`runtime.llama_predict`), which no trace holds; these show what can be had without it.
+What asks the current hidden state (`runtime.state_guesses`) cannot be replayed, for no trace holds
+states: a trace holds what was guessed, and `Replayed` says it again.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from edge_moe.runtime.simulate import Ask
+ROUTER_GUESSES = "router"
+"""What the next layer's router says of the state that this layer's router was given."""
+LINEAR_GUESSES = "linear"
+"""What a map fitted at calibration makes of that state."""
+PRIOR_LIMIT_BYTES = 64 * 2**20
+"""Of `TokenPrior`'s table: 20,000 token ids of 48 layers with 8 experts noted for each."""
 
 
 class Predictor(ABC):
     """Guesses while single tokens go through the layers in order."""
 
     name: str
+    token_id: int | None = None
+    """Of the token that goes through the layers; None where nobody says."""
+
+    def begin(self, token_id: int | None) -> None:
+        """A token is about to go through the layers."""
+        self.token_id = token_id
 
     @abstractmethod
     def guess(self, layer: int, rows: Sequence[int]) -> list[int]:
@@ -26,6 +40,9 @@ class Predictor(ABC):
     @abstractmethod
     def learn(self, layer: int, rows: Sequence[int]) -> None:
         """`layer` has chosen `rows`. Comes before the guess that follows from them."""
+
+
+_Ids = npt.NDArray[np.int32]
 
 
 class Popular(Predictor):
@@ -86,39 +103,80 @@ class Transitions(Predictor):
         self._before = layer, list(rows)
 
 
-class Exact(Predictor):
-    """What will be chosen: a bound, and what a layer that routes by token id can have."""
+class TokenPrior(Predictor):
+    """Those that the layer chose for this token id before (OpenMoE, Xue et al. 2024, section 4).
 
-    name = "exact"
+    `width` experts are noted for every token id and layer, each with a count, as Metwally et al.'s
+    space-saving does: who is not noted takes the place of the rarest and its count, plus one. Token
+    ids seen longest ago are forgotten when the table is full. Exact, from the second time on, for
+    layers that route by token id alone.
+    """
 
-    def __init__(self, asks: Iterable[Ask]) -> None:
-        self._coming = [(ask.layer, ask.rows) for ask in asks if ask.is_decoding]
+    def __init__(self, num_layers: int, width: int, limit_bytes: int = PRIOR_LIMIT_BYTES) -> None:
+        self.name = f"token prior {width}"
+        self._shape = num_layers, width
+        self._most = max(1, limit_bytes // (num_layers * width * 8))
+        self._tables: OrderedDict[int, tuple[_Ids, _Ids]] = OrderedDict()
+
+    def begin(self, token_id: int | None) -> None:
+        super().begin(token_id)
+        if token_id is not None and token_id in self._tables:
+            self._tables.move_to_end(token_id)
+
+    def guess(self, layer: int, rows: Sequence[int]) -> list[int]:
+        known = None if self.token_id is None else self._tables.get(self.token_id)
+        if known is None:
+            return []
+        experts, counts = known[0][layer + 1], known[1][layer + 1]
+        return [
+            int(experts[place]) for place in np.argsort(-counts, kind="stable") if counts[place]
+        ]
+
+    def learn(self, layer: int, rows: Sequence[int]) -> None:
+        if self.token_id is None:
+            return
+        experts, counts = (part[layer] for part in self._table(self.token_id))
+        for row in rows:
+            found = np.flatnonzero((experts == row) & (counts > 0))
+            place = int(found[0]) if len(found) else int(counts.argmin())
+            experts[place] = row
+            counts[place] += 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the table."""
+        return sum(each.nbytes for pair in self._tables.values() for each in pair)
+
+    def _table(self, token_id: int) -> tuple[_Ids, _Ids]:
+        """(experts, counts) of a token, [L, width] each."""
+        if token_id not in self._tables:
+            if len(self._tables) == self._most:
+                self._tables.popitem(last=False)
+            self._tables[token_id] = (
+                np.zeros(self._shape, np.int32),
+                np.zeros(self._shape, np.int32),
+            )
+        return self._tables[token_id]
+
+
+class Replayed(Predictor):
+    """What was written down: the guesses of an engine, or what was chosen in the end."""
+
+    def __init__(self, name: str, coming: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """`coming` are (layer, rows guessed for it), one for every layer of every single token."""
+        self.name = name
+        self._coming = list(coming)
         self._time = 0
 
     def guess(self, layer: int, rows: Sequence[int]) -> list[int]:
-        coming, chosen = self._coming[self._time]
-        return list(chosen) if coming == layer + 1 else []
+        coming, guessed = self._coming[self._time]
+        return list(guessed) if coming == layer + 1 else []
 
     def learn(self, layer: int, rows: Sequence[int]) -> None:
         self._time += 1
 
 
-def predictor_makers(
-    num_rows: Sequence[int], top_k: int, asks: Sequence[Ask]
-) -> list[Callable[[], Predictor]]:
-    """One of each, as wide as top_k and twice as wide, and the bound; each call starts afresh."""
-    wide = min(2 * top_k, min(num_rows))
-    return [
-        lambda: Popular(num_rows, top_k),
-        lambda: Popular(num_rows, wide),
-        lambda: Repeat(num_rows),
-        lambda: Transitions(num_rows, top_k),
-        lambda: Transitions(num_rows, wide),
-        lambda: Exact(asks),
-    ]
-
-
-def _largest(scores: np.ndarray, width: int) -> list[int]:
+def _largest(scores: npt.NDArray[Any], width: int) -> list[int]:
     """The `width` best with a score above zero, the first of equals."""
     order = np.argsort(-scores, kind="stable")[:width]
     found: list[int] = order[scores[order] > 0].tolist()

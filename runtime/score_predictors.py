@@ -75,6 +75,8 @@ def score_predictor(
         found[1] += len(guessed)
         found[2] += len(guessed & missed)
         residents.ask(layer, ask.rows)
+        if layer == 0:
+            predictor.begin(replay.token_id(ask))
         predictor.learn(layer, ask.rows)
         guessed = set()
         if layer + 1 < num_layers:

@@ -42,8 +42,9 @@ from edge_moe.runtime.kernel_choice import Kernels, choose_kernels
 from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
 from edge_moe.runtime.model_config import load_config
-from edge_moe.runtime.paged_experts import register_experts
+from edge_moe.runtime.paged_experts import Ranker, register_experts
 from edge_moe.runtime.policy import PagingStatistics
+from edge_moe.runtime.predictors import ROUTER_GUESSES
 from edge_moe.runtime.residency import PagingOptions, Residency
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.subset import RouterRows, Rows, SubsetStore, choose_rows
@@ -220,13 +221,26 @@ class Session(TextSession):
 
     @contextmanager
     def tracing(self) -> Iterator[TraceRecorder]:
-        """Record what the routers choose while the block runs."""
+        """Record what the routers choose, and what is guessed before, while the block runs."""
         pager, recorder = self._residency.pager, TraceRecorder()
-        pager.recorder = recorder
+
+        def begin(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            recorder.begin(arguments[0].flatten().tolist())
+
+        hook = self.model.get_input_embeddings().register_forward_pre_hook(begin)
+        pager.recorder, pager.rankers = recorder, self._rankers()
         try:
             yield recorder
         finally:
-            pager.recorder = None
+            pager.recorder, pager.rankers = None, {}
+            hook.remove()
+
+    def _rankers(self) -> dict[str, Ranker]:
+        """Twice as wide as top_k, so that narrower guesses can be told from what was recorded."""
+        if self.spec.latent_width:  # its experts are not given what the next router would be
+            return {}
+        blocks, width = self._blocks, 2 * self.spec.top_k
+        return {ROUTER_GUESSES: lambda layer, hidden: blocks[layer + 1].ranked(hidden, width)}
 
     def trace_info(self) -> TraceInfo:
         """What the rows of a trace of this session stand for."""

@@ -82,6 +82,8 @@ class Ask:
     rows: list[int]
     """Each once, ascending: as the engines ask."""
     step_tokens: int
+    first_token: int = 0
+    """Place in the trace of the step's first token, or of this piece of it."""
 
     @property
     def is_decoding(self) -> bool:
@@ -116,7 +118,7 @@ class Replay:
         self._rule = skip.name if skip else "none"
         layer_sizes = [np.array(layer) for layer in sizes]
         routed_bytes = skipped_experts = skipped_bytes = 0
-        for layer, rows, is_skipped, _ in _choices(trace, skip, None):
+        for layer, rows, is_skipped, _, _ in _choices(trace, skip, None):
             row_bytes = layer_sizes[layer][rows]
             routed_bytes += int(row_bytes.sum())
             skipped_experts += int(is_skipped.sum())
@@ -129,12 +131,17 @@ class Replay:
         """What is asked for, in order; steps of more than `most_tokens` are cut."""
         if most_tokens not in self._asks:
             self._asks[most_tokens] = [
-                Ask(layer, sorted(set(rows[~is_skipped].tolist())), step_tokens)
-                for layer, rows, is_skipped, step_tokens in _choices(
+                Ask(layer, sorted(set(rows[~is_skipped].tolist())), step_tokens, start)
+                for layer, rows, is_skipped, step_tokens, start in _choices(
                     self.trace, self._skip, most_tokens
                 )
             ]
         return self._asks[most_tokens]
+
+    def token_id(self, ask: Ask) -> int | None:
+        """Of a step of one token; None where the trace does not say."""
+        ids = self.trace.token_ids
+        return None if ids is None else int(ids[ask.first_token])
 
     def residents(self, room: Room, policy: type[EvictionPolicy]) -> Residents:
         """What the replay starts from; Belady's rule is told what comes.
@@ -208,7 +215,7 @@ def with_uniform_router(trace: Trace, seed: int = 0) -> Trace:
     for layer, kept in enumerate(trace.info.kept):
         order = generator.random((trace.num_tokens, len(kept))).argsort(axis=1)
         rows[:, layer] = order[:, : trace.info.top_k]
-    return replace(trace, rows=rows)
+    return replace(trace, rows=rows, guesses={})
 
 
 def traced_sizes(trace: Trace, store: ExpertStore, model_fingerprint: str) -> list[list[int]]:
@@ -242,10 +249,11 @@ def require_same_model(trace: Trace, model_fingerprint: str) -> None:
 
 def _choices(
     trace: Trace, skip: SkipRule | None, most_tokens: int | None
-) -> Iterator[tuple[int, npt.NDArray[np.uint16], Mask, int]]:
-    """(layer, [T, k] chosen rows, [T, k] which are skipped, tokens of the step) in order.
+) -> Iterator[tuple[int, npt.NDArray[np.uint16], Mask, int, int]]:
+    """(layer, [T, k] chosen rows, [T, k] which are skipped, tokens of the step, first token's place)
 
-    T are the tokens of a step, or of a piece of it: every layer of a piece comes before the next.
+    In order. T are the tokens of a step, or of a piece of it: every layer of a piece comes before
+    the next.
     """
     for step in trace.steps():
         step_tokens = step.stop - step.start
@@ -258,4 +266,4 @@ def _choices(
                     is_skipped = skip.skips(
                         layer, trace.weights[tokens, layer], trace.token_norms[tokens, layer]
                     )
-                yield layer, rows, is_skipped, step_tokens
+                yield layer, rows, is_skipped, step_tokens, start

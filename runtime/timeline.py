@@ -7,6 +7,8 @@ Prompts move experts and take no time: only single tokens are timed.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from pydantic import BaseModel, ConfigDict
 
 from edge_moe.runtime.policy import AdmissionRule, EvictionPolicy, Key
@@ -15,10 +17,21 @@ from edge_moe.runtime.replay import Residents, Room
 from edge_moe.runtime.simulate import Replay
 
 
-class Timeline(BaseModel):
-    """What decoding took, and what became of the bytes that were read ahead."""
+class ReadAhead(BaseModel):
+    """What became of the bytes that were read ahead."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    useful_bytes: int
+    """There in time, and used."""
+    late_bytes: int
+    """Used, but waited for."""
+    wasted_bytes: int
+    """Evicted without use, or left over."""
+
+
+class Timeline(ReadAhead):
+    """What decoding took, and what was read ahead of it."""
 
     predictor: str
     num_tokens: int
@@ -26,14 +39,9 @@ class Timeline(BaseModel):
     seconds: float
     stall_seconds: float
     page_in_bytes: int
-    useful_bytes: int
-    """Read ahead, there in time, and used."""
-    late_bytes: int
-    """Used, but waited for."""
-    wasted_bytes: int
-    """Evicted without use, or left over."""
     rejected: int
     """Guesses that the rule did not admit."""
+    layers: tuple[ReadAhead, ...]
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,21 +71,24 @@ def timeline(
         num_tokens += ask.layer == 0
         clock.require(ask.layer, ask.rows)
         if predictor is not None:
+            if ask.layer == 0:
+                predictor.begin(replay.token_id(ask))
             predictor.learn(ask.layer, ask.rows)
             if ask.layer + 1 < num_layers:
                 clock.prefetch(ask.layer, ask.rows, predictor.guess(ask.layer, ask.rows))
         clock.now += layer_seconds
-    used = clock.useful_bytes + clock.late_bytes
+    layers = tuple(clock.read_ahead(layer) for layer in range(num_layers))
     return Timeline(
         predictor=predictor.name if predictor else "none",
         num_tokens=num_tokens,
         seconds=clock.now,
         stall_seconds=clock.stall_seconds,
-        page_in_bytes=clock.demanded_bytes + clock.issued_bytes,
-        useful_bytes=clock.useful_bytes,
-        late_bytes=clock.late_bytes,
-        wasted_bytes=clock.issued_bytes - used,
+        page_in_bytes=clock.demanded_bytes + clock.issued.total(),
+        useful_bytes=sum(each.useful_bytes for each in layers),
+        late_bytes=sum(each.late_bytes for each in layers),
+        wasted_bytes=sum(each.wasted_bytes for each in layers),
         rejected=clock.rejected,
+        layers=layers,
     )
 
 
@@ -91,10 +102,21 @@ class _Clock:
         self._link_free = 0.0
         self._last = 0.0
         self.now = self.stall_seconds = 0.0
-        self.demanded_bytes = self.issued_bytes = self.useful_bytes = self.late_bytes = 0
-        self.rejected = 0
+        self.demanded_bytes = self.rejected = 0
+        self.issued: Counter[int] = Counter()  # bytes by layer, as the next two
+        self._useful: Counter[int] = Counter()
+        self._late: Counter[int] = Counter()
         residents.is_busy = lambda key: self._arrival.get(key, 0.0) > self.now
         residents.on_evicted = self._forget
+
+    def read_ahead(self, layer: int) -> ReadAhead:
+        """What became of a layer's guesses so far."""
+        useful, late = self._useful[layer], self._late[layer]
+        return ReadAhead(
+            useful_bytes=useful,
+            late_bytes=late,
+            wasted_bytes=self.issued[layer] - useful - late,
+        )
 
     def skip(self, layer: int, rows: list[int]) -> None:
         """A piece of a prompt: experts move, time stands still."""
@@ -136,7 +158,7 @@ class _Clock:
             if not self._rule.admits(layer + 1, size, queued):
                 self.rejected += 1
             elif self._residents.admit(key, keep):
-                self.issued_bytes += size
+                self.issued[layer + 1] += size
                 self._arrival[key] = self._transfer(size)
 
     def _count(self, key: Key) -> float:
@@ -145,10 +167,8 @@ class _Clock:
         if arrival is None:
             return self.now
         size = self._residents.num_bytes(key)
-        if arrival > self.now:
-            self.late_bytes += size
-        else:
-            self.useful_bytes += size
+        counts = self._late if arrival > self.now else self._useful
+        counts[key[0]] += size
         return arrival
 
     def _forget(self, key: Key) -> None:

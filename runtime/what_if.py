@@ -11,9 +11,9 @@ from edge_moe.errors import BudgetError
 from edge_moe.plan import MemoryTerm
 from edge_moe.profile import DeviceProfile
 from edge_moe.runtime.belady import Belady
+from edge_moe.runtime.known_predictors import Maker, lacking, predictor_makers
 from edge_moe.runtime.limit import Limit, limit
 from edge_moe.runtime.policy import EvictionPolicy
-from edge_moe.runtime.predictors import Predictor, predictor_makers
 from edge_moe.runtime.replay import Room
 from edge_moe.runtime.score_predictors import PredictorScore, score_predictor
 from edge_moe.runtime.simulate import Replay, Simulation, with_uniform_router
@@ -75,6 +75,8 @@ class SizeResult(_Model):
     limit: Limit | None
     """Of the first policy, as what follows."""
     predictors: tuple[PredictorScore, ...]
+    not_scored: tuple[str, ...]
+    """Predictors that the trace cannot feed, and why."""
     timelines: tuple[Timeline, ...]
     splits: tuple[Split, ...]
     best_context_tokens: int | None
@@ -140,6 +142,7 @@ class WhatIf:
             policies=tuple(_policy_results(found)),
             limit=term,
             predictors=tuple(self._scores(room)),
+            not_scored=tuple(lacking(ask.trace)) if ask.has_predictors else (),
             timelines=tuple(self._timelines(room, first, term)),
             splits=splits,
             best_context_tokens=_best_context(splits),
@@ -214,11 +217,10 @@ class WhatIf:
             tokens_per_second=term.serial_tokens_per_second if term else None,
         )
 
-    def _makers(self) -> list[Callable[[], Predictor]]:
+    def _makers(self) -> list[Maker]:
         if not self._ask.has_predictors:
             return []
-        rows = [len(layer) for layer in self._sizes]
-        return predictor_makers(rows, self._ask.model.spec.top_k, self.replay.asks())
+        return predictor_makers(self.replay, self._ask.model.spec.top_k)
 
     def _scores(self, room: Room) -> Iterator[PredictorScore]:
         for make in self._makers():

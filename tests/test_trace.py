@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint
 from hand_plan import hand_plan
 from safetensors.numpy import save_file
@@ -33,7 +34,7 @@ from edge_moe.runtime.replay import Room
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.simulate import Simulation, simulate, traced_sizes
 from edge_moe.runtime.skipping import RatioRule, SkipRule, TopP
-from edge_moe.runtime.trace import Trace, TraceInfo, TraceRecorder
+from edge_moe.runtime.trace import NO_GUESS, Trace, TraceInfo, TraceRecorder
 
 PROMPT = list(range(5, 45))
 INFO = TraceInfo(model_fingerprint="m", moe_layer_ids=(0, 3), top_k=2, kept=((0, 4, 5), (1, 2)))
@@ -59,6 +60,33 @@ def test_round_trip_and_gate_means(tmp_path: Path) -> None:
     assert means[1].tolist() == [0, 0.5, 0.5, 0, 0, 0]
 
 
+def test_token_ids_and_guesses_are_kept(tmp_path: Path) -> None:
+    """A prompt of two tokens, then one token whose second layer was guessed, then half a step."""
+    recorder = TraceRecorder()
+    for token_ids in ([7, 8], [9], [10]):
+        rows = np.array([[0, 1]] * len(token_ids))
+        recorder.begin(token_ids)
+        recorder.add_rows(0, rows)
+        if len(token_ids) == 1:
+            recorder.add_guess("router", 1, [1])
+            recorder.add_guess("linear", 1, [1, 0])
+        if token_ids != [10]:
+            recorder.add_rows(1, rows)
+    recorder.finish(INFO).save(tmp_path / "t.safetensors")
+    trace = Trace.load(tmp_path / "t.safetensors")
+    assert trace.token_ids is not None and trace.token_ids.tolist() == [7, 8, 9]
+    no = NO_GUESS
+    assert trace.guesses["router"].tolist() == [[[no], [no]]] * 2 + [[[no], [1]]]
+    assert trace.guesses["linear"].tolist() == [[[no, no]] * 2] * 2 + [[[no, no], [1, 0]]]
+
+
+def test_the_version_before_is_read(tmp_path: Path) -> None:
+    info = INFO.model_copy(update={"version": 2})
+    small_trace([[[0, 2], [1, 0]]], [1], info).save(tmp_path / "t.safetensors")
+    trace = Trace.load(tmp_path / "t.safetensors")
+    assert trace.token_ids is None and not trace.guesses and trace.num_tokens == 1
+
+
 def test_interrupted_step_is_left_out() -> None:
     recorder = TraceRecorder()
     one = (np.array([[0, 1]]), np.array([[0.5, 0.5]]), np.array([1.0]))
@@ -77,6 +105,10 @@ def test_interrupted_step_is_left_out() -> None:
         ({"rows": np.array([[[1, 1], [0, 1]]] * 2, np.uint16)}, "chose a row twice"),
         ({"rows": np.zeros((2, 1, 2), np.uint16)}, r"rows are not \[2, 2, 2\]"),
         ({"weights": np.full((2, 2, 2), np.nan, np.float16)}, "a weight is no number"),
+        ({"token_ids": np.zeros(3, np.uint32)}, r"token_ids are not \[2\]"),
+        ({"token_ids": np.zeros(2, np.int32)}, "arrays are"),
+        ({"guesses.router": np.zeros((2, 1, 2), np.uint16)}, "guesses.router are not"),
+        ({"guesses.router": np.full((2, 2, 1), 2, np.uint16)}, "guesses.router: row 2 in layer 1"),
         ({"step_tokens": np.array([1], np.uint32)}, "steps do not add up"),
         ({"step_tokens": np.array([2, 0], np.uint32)}, "a step has no token"),
     ],
@@ -185,7 +217,13 @@ def test_replay_counts_what_the_runtime_counted(
                 session.logits(list(range(300)))  # two pieces of a prompt, in a fresh context
             real = session.statistics()
             recorder.finish(session.trace_info()).save(tmp_path / "t.safetensors")
-        found = replay(folder, Trace.load(tmp_path / "t.safetensors"), num_slots, rule)
+        trace = Trace.load(tmp_path / "t.safetensors")
+        found = replay(folder, trace, num_slots, rule)
+        assert trace.token_ids is not None
+        assert trace.token_ids[: len(PROMPT)].tolist() == PROMPT
+        assert trace.token_ids[-300:].tolist() == list(range(300))
+        if num_slots == every:
+            check_guesses(trace, folder)
         assert found.num_tokens == len(PROMPT) + 23 + 300 and found.num_steps == 26
         assert (found.hits, found.misses) == (real.hits, real.misses)
         assert (found.evictions, found.page_in_bytes) == (real.evictions, real.page_in_bytes)
@@ -193,6 +231,23 @@ def test_replay_counts_what_the_runtime_counted(
         assert found.skipped_experts == real.skipped_experts
         if rule is not None:  # a session counts these with a rule only
             assert simulated_counts(found) == real.routed
+
+
+def check_guesses(trace: Trace, folder: Path) -> None:
+    """Twice top_k different rows for every layer but the first, of single tokens alone."""
+    spec = Checkpoint(folder).spec
+    if spec.latent_width:
+        assert not trace.guesses
+        return
+    guesses, single = trace.guesses["router"], np.repeat(trace.step_tokens, trace.step_tokens) == 1
+    assert (guesses[~single] == NO_GUESS).all() and (guesses[:, 0] == NO_GUESS).all()
+    ordered = np.sort(guesses[single][:, 1:], axis=2)
+    assert ordered.shape[2] == 2 * spec.top_k and (ordered[:, :, 1:] > ordered[:, :, :-1]).all()
+    with Session.open(folder) as session, torch.inference_mode():
+        hidden = torch.randn(1, spec.hidden_size, generator=torch.Generator().manual_seed(0))
+        block, hidden = session._blocks[1], hidden.to(session.model.dtype)
+        ranked, chosen = block.ranked(hidden, 2 * spec.top_k), block.choose(hidden)[0][0].tolist()
+        assert ranked[: spec.top_k] == chosen and len(ranked) == 2 * spec.top_k
 
 
 def simulated_counts(found: Simulation) -> RoutedCounts:

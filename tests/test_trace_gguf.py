@@ -56,6 +56,10 @@ def test_both_engines_record_the_same_rows(model: tuple[Path, Path], tmp_path: P
     found = Trace.load(tmp_path / "t.safetensors")
     assert found.step_tokens.tolist() == expected.step_tokens.tolist() == ([8] + [1] * 32) * 3
     np.testing.assert_array_equal(np.sort(found.rows, 2), np.sort(expected.rows, 2))
+    assert found.token_ids is not None and expected.token_ids is not None
+    assert found.token_ids.tolist() == expected.token_ids.tolist() == sum(WINDOWS, [])
+    guesses = [each.guesses["router"] for each in (found, expected)]
+    assert np.mean(guesses[0] == guesses[1]) > 0.98  # but for scores that are all but equal
     assert expected.info.has_weights and expected.weights.any()
     assert not found.info.has_weights and not found.weights.any()
     with pytest.raises(InputError, match="no weights of experts, by which --skip chooses"):

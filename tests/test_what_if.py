@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -19,15 +20,23 @@ from edge_moe.errors import InputError
 from edge_moe.profile import DeviceProfile
 from edge_moe.profiles import load_device
 from edge_moe.runtime.belady import Belady
+from edge_moe.runtime.known_predictors import lacking, predictor_makers
 from edge_moe.runtime.limit import limit
 from edge_moe.runtime.policies import POLICIES
 from edge_moe.runtime.policy import LeastRecentlyUsed
-from edge_moe.runtime.predictors import Exact, Popular, Predictor, Repeat, Transitions
+from edge_moe.runtime.predictors import (
+    Popular,
+    Predictor,
+    Repeat,
+    Replayed,
+    TokenPrior,
+    Transitions,
+)
 from edge_moe.runtime.replay import Room
 from edge_moe.runtime.score_predictors import LayerScore, score_predictor
 from edge_moe.runtime.simulate import Replay, simulate, with_uniform_router
 from edge_moe.runtime.timeline import timeline
-from edge_moe.runtime.trace import Trace, TraceInfo
+from edge_moe.runtime.trace import NO_GUESS, Trace, TraceInfo
 from edge_moe.runtime.what_if import Split, _best_context
 
 MB = 10**6
@@ -54,6 +63,10 @@ def decoding(*rows: Sequence[Sequence[int]], num_rows: int = 4) -> Replay:
     return Replay(trace, [[MB] * num_rows] * len(rows[0]))
 
 
+def exact(replay: Replay) -> Replayed:
+    return Replayed("exact", [(ask.layer, ask.rows) for ask in replay.asks() if ask.is_decoding])
+
+
 # ---------------------------------------------------------------------- guesses
 
 
@@ -75,6 +88,98 @@ def test_predictors_by_hand() -> None:
     assert follows.guess(0, [2]) == []
 
 
+def test_token_prior_by_hand() -> None:
+    """Two layers; token 7 goes to 1 and 2 in the second, then twice to 3 and 2."""
+    prior = TokenPrior(2, 2)
+
+    def goes(token_id: int, rows: list[int]) -> None:
+        prior.begin(token_id)
+        prior.learn(0, [0])
+        prior.learn(1, rows)
+
+    goes(7, [1, 2])
+    goes(8, [0])
+    prior.begin(7)
+    assert prior.guess(0, [0]) == [1, 2]
+    goes(7, [2, 3])  # 3 takes the place of 1, and its count: 2 of each
+    assert prior.guess(0, [0]) == [3, 2]
+    goes(7, [2, 3])
+    prior.begin(8)
+    assert prior.guess(0, [0]) == [0]
+    prior.begin(9)
+    assert prior.guess(0, [0]) == []
+    prior.begin(None)
+    prior.learn(1, [1])
+    assert prior.guess(0, [0]) == []
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=200), st.integers(1, 6))
+def test_token_prior_forgets_and_stays_small(tokens: list[int], most: int) -> None:
+    prior = TokenPrior(2, 2, limit_bytes=most * 2 * 2 * 8)
+    last: list[int] = []
+    for token_id in tokens:
+        prior.begin(token_id)
+        assert (prior.guess(0, []) == [token_id % 4]) == (token_id in last)
+        prior.learn(0, [0])
+        prior.learn(1, [token_id % 4])
+        last = [*(each for each in last if each != token_id), token_id][-most:]
+        assert prior.num_bytes == len(last) * 2 * 2 * 8 <= most * 2 * 2 * 8
+
+
+def test_token_prior_is_exact_where_a_table_routes() -> None:
+    """Hash layers (Roller et al. 2021): rows follow from the token id and the layer alone."""
+    random = np.random.default_rng(0)
+    table = np.sort(random.random((20, 3, 8)).argsort(axis=2)[:, :, :2], axis=2)
+    tokens = np.concatenate([np.arange(20), random.integers(0, 20, 200)]).astype(np.uint32)
+    trace = dataclasses.replace(
+        trace_of(table[tokens].tolist(), 8, [1] * len(tokens)), token_ids=tokens
+    )
+    replay = Replay(trace, [[MB] * 8] * 3)
+    room = Room.of_slots({MB: 8})
+    score = score_predictor(replay, room, LeastRecentlyUsed, TokenPrior(3, 2))
+    first = score_predictor(
+        Replay(
+            dataclasses.replace(trace, rows=trace.rows[:20], step_tokens=trace.step_tokens[:20]),
+            [[MB] * 8] * 3,
+        ),
+        room,
+        LeastRecentlyUsed,
+        TokenPrior(3, 2),
+    )
+    assert score.layers[1].precision == score.layers[2].precision == 1
+    for layer in (1, 2):  # what was missed, but when a token was seen first, was guessed
+        assert first.layers[layer].guessed == 0
+        missed = score.layers[layer].missed - first.layers[layer].missed
+        assert score.layers[layer].right == missed > 0
+
+
+def test_what_a_trace_lacks_is_said() -> None:
+    old = decoding([[0], [3]], [[1], [2]])
+    assert [line.partition(":")[0] for line in lacking(old.trace)] == [
+        "token prior",
+        "next router",
+        "linear map",
+    ]
+    assert [make().name for make in predictor_makers(old, 1)] == [
+        *("last token's", "popular 1", "transitions 1", "popular 2", "transitions 2", "exact")
+    ]
+    guesses = np.array([[[NO_GUESS] * 2, [3, 1]], [[NO_GUESS] * 2, [0, 2]]], np.uint16)
+    trace = dataclasses.replace(
+        old.trace, token_ids=np.array([5, 6], np.uint32), guesses={"router": guesses}
+    )
+    replay = Replay(trace, old.sizes)
+    assert [line.partition(":")[0] for line in lacking(trace)] == ["linear map"]
+    found = {make().name: make for make in predictor_makers(replay, 1)}
+    room = Room.of_slots({MB: 1})
+    scores = [
+        score_predictor(replay, room, LeastRecentlyUsed, found[name]()).layers[1]
+        for name in ("next router 1", "next router 2", "token prior 2")
+    ]
+    assert scores[0] == LayerScore(missed=2, guessed=2, right=1)
+    assert scores[1] == LayerScore(missed=2, guessed=4, right=2)
+    assert scores[2] == LayerScore(missed=2, guessed=0, right=0)
+
+
 def test_guesses_are_scored_on_misses() -> None:
     """Two layers, two slots: (0, 0) and (0, 1) are there; each token needs row 0, then row 3."""
     replay = decoding([[0], [3]], [[0], [3]], [[0], [2]])
@@ -88,8 +193,8 @@ def test_guesses_are_scored_on_misses() -> None:
     # one slot: all six miss but the first; guesses are 3 (right) and 3 (wrong)
     assert score.layers[1] == LayerScore(missed=3, guessed=2, right=1)
     assert score.total == LayerScore(missed=5, guessed=2, right=1)
-    exact = score_predictor(replay, narrow, LeastRecentlyUsed, Exact(replay.asks()))
-    assert exact.layers[1].recall == exact.layers[1].precision == 1
+    found = score_predictor(replay, narrow, LeastRecentlyUsed, exact(replay))
+    assert found.layers[1].recall == found.layers[1].precision == 1
 
 
 # ---------------------------------------------------------------------- the clock
@@ -104,7 +209,7 @@ def test_clock_by_hand() -> None:
     assert (plain.seconds, plain.stall_seconds, plain.page_in_bytes) == (11, 3, 3 * MB)
     assert plain.tokens_per_second == 2 / 11
     # its only slot is in use while it could be read ahead
-    ahead = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks()), **rates)
+    ahead = timeline(replay, slots, LeastRecentlyUsed, exact(replay), **rates)
     assert (ahead.seconds, ahead.useful_bytes) == (11, 0)
 
 
@@ -117,12 +222,13 @@ def test_clock_hides_loads_behind_compute() -> None:
     plain = timeline(replay, slots, LeastRecentlyUsed, None, **slow)
     # the first of (0, 0) is a hit: seven loads of 1 s, eight computations of 2 s
     assert plain.seconds == 7 + 16
-    ahead = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks()), **slow)
+    ahead = timeline(replay, slots, LeastRecentlyUsed, exact(replay), **slow)
     # every second layer is read while the first computes
     assert ahead.seconds == 3 + 16
     assert (ahead.useful_bytes, ahead.late_bytes, ahead.wasted_bytes) == (4 * MB, 0, 0)
+    assert [layer.useful_bytes for layer in ahead.layers] == [0, 4 * MB]
     quick = {"bytes_per_second": 1e6, "layer_seconds": 0.25}
-    late = timeline(replay, slots, LeastRecentlyUsed, Exact(replay.asks()), **quick)
+    late = timeline(replay, slots, LeastRecentlyUsed, exact(replay), **quick)
     assert (late.useful_bytes, late.late_bytes) == (0, 4 * MB)
     assert late.seconds == 3 + 4 * 0.75 + 8 * 0.25  # a quarter of each is hidden
 
@@ -148,7 +254,7 @@ def test_clock_adds_up(flat: list[int], layer_seconds: float, num_slots: int) ->
     plain = timeline(replay, room, LeastRecentlyUsed, None, **rates)
     assert plain.page_in_bytes == counted.page_in_bytes
     assert plain.seconds == pytest.approx(2 * len(pairs) * layer_seconds + counted.misses)
-    for predictor in (Repeat([4, 4]), Transitions([4, 4], 2), Exact(replay.asks())):
+    for predictor in (Repeat([4, 4]), Transitions([4, 4], 2), exact(replay)):
         found = timeline(replay, room, LeastRecentlyUsed, predictor, **rates)
         assert found.wasted_bytes >= 0
         assert found.seconds == pytest.approx(2 * len(pairs) * layer_seconds + found.stall_seconds)
@@ -285,6 +391,12 @@ def test_command_line(traced: tuple[Path, Path], capsys: pytest.CaptureFixture[s
     assert {each["hit_rate"] for each in whole["policies"]} == {1.0}
     assert whole["limit"]["page_in_seconds"] == 0 < small["limit"]["page_in_seconds"]
     assert [each["predictor"] for each in small["predictors"]][-1] == "exact"
+    scores = {each["predictor"]: each for each in small["predictors"]}
+    assert {"next router 2", "next router 4", "token prior 2", "token prior 4"} <= scores.keys()
+    wide = scores["next router 4"]  # of eight; random weights, so that little changes in between
+    assert wide["recall"] == wide["right"] / wide["missed"] and len(wide["layers"]) == 2
+    assert wide["layers"][1]["recall"] > scores["token prior 4"]["layers"][1]["recall"]
+    assert small["not_scored"][0].startswith("linear map: the trace holds no guesses")
     assert [each["predictor"] for each in small["timelines"]][0] == "none"
     assert run(arguments) == 0
     printed = capsys.readouterr().out

@@ -216,5 +216,7 @@ def _print(
     for result in results:
         for table in tables.more_tables(result, profile):
             console.print(table)
+    for line in tables.lacking_lines(results):
+        console.print(line)
     for pair in skipped:
         console.print(tables.skipping_table(pair))

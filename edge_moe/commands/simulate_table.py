@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edge_moe.measurement import SkippingCost
     from edge_moe.profile import DeviceProfile
     from edge_moe.runtime.limit import Limit
-    from edge_moe.runtime.score_predictors import PredictorScore
+    from edge_moe.runtime.score_predictors import LayerScore, PredictorScore
     from edge_moe.runtime.simulate import Simulation
     from edge_moe.runtime.timeline import Timeline
     from edge_moe.runtime.trace import Trace
@@ -39,6 +39,7 @@ def as_json(
                 "serial_tokens_per_second": result.limit.serial_tokens_per_second,
                 "overlapped_tokens_per_second": result.limit.overlapped_tokens_per_second,
             }
+        size["predictors"] = [_scored(score) for score in result.predictors]
     for size, pair in zip(sizes, skipped, strict=False):
         size["skipping"] = [
             each.model_dump()
@@ -57,6 +58,16 @@ def as_json(
         "sizes": sizes,
     }
     return json.dumps(document, indent=1)
+
+
+def _scored(score: PredictorScore) -> dict[str, Any]:
+    """With recall and precision on misses: in all, and layer by layer."""
+
+    def shares(each: LayerScore) -> dict[str, Any]:
+        return each.model_dump() | {"recall": each.recall, "precision": each.precision}
+
+    layers = [shares(layer) for layer in score.layers]
+    return {"predictor": score.predictor, **shares(score.total), "layers": layers}
 
 
 def policy_table(trace: Trace, results: Sequence[SizeResult]) -> Table:
@@ -98,15 +109,19 @@ def cycle_lines(results: Sequence[SizeResult]) -> Iterator[str]:
             )
 
 
+def lacking_lines(results: Sequence[SizeResult]) -> Iterator[str]:
+    """Predictors that were not scored, and why."""
+    for line in results[0].not_scored:
+        yield f"not scored: {line}"
+
+
 def more_tables(result: SizeResult, profile: DeviceProfile | None) -> Iterator[Table]:
     """What was asked for besides: limit, guesses, reading ahead, splits; for the first policy."""
     of = f"{result.num_slots} experts, {result.policies[0].policy}"
     if result.limit is not None and profile is not None:
         yield _limit_table(result.limit, f"at best on {profile.label}: {of}")
     if result.predictors:
-        yield _predictor_table(result.predictors, f"guesses of the next layer's misses: {of}")
-    if result.timelines:
-        yield _timeline_table(result.timelines, f"reading ahead, on a clock: {of}")
+        yield _predictor_table(result, f"guesses of the next layer's experts: {of}")
     if result.splits:
         best = f"{result.best_context_tokens} tokens cost less than 5 % of the speed"
         yield _split_table(result.splits, f"context or experts: {best}")
@@ -163,33 +178,33 @@ def _limit_table(limit: Limit, title: str) -> Table:
     return table
 
 
-def _predictor_table(scores: Sequence[PredictorScore], title: str) -> Table:
-    """Recall and precision; by layer where there are few."""
-    table = _table(title, "guess", "misses found", "guesses right", "found by layer")
-    for score in scores:
-        shares = [f"{layer.recall:.0%}" for layer in score.layers[1:]]
-        if len(shares) > 8:
-            shares = [*shares[:3], "...", *shares[-3:]]
-        total = score.total
-        table.add_row(
-            score.predictor, f"{total.recall:.1%}", f"{total.precision:.1%}", " ".join(shares)
-        )
+def _predictor_table(result: SizeResult, title: str) -> Table:
+    """Recall and precision on misses; on a clock, what became of the bytes read ahead."""
+    table = _table(title, "guess", "misses found", "guesses right")
+    clocks = {each.predictor: each for each in result.timelines}
+    for name in _CLOCK_COLUMNS if clocks else ():
+        table.add_column(name, justify="right")
+    if clocks:
+        table.add_row("none", "", "", *_clock_cells(clocks["none"]))
+    for score in result.predictors:
+        total, clock = score.total, clocks.get(score.predictor)
+        cells = [score.predictor, f"{total.recall:.1%}", f"{total.precision:.1%}"]
+        table.add_row(*cells, *(_clock_cells(clock) if clock else ()))
     return table
 
 
-def _timeline_table(timelines: Sequence[Timeline], title: str) -> Table:
-    table = _table(title, "guess", "tokens/s", "stalls", "useful", "late", "wasted", "not admitted")
-    for each in timelines:
-        table.add_row(
-            each.predictor,
-            f"{each.tokens_per_second:,.1f}",
-            f"{each.stall_seconds / each.seconds if each.seconds else 0:.1%}",
-            format_bytes(each.useful_bytes),
-            format_bytes(each.late_bytes),
-            format_bytes(each.wasted_bytes),
-            f"{each.rejected:,}",
-        )
-    return table
+_CLOCK_COLUMNS = ("tokens/s", "stalls", "useful", "late", "wasted", "not admitted")
+
+
+def _clock_cells(clock: Timeline) -> list[str]:
+    return [
+        f"{clock.tokens_per_second:,.1f}",
+        f"{clock.stall_seconds / clock.seconds if clock.seconds else 0:.1%}",
+        format_bytes(clock.useful_bytes),
+        format_bytes(clock.late_bytes),
+        format_bytes(clock.wasted_bytes),
+        f"{clock.rejected:,}",
+    ]
 
 
 def _split_table(splits: Sequence[Split], title: str) -> Table:

@@ -1,0 +1,80 @@
+"""Which predictors a trace can feed, and what it lacks for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from edge_moe.runtime.predictors import (
+    LINEAR_GUESSES,
+    ROUTER_GUESSES,
+    Popular,
+    Predictor,
+    Repeat,
+    Replayed,
+    TokenPrior,
+    Transitions,
+)
+from edge_moe.runtime.simulate import Replay
+from edge_moe.runtime.trace import NO_GUESS, Trace
+
+Maker = Callable[[], Predictor]
+"""Makes a predictor that has seen nothing."""
+_LABELS = {ROUTER_GUESSES: "next router", LINEAR_GUESSES: "linear map"}
+
+
+def predictor_makers(replay: Replay, top_k: int) -> list[Maker]:
+    """Everything that the trace can feed, as wide as top_k and wider, and the bound last."""
+    num_rows = [len(layer) for layer in replay.sizes]
+    widths = sorted({top_k, min(2 * top_k, min(num_rows))})
+    makers: list[Maker] = [lambda: Repeat(num_rows)]
+    for width in widths:
+        makers += _of_width(replay.trace, num_rows, width)
+    return [
+        *makers,
+        lambda: Replayed(
+            "exact", ((ask.layer, ask.rows) for ask in replay.asks() if ask.is_decoding)
+        ),
+    ]
+
+
+def lacking(trace: Trace) -> list[str]:
+    """Predictors that cannot be scored, each with what the trace lacks and what to do."""
+    found = []
+    if trace.token_ids is None:
+        found.append("token prior: the trace holds no token ids; record it again")
+    if ROUTER_GUESSES not in trace.guesses:
+        found.append(
+            "next router: the trace holds no guesses of the next router; record it again, some "
+            "tokens one by one"
+        )
+    if LINEAR_GUESSES not in trace.guesses:
+        found.append(
+            "linear map: the trace holds no guesses of one; fit one with `edge-moe fit-guesses`, "
+            "and record again with --guesses"
+        )
+    return found
+
+
+def _of_width(trace: Trace, num_rows: Sequence[int], width: int) -> list[Maker]:
+    makers: list[Maker] = [
+        lambda: Popular(num_rows, width),
+        lambda: Transitions(num_rows, width),
+    ]
+    if trace.token_ids is not None:
+        makers.append(lambda: TokenPrior(len(num_rows), width))
+    return [*makers, *(_recorded(trace, name, width) for name in sorted(trace.guesses))]
+
+
+def _recorded(trace: Trace, name: str, width: int) -> Maker:
+    label = f"{_LABELS.get(name, name)} {width}"
+    return lambda: Replayed(label, _guessed(trace, name, width))
+
+
+def _guessed(trace: Trace, name: str, width: int) -> Iterator[tuple[int, list[int]]]:
+    """For every layer of every single token: what was guessed for it; nothing for the first."""
+    for step in trace.steps():
+        if step.stop - step.start > 1:
+            continue
+        table = trace.guesses[name][step.start, :, :width]
+        for layer, rows in enumerate(table.tolist()):
+            yield layer, [row for row in rows if row != NO_GUESS]
