@@ -25,6 +25,8 @@ ALLOCATOR_BYTES = 6_000_000
 """Freed pieces below 1 MiB that glibc keeps: 3 to 8 MB measured after prompts of 2048 to 4096."""
 READING_THREADS = 2
 """The model's own thread, and the one that reads ahead."""
+STAGING_BUFFERS = 2 * READING_THREADS
+"""In pinned RAM on the way to a GPU: every thread fills one while another is copied from."""
 LLAMA_UBATCH_TOKENS = 512
 """llama.cpp's default micro-batch."""
 _LLAMA_CACHE_STEP_TOKENS = 256

@@ -136,6 +136,8 @@ class RunMeasurement(_Record):
     context_tokens: int
     terms: list[MemoryTerm]
     """What the memory was planned to hold under this budget."""
+    host_terms: list[MemoryTerm] = Field(default_factory=list)
+    """What is kept in RAM beside a GPU, which the budget does not count."""
     measured_terms: dict[str, int] = Field(default_factory=dict)
     """Bytes really taken, for those terms that can be told apart; keyed by the term's name.
 

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_moe import budget as bill
+from edge_moe.budget import STAGING_BUFFERS
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
 from edge_moe.overhead import known_overhead, runtime_overhead, tokenizer_bytes
@@ -19,6 +21,7 @@ from edge_moe.runtime.policy import token_cycle_bytes
 from edge_moe.runtime.slots import (
     allot_by_bytes,
     allot_by_count,
+    allot_within,
     size_classes,
     smallest_slot_bytes,
 )
@@ -181,6 +184,47 @@ def allot(
         counts = allot_by_bytes(classes, budget_bytes - fixed, spec.top_k)
     num_bytes = sum(size * count for size, count in counts.items())
     return Slots(counts, num_bytes, counts != every, num_bytes < cycle and counts != every)
+
+
+def staging_bytes(sizes: Sequence[Sequence[int]]) -> int:
+    """RAM of the buffers through which experts of [L][rows] `sizes` reach a GPU."""
+    return STAGING_BUFFERS * max(map(max, sizes))
+
+
+def host_slots(sizes: Sequence[Sequence[int]], ram_bytes: int) -> dict[int, int]:
+    """Experts per record size that `ram_bytes` of RAM keep beside a GPU, after staging buffers.
+
+    Raises:
+        InputError: less than the staging buffers and one expert take.
+    """
+    classes, taken = size_classes(sizes), staging_bytes(sizes)
+    largest = classes[-1].record_bytes
+    if ram_bytes < taken + largest:
+        raise InputError(
+            f"--ram {format_bytes(ram_bytes)} is less than {format_bytes(taken)} of staging "
+            f"buffers and one expert take: give at least {round_up_bytes(taken + largest)}, or "
+            "leave it out"
+        )
+    return allot_within(classes, ram_bytes - taken)
+
+
+def host_terms(
+    sizes: Sequence[Sequence[int]], device: Device, ram_bytes: int | None
+) -> list[MemoryTerm]:
+    """What experts beside a GPU take in RAM: no part of the device's budget."""
+    if device == "cpu":
+        return []
+    staging = MemoryTerm(
+        name="staging",
+        num_bytes=staging_bytes(sizes),
+        source="formula",
+        note=f"pinned, {STAGING_BUFFERS} buffers of the largest expert",
+    )
+    if not ram_bytes:
+        return [staging]
+    kept = sum(size * count for size, count in host_slots(sizes, ram_bytes).items())
+    tier = MemoryTerm(name="experts in RAM", num_bytes=kept, source="plan", note="pinned")
+    return [tier, staging]
 
 
 def too_small(

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import torch
 
 from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.host_tier import HostTier
 from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
 from edge_moe.runtime.slots import SlotBuffers
+from edge_moe.runtime.streams import Mark
+from edge_moe.runtime.transfer import DirectTransfer, Transfer
 
 
 class State(Enum):
     """Life of a slot's contents."""
 
     LOADING = "loading"
-    RESIDENT = "resident"
+    RESIDENT = "resident"  # or on its way: see `Entry.arrival`
     FAILED = "failed"
 
 
@@ -33,48 +36,24 @@ class Entry:
     state: State
     is_prefetched: bool
     pins: int = 0
+    arrival: Mark | None = None
+    """When the bytes are there, while that is not sure."""
+    last_use: Mark | None = None
+    """When the kernels that were launched for it are done."""
     error: BaseException | None = None
     ready: threading.Event = field(default_factory=threading.Event)
-
-
-class HostTier:
-    """Packed records in (pinned) RAM, between the disk and a GPU; LRU within `limit_bytes`."""
-
-    def __init__(self, limit_bytes: int, *, is_pinned: bool) -> None:
-        self._limit_bytes = limit_bytes
-        self._is_pinned = is_pinned
-        self._records: OrderedDict[Key, torch.Tensor] = OrderedDict()
-        self._lock = threading.Lock()
-        self.num_bytes = 0
-
-    def get(self, key: Key) -> torch.Tensor | None:
-        """The record, marked as just used."""
-        with self._lock:
-            record = self._records.get(key)
-            if record is not None:
-                self._records.move_to_end(key)
-            return record
-
-    def put(self, key: Key, record: torch.Tensor) -> None:
-        """Keep a copy of `record` unless it alone exceeds the limit."""
-        with self._lock:
-            if key in self._records or record.numel() > self._limit_bytes:
-                return
-            while self.num_bytes + record.numel() > self._limit_bytes:
-                _, dropped = self._records.popitem(last=False)
-                self.num_bytes -= dropped.numel()
-            copy = torch.empty(record.numel(), dtype=torch.uint8, pin_memory=self._is_pinned)
-            self._records[key] = copy.copy_(record)
-            self.num_bytes += record.numel()
 
 
 class ExpertCache:
     """Slots filled from an `ExpertStore`.
 
     Contract: `acquire` returns the expert's bytes and pins them until `release`; a pinned or
-    loading slot is never evicted; `prefetch` never evicts a key in `keep`, never waits, and gives
-    up when no slot of the size is free to take. A failed read raises in `acquire` and leaves the
-    slot free. All bookkeeping happens under one lock, reads outside it.
+    loading slot is never evicted; `prefetch` never evicts a key in `keep` and gives up when no slot
+    of the size is free to take. A failed read raises in `acquire` and leaves the slot free. All
+    bookkeeping happens under one lock, reads outside it.
+
+    On a GPU kernels that are launched between `acquire` and `release` find the bytes there, though
+    neither waits for the device. Both belong to the model's thread then.
     """
 
     def __init__(
@@ -84,13 +63,16 @@ class ExpertCache:
         policy: type[EvictionPolicy],
         *,
         host: HostTier | None = None,
-        device: torch.device | None = None,
+        transfer: Transfer | None = None,
     ) -> None:
+        """`transfer` fills the slots; without one they are in the host's own memory."""
         self._store = store
         self._buffers = buffers
         self._policies = {size: policy() for size in buffers.counts}
         self._host = host
-        self._device = device or torch.device("cpu")
+        self._transfer = transfer or DirectTransfer()
+        self._used_until: dict[tuple[int, int], Mark] = {}
+        """By size and slot: the last use of what it held before."""
         self._lock = threading.Condition()
         self._entries: dict[Key, Entry] = {}
         self._free = {size: list(range(count)) for size, count in buffers.counts.items()}
@@ -137,6 +119,7 @@ class ExpertCache:
                 entry.ready.set()
             self.release(key)
             raise
+        self._require([entry])
         return entry.slot
 
     def acquire_residents(self, keys: Sequence[Key]) -> list[int] | None:
@@ -144,24 +127,28 @@ class ExpertCache:
 
         The same as to acquire them one by one, in less time.
         """
+        entries = []
         with self._lock:
-            entries = [self._entries.get(key) for key in keys]
-            slots = []
-            for entry in entries:
+            for key in keys:
+                entry = self._entries.get(key)
                 if entry is None or entry.state is not State.RESIDENT:
                     return None
-                slots.append(entry.slot)
-            for key in keys:
-                entry = self._entries[key]
+                entries.append(entry)
+            for key, entry in zip(keys, entries, strict=True):
                 entry.pins += 1
                 self._count_use(key, entry, False)
-        return slots
+        self._require(entries)
+        return [entry.slot for entry in entries]
 
     def release_residents(self, keys: Collection[Key]) -> None:
         """Undo one `acquire_residents`."""
+        used = self._transfer.mark_use()
         with self._lock:
             for key in keys:
-                self._entries[key].pins -= 1
+                entry = self._entries[key]
+                entry.pins -= 1
+                entry.last_use = used
+            self.statistics.stall_seconds += self._transfer.stalled_seconds()
             self._lock.notify_all()
 
     def slot(self, key: Key, slot: int) -> torch.Tensor:
@@ -169,10 +156,13 @@ class ExpertCache:
         return self._buffers.view(self._store.record(key).num_bytes, slot)
 
     def release(self, key: Key) -> None:
-        """Undo one `acquire`."""
+        """Undo one `acquire`, when the kernels that need it are launched."""
+        used = self._transfer.mark_use()
         with self._lock:
             entry = self._entries[key]
             entry.pins -= 1
+            entry.last_use = used
+            self.statistics.stall_seconds += self._transfer.stalled_seconds()
             if entry.state is State.FAILED and entry.pins == 0:
                 self._remove(key, entry)
             self._lock.notify_all()
@@ -183,7 +173,10 @@ class ExpertCache:
             return key in self._entries
 
     def prefetch(self, key: Key, keep: frozenset[Key]) -> bool:
-        """Read `key` into a slot ahead of use; False when it has one or none can be freed."""
+        """Read `key` into a slot ahead of use; False when it has one or none can be freed.
+
+        The calling thread waits until it is there, and nobody else.
+        """
         with self._lock:
             if key in self._entries:
                 return False
@@ -191,7 +184,9 @@ class ExpertCache:
             if entry is None:
                 return False
             self.statistics.prefetch_issued_bytes += entry.record_bytes
-        self._load(key, entry, is_demand=False)
+        arrival = self._load(key, entry, is_demand=False)
+        if arrival is not None:
+            self._transfer.wait(arrival)
         if entry.state is State.FAILED:
             with self._lock:
                 if entry.pins == 0 and self._entries.get(key) is entry:  # else `release` did it
@@ -200,15 +195,21 @@ class ExpertCache:
         return True
 
     def fill(self) -> None:
-        """Load every expert for which there is a slot, in layer order: the state to start from."""
+        """Load every expert for which there is a slot, in layer order: the state to start from.
+
+        Those that come after them go to the host tier, as many as it holds.
+        """
         for key in self._store.keys():
             with self._lock:
                 size = self._store.record(key).num_bytes
-                has_room = bool(self._free[size]) and key not in self._entries
+                is_here = key in self._entries
+                has_room = bool(self._free[size]) and not is_here
                 entry = self._reserve(key, False, frozenset()) if has_room else None
             if entry is None:
+                if not is_here:
+                    self._fill_host(key, size)
                 continue
-            self._load(key, entry, is_demand=False)
+            self._load(key, entry, is_demand=False, is_filling=True)
             if entry.error is not None:
                 raise entry.error
 
@@ -272,6 +273,8 @@ class ExpertCache:
 
     def _remove(self, key: Key, entry: Entry) -> None:
         del self._entries[key]
+        if entry.last_use is not None:  # else what is known of the slot stays true
+            self._used_until[entry.record_bytes, entry.slot] = entry.last_use
         self._policies[entry.record_bytes].forget(key)
         self._free[entry.record_bytes].append(entry.slot)
 
@@ -281,16 +284,31 @@ class ExpertCache:
         if is_miss:
             statistics.misses += 1
             return
-        statistics.hits += entry.state is State.RESIDENT
-        statistics.misses += entry.state is not State.RESIDENT
+        is_here = self._is_here(entry)
+        statistics.hits += is_here
+        statistics.misses += not is_here
         if entry.is_prefetched:
-            if entry.state is State.RESIDENT:
+            if is_here:
                 statistics.prefetch_useful_bytes += entry.record_bytes
             else:
                 statistics.prefetch_late_bytes += entry.record_bytes
             entry.is_prefetched = False
 
+    def _is_here(self, entry: Entry) -> bool:
+        """Whether an acquired expert's bytes are there; once they are, nobody asks again."""
+        if entry.state is not State.RESIDENT:
+            return False
+        if entry.arrival is not None and self._transfer.has_arrived(entry.arrival):
+            entry.arrival = None
+        return entry.arrival is None
+
     # -- outside the lock -------------------------------------------------------------------------
+
+    def _require(self, entries: Iterable[Entry]) -> None:
+        """Kernels to come need the bytes of these."""
+        for entry in entries:
+            if entry.arrival is not None:
+                self._transfer.require(entry.arrival)
 
     def _wait(self, entry: Entry) -> None:
         if entry.ready.is_set():
@@ -300,10 +318,13 @@ class ExpertCache:
         with self._lock:
             self.statistics.stall_seconds += time.perf_counter() - start
 
-    def _load(self, key: Key, entry: Entry, *, is_demand: bool) -> None:
-        start = time.perf_counter()
+    def _load(
+        self, key: Key, entry: Entry, *, is_demand: bool, is_filling: bool = False
+    ) -> Mark | None:
+        """Fill the slot of a new entry; when it is there, unless that is now."""
+        start, arrival = time.perf_counter(), None
         try:
-            self._read(key, self._buffers.view(entry.record_bytes, entry.slot))
+            entry.arrival = arrival = self._page_in(key, entry, is_filling)
             entry.state = State.RESIDENT
         except BaseException as error:
             entry.error, entry.state = error, State.FAILED
@@ -314,18 +335,30 @@ class ExpertCache:
             self.statistics.stall_seconds += seconds if is_demand else 0.0
             self._lock.notify_all()
         entry.ready.set()
+        return arrival
 
-    def _read(self, key: Key, slot: torch.Tensor) -> None:
-        kept = self._host.get(key) if self._host else None
-        if kept is not None:
-            self.statistics.host_hits += 1
-            slot.copy_(kept, non_blocking=False)
+    def _page_in(self, key: Key, entry: Entry, is_filling: bool) -> Mark | None:
+        slot = self._buffers.view(entry.record_bytes, entry.slot)
+        after = self._used_until.get((entry.record_bytes, entry.slot))
+        fill = partial(self._store.read_into, key)
+        if self._host is None or is_filling:
+            return self._transfer.from_storage(fill, slot, after)
+        kept = self._host.hold(key)
+        self.statistics.host_hits += kept is not None
+        if kept is None:
+            kept = self._host.read(key, entry.record_bytes, fill)
+        if kept is None:
+            return self._transfer.from_storage(fill, slot, after)
+        arrival = None
+        try:
+            arrival = self._transfer.from_host(kept, slot, after)
+        finally:
+            self._host.let_go(key, arrival)
+        return arrival
+
+    def _fill_host(self, key: Key, record_bytes: int) -> None:
+        host = self._host
+        if host is None or not host.has_room(record_bytes):
             return
-        if self._device.type == "cpu":
-            self._store.read_into(key, memoryview(slot.numpy().data))
-            return
-        staging = torch.empty(slot.numel(), dtype=torch.uint8, pin_memory=True)
-        self._store.read_into(key, memoryview(staging.numpy().data))
-        slot.copy_(staging, non_blocking=False)
-        if self._host:
-            self._host.put(key, staging)
+        if host.read(key, record_bytes, partial(self._store.read_into, key)) is not None:
+            host.let_go(key, None)

@@ -95,9 +95,12 @@ class Residents:
         """What an expert takes."""
         return self._sizes[key[0]][key[1]]
 
-    def keys(self) -> list[Key]:
-        """Who is there, in layer order."""
-        return sorted(self._keys)
+    def others(self) -> list[Key]:
+        """Who is not there, in layer order."""
+        every = (
+            (layer, row) for layer, sizes in enumerate(self._sizes) for row in range(len(sizes))
+        )
+        return [key for key in every if key not in self._keys]
 
     def ask(self, layer: int, rows: Iterable[int]) -> list[Key]:
         """A step needs `rows` of `layer`; those that had to be brought."""
@@ -179,6 +182,12 @@ class HostResidents:
         self._limit_bytes = limit_bytes
         self._sizes: OrderedDict[Key, int] = OrderedDict()
         self._used_bytes = 0
+
+    def fill(self, residents: Residents) -> None:
+        """As the engine starts: those that have no slot, in layer order, until it is full."""
+        for key in residents.others():
+            if self._used_bytes + residents.num_bytes(key) <= self._limit_bytes:
+                self.fetch(key, residents.num_bytes(key))
 
     def fetch(self, key: Key, num_bytes: int) -> bool:
         """Whether `key` was there; it is afterwards, unless it is larger than the tier."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from edge_moe.runtime.allotment import Slots
-from edge_moe.runtime.expert_cache import ExpertCache, HostTier
+from edge_moe.runtime.allotment import Slots, host_slots, record_sizes
+from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.host_tier import HostTier
 from edge_moe.runtime.kernel_choice import KernelChoice
 from edge_moe.runtime.model import compute_dtype
 from edge_moe.runtime.packed_experts import SlotExperts
@@ -20,6 +22,8 @@ from edge_moe.runtime.prefetch import Prefetcher
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.slot_products import SlotProducts
 from edge_moe.runtime.slots import SlotBuffers
+from edge_moe.runtime.streams import CudaStreams, Streams
+from edge_moe.runtime.transfer import DirectTransfer, StagedTransfer, Transfer
 from edge_moe.spec import ModelSpec
 
 
@@ -42,6 +46,8 @@ class Residency:
     store: ExpertStore
     slots: Slots
     cache: ExpertCache
+    transfer: Transfer
+    host: HostTier | None
     pager: ExpertPager
     prefetcher: Prefetcher | None
     blocks: list[Any]
@@ -56,12 +62,14 @@ class Residency:
         options: PagingOptions,
     ) -> Residency:
         """Fill the slots as far as they go and attach the pager; counting starts afterwards."""
-        device = options.device
-        host = None
-        if options.ram_bytes and device.type == "cuda":  # on a CPU the slots already are the RAM
-            host = HostTier(options.ram_bytes, is_pinned=True)
+        device, sizes = options.device, record_sizes(store)
         buffers = SlotBuffers(slots.counts, device)
-        cache = ExpertCache(store, buffers, DEFAULT_POLICY, host=host, device=device)
+        streams = CudaStreams(device) if device.type == "cuda" else None
+        transfer = _transfer(streams, sizes)
+        host = None
+        if options.ram_bytes and streams is not None:  # on a CPU the slots already are the RAM
+            host = _host_tier(host_slots(sizes, options.ram_bytes), streams, transfer)
+        cache = ExpertCache(store, buffers, DEFAULT_POLICY, host=host, transfer=transfer)
         cache.fill()
         cache.statistics = PagingStatistics()
         prefetcher = None
@@ -75,7 +83,7 @@ class Residency:
             products = SlotProducts(spec, buffers)
             pager.packed = SlotExperts(store, cache, products, forms, pager.unpacked_output)
         attach(blocks, pager)
-        return cls(store, slots, cache, pager, prefetcher, blocks)
+        return cls(store, slots, cache, transfer, host, pager, prefetcher, blocks)
 
     def close(self) -> None:
         """Stop reading ahead, and let the model forget the pager, so that its slots are freed."""
@@ -84,3 +92,15 @@ class Residency:
         detach(self.blocks)
         if self.pager.packed is not None:
             self.pager.packed.close()
+        self.transfer.close()
+
+
+def _transfer(streams: Streams | None, sizes: Sequence[Sequence[int]]) -> Transfer:
+    if streams is None:
+        return DirectTransfer()
+    return StagedTransfer(streams, max(map(max, sizes)))
+
+
+def _host_tier(counts: Mapping[int, int], streams: Streams, transfer: Transfer) -> HostTier:
+    buffers = SlotBuffers(counts, torch.device("cpu"), streams.host_memory)
+    return HostTier(buffers, transfer.wait)

@@ -29,6 +29,7 @@ from edge_moe.runtime.allotment import (
     context_length,
     dense_parameters,
     dense_tensors,
+    host_terms,
     open_source,
     open_store,
     record_sizes,
@@ -154,6 +155,7 @@ class Session(TextSession):
         )
         share_key_value_heads(where)
         allot(spec, record_sizes(store), terms, budget_bytes, num_slots)  # refuse before loading
+        host_terms(record_sizes(store), kind, ram_bytes)
         tokenizer = load_tokenizer(model)
         rows = [len(kept) for kept in store.kept]
         register_experts()
@@ -324,6 +326,12 @@ class Session(TextSession):
     def memory(self) -> list[MemoryTerm]:
         """The planned bill at this budget, term by term."""
         return with_slots(self._full_terms, self._residency.slots.num_bytes)
+
+    def host_memory(self) -> list[MemoryTerm]:
+        """What experts beside a GPU take in RAM."""
+        kind: Device = "cuda" if self.device.type == "cuda" else "cpu"
+        sizes = record_sizes(self._residency.store)
+        return host_terms(sizes, kind, self._options.ram_bytes)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the slots' bookkeeping is inconsistent."""

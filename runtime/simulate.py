@@ -164,8 +164,8 @@ class Replay:
         """
         residents = self.residents(room, policy)
         host = HostResidents(host_bytes or 0)
-        for key in residents.keys():
-            host.fetch(key, residents.num_bytes(key))
+        if room.is_filled:
+            host.fill(residents)
         asked = misses = page_in_bytes = storage_bytes = 0
         for ask in self.asks(room.most_tokens):
             missed = residents.ask(ask.layer, ask.rows)

@@ -7,7 +7,7 @@ expert has its slot and nothing ever pages.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
+
+_CLASS_ALIGNMENT_BYTES = 256
+"""Where the slots of a class start, as CUDA aligns its own allocations."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,14 @@ def allot_by_count(classes: Sequence[SizeClass], num_slots: int) -> dict[int, in
     return _spread(classes, slots, bytes_left=missing * largest, count_left=missing)
 
 
+def allot_within(classes: Sequence[SizeClass], num_bytes: int) -> dict[int, int]:
+    """As many places per record size as `num_bytes` hold, spread as `allot_by_bytes` does.
+
+    Nothing has to fit: this is for memory beside the slots.
+    """
+    return _spread(classes, {item.record_bytes: 0 for item in classes}, bytes_left=num_bytes)
+
+
 def _fewest(size_class: SizeClass, top_k: int) -> int:
     return min(top_k, size_class.most_in_a_layer)
 
@@ -110,14 +121,28 @@ def _spread(
 
 
 class SlotBuffers:
-    """The memory of all slots: one uint8 tensor [slots, record_bytes] per size class."""
+    """The memory of all slots, one slab: uint8 [slots, record_bytes] per size class."""
 
-    def __init__(self, slots: Mapping[int, int], device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: Mapping[int, int],
+        device: torch.device,
+        allocate: Callable[[int], torch.Tensor] | None = None,
+    ) -> None:
+        """`allocate` gives uint8 memory of a size, instead of torch."""
         import torch  # the arithmetic above serves the simulator, which needs none
 
+        starts, end = {}, 0
+        for record_bytes, count in slots.items():
+            starts[record_bytes] = end + -end % _CLASS_ALIGNMENT_BYTES
+            end = starts[record_bytes] + record_bytes * count
+        if allocate is None or not end:
+            slab = torch.empty(end, dtype=torch.uint8, device=device)
+        else:
+            slab = allocate(end)
         self._buffers = {
-            record_bytes: torch.empty((count, record_bytes), dtype=torch.uint8, device=device)
-            for record_bytes, count in slots.items()
+            size: slab[start : start + size * slots[size]].view(slots[size], size)
+            for size, start in starts.items()
         }
         self.counts = dict(slots)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from edge_moe.plan import Device
+from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime.generate import (
     Sampling,
     Timing,
@@ -46,6 +46,10 @@ class TextSession(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give everything back."""
+
+    def host_memory(self) -> list[MemoryTerm]:
+        """What is kept in RAM beside a device that has the model; no part of the budget."""
+        return []
 
     def generate(
         self,

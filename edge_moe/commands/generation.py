@@ -97,6 +97,7 @@ def measure(
         budget_bytes=budget_bytes,
         context_tokens=session.context_tokens,
         terms=session.memory(),
+        host_terms=session.host_memory(),
         measured_terms=_measured_terms(session, model),
         cached_tokens=timing.cached_tokens,
         peak_memory_bytes=peak_memory_bytes(
@@ -156,6 +157,11 @@ def statistics_lines(measured: RunMeasurement) -> list[str]:
         f"loaded in {measured.load_seconds:.2f} s",
         _memory_line(measured),
     ]
+    if measured.host_terms:
+        held = ", ".join(
+            f"{term.name} {format_bytes(term.num_bytes)}" for term in measured.host_terms
+        )
+        lines.append(f"in RAM beside the GPU: {held}")
     if measured.kernels:
         lines.append(f"kernels of the experts: {measured.kernels}")
     paging = measured.paging
