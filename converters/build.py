@@ -17,7 +17,7 @@ from edge_moe.converters.model_card import SizeRow, model_card, plan_fingerprint
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
-from edge_moe.errors import InputError, PlanError
+from edge_moe.errors import InputError, PlanError, TargetError
 from edge_moe.files import require_new_output, write_text
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_model import GgufModel
@@ -26,6 +26,7 @@ from edge_moe.open_model import open_model
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, Target
 from edge_moe.rebill import rebill
+from edge_moe.shadow import with_shadow
 from edge_moe.source_model import SourceModel
 from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes
@@ -41,18 +42,21 @@ def build(
     target: Target | None = None,
     stats: Path | None = None,
     onnx: OnnxOptions | None = None,
+    shadow: str | None = None,
 ) -> Path:
     """Build what `plan` says into the new folder `output`, which is returned.
 
     The source is `model`, or else `plan.model` (a folder, a .gguf file or a hub id); `target`
     overrides the plan's. `stats` are the plan's statistics, whose moments weigh columns where the
-    types of a .gguf file change; `onnx` holds options of that target. A build that was killed
+    types of a .gguf file change; `onnx` holds options of that target; `shadow` overrides the form of
+    the shadows that the plan asks for, or adds them, which only a native package holds. A build that was killed
     resumes when the same call is made again, with the same bytes as a result. `output` appears
     when it is complete, never before.
 
     Raises:
         PlanError: the plan was made from another checkpoint.
-        TargetError: the target cannot express the plan.
+        TargetError: the target cannot express the plan, or has no place for shadows.
+        FormError: a form that does not fit the model's rows.
         BudgetError: the plan was made for another target, and does not fit its budget in this one.
         InputError: `output` exists already, or options of another target were given.
         DiskSpaceError: too little free space.
@@ -70,6 +74,7 @@ def build(
             "calibration that the plan names: leave it out"
         )
     _check_plan(plan, source)
+    plan = _with_shadow(plan, source, target, shadow)
     if target == "hf":
         check_hf(plan, source.spec)
     plan = rebill(plan, source, target)
@@ -115,6 +120,20 @@ def _check_plan(plan: Plan, source: SourceModel) -> None:
             f"{source.location} has top-{spec.top_k} of {spec.num_experts}: plan again"
         )
     _check_bill(plan, spec)
+
+
+def _with_shadow(plan: Plan, source: SourceModel, target: Target, shadow: str | None) -> Plan:
+    """`plan` with the shadows that are asked for here, or else in itself."""
+    asked = shadow or plan.shadow
+    if not asked:
+        return plan
+    if target != "native" or isinstance(source, GgufModel):
+        remedy = "leave out --shadow" if shadow else "plan again without --shadow"
+        raise TargetError(
+            f"target {target} has no place for shadows ({asked}), which only a native package of a "
+            f"Hugging Face checkpoint holds: {remedy}, or build with --target native"
+        )
+    return with_shadow(plan, asked, source.spec)
 
 
 def _check_bill(plan: Plan, spec: ModelSpec) -> None:

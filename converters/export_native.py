@@ -13,7 +13,7 @@ from functools import cached_property
 
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.model_card import model_card, size_rows
+from edge_moe.converters.model_card import SizeRow, model_card, size_rows
 from edge_moe.converters.packer import Packer, PlainPacker
 from edge_moe.converters.packing import expert_records
 from edge_moe.converters.progress import Advance, byte_progress
@@ -22,7 +22,7 @@ from edge_moe.converters.sidecar import CARD_NAME, copy_sidecar, sidecar_bytes
 from edge_moe.converters.slicing import SlicedTensor, check_groups, data_bytes, dense_tensors
 from edge_moe.converters.staging import BuildFolder
 from edge_moe.files import require_free_disk, write_text
-from edge_moe.formats import expert_bytes
+from edge_moe.formats import DROP, expert_bytes
 from edge_moe.package import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -33,6 +33,7 @@ from edge_moe.package import (
     PackageManifest,
 )
 from edge_moe.plan import Plan
+from edge_moe.shadow import needs_shadow
 from edge_moe.spec import ModelSpec
 
 _SMALL_FILES_BYTES = 2**20  # manifest, model card
@@ -55,13 +56,19 @@ class _LayerFile:
     layer_id: int
     name: str
     records: tuple[_PlannedRecord, ...]
+    shadows: tuple[_PlannedRecord, ...]
 
     @cached_property
     def entries(self) -> list[TensorEntry]:
-        prefix = f"layers.{self.layer_id}.experts"
+        """Of the bodies, then of their shadows."""
         return [
-            TensorEntry(f"{prefix}.{record.expert_id}", "U8", (_padded(record.num_bytes),))
-            for record in self.records
+            TensorEntry(
+                f"layers.{self.layer_id}.{kind}.{record.expert_id}",
+                "U8",
+                (_padded(record.num_bytes),),
+            )
+            for kind, records in (("experts", self.records), ("shadows", self.shadows))
+            for record in records
         ]
 
     @property
@@ -100,9 +107,12 @@ def export_native(
         layers=records,
         resident_bytes=resident_bytes,
         resident_sha256=resident_sha256,
+        shadow=plan.shadow,
     )
     packed_bytes = sum(record.num_bytes for layer in layers for record in layer.records)
     sizes = size_rows(checkpoint, data_bytes(dense), packed_bytes)
+    if plan.shadow_bytes:
+        sizes.append(SizeRow(f"shadows ({plan.shadow})", 0, plan.shadow_bytes))
     write_text(work.path / CARD_NAME, model_card(plan, checkpoint, name, "native", sizes))
     plan.save(work.path / PLAN_NAME)
     write_text(work.path / MANIFEST_NAME, manifest.model_dump_json(indent=1) + "\n")
@@ -117,13 +127,22 @@ def _dense_tensors(plan: Plan, checkpoint: Checkpoint) -> list[SlicedTensor]:
 def _layer_files(plan: Plan, spec: ModelSpec) -> list[_LayerFile]:
     bytes_of = {
         form: expert_bytes(form, *spec.expert_shape)
-        for form in {form for row in plan.forms for form in row}
+        for form in {*(form for row in plan.forms for form in row), plan.shadow or DROP}
     }
+
+    def planned(expert_id: int, form: str) -> _PlannedRecord:
+        return _PlannedRecord(expert_id, form, bytes_of[form])
+
     return [
         _LayerFile(
             layer_id,
             f"experts-{index:05d}.safetensors",
-            tuple(_PlannedRecord(i, row[i], bytes_of[row[i]]) for i in plan.kept(row)),
+            tuple(planned(i, row[i]) for i in plan.kept(row)),
+            tuple(
+                planned(i, plan.shadow)
+                for i in plan.kept(row)
+                if needs_shadow(row[i], plan.shadow, spec)
+            ),
         )
         for index, (layer_id, row) in enumerate(
             zip(plan.moe_layer_ids, plan.forms, strict=True), start=1
@@ -156,12 +175,12 @@ def _write_layer(
     if facts is not None:
         advance(layer.file_bytes)
         return LayerRecords.model_validate(facts)
-    records = []
+    planned, records = [*layer.records, *layer.shadows], []
     offset = len(header(layer.entries, RECORD_ALIGNMENT_BYTES))
     with safetensors_file(work.path / layer.name, layer.entries, RECORD_ALIGNMENT_BYTES) as writer:
-        experts = [(record.expert_id, record.form) for record in layer.records]
+        experts = [(record.expert_id, record.form) for record in planned]
         packed = expert_records(checkpoint, layer.layer_id, experts, packer)
-        for entry, record, chunks in zip(layer.entries, layer.records, packed, strict=True):
+        for entry, record, chunks in zip(layer.entries, planned, packed, strict=True):
             summed = _Checksummed(chunks)
             writer.write(entry.name, summed.padded_to(entry.num_bytes))
             records.append(
@@ -176,7 +195,10 @@ def _write_layer(
             )
             offset += entry.num_bytes
             advance(entry.num_bytes)
-    result = LayerRecords(layer_id=layer.layer_id, experts=records)
+    num_bodies = len(layer.records)
+    result = LayerRecords(
+        layer_id=layer.layer_id, experts=records[:num_bodies], shadows=records[num_bodies:]
+    )
     work.add(layer.name, result.model_dump())
     return result
 

@@ -9,8 +9,10 @@
     adapter.safetensors                 low-rank branches (see `edge_moe.adapter`), where recovered
 
 One record is one expert: gate_proj [I, H], up_proj [I, H], down_proj [H, I] packed in its form, one
-after the other, then zeros up to a multiple of 4096. Every record starts at a multiple of 4096 in
-its file (the safetensors header is padded with spaces), so it can be read with O_DIRECT.
+after the other, then zeros up to a multiple of 4096. Shadows, where a package has them, are records
+of the same kind behind the bodies of their layer, `layers.{layer}.shadows.{expert}`. Every record
+starts at a multiple of 4096 in its file (the safetensors header is padded with spaces), so it can
+be read with O_DIRECT.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edge_moe.errors import PackageError
+from edge_moe.errors import FormError, InputError, PackageError
 from edge_moe.files import read_json
-from edge_moe.formats import FORM_NAMES
+from edge_moe.formats import FORM_NAMES, expert_bytes
 from edge_moe.plan import Plan
+from edge_moe.shadow import check_shadow, needs_shadow
 from edge_moe.spec import ModelSpec
 
 PACKAGE_VERSION = 1
@@ -57,6 +60,9 @@ class LayerRecords(_Model):
 
     layer_id: int = Field(ge=0)
     experts: list[ExpertRecord]
+    shadows: list[ExpertRecord] = []
+    """Of every expert whose body is larger than its shadow, ascending by id; see `edge_moe.shadow`.
+    Empty where a package has none."""
 
 
 class AdapterRecord(_Model):
@@ -81,6 +87,8 @@ class PackageManifest(_Model):
     """Size of resident.safetensors."""
     resident_sha256: str
     adapter: AdapterRecord | None = None
+    shadow: str = ""
+    """The form of all shadows; empty where there are none."""
 
 
 class Package:
@@ -103,6 +111,7 @@ class Package:
 
     def _check(self) -> None:
         sizes: dict[str, int] = {}
+        self._check_shadow_form()
         layer_ids = tuple(layer.layer_id for layer in self.manifest.layers)
         if layer_ids != self.spec.moe_layer_ids:
             raise PackageError(
@@ -117,6 +126,7 @@ class Package:
                 )
             for record in layer.experts:
                 self._check_record(layer.layer_id, record, sizes)
+            self._check_shadows(layer, sizes)
         self._check_size(RESIDENT_NAME, self.manifest.resident_bytes, sizes)
         if self.manifest.adapter is not None:
             self._check_size(ADAPTER_NAME, self.manifest.adapter.num_bytes, sizes)
@@ -128,6 +138,40 @@ class Package:
         if record.form not in FORM_NAMES:
             raise PackageError(f"{where} has the unknown form {record.form!r}")
         self._check_size(record.file, record.offset + record.num_bytes, sizes)
+
+    def _check_shadow_form(self) -> None:
+        if not self.manifest.shadow:
+            return
+        try:
+            check_shadow(self.manifest.shadow, self.spec)
+        except (InputError, FormError) as error:
+            raise PackageError(
+                f"{self.folder / MANIFEST_NAME}: {error}: build the package again"
+            ) from None
+
+    def _check_shadows(self, layer: LayerRecords, sizes: dict[str, int]) -> None:
+        """Every expert that needs a shadow has one of the right size, and no other has."""
+        where = f"{self.folder / MANIFEST_NAME}: layer {layer.layer_id}"
+        shadow = self.manifest.shadow
+        wanted = [
+            record.expert_id
+            for record in layer.experts
+            if needs_shadow(record.form, shadow, self.spec)
+        ]
+        found = [record.expert_id for record in layer.shadows]
+        if found != wanted:
+            raise PackageError(
+                f"{where} lists shadows of the experts {found}, but the form {shadow!r} needs them "
+                f"for {wanted}: build the package again"
+            )
+        for record in layer.shadows:
+            num_bytes = expert_bytes(shadow, *self.spec.expert_shape)
+            if (record.form, record.num_bytes) != (shadow, num_bytes):
+                raise PackageError(
+                    f"{where}: the shadow of expert {record.expert_id} is {record.num_bytes} bytes "
+                    f"of {record.form!r}, not {num_bytes} of {shadow!r}: build the package again"
+                )
+            self._check_record(layer.layer_id, record, sizes)
 
     def _check_size(self, name: str, needed_bytes: int, sizes: dict[str, int]) -> None:
         path = self.folder / name

@@ -155,6 +155,12 @@ class Plan(_Model):
     """None where the statistics do not say."""
     data_fingerprint: str = ""
     """Of the calibration text, which some quantisers need again."""
+    shadow: str = ""
+    """The form of the shadows that a native package holds beside the bodies; empty for none."""
+    shadow_bytes: int = Field(default=0, ge=0)
+    """What they take: on disk, and in memory where a package is paged with them (see
+    `edge_moe.shadow`), in which case bodies get that much less. Not among `terms`: while all bodies
+    are in memory, no shadow is."""
 
     @model_validator(mode="after")
     def _check(self) -> Plan:

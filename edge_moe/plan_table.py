@@ -48,6 +48,10 @@ class PlanSummary(_Model):
     total_bytes: int
     context_tokens: int
     terms: list[MemoryTerm]
+    shadow: str
+    """Form of the shadows; empty for none."""
+    shadow_bytes: int
+    """On disk, and in memory where experts are paged with shadows."""
     form_counts: dict[str, int]
     """Experts by form, over all layers."""
     loss: float
@@ -73,6 +77,8 @@ def summarise_plan(plan: Plan, path: Path) -> PlanSummary:
         total_bytes=plan.total_bytes,
         context_tokens=plan.context_tokens,
         terms=plan.terms,
+        shadow=plan.shadow,
+        shadow_bytes=plan.shadow_bytes,
         form_counts=form_counts(plan.forms),
         loss=plan.loss,
         loss_unit=plan.loss_unit,
@@ -110,6 +116,8 @@ def print_plan(plan: Plan, path: Path, console: Console, stats: Path) -> None:
     console.print(Text.assemble(("FITS", "bold green"), verdict))
     console.print(_terms_table(plan))
     console.print(_forms_line(plan))
+    if plan.shadow:
+        console.print(_shadow_line(plan))
     console.print(_frontier_table(plan))
     if plan.rivals:
         console.print(_rivals_table(plan))
@@ -157,6 +165,13 @@ def _forms_line(plan: Plan) -> str:
     protected = len(plan.super_experts)
     suffix = f"; {protected} protected as super experts" if protected else ""
     return f"{num_experts} experts: {', '.join(parts)}{suffix}"
+
+
+def _shadow_line(plan: Plan) -> str:
+    return (
+        f"shadows: {plan.shadow}, {format_bytes(plan.shadow_bytes)} on disk; in memory, and in the "
+        "budget, only where `edge-moe run --stall never` or `bounded` pages"
+    )
 
 
 def _frontier_table(plan: Plan) -> Table:

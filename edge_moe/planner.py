@@ -19,7 +19,7 @@ from edge_moe.budget import (
     resident_expert_bytes,
 )
 from edge_moe.candidates import SOURCE_FORMS, TARGET_RULES
-from edge_moe.errors import BudgetError, StatsError
+from edge_moe.errors import BudgetError, StatsError, TargetError
 from edge_moe.formats import DROP, least_bits
 from edge_moe.gradient_stats import FormCost, GradientStats
 from edge_moe.loss_table import DEFAULT_LOSS, GRADIENT_LOSS, LossKind, loss_table
@@ -38,6 +38,7 @@ from edge_moe.problem import BoolArray, FloatArray, Problem, Solution, smallest_
 from edge_moe.published import Program, published_programs, with_room_for_protected
 from edge_moe.rivals import find_frontier, find_rivals, name_forms
 from edge_moe.search import Evidence, search
+from edge_moe.shadow import check_shadow, needs_shadow, with_shadow
 from edge_moe.source_model import SourceModel
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
@@ -66,6 +67,8 @@ def make_plan(
     search_seconds: float = 0.0,
     measuring: Measuring | None = None,
     on_share: OnShare = lambda _: None,
+    shadow: str | None = None,
+    drops_none: bool = False,
 ) -> Plan:
     """The form of every expert that loses least within `budget_bytes` of device memory.
 
@@ -74,18 +77,23 @@ def make_plan(
     defaults to `GRADIENT_LOSS` where there are `gradients`, and to `DEFAULT_LOSS` otherwise. With
     `measure`, plans proposed in many ways are measured for up to `search_seconds`, as `measuring`
     says, and the best of them is taken; `on_share` is told the share of the time that has passed.
-    Where measuring fails, the best so far is taken, and the plan says why.
+    Where measuring fails, the best so far is taken, and the plan says why. `shadow` is the form of
+    the shadows that a native package will hold; with `drops_none` an expert that would be dropped
+    takes a form no larger than that instead, and is its own shadow.
 
     Raises:
         StatsError: the statistics belong to another model or lack a needed loss, or the gradients
             were measured in another run.
-        TargetError: the target cannot hold this architecture.
+        TargetError: the target cannot hold this architecture, or has no place for shadows.
+        InputError, FormError: no form of a shadow, or one that does not fit the model's rows.
         BudgetError: nothing fits; carries the smallest budget that works.
     """
     _check_stats(source, stats)
     if gradients is not None:
         gradients.info.require_same_run(stats.info)
     offer = find_offer(source, stats.info.forms, target, device)
+    if shadow is not None:
+        _check_shadow(shadow, source.spec, target, offer, drops_none=drops_none)
     setting = _setting(source, target, device, context_tokens, runtime)
     fixed_terms = setting.bill([])
     evidence = gather_evidence(
@@ -93,6 +101,7 @@ def make_plan(
         gradients=gradients,
         kind=loss_kind,
         offer=offer,
+        drops_none=drops_none,
     )
     _check_budget(evidence.problem, fixed_terms, budget_bytes, target)
     solution, record = solve(evidence.problem), None
@@ -102,7 +111,30 @@ def make_plan(
             *(evidence, solution, named, search_seconds, on_share), measuring=measuring
         )
     asked = _Asked(model, budget_bytes, context_tokens, is_measured=measure is not None)
-    return _written(asked, setting, offer, evidence, gradients, solution, record)
+    plan = _written(asked, setting, offer, evidence, gradients, solution, record)
+    return plan if shadow is None else with_shadow(plan, shadow, source.spec)
+
+
+def _check_shadow(
+    shadow: str, spec: ModelSpec, target: Target, offer: Offer, *, drops_none: bool
+) -> None:
+    """Refuse shadows that have no place, and to keep experts for which no form is small enough.
+
+    Raises:
+        TargetError, InputError, FormError, StatsError: each says what to do.
+    """
+    if target != "native" or spec.is_gguf:
+        raise TargetError(
+            f"target {target} has no place for shadows, which only a native package of a Hugging "
+            "Face checkpoint holds: leave out --shadow, or use --target native"
+        )
+    check_shadow(shadow, spec)
+    smallest = offer.forms[1]
+    if drops_none and needs_shadow(smallest, shadow, spec):
+        raise StatsError(
+            f"the smallest form that was measured is {smallest}, larger than a shadow in {shadow}: "
+            "calibrate again with the default --forms, or leave out --keep-pruned-as-shadows"
+        )
 
 
 @dataclass(frozen=True)
@@ -192,6 +224,7 @@ def gather_evidence(
     gradients: GradientStats | None = None,
     kind: LossKind | None = None,
     offer: Offer | None = None,
+    drops_none: bool = False,
 ) -> Evidence:
     """What plans of `forms` within `expert_budget_bytes` are made from.
 
@@ -206,7 +239,9 @@ def gather_evidence(
         return loss_table(stats, forms, stored, kind, gradients)
 
     problem = build_problem(
-        *(spec, forms, table(kind), supers, target, expert_budget_bytes), offer=offer
+        *(spec, forms, table(kind), supers, target, expert_budget_bytes),
+        offer=offer,
+        drops_none=drops_none,
     )
     published: dict[str, Program] = {}
     if problem.scope == "expert":
@@ -233,6 +268,7 @@ def build_problem(
     expert_budget_bytes: int,
     *,
     offer: Offer | None = None,
+    drops_none: bool = False,
 ) -> Problem:
     """The optimiser's input: [L, E, F] `losses`, bytes of `forms`, rules of `target`.
 
@@ -245,6 +281,8 @@ def build_problem(
     allowed = ~supers[..., None] | protected
     if offer is not None:
         allowed &= offer.allowed[:, None]
+    if drops_none:
+        allowed[..., 0] = False
     return Problem(
         loss=losses,
         form_bytes=np.array(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_moe.commands.options import TargetName, resumable, stderr
+from edge_moe.commands.options import Shadow, TargetName, resumable, stderr
 
 if TYPE_CHECKING:
     from edge_moe.plan import Plan
@@ -34,6 +34,7 @@ def build_command(
             show_default=False,
         ),
     ] = None,
+    shadow: Shadow = None,
     onnx_exact: Annotated[
         bool,
         typer.Option(
@@ -73,6 +74,7 @@ def build_command(
             target=target.value if target else None,
             stats=stats,
             onnx=options if options != OnnxOptions() else None,
+            shadow=shadow,
         )
     num_bytes = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
     console = stderr()

@@ -120,6 +120,17 @@ Kernels = Annotated[
         show_default=False,
     ),
 ]
+Shadow = Annotated[
+    str | None,
+    typer.Option(
+        "--shadow",
+        metavar="FORM",
+        help="Target native: beside every expert a second copy in this ternary form, for `run "
+        "--stall never` and `bounded`: tq2_0 (recommended), tq1_0 (smallest), q2_0 (for rows that "
+        "are no multiple of 256).",
+        show_default=False,
+    ),
+]
 SearchSeconds = Annotated[
     float,
     typer.Option(

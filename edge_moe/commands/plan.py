@@ -15,10 +15,12 @@ from edge_moe.commands.options import (
     Output,
     Revision,
     SearchSeconds,
+    Shadow,
     TargetName,
     stderr,
     stdout,
 )
+from edge_moe.errors import InputError
 from edge_moe.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -73,6 +75,15 @@ def plan_command(
         ),
     ] = True,
     search_seconds: SearchSeconds = DEFAULT_SEARCH_SECONDS,
+    shadow: Shadow = None,
+    keep_pruned_as_shadows: Annotated[
+        bool,
+        typer.Option(
+            "--keep-pruned-as-shadows",
+            help="Drop no expert: those that would be get the smallest form, and stay in memory as "
+            "their own shadows. Needs --shadow.",
+        ),
+    ] = False,
     output: Output = Path("plan.json"),
     revision: Revision = None,
     json: Json = False,
@@ -92,6 +103,8 @@ def plan_command(
     from edge_moe.stats import ExpertStats
 
     require_file_output(output, ".json")
+    if keep_pruned_as_shadows and shadow is None:
+        raise InputError("--keep-pruned-as-shadows needs the form of the shadows: add --shadow")
     found_stats = ExpertStats.load(stats)
     gradients = load_gradients(stats, found_stats.info)
     folder = resolve_model(model, revision)
@@ -113,6 +126,8 @@ def plan_command(
             measuring=found.measuring,
             search_seconds=search_seconds,
             on_share=found.on_share,
+            shadow=shadow,
+            drops_none=keep_pruned_as_shadows,
         )
     if plan.search is not None:
         plan.search = found.described(plan.search)
