@@ -48,10 +48,10 @@ def build(
 
     The source is `model`, or else `plan.model` (a folder, a .gguf file or a hub id); `target`
     overrides the plan's. `stats` are the plan's statistics, whose moments weigh columns where the
-    types of a .gguf file change; `onnx` holds options of that target; `shadow` overrides the form of
-    the shadows that the plan asks for, or adds them, which only a native package holds. A build that was killed
-    resumes when the same call is made again, with the same bytes as a result. `output` appears
-    when it is complete, never before.
+    types of a .gguf file change; `onnx` holds options of that target; `shadow` is the form of the
+    shadows that a native package gets, instead of what the plan says. A build that was killed
+    resumes when the same call is made again, with the same bytes as a result. `output` appears when
+    it is complete, never before.
 
     Raises:
         PlanError: the plan was made from another checkpoint.

@@ -19,6 +19,7 @@ from test_planner import plan_for
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters import export_native
 from edge_moe.converters.build import build
+from edge_moe.converters.safetensors_writer import safetensors_file
 from edge_moe.errors import (
     DiskSpaceError,
     FormError,
@@ -107,7 +108,7 @@ def test_killed_build_resumes_to_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        written = export_native.safetensors_file
+        written = safetensors_file
         calls: list[Path] = []
 
         def failing(path: Path, *rest: Any, **more: Any) -> Any:
@@ -179,7 +180,7 @@ def _opened_with(built: Path, folder: Path, manifest: dict[str, Any]) -> Package
 def test_changed_shadow_records_never_open(
     data: st.DataObject, built: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever one field of one record says: it is refused, or lies inside its file, in its form."""
+    """Whatever a field says: it is refused, or the record lies inside its file, in its form."""
     manifest = json.loads((built / MANIFEST_NAME).read_text())
     layer = manifest["layers"][data.draw(st.integers(0, 1))]
     record = layer["shadows"][data.draw(st.integers(0, len(NEED_SHADOWS) - 1))]
