@@ -250,7 +250,7 @@ def require_same_model(trace: Trace, model_fingerprint: str) -> None:
 def _choices(
     trace: Trace, skip: SkipRule | None, most_tokens: int | None
 ) -> Iterator[tuple[int, npt.NDArray[np.uint16], Mask, int, int]]:
-    """(layer, [T, k] chosen rows, [T, k] which are skipped, tokens of the step, first token's place)
+    """(layer, [T, k] chosen rows, [T, k] which are skipped, the step's tokens, place of the first)
 
     In order. T are the tokens of a step, or of a piece of it: every layer of a piece comes before
     the next.
