@@ -1,12 +1,15 @@
 """Does `simulate` foretell what paging costs? Predicted and measured time per token, by turns.
 
-    python benchmarks/simulated_paging.py MODEL.gguf [--tokens 64] [--rounds 3]
+    python benchmarks/paging_model.py --folder /big/disk [--gigabytes 0.3]
+    python benchmarks/simulated_paging.py /big/disk/paging.gguf [--tokens 64] [--rounds 3]
 
 Two measurements fix the prediction: everything resident (seconds per token), and half of the
 experts with the default policy (seconds more per byte paged in). Every other pair of slots and
-policy is then foretold from the trace of the resident run: base + bytes per token x seconds per
-byte. All of them run in each round, one after another; medians over rounds are compared, so that
-what else the machine does hits all alike. Hits must agree exactly.
+policy is then foretold from a trace: base + bytes per token x seconds per byte. All of them run in
+each round, one after another; medians over rounds are compared, so that what else the machine does
+hits all alike. Hits must agree exactly. The pair that fixed the prediction does not count.
+
+The text is the one that `paging_model.py` wrote beside its model, or tokens drawn at random.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from paging_model import TEXT_NAME
+from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import Console
 from rich.table import Table
 
@@ -35,10 +39,11 @@ from edge_moe.runtime.trace import Trace
 from edge_moe.runtime.traced_model import TracedModel, open_traced
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SHARES = (0.25, 0.5, 0.75)
 PROMPT_TOKENS = 1
 """A window begins with a token of its own, so that every step is one token."""
 CALIBRATED = (0.5, SoonestNextUse.name)
+GOAL = 0.15
+"""Largest error of a prediction, as a share of what was measured."""
 
 
 class Pair(BaseModel):
@@ -56,10 +61,22 @@ class Pair(BaseModel):
     measured_seconds: list[float]
     """Per token, one for each round."""
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def error(self) -> float:
-        """Of the prediction, as a share of the median measurement."""
-        return self.predicted_seconds / statistics.median(self.measured_seconds) - 1
+    def median_seconds(self) -> float:
+        """Of the measurements."""
+        return statistics.median(self.measured_seconds)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ratio(self) -> float:
+        """Predicted to measured time."""
+        return self.predicted_seconds / self.median_seconds
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fixed_the_prediction(self) -> bool:
+        return (self.share, self.policy) == CALIBRATED
 
 
 class Result(BaseModel):
@@ -75,35 +92,69 @@ class Result(BaseModel):
     seconds_per_byte: float
     pairs: list[Pair]
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def num_foretold(self) -> int:
+        """Pairs but the one that fixed the prediction."""
+        return sum(not pair.fixed_the_prediction for pair in self.pairs)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def num_within_goal(self) -> int:
+        """... whose prediction is within 15 % of what was measured."""
+        foretold = [pair for pair in self.pairs if not pair.fixed_the_prediction]
+        return sum(abs(pair.ratio - 1) <= GOAL for pair in foretold)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--policies", type=parse_names, default=tuple(POLICIES))
+    parser.add_argument("--shares", type=parse_shares, default=(0.25, 0.5, 0.75))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--text", type=Path, help="token ids, a .npy file")
     parser.add_argument("--output", type=Path, default=RESULTS / "simulated_paging.json")
     options = parser.parse_args()
-    result = compare(options.model, options.tokens, options.rounds, options.policies)
+    keys = [(share, name) for share in options.shares for name in options.policies]
+    if CALIBRATED not in keys:
+        parser.error(f"half of the experts under {CALIBRATED[1]} fix the prediction: leave both in")
+    window = tokens(options.model, options.text, options.tokens)
+    result = compare(options.model, window, options.rounds, keys)
     write_text(options.output, result.model_dump_json(indent=1))
     show(result)
 
 
-def compare(path: Path, num_tokens: int, rounds: int, policies: Sequence[str]) -> Result:
-    """Measure all pairs by turns, and foretell them; `policies` hold the calibrated one."""
-    spec = GgufModel(path).spec
+def parse_shares(text: str) -> tuple[float, ...]:
+    """`"0.25,0.5"` -> (0.25, 0.5)"""
+    return tuple(float(part) for part in parse_names(text))
+
+
+def tokens(model: Path, text: Path | None, num_tokens: int) -> list[int]:
+    """What every run computes."""
+    beside = model.parent / TEXT_NAME
+    if text is not None or beside.is_file():
+        found: list[int] = np.load(text or beside, allow_pickle=False)[:num_tokens].tolist()
+        return found
     generator = np.random.default_rng(0)
-    window = generator.integers(1, spec.vocab_size, num_tokens).tolist()
+    drawn: list[int] = generator.integers(1, GgufModel(model).spec.vocab_size, num_tokens).tolist()
+    return drawn
+
+
+def compare(
+    path: Path, window: Sequence[int], rounds: int, keys: Sequence[tuple[float, str]]
+) -> Result:
+    """Measure all (share, policy) pairs by turns, and foretell them."""
+    spec = GgufModel(path).spec
     every = spec.num_experts * spec.num_moe_layers
-    keys = [(share, name) for share in SHARES for name in policies]
+    trace = record(path, window)
     resident: list[float] = []
     measured: dict[tuple[float, str], list[float]] = {key: [] for key in keys}
     hits: dict[tuple[float, str], int] = {}
     for _ in range(rounds):
-        seconds, trace, _ = measure(path, window, None, SoonestNextUse.name)
-        resident.append(seconds)
+        resident.append(measure(path, window, None, SoonestNextUse.name)[0])
         for share, name in keys:
-            found, _, hits[share, name] = measure(path, window, int(share * every), name)
+            found, hits[share, name] = measure(path, window, int(share * every), name)
             measured[share, name].append(found)
     model = open_traced(path, "cpu")
     replay = Replay(trace, model.sizes(trace))
@@ -130,17 +181,28 @@ def compare(path: Path, num_tokens: int, rounds: int, policies: Sequence[str]) -
     return Result(
         provenance=Provenance.here(),
         model=path.name,
-        num_tokens=num_tokens,
+        num_tokens=len(window),
         resident_seconds=resident,
         seconds_per_byte=per_byte,
         pairs=pairs,
     )
 
 
+def record(path: Path, window: Sequence[int]) -> Trace:
+    """What the routers choose; everything resident, and nobody looks at the clock."""
+    with GgufSession.open(path, context_tokens=len(window), can_trace=True) as session:
+        with session.tracing() as recorder:
+            feed(session, [window], PROMPT_TOKENS)
+        return recorder.finish(session.trace_info())
+
+
 def measure(
     path: Path, window: Sequence[int], num_slots: int | None, policy: str
-) -> tuple[float, Trace, int]:
-    """(seconds per token, trace, hits) of one session that reads nothing ahead."""
+) -> tuple[float, int]:
+    """(seconds per token, hits) of one session that reads nothing ahead.
+
+    Its routers are watched also with everything resident, so that runs differ by paging alone.
+    """
     with GgufSession.open(
         path,
         context_tokens=len(window),
@@ -149,12 +211,10 @@ def measure(
         can_trace=True,
         policy=policy_named(policy),
     ) as session:
-        with session.tracing() as recorder:
-            start = time.perf_counter()
-            feed(session, [window], PROMPT_TOKENS)
-            seconds = time.perf_counter() - start
-        trace = recorder.finish(session.trace_info())
-        return seconds / len(window), trace, session.statistics().hits
+        start = time.perf_counter()
+        feed(session, [window], PROMPT_TOKENS)
+        seconds = time.perf_counter() - start
+        return seconds / len(window), session.statistics().hits
 
 
 def foretell(
@@ -178,13 +238,14 @@ def show(result: Result) -> None:
             f"{pair.hit_rate:.1%}" + ("" if pair.hits_agree else " (counted otherwise)"),
             f"{pair.page_in_bytes_per_token / 1e6:.1f}",
             f"{pair.predicted_seconds * 1e3:.1f} ms",
-            f"{statistics.median(pair.measured_seconds) * 1e3:.1f} ms",
-            f"{pair.error:+.0%}",
+            f"{pair.median_seconds * 1e3:.1f} ms",
+            "fixed by it" if pair.fixed_the_prediction else f"{pair.ratio - 1:+.0%}",
         )
     console = Console()
     console.print(table)
     base = statistics.median(result.resident_seconds)
     console.print(f"everything resident: {base * 1e3:.1f} ms per token")
+    console.print(f"within {GOAL:.0%}: {result.num_within_goal} of {result.num_foretold}")
 
 
 if __name__ == "__main__":

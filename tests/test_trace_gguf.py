@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulated_paging
 from conftest import TinyCheckpoint
 from float32_gguf import float32_gguf
 from gguf_files import requantised
@@ -96,6 +97,21 @@ def test_replay_counts_what_was_paged(kind: str, model: tuple[Path, Path], tmp_p
         found = simulate(trace, sizes, room, DEFAULT_POLICY)
         assert (found.hits, found.misses) == (real.hits, real.misses)
         assert (found.evictions, found.page_in_bytes) == (real.evictions, real.page_in_bytes)
+
+
+def test_paging_is_foretold_pair_by_pair(model: tuple[Path, Path]) -> None:
+    """Times are whatever they are; hits agree, and one pair fixes the prediction of the others."""
+    keys = [(0.5, "next-use"), (0.25, "lru"), (0.75, "pinned")]
+    found = simulated_paging.compare(model[1], WINDOWS[0], 1, keys)
+    assert all(pair.hits_agree for pair in found.pairs)
+    assert [pair.num_slots for pair in found.pairs] == [8, 4, 12]
+    fixed, *foretold = json.loads(found.model_dump_json())["pairs"]
+    assert fixed["fixed_the_prediction"] and fixed["ratio"] == pytest.approx(1)
+    for pair in foretold:
+        assert not pair["fixed_the_prediction"] and pair["median_seconds"] > 0
+        assert pair["ratio"] == pair["predicted_seconds"] / pair["median_seconds"]
+    assert found.num_foretold == 2
+    assert found.num_within_goal == sum(abs(pair["ratio"] - 1) <= 0.15 for pair in foretold)
 
 
 def test_command_line(
