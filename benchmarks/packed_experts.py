@@ -185,7 +185,7 @@ def measure(form: str, num_tokens: int, rounds: int) -> Row:
     cache = ExpertCache(store, buffers, LeastRecentlyUsed)
     cache.fill()
     products = SlotProducts(spec, buffers)
-    pagers = {name: ExpertPager(spec, store, cache, torch.float32, None) for name in (EXACT, GGML)}
+    pagers = {name: ExpertPager(spec, store, cache, None) for name in (EXACT, GGML)}
     pagers[GGML].packed = SlotExperts(
         store, cache, products, frozenset({form}), pagers[GGML].unpacked_output
     )

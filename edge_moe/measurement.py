@@ -137,7 +137,7 @@ class RunMeasurement(_Record):
     terms: list[MemoryTerm]
     """What the memory was planned to hold under this budget."""
     host_terms: list[MemoryTerm] = Field(default_factory=list)
-    """What is kept in RAM beside a GPU, which the budget does not count."""
+    """What is kept in RAM beside the slots, which the budget does not count."""
     measured_terms: dict[str, int] = Field(default_factory=dict)
     """Bytes really taken, for those terms that can be told apart; keyed by the term's name.
 
@@ -156,6 +156,8 @@ class RunMeasurement(_Record):
     """Generated tokens per second of decoding."""
     paging: dict[str, float] = Field(default_factory=dict)
     """The fields of the runtime's PagingStatistics, by name."""
+    misses: str = ""
+    """What was done with experts that had no slot, where some may have been computed elsewhere."""
     kernels: str = ""
     """Whose kernels computed the experts: `ggml`, `exact` or both; empty for other runtimes."""
     text: str = ""

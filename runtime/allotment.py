@@ -191,13 +191,17 @@ def staging_bytes(sizes: Sequence[Sequence[int]]) -> int:
     return STAGING_BUFFERS * max(map(max, sizes))
 
 
-def host_slots(sizes: Sequence[Sequence[int]], ram_bytes: int) -> dict[int, int]:
-    """Experts per record size that `ram_bytes` of RAM keep beside a GPU, after staging buffers.
+def host_slots(
+    sizes: Sequence[Sequence[int]], ram_bytes: int, device: Device = "cuda"
+) -> dict[int, int]:
+    """Experts per record size that `ram_bytes` of RAM keep beside the slots.
+
+    Of a GPU: after staging buffers.
 
     Raises:
         InputError: less than the staging buffers and one expert take.
     """
-    classes, taken = size_classes(sizes), staging_bytes(sizes)
+    classes, taken = size_classes(sizes), staging_bytes(sizes) if device == "cuda" else 0
     largest = classes[-1].record_bytes
     if ram_bytes < taken + largest:
         raise InputError(
@@ -211,20 +215,19 @@ def host_slots(sizes: Sequence[Sequence[int]], ram_bytes: int) -> dict[int, int]
 def host_terms(
     sizes: Sequence[Sequence[int]], device: Device, ram_bytes: int | None
 ) -> list[MemoryTerm]:
-    """What experts beside a GPU take in RAM: no part of the device's budget."""
-    if device == "cpu":
-        return []
+    """What experts beside the slots take in RAM: no part of the device's budget."""
     staging = MemoryTerm(
         name="staging",
         num_bytes=staging_bytes(sizes),
         source="formula",
         note=f"pinned, {STAGING_BUFFERS} buffers of the largest expert",
     )
+    terms = [staging] if device == "cuda" else []
     if not ram_bytes:
-        return [staging]
-    kept = sum(size * count for size, count in host_slots(sizes, ram_bytes).items())
-    tier = MemoryTerm(name="experts in RAM", num_bytes=kept, source="plan", note="pinned")
-    return [tier, staging]
+        return terms
+    kept = sum(size * count for size, count in host_slots(sizes, ram_bytes, device).items())
+    tier = MemoryTerm(name="experts in RAM", num_bytes=kept, source="plan")
+    return [tier, *terms]
 
 
 def too_small(

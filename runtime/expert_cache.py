@@ -172,6 +172,13 @@ class ExpertCache:
         with self._lock:
             return key in self._entries
 
+    def count_elsewhere(self, keys: Collection[Key]) -> None:
+        """Misses that are computed without a slot."""
+        with self._lock:
+            self.statistics.misses += len(keys)
+            self.statistics.cpu_experts += len(keys)
+            self.statistics.cpu_bytes += sum(self._store.record(key).num_bytes for key in keys)
+
     def prefetch(self, key: Key, keep: frozenset[Key]) -> bool:
         """Read `key` into a slot ahead of use; False when it has one or none can be freed.
 

@@ -52,6 +52,11 @@ class HostTier:
             cell = self._cells.get(key)
             return cell is not None and cell.is_filled
 
+    def keys(self) -> list[Key]:
+        """Every expert that is here, whole."""
+        with self._lock:
+            return sorted(key for key, cell in self._cells.items() if cell.is_filled)
+
     def has_room(self, record_bytes: int) -> bool:
         """Whether one more of that size would push nobody out."""
         with self._lock:

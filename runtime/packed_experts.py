@@ -10,7 +10,7 @@ a token's experts give is added in router order.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +20,6 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.moe_block import add_down_bias, apply_gate
 from edge_moe.runtime.policy import Key
@@ -45,6 +44,18 @@ class Reference(Protocol):
 
     def __call__(self, experts: Any, form: str, packed: Tensor, inputs: Tensor, row: int) -> Tensor:
         """[n, H] -> [n, H]"""
+
+
+class SlotHolder(Protocol):
+    """Keeps packed experts in equal places of the CPU's memory, as `ExpertCache` does."""
+
+    def acquire_beside(self, key: Key, held: Collection[Key]) -> int | None: ...
+
+    def acquire_residents(self, keys: Sequence[Key]) -> list[int] | None: ...
+
+    def release_residents(self, keys: Collection[Key]) -> None: ...
+
+    def slot(self, key: Key, slot: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class SlotExperts:
     def __init__(
         self,
         store: ExpertStore,
-        cache: ExpertCache,
+        cache: SlotHolder,
         products: SlotProducts,
         forms: frozenset[str],
         reference: Reference,
@@ -228,7 +239,7 @@ def _multiplies_silu(experts: Any) -> bool:
 class _Group:
     """Experts of one layer that are held at the same time."""
 
-    def __init__(self, cache: ExpertCache, layer: int) -> None:
+    def __init__(self, cache: SlotHolder, layer: int) -> None:
         self.members: list[_Member] = []
         self.slots: dict[int, int] = {}
         """By router row."""

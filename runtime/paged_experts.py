@@ -14,6 +14,7 @@ import torch
 
 from edge_moe.formats import expert_packed_bytes
 from edge_moe.runtime.allotment import record_sizes
+from edge_moe.runtime.cpu_misses import CpuMisses
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernels.unpack import unpack
@@ -38,19 +39,19 @@ class ExpertPager:
         spec: ModelSpec,
         store: ExpertStore,
         cache: ExpertCache,
-        dtype: torch.dtype,
         prefetcher: Prefetcher | None,
         skip: SkipRule | None = None,
     ) -> None:
         self._spec = spec
-        self._store = store
-        self._cache = cache
-        self._dtype = dtype
-        self._prefetcher = prefetcher
+        self.store = store
+        self.cache = cache
+        self.prefetcher = prefetcher
         self._skip = skip
         self._sizes = [np.array(layer) for layer in record_sizes(store)]
         self.packed: SlotExperts | None = None
         """What computes experts without unpacking them, where it was chosen."""
+        self.misses: CpuMisses | None = None
+        """What computes missed experts on the CPU, beside a GPU."""
         self.recorder: TraceRecorder | None = None
         """Where the routers' choices are written down, while somebody wants them."""
         self.rankers: Mapping[str, Ranker] = {}
@@ -69,18 +70,30 @@ class ExpertPager:
         Returns: [T, H]
         """
         rows, weights = self._chosen(layer, hidden, rows, weights)
-        if len(hidden) == 1 and self._prefetcher is not None:
-            self._read_ahead(self._prefetcher, layer, hidden, rows[0].tolist())
-        if self.packed is not None and len(hidden) == 1:
-            return self.packed.token(experts, layer, hidden, rows[0].tolist(), weights[0].tolist())
+        if len(hidden) == 1 and self.prefetcher is not None:
+            self._read_ahead(self.prefetcher, layer, hidden, rows[0].tolist())
+        if len(hidden) == 1:
+            return self._token(experts, layer, hidden, rows[0].tolist(), weights[0].tolist())
         if self.packed is not None:
             return self.packed.forward(experts, layer, hidden, rows, weights)
         output = torch.zeros_like(hidden)
-        if len(hidden) == 1:
-            self._add_token(output, experts, layer, hidden, rows[0].tolist(), weights[0])
-        else:
-            self._add_tokens(output, experts, layer, hidden, rows, weights)
+        self._add_tokens(output, experts, layer, hidden, rows, weights)
         return output
+
+    def _token(
+        self, experts: Any, layer: int, hidden: Tensor, rows: list[int], weights: list[float]
+    ) -> Tensor:
+        """One token [1, H], some of whose experts the CPU may compute beside the others."""
+        pending = None
+        if self.misses is not None:
+            pending = self.misses.start(experts, layer, hidden, rows, weights)
+        rest = pending.rest if pending is not None else rows
+        if self.packed is not None:
+            output = self.packed.token(experts, layer, hidden, rest, weights)
+        else:
+            output = torch.zeros_like(hidden)
+            self._add_token(output, experts, layer, hidden, rest, weights)
+        return pending.add_to(output) if pending is not None else output
 
     def _read_ahead(
         self, prefetcher: Prefetcher, layer: int, hidden: Tensor, rows: list[int]
@@ -113,11 +126,11 @@ class ExpertPager:
         layer: int,
         hidden: Tensor,
         rows: list[int],
-        weights: Tensor,
+        weights: list[float],
     ) -> None:
         """The decoding case: one token [1, H]."""
         wanted = sorted((row, place) for place, row in enumerate(rows) if row >= 0)
-        scales = weights.to(hidden.dtype)
+        scales = torch.tensor(weights).to(hidden.dtype).tolist()
         for row, place in wanted:
             result = self._one_expert(experts, (layer, row), hidden)
             output.add_(result.mul_(scales[place]))
@@ -129,7 +142,7 @@ class ExpertPager:
 
         Counts, and writes down the router's own choice while that is wanted.
         """
-        self._cache.statistics.routed_experts += rows.numel()
+        self.cache.statistics.routed_experts += rows.numel()
         if self._skip is None and self.recorder is None:
             return rows, weights
         ids, gates = rows.cpu().numpy(), weights.float().cpu().numpy()
@@ -141,7 +154,7 @@ class ExpertPager:
             self._write_guesses(self.recorder, layer, hidden)
         if self._skip is None:
             return rows, weights
-        self._cache.statistics.routed_bytes += int(self._sizes[layer][ids].sum())
+        self.cache.statistics.routed_bytes += int(self._sizes[layer][ids].sum())
         is_skipped = self._skip.skips(layer, gates, norms)
         if not is_skipped.any():
             return rows, weights
@@ -152,7 +165,7 @@ class ExpertPager:
 
     def _write_guesses(self, recorder: TraceRecorder, layer: int, hidden: Tensor) -> None:
         """Of single tokens, whose experts can be read ahead."""
-        if len(hidden) > 1 or layer + 1 == len(self._store.kept):
+        if len(hidden) > 1 or layer + 1 == len(self.store.kept):
             return
         for name, rank in self.rankers.items():
             recorder.add_guess(name, layer + 1, rank(layer, hidden))
@@ -160,39 +173,42 @@ class ExpertPager:
     def _count_skipped(
         self, layer: int, ids: npt.NDArray[np.int64], is_skipped: npt.NDArray[np.bool_]
     ) -> None:
-        statistics, sizes = self._cache.statistics, self._sizes[layer]
+        statistics, sizes = self.cache.statistics, self._sizes[layer]
         statistics.skipped_experts += int(is_skipped.sum())
         statistics.skipped_bytes += int(sizes[ids[is_skipped]].sum())
         for row in np.setdiff1d(ids[is_skipped], ids[~is_skipped]).tolist():
-            if not self._cache.is_resident((layer, row)):
+            if not self.cache.is_resident((layer, row)):
                 statistics.not_paged_bytes += int(sizes[row])
 
     def _one_expert(self, experts: Any, key: tuple[int, int], inputs: Tensor) -> Tensor:
         """[t, H] -> [t, H], un-gated output of one expert."""
-        packed = self._cache.acquire(key)
+        packed = self.cache.acquire(key)
         try:
-            form = self._store.record(key).form
+            form = self.store.record(key).form
             return self.unpacked_output(experts, form, packed, inputs, key[1])
         finally:
-            self._cache.release(key)
+            self.cache.release(key)
 
     def unpacked_output(
         self, experts: Any, form: str, packed: Tensor, inputs: Tensor, row: int
     ) -> Tensor:
-        """[t, H] -> [t, H], un-gated output of the expert in `packed`, unpacked for it."""
-        gate_up, down = self._unpack(form, packed)
+        """[t, H] -> [t, H], un-gated output of the expert in `packed`, unpacked for it.
+
+        On the device that both are on, in the dtype of `inputs`.
+        """
+        gate_up, down = self._unpack(form, packed, inputs.dtype)
         return expert_output(experts, inputs, gate_up, down, row)
 
-    def _unpack(self, form: str, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """(gate_up_proj [2I, H], down_proj [H, I]) in the compute dtype."""
+    def _unpack(self, form: str, packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(gate_up_proj [2I, H], down_proj [H, I])"""
         spec = self._spec
         gate_bytes, up_bytes, _ = expert_packed_bytes(form, *spec.expert_shape)
         both = gate_bytes + up_bytes
         gate_up = packed[:both].view(spec.inner_rows, -1)
         down = packed[both:].view(spec.expert_hidden, -1)
         return (
-            unpack(form, gate_up, spec.expert_hidden).to(self._dtype),
-            unpack(form, down, spec.expert_width).to(self._dtype),
+            unpack(form, gate_up, spec.expert_hidden).to(dtype),
+            unpack(form, down, spec.expert_width).to(dtype),
         )
 
 

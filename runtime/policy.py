@@ -177,6 +177,10 @@ class PagingStatistics:
     """... and that the next layer really asked for: precision on misses is the ratio."""
     host_hits: int = 0
     """Page-ins served by the host tier instead of the disk."""
+    cpu_experts: int = 0
+    """Misses that were computed on the CPU, beside a GPU, without a slot."""
+    cpu_bytes: int = 0
+    """Their packed bytes, which were not moved."""
     routed_experts: int = 0
     """Experts that the routers chose, over all tokens and layers."""
     skipped_experts: int = 0

@@ -70,6 +70,11 @@ class Prefetcher:
         for row in misses:
             self._submit((following, row), keep)
 
+    @property
+    def queued_bytes(self) -> int:
+        """Guessed experts that are being read, or will be."""
+        return self._queued_bytes
+
     def close(self) -> None:
         """Stop the thread; what is being read is finished first."""
         self._queue.put(None)

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 
+from edge_moe.plan import Device
 from edge_moe.runtime.allotment import Slots, host_slots, record_sizes
+from edge_moe.runtime.cpu_misses import CpuMisses, HostExperts
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.fetch_choice import MissChooser, Misses
 from edge_moe.runtime.host_tier import HostTier
+from edge_moe.runtime.interleaved_trial import InterleavedTrial
 from edge_moe.runtime.kernel_choice import KernelChoice
+from edge_moe.runtime.miss_prices import PriceProbe
 from edge_moe.runtime.model import compute_dtype
 from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.paged_experts import ExpertPager, attach, detach
@@ -37,6 +42,19 @@ class PagingOptions:
     """On CUDA, packed experts kept in RAM between the disk and the GPU."""
     skip: SkipRule | None
     kernels: KernelChoice
+    misses: Misses = "fetch"
+    cpu_kernels: KernelChoice | None = None
+    """Whose kernels compute misses on the CPU."""
+
+    @property
+    def tier_bytes(self) -> int | None:
+        """RAM for experts beside the slots; on a CPU the slots already are the RAM."""
+        return self.ram_bytes if self.device.type == "cuda" or self.misses == "cpu" else None
+
+    @property
+    def kind(self) -> Device:
+        """The device, as a bill names it."""
+        return "cuda" if self.device.type == "cuda" else "cpu"
 
 
 @dataclass(frozen=True)
@@ -67,8 +85,9 @@ class Residency:
         streams = CudaStreams(device) if device.type == "cuda" else None
         transfer = _transfer(streams, sizes)
         host = None
-        if options.ram_bytes and streams is not None:  # on a CPU the slots already are the RAM
-            host = _host_tier(host_slots(sizes, options.ram_bytes), streams, transfer)
+        if options.tier_bytes:
+            counts = host_slots(sizes, options.tier_bytes, options.kind)
+            host = _host_tier(counts, streams, transfer)
         cache = ExpertCache(store, buffers, DEFAULT_POLICY, host=host, transfer=transfer)
         cache.fill()
         cache.statistics = PagingStatistics()
@@ -76,14 +95,19 @@ class Residency:
         # latent experts are not given what the next router would be
         if options.prefetch and slots.is_paging and not spec.latent_width:
             prefetcher = Prefetcher(blocks, store, cache, options.skip)
-        pager = ExpertPager(
-            spec, store, cache, compute_dtype(spec, device), prefetcher, options.skip
-        )
+        pager = ExpertPager(spec, store, cache, prefetcher, options.skip)
         if forms := options.kernels.ggml_forms:
             products = SlotProducts(spec, buffers)
             pager.packed = SlotExperts(store, cache, products, forms, pager.unpacked_output)
+        if host is not None and slots.is_paging and options.misses != "fetch":
+            pager.misses = _cpu_misses(spec, blocks, pager, host, transfer, options)
         attach(blocks, pager)
         return cls(store, slots, cache, transfer, host, pager, prefetcher, blocks)
+
+    @property
+    def miss_trial(self) -> InterleavedTrial | None:
+        """Whether computing misses on the CPU pays, where that is being tried."""
+        return self.pager.misses.chooser.trial if self.pager.misses is not None else None
 
     def close(self) -> None:
         """Stop reading ahead, and let the model forget the pager, so that its slots are freed."""
@@ -92,6 +116,8 @@ class Residency:
         detach(self.blocks)
         if self.pager.packed is not None:
             self.pager.packed.close()
+        if self.pager.misses is not None:
+            self.pager.misses.close()
         self.transfer.close()
 
 
@@ -101,6 +127,40 @@ def _transfer(streams: Streams | None, sizes: Sequence[Sequence[int]]) -> Transf
     return StagedTransfer(streams, max(map(max, sizes)))
 
 
-def _host_tier(counts: Mapping[int, int], streams: Streams, transfer: Transfer) -> HostTier:
-    buffers = SlotBuffers(counts, torch.device("cpu"), streams.host_memory)
+def _host_tier(counts: Mapping[int, int], streams: Streams | None, transfer: Transfer) -> HostTier:
+    allocate = streams.host_memory if streams is not None else None
+    buffers = SlotBuffers(counts, torch.device("cpu"), allocate)
     return HostTier(buffers, transfer.wait)
+
+
+def _cpu_misses(
+    spec: ModelSpec,
+    blocks: Sequence[Any],
+    pager: ExpertPager,
+    host: HostTier,
+    transfer: Transfer,
+    options: PagingOptions,
+) -> CpuMisses | None:
+    """Measures what `auto` has to know; None where nothing is in RAM."""
+    keys = host.keys()
+    if not keys:
+        return None
+    kernels = options.cpu_kernels
+    forms = kernels.ggml_forms if kernels is not None else frozenset()
+    experts = HostExperts(spec, pager.store, host, forms, pager.unpacked_output)
+    prefetcher = pager.prefetcher
+    misses = CpuMisses(
+        pager.store,
+        pager.cache,
+        host,
+        experts,
+        MissChooser(None),
+        lambda: prefetcher.queued_bytes if prefetcher is not None else 0,
+    )
+    if options.misses == "auto":
+        dtype = compute_dtype(spec, options.device)
+        hidden = torch.randn(1, spec.expert_hidden, dtype=dtype, device=options.device)
+        modules = [block.experts for block in blocks]
+        probe = PriceProbe(misses, host, transfer, modules, hidden, spec.top_k)
+        misses.chooser = MissChooser(probe.prices(), InterleavedTrial())
+    return misses

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from edge_moe.runtime.allotment import (
     with_slots,
 )
 from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.fetch_choice import Misses, check_misses
 from edge_moe.runtime.generate import Timing, check_prompt_length
 from edge_moe.runtime.kernel_choice import Kernels, choose_kernels
 from edge_moe.runtime.kv_cache import share_key_value_heads
@@ -114,6 +115,7 @@ class Session(TextSession):
         pattern: TaskPattern | None = None,
         match_first: bool = False,
         kernels: Kernels = "auto",
+        misses: Misses = "auto",
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -131,6 +133,9 @@ class Session(TextSession):
             kernels: whose kernels compute the experts, see `edge_moe.runtime.kernel_choice`:
                 `exact` gives what transformers does with the same weights, `ggml` rounds inputs as
                 llama.cpp does, `auto` is ggml for quantised experts where it can be.
+            misses: with `ram_bytes`, whether a token's experts that the GPU lacks are fetched, or
+                computed on the CPU; `auto` measures both, and keeps what is faster. On a CPU
+                `auto` fetches. Where an expert is computed can change the last digits of a result.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -144,10 +149,12 @@ class Session(TextSession):
             verify_resident(source)
         spec = source.spec
         where = _device(device)
+        check_misses(misses, where.type, ram_bytes)
         kind: Device = "cuda" if where.type == "cuda" else "cpu"
         context = context_length(spec, context_tokens)
         store = open_store(source)
-        chosen = choose_kernels(kernels, where, {store.record(key).form for key in store.keys()})
+        forms = {store.record(key).form for key in store.keys()}
+        chosen = choose_kernels(kernels, where, forms)
         terms = session_terms(
             *(source, store, context, kind),
             has_budget=budget_bytes is not None,
@@ -155,7 +162,11 @@ class Session(TextSession):
         )
         share_key_value_heads(where)
         allot(spec, record_sizes(store), terms, budget_bytes, num_slots)  # refuse before loading
-        host_terms(record_sizes(store), kind, ram_bytes)
+        options = PagingOptions(where, prefetch, ram_bytes, skip, chosen, misses)
+        if options.tier_bytes and misses != "fetch":
+            cpu_kernels = choose_kernels(kernels, torch.device("cpu"), forms)
+            options = replace(options, cpu_kernels=cpu_kernels)
+        host_terms(record_sizes(store), kind, options.tier_bytes)
         tokenizer = load_tokenizer(model)
         rows = [len(kept) for kept in store.kept]
         register_experts()
@@ -164,7 +175,6 @@ class Session(TextSession):
             merge_adapter(network, source)
         memory.trim()
         limits = _Limits(budget_bytes, num_slots)
-        options = PagingOptions(where, prefetch, ram_bytes, skip, chosen)
         session = cls(source, network, tokenizer, store, terms, context, limits, options)
         if match_first and not limits.has_any:
             most = max(map(len, store.kept))
@@ -255,7 +265,8 @@ class Session(TextSession):
 
     def new_loop(self) -> Decoder:
         """A new sequence."""
-        return Decoder(self.model, self.device, self.context_tokens)
+        trial = self._residency.miss_trial
+        return Decoder(self.model, self.device, self.context_tokens, trial)
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [T, V]: row t predicts token t + 1.
@@ -304,7 +315,9 @@ class Session(TextSession):
     @property
     def warnings(self) -> list[str]:
         """What the user should know about the slots and the kernels."""
-        return self._residency.slots.warnings() + self._options.kernels.warnings
+        options = self._options
+        found = self._residency.slots.warnings() + options.kernels.warnings
+        return found + (options.cpu_kernels.warnings if options.cpu_kernels is not None else [])
 
     @property
     def kernels(self) -> str:
@@ -328,10 +341,15 @@ class Session(TextSession):
         return with_slots(self._full_terms, self._residency.slots.num_bytes)
 
     def host_memory(self) -> list[MemoryTerm]:
-        """What experts beside a GPU take in RAM."""
-        kind: Device = "cuda" if self.device.type == "cuda" else "cpu"
-        sizes = record_sizes(self._residency.store)
-        return host_terms(sizes, kind, self._options.ram_bytes)
+        """What experts beside the slots take in RAM."""
+        options = self._options
+        return host_terms(record_sizes(self._residency.store), options.kind, options.tier_bytes)
+
+    @property
+    def misses(self) -> str:
+        """What is done with missed experts, in words; empty where all are fetched."""
+        cpu_misses = self._residency.pager.misses
+        return cpu_misses.chooser.label if cpu_misses is not None else ""
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the slots' bookkeeping is inconsistent."""

@@ -111,6 +111,7 @@ def measure(
         tokens_per_second=timing.tokens_per_second,
         paging=_paging(session),
         kernels=_kernels(session),
+        misses=str(getattr(session, "misses", "")),
         text=text,
     )
 
@@ -161,7 +162,7 @@ def statistics_lines(measured: RunMeasurement) -> list[str]:
         held = ", ".join(
             f"{term.name} {format_bytes(term.num_bytes)}" for term in measured.host_terms
         )
-        lines.append(f"in RAM beside the GPU: {held}")
+        lines.append(f"in RAM beside the slots: {held}")
     if measured.kernels:
         lines.append(f"kernels of the experts: {measured.kernels}")
     paging = measured.paging
@@ -170,6 +171,11 @@ def statistics_lines(measured: RunMeasurement) -> list[str]:
             f"paging: {paging['hits']:.0f} hits, {paging['misses']:.0f} misses "
             f"({paging['hit_rate']:.1%} resident), {format_bytes(paging['page_in_bytes'])} read, "
             f"{paging['stall_seconds']:.2f} s waited"
+        )
+    if measured.misses:
+        lines.append(
+            f"misses {measured.misses}; {paging.get('cpu_experts', 0):.0f} computed on the CPU, "
+            f"{format_bytes(paging.get('cpu_bytes', 0))} not moved"
         )
     if skipped := paging.get("skipped_experts"):
         routed = paging["routed_experts"]

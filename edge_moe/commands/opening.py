@@ -16,6 +16,7 @@ from edge_moe.open_model import is_gguf_file
 
 if TYPE_CHECKING:
     from edge_moe.commands.generation import Runnable
+    from edge_moe.runtime.fetch_choice import Misses
     from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.kernel_choice import Kernels
     from edge_moe.runtime.session import Session
@@ -44,6 +45,7 @@ class PagingOptions:
     trace: Path | None = None
     prefetch: bool | None = None
     kernels: Kernels | None = None
+    misses: Misses | None = None
 
     def refuse(self, path: Path, runs: str, names: tuple[str, ...]) -> None:
         """Raise `TargetError` where one of the options `names` was given.
@@ -59,6 +61,7 @@ class PagingOptions:
             "--skip-calibration": self.skip_calibration,
             "--trace": self.trace,
             "--kernels": self.kernels,
+            "--misses": self.misses,
         }
         given = [name for name in names if values[name] is not None]
         if given:
@@ -68,7 +71,15 @@ class PagingOptions:
             )
 
 
-_ROUTING = ("--ram", "--task", "--patterns", "--skip", "--skip-calibration", "--kernels")
+_ROUTING = (
+    "--ram",
+    "--task",
+    "--patterns",
+    "--skip",
+    "--skip-calibration",
+    "--kernels",
+    "--misses",
+)
 
 
 def runnable_path(model: str, revision: str | None) -> Path:
@@ -115,6 +126,7 @@ def open_runnable(
         pattern=known.get(paging.task) if paging.task else None,
         match_first=paging.task == AUTO,
         kernels=paging.kernels or "auto",
+        misses=paging.misses or "auto",
     )
     return session, known
 

@@ -46,6 +46,14 @@ class KernelsName(StrEnum):
     GGML = "ggml"
 
 
+class MissesName(StrEnum):
+    """The values of `edge_moe.runtime.fetch_choice.Misses`."""
+
+    AUTO = "auto"
+    FETCH = "fetch"
+    CPU = "cpu"
+
+
 def _model(kinds: str) -> Any:
     """The argument MODEL of a command that takes `kinds`, and hub ids."""
     text = f"{kinds}, or hub id such as Qwen/Qwen3-30B-A3B."
@@ -128,6 +136,15 @@ Shadow = Annotated[
         help="Target native: beside every expert a second copy in this ternary form, for `run "
         "--stall never` and `bounded`: tq2_0 (recommended), tq1_0 (smallest), q2_0 (for rows that "
         "are no multiple of 256).",
+        show_default=False,
+    ),
+]
+Misses = Annotated[
+    MissesName | None,
+    typer.Option(
+        "--misses",
+        help="With --ram: experts that the GPU lacks are fetched, or computed on the CPU; auto "
+        "(default) measures both and keeps what is faster, which can change last digits.",
         show_default=False,
     ),
 ]

@@ -31,6 +31,7 @@ from edge_moe.commands.options import (
     DeviceName,
     Json,
     Kernels,
+    Misses,
     Revision,
     RunnableModel,
     Skip,
@@ -115,6 +116,7 @@ def run_command(
         typer.Option(help="Folder of task patterns; else the shipped ones.", show_default=False),
     ] = None,
     kernels: Kernels = None,
+    misses: Misses = None,
     skip: Skip = None,
     skip_calibration: SkipCalibrationFile = None,
     trace: Annotated[
@@ -140,6 +142,7 @@ def run_command(
     paging = PagingOptions(
         *(slots, ram, task, patterns, skip, skip_calibration, trace, prefetch),
         kernels.value if kernels else None,
+        misses.value if misses else None,
     )
     with _opened(path, common, paging, prompt or "", is_raw=raw) as session:
         if prompt is None:
