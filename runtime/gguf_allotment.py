@@ -13,17 +13,64 @@ from edge_moe.overhead import gguf_overhead
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.allotment import too_small
 from edge_moe.runtime.llama_region import PAGE_BYTES
+from edge_moe.units import format_bytes
+
+GPU_DRIVER_BYTES = 300_000_000
+"""RAM that a process with a CUDA context takes besides: an assumption, never measured here."""
 
 
-def session_terms(model: GgufModel, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
-    """The bill with every expert resident; only a budget is worth measuring a process for."""
+def session_terms(
+    model: GgufModel, context_tokens: int, *, has_budget: bool, gpu_layers: int = 0
+) -> list[MemoryTerm]:
+    """The bill with every expert resident; only a budget is worth measuring a process for.
+
+    It is of RAM: what `gpu_layers` put on a GPU is left out.
+    """
     setting = bill.Setting(model, "gguf", "cpu", context_tokens, (0, "assumed"))
     rows = [[form] * model.spec.num_experts for form in stored_forms(model)]
     process, source = gguf_overhead(model.header, is_measured=has_budget)
     runtime = MemoryTerm(
         name="runtime", num_bytes=process, source=source, note="a process with llama.cpp"
     )
-    return [runtime if term.name == "runtime" else term for term in setting.bill(rows)]
+    terms = [runtime if term.name == "runtime" else term for term in setting.bill(rows)]
+    return _without_gpu(model, terms, gpu_layers) if gpu_layers else terms
+
+
+def _without_gpu(model: GgufModel, terms: list[MemoryTerm], gpu_layers: int) -> list[MemoryTerm]:
+    """`terms` less the dense weights and the cache of layers that are on a GPU for certain.
+
+    llama.cpp offloads the last layers, and versions differ in whether the output matrix counts as
+    one: so one layer fewer is taken to be there.
+    """
+    num_layers = model.spec.num_layers
+    num_there = min(gpu_layers - 1, num_layers)
+    there = tuple(f"blk.{layer_id}." for layer_id in range(num_layers - num_there, num_layers))
+    moved = {
+        "dense weights": sum(
+            info.num_bytes for info in model.dense_tensors if info.name.startswith(there)
+        ),
+        "KV cache": _evenly(terms, num_there, num_layers) if _is_even(model) else 0,
+    }
+    found = []
+    for term in terms:
+        num_bytes = moved.get(term.name, 0)
+        note = "; ".join(filter(None, [term.note, f"{format_bytes(num_bytes)} more on the GPU"]))
+        change = {"num_bytes": term.num_bytes - num_bytes, "note": note}
+        found.append(term.model_copy(update=change) if num_bytes else term)
+    gpu = MemoryTerm(
+        name="GPU driver", num_bytes=GPU_DRIVER_BYTES, source="assumed", note="RAM of its context"
+    )
+    return [*found, gpu]
+
+
+def _is_even(model: GgufModel) -> bool:
+    """Whether every layer's cache is as large as the next one's."""
+    return not (model.spec.num_sliding_layers or model.spec.state_values)
+
+
+def _evenly(terms: list[MemoryTerm], num_layers_there: int, num_layers: int) -> int:
+    cache = next(term for term in terms if term.name == "KV cache")
+    return cache.num_bytes * num_layers_there // num_layers
 
 
 def largest_expert_bytes(model: GgufModel) -> dict[int, int]:

@@ -21,6 +21,7 @@ from edge_moe.runtime.gguf_allotment import (
 )
 from edge_moe.runtime.gguf_experts import GgufExperts
 from edge_moe.runtime.gguf_tokenizer import GgufTokenizer
+from edge_moe.runtime.llama_gpu import require_gpu
 from edge_moe.runtime.llama_predict import NextRouter
 from edge_moe.runtime.llama_probe import require_loadable
 from edge_moe.runtime.paged_llama import LoadedModel, PagedContext
@@ -73,6 +74,7 @@ class GgufSession(TextSession):
         prefetch: bool | None = None,
         policy: type[EvictionPolicy] = DEFAULT_POLICY,
         can_trace: bool = False,
+        gpu_layers: int = 0,
     ) -> GgufSession:
         """Load everything but the experts of the file `path`, and those as far as they fit.
 
@@ -84,6 +86,8 @@ class GgufSession(TextSession):
                 first tokens, and keeps what is faster.
             policy: which expert leaves.
             can_trace: watch the routers even where nothing is paged, so that `tracing` works.
+            gpu_layers: of so many last layers all but the experts is computed on a GPU. Experts are
+                not read ahead then: the routers that guess them are in its memory.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -95,11 +99,13 @@ class GgufSession(TextSession):
         memory.limit_arenas()
         model = GgufModel(path)
         context = context_length(model.spec, context_tokens)
-        terms = session_terms(model, context, has_budget=budget_bytes is not None)
+        require_gpu(path, gpu_layers)
+        has_budget = budget_bytes is not None
+        terms = session_terms(model, context, has_budget=has_budget, gpu_layers=gpu_layers)
         limit_bytes = expert_limit_bytes(model, terms, budget_bytes, num_slots)
         most_tokens = min(batch_tokens(model, limit_bytes), context)
         require_loadable(path, context, most_tokens, {})
-        loaded = LoadedModel(model)
+        loaded = LoadedModel(model, gpu_layers)
         sizes = largest_expert_bytes(model)
         cycle_bytes = token_cycle_bytes(sizes.values(), model.spec.top_k)
         experts = GgufExperts(model, loaded.region, limit_bytes, policy())
@@ -107,7 +113,7 @@ class GgufSession(TextSession):
         if not is_paging:
             experts.fill()
         predictor = trial = None
-        if is_paging and prefetch is not False:
+        if is_paging and prefetch is not False and not gpu_layers:
             predictor = NextRouter(loaded.api, model, model.spec.top_k)
             trial = PrefetchTrial() if prefetch is None else None
         network = PagedContext(
@@ -122,6 +128,11 @@ class GgufSession(TextSession):
             may_cut=not model.spec.num_sliding_layers,
         )
         session = cls(model, loaded, experts, network, terms, context)
+        if is_paging and gpu_layers and prefetch is not False:
+            session.warnings.append(
+                "experts are not read ahead: with --gpu-layers the routers that guess them are in "
+                "the GPU's memory"
+            )
         if is_paging and limit_bytes < cycle_bytes:
             session.warnings.append(
                 f"experts have {format_bytes(limit_bytes)}, one token uses "

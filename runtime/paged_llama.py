@@ -51,8 +51,10 @@ class _Override(ctypes.Structure):
 class LoadedModel:
     """llama.cpp's model, and the memory of its experts, which holds nothing yet."""
 
-    def __init__(self, model: GgufModel) -> None:
+    def __init__(self, model: GgufModel, gpu_layers: int = 0) -> None:
         """Load `model`, for which `llama_probe.require_loadable` holds.
+
+        All but the experts of the last `gpu_layers` layers goes to a GPU: see `llama_gpu`.
 
         Memory: the weights outside routed experts, and 16 MB of experts at a time.
 
@@ -72,7 +74,7 @@ class LoadedModel:
         llama = self.api.llama
         llama.llama_backend_init()
         parameters = llama.llama_model_default_params()
-        parameters.n_gpu_layers = 0
+        parameters.n_gpu_layers = gpu_layers
         parameters.load_mode = _LOAD_MODE_NONE
         parameters.use_extra_bufts = False  # repacked experts would lie elsewhere
         parameters.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)

@@ -46,6 +46,7 @@ class PagingOptions:
     prefetch: bool | None = None
     kernels: Kernels | None = None
     misses: Misses | None = None
+    gpu_layers: int | None = None
 
     def refuse(self, path: Path, runs: str, names: tuple[str, ...]) -> None:
         """Raise `TargetError` where one of the options `names` was given.
@@ -62,6 +63,7 @@ class PagingOptions:
             "--trace": self.trace,
             "--kernels": self.kernels,
             "--misses": self.misses,
+            "--gpu-layers": self.gpu_layers,
         }
         given = [name for name in names if values[name] is not None]
         if given:
@@ -101,7 +103,7 @@ def open_runnable(
         return _open_gguf(path, common, paging, can_trace=paging.trace is not None), {}
     if is_onnx_folder(path):
         runs = "onnxruntime, which neither pages nor skips experts"
-        paging.refuse(path, runs, ("--slots", "--trace", *_ROUTING))
+        paging.refuse(path, runs, ("--slots", "--trace", "--gpu-layers", *_ROUTING))
         from edge_moe.runtime.onnx_session import OnnxSession
 
         onnx = OnnxSession.open(
@@ -111,6 +113,11 @@ def open_runnable(
             budget_bytes=common.budget_bytes,
         )
         return onnx, {}
+    if paging.gpu_layers is not None:
+        raise TargetError(
+            f"{path} runs in edge-moe's own runtime: --gpu-layers is for .gguf files; leave it out "
+            "and give --device cuda"
+        )
     known = known_patterns(path, paging.task, paging.patterns)
     from edge_moe.runtime.session import Session
 
@@ -137,8 +144,8 @@ def _open_gguf(
     paging.refuse(path, "llama.cpp, which routes by itself", _ROUTING)
     if common.device == "cuda":
         raise TargetError(
-            f"{path} runs in llama.cpp with its experts on the CPU: leave out --device cuda, or "
-            "build with --target native"
+            f"{path} runs in llama.cpp with its experts on the CPU: leave out --device cuda and "
+            "give --gpu-layers, or build with --target native"
         )
     from edge_moe.runtime.gguf_session import GgufSession
 
@@ -149,6 +156,7 @@ def _open_gguf(
         num_slots=paging.slots,
         prefetch=paging.prefetch,
         can_trace=can_trace,
+        gpu_layers=paging.gpu_layers or 0,
     )
 
 

@@ -115,6 +115,14 @@ def run_command(
         Path | None,
         typer.Option(help="Folder of task patterns; else the shipped ones.", show_default=False),
     ] = None,
+    gpu_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Of a .gguf: all but the experts of so many layers on the GPU, with a llama.cpp "
+            "that was built for one.",
+            show_default=False,
+        ),
+    ] = None,
     kernels: Kernels = None,
     misses: Misses = None,
     skip: Skip = None,
@@ -143,6 +151,7 @@ def run_command(
         *(slots, ram, task, patterns, skip, skip_calibration, trace, prefetch),
         kernels.value if kernels else None,
         misses.value if misses else None,
+        gpu_layers,
     )
     with _opened(path, common, paging, prompt or "", is_raw=raw) as session:
         if prompt is None:

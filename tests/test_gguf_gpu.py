@@ -1,0 +1,106 @@
+"""Layers of a GGUF model on a GPU: the bill of RAM, what is refused, and what llama.cpp is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinyCheckpoint
+from float32_gguf import float32_gguf
+
+from edge_moe.cli import run
+from edge_moe.errors import InputError
+from edge_moe.gguf_model import GgufModel
+from edge_moe.runtime import gguf_session
+from edge_moe.runtime.gguf_allotment import GPU_DRIVER_BYTES, session_terms
+from edge_moe.runtime.gguf_session import GgufSession
+
+pytest.importorskip("gguf")
+llama_cpp = pytest.importorskip("llama_cpp.llama_cpp")
+
+PROMPT = list(range(5, 20))
+
+
+@pytest.fixture(scope="module")
+def path(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return float32_gguf(tiny_checkpoint("qwen3_moe"), tmp_path_factory.mktemp("gpu") / "a.gguf")
+
+
+def terms(path: Path, gpu_layers: int) -> dict[str, int]:
+    found = session_terms(GgufModel(path), 64, has_budget=False, gpu_layers=gpu_layers)
+    return {term.name: term.num_bytes for term in found}
+
+
+def test_what_is_on_the_gpu_is_not_billed_as_ram(path: Path) -> None:
+    model, without = GgufModel(path), terms(path, 0)
+    assert "GPU driver" not in without
+    one = terms(path, 1)  # may be the output matrix alone
+    assert one == without | {"GPU driver": GPU_DRIVER_BYTES}
+    num_layers = model.spec.num_layers
+    last = f"blk.{num_layers - 1}."
+    moved = sum(info.num_bytes for info in model.dense_tensors if info.name.startswith(last))
+    two = terms(path, 2)
+    assert 0 < moved and two["dense weights"] == without["dense weights"] - moved
+    assert two["KV cache"] == without["KV cache"] - without["KV cache"] // num_layers
+    every = terms(path, 1000)
+    blocks = sum(info.num_bytes for info in model.dense_tensors if info.name.startswith("blk."))
+    assert every["dense weights"] == without["dense weights"] - blocks
+    assert every["KV cache"] == 0 and every["experts"] == without["experts"]
+
+
+def test_a_build_without_a_gpu_says_how_to_get_one(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if llama_cpp.llama_supports_gpu_offload():
+        pytest.skip("this llama.cpp has a GPU")
+    command = ["run", str(path), "--prompt", "a", "--raw", "--gpu-layers", "2"]
+    assert run(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--gpu-layers 2: the llama-cpp-python that is installed was built without" in said
+    assert "GGML_CUDA=on" in said
+    with pytest.raises(InputError, match="use 0 or more"):
+        GgufSession.open(path, gpu_layers=-1)
+
+
+def test_other_runtimes_refuse_layers(
+    tiny_checkpoint: TinyCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tiny_checkpoint("qwen3_moe"))
+    assert run(["run", folder, "--prompt", "a", "--raw", "--gpu-layers", "2"]) == 2
+    assert "--gpu-layers is for .gguf files" in " ".join(capsys.readouterr().err.split())
+
+
+def test_llama_cpp_is_told_and_experts_stay_ours(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GgufSession.open(path, context_tokens=64, num_slots=4, prefetch=False) as session:
+        wanted = session.generate_ids(PROMPT, 8, stop_at_eos=False)
+    told = []
+    load = llama_cpp.llama_model_load_from_file_ptr
+
+    def watched(file: Any, parameters: Any) -> Any:
+        told.append(parameters.n_gpu_layers)
+        return load(file, parameters)
+
+    monkeypatch.setattr(llama_cpp, "llama_model_load_from_file_ptr", watched)
+    monkeypatch.setattr(gguf_session, "require_gpu", lambda *_: None)
+    # a build without GPUs computes the layers on the CPU
+    with GgufSession.open(path, context_tokens=64, num_slots=4, gpu_layers=3) as session:
+        assert session.generate_ids(PROMPT, 8, stop_at_eos=False) == wanted
+        assert session.is_paging and session.statistics().misses > 0
+        assert session.prefetch_trial is None
+        assert any("--gpu-layers" in warning for warning in session.warnings)
+    assert told == [3]
+
+
+@pytest.mark.gpu
+def test_offloaded_layers_keep_the_tokens(path: Path) -> None:
+    if not llama_cpp.llama_supports_gpu_offload():
+        pytest.skip("this llama.cpp was built without GPU support")
+    with GgufSession.open(path, context_tokens=64, num_slots=4) as session:
+        wanted = session.logits(PROMPT)
+    with GgufSession.open(path, context_tokens=64, num_slots=4, gpu_layers=1000) as session:
+        found = session.logits(PROMPT)
+        assert session.is_paging and session.statistics().misses > 0
+    assert abs(found - wanted).max() < 0.05 * abs(wanted).max()
