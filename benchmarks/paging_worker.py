@@ -29,6 +29,8 @@ CONTEXT_TOKENS = 1024
 _MADV_RANDOM, _MADV_WILLNEED = 1, 3
 _LOAD_NONE, _LOAD_MMAP = 0, 1
 _TOPK = "ffn_moe_topk-"
+_KEPT: list[Any] = []
+"""Callbacks that C calls: ctypes keeps no reference."""
 
 
 def read_bytes() -> int:
@@ -82,14 +84,18 @@ def stock(path: Path, engine: str) -> tuple[Step, Callable[[], dict[str, Any]]]:
     settings = llama.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT_TOKENS, 512, 512
     settings.n_threads = settings.n_threads_batch = usable_cores()
-    keep: list[Any] = []
     if engine in ("random", "willneed"):
         advise = _Advice(path)
         advise.whole(_MADV_RANDOM)
         if engine == "willneed":
-            keep.append(llama.ggml_backend_sched_eval_callback(advise.callback()))
-            settings.cb_eval = keep[0]
+            _KEPT.append(llama.ggml_backend_sched_eval_callback(advise.callback()))
+            settings.cb_eval = _KEPT[-1]
     context = llama.llama_init_from_model(model, settings)
+    return stepper(llama, model, context), dict
+
+
+def stepper(llama: Any, model: Any, context: Any) -> Step:
+    """Batches of a context of llama.cpp's."""
     width = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
     def step(ids: list[int], start: int) -> Any:
@@ -99,13 +105,13 @@ def stock(path: Path, engine: str) -> tuple[Step, Callable[[], dict[str, Any]]]:
             batch.token[index], batch.pos[index] = token, start + index
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
             batch.logits[index] = index == len(ids) - 1
-        assert keep is not None and llama.llama_decode(context, batch) == 0
+        assert llama.llama_decode(context, batch) == 0
         llama.llama_batch_free(batch)
         return np.ctypeslib.as_array(
             llama.llama_get_logits_ith(context, len(ids) - 1), (width,)
         ).copy()
 
-    return step, dict
+    return step
 
 
 class _Advice:

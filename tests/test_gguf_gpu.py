@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import cuda_paging
+import cuda_paging_worker
+import numpy as np
 import pytest
+import torch
 from conftest import TinyCheckpoint
 from float32_gguf import float32_gguf
 
@@ -27,8 +32,8 @@ def path(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFacto
     return float32_gguf(tiny_checkpoint("qwen3_moe"), tmp_path_factory.mktemp("gpu") / "a.gguf")
 
 
-def terms(path: Path, gpu_layers: int) -> dict[str, int]:
-    found = session_terms(GgufModel(path), 64, has_budget=False, gpu_layers=gpu_layers)
+def terms(path: Path, gpu_layers: int, context_tokens: int = 64) -> dict[str, int]:
+    found = session_terms(GgufModel(path), context_tokens, has_budget=False, gpu_layers=gpu_layers)
     return {term.name: term.num_bytes for term in found}
 
 
@@ -92,6 +97,33 @@ def test_llama_cpp_is_told_and_experts_stay_ours(
         assert session.prefetch_trial is None
         assert any("--gpu-layers" in warning for warning in session.warnings)
     assert told == [3]
+
+
+def test_the_benchmark_gives_llama_cpp_the_layers_that_fit(path: Path) -> None:
+    model = GgufModel(path)
+    rest = terms(path, 0, cuda_paging_worker.CONTEXT_TOKENS)
+    layers = sorted(model.layers)
+    of_layer = sum(info.num_bytes for info in model.layers[layers[0]].stacks)
+    names = ("dense weights", "KV cache", "workspace")
+    fixed = cuda_paging_worker.MARGIN_BYTES + sum(rest[name] for name in names)
+    for num_fitting in range(len(layers) + 1):
+        found = cuda_paging_worker.cpu_moe_layers(model, fixed + num_fitting * of_layer)
+        assert found == layers[: len(layers) - num_fitting]
+    # a build without GPUs computes the same with any of them
+    rows = []
+    for vram_bytes in (0, 2**40):
+        step, facts = cuda_paging_worker.llama_cpp(path, vram_bytes)
+        rows.append(step(PROMPT, 0))
+        assert facts()["cpu_moe_layers"] == (0 if vram_bytes else len(layers))
+    assert np.array_equal(*rows)
+
+
+def test_the_benchmark_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(sys, "argv", ["cuda_paging.py", "--package", "a", "--text", "b"])
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        cuda_paging.main()
 
 
 @pytest.mark.gpu
