@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from edge_moe.measurement import EvalResult, SkippingCost
+from edge_moe.measurement import EvalResult, SkippingCost, StallCost
 from edge_moe.metrics import Estimate
 from edge_moe.tasks import task_label
 from edge_moe.units import format_bytes
@@ -23,9 +23,14 @@ _TEXT_ROWS = (
     "active experts",
     "active parameters",
     "expert bytes saved",
+    "router weight of those",
 )
 _PROBLEM_ROWS = ("exact match (Q)", "exact match (base)", "recovery (exact match)")
-_SHORT = {"Mean PPL(Q)": "PPL(Q)", "Mean PPL(base)": "PPL(base)"}
+_SHORT = {
+    "Mean PPL(Q)": "PPL(Q)",
+    "Mean PPL(base)": "PPL(base)",
+    "router weight of those": "from shadows",
+}
 _SHORT |= dict.fromkeys(("recovery (1 / perplexity)", "recovery (exact match)"), "recovery")
 _WHERE = {True: "in task", False: "off task", None: ""}
 
@@ -105,7 +110,21 @@ def _rows(result: EvalResult) -> list[tuple[str, str]]:
         rows.append((f"recovery ({result.recovery_of})", f"{result.recovery} %"))
     if result.skipping is not None:
         rows += [("skipping rule", result.skipping.rule), *skipping_rows(result.skipping)]
+    if result.stall is not None:
+        rows += _stall_rows(result.stall)
     return rows
+
+
+def _stall_rows(found: StallCost) -> list[tuple[str, str]]:
+    """How misses were met, and what that read."""
+    seconds = found.allowed_seconds
+    return [
+        ("stall", found.mode if seconds is None else f"{found.mode}, {seconds:g} s per token"),
+        ("experts resident", f"{found.hit_rate:.1%}"),
+        ("computed from shadows", f"{found.shadow_experts_per_token:.2f} experts per token"),
+        ("router weight of those", f"{found.shadow_share:.1%}"),
+        ("experts read", f"{format_bytes(found.page_in_bytes_per_token)} per token"),
+    ]
 
 
 def _comparison_rows(result: EvalResult) -> list[tuple[str, str]]:

@@ -200,6 +200,25 @@ class SkippingCost(_Model):
         return self.saved_bytes_per_token / routed if routed else 0.0
 
 
+class StallCost(_Model):
+    """How tokens that were scored got the experts that were not in memory."""
+
+    mode: Literal["exact", "bounded", "never"]
+    allowed_seconds: float | None
+    """Of waiting per token, under `bounded`."""
+    bytes_per_second: float | None
+    """What a second was taken to read; None where that was measured."""
+    is_repeatable: bool
+    """Whether bodies were read between layers, so that results do not depend on time."""
+    hit_rate: float
+    shadow_experts_per_token: float
+    """Misses that were computed from shadows, over all MoE layers."""
+    shadow_share: float
+    """Share of the tokens' router weight that they had."""
+    page_in_bytes_per_token: float
+    stall_seconds_per_token: float
+
+
 class EvalResult(_Record):
     """The quality of one model on one task, alone or against a reference."""
 
@@ -233,6 +252,8 @@ class EvalResult(_Record):
     """Its standard error, paired: both models read the same tokens and solve the same problems."""
     skipping: SkippingCost | None = None
     """Where a skipping rule was in force."""
+    stall: StallCost | None = None
+    """Where it was said how long a token may wait for experts."""
     seconds: float
 
     @property

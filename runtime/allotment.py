@@ -165,7 +165,7 @@ def allot(
         InputError: fewer slots than top_k.
     """
     classes = size_classes(sizes)
-    cycle = token_cycle_bytes((max(layer) for layer in sizes), spec.top_k)
+    cycle = token_cycle_bytes((max(layer) for layer in sizes if layer), spec.top_k)
     every = {item.record_bytes: item.num_experts for item in classes}
     if num_slots is not None:
         if num_slots < spec.top_k:

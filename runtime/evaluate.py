@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,15 +26,23 @@ from edge_moe.demo import task_dir, task_names
 from edge_moe.demo.arithmetic import extract_answer
 from edge_moe.errors import InputError, TargetError
 from edge_moe.gguf_split import is_gguf_name
-from edge_moe.measurement import EvalResult, ModelKind, Provenance, RecoveryKind, SkippingCost
+from edge_moe.measurement import (
+    EvalResult,
+    ModelKind,
+    Provenance,
+    RecoveryKind,
+    SkippingCost,
+    StallCost,
+)
 from edge_moe.metrics import Comparison, Estimate, TokenScores
 from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.package import is_package
 from edge_moe.runtime.heldout import is_in_task, text_to_score
 from edge_moe.runtime.kernel_choice import Kernels
-from edge_moe.runtime.policy import RoutedCounts
+from edge_moe.runtime.policy import PagingStatistics, RoutedCounts
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.skipping_cost import skipping_cost
+from edge_moe.runtime.stalls import EXACT, StallOptions, stall_cost
 
 if TYPE_CHECKING:
     from edge_moe.runtime.session import Session
@@ -92,6 +100,7 @@ class _Pair:
     base: LanguageModel | None
     budget_bytes: int | None
     skip: SkipRule | None
+    stall: StallOptions | None
 
 
 def evaluate(
@@ -105,12 +114,18 @@ def evaluate(
     budget_bytes: int | None = None,
     skip: SkipRule | None = None,
     kernels: Kernels | None = None,
+    stall: StallOptions | None = None,
 ) -> list[EvalResult]:
     """Evaluate `model` on the held-out text of every task, beside `against` when it is given.
 
     `budget_bytes` caps the memory of `model` only, `skip` leaves out experts of `model` only, and
     `kernels` (else auto) compute those of `model` only: the reference is exact. Tasks that come
     with problems to solve are scored by exact match too, on the first `max_problems` of them.
+
+    With a `stall` that uses shadows, text is scored token by token, as if it were generated, since
+    a prompt waits for all bodies. What such a model computes depends on which bodies have arrived,
+    and so on time: with `stall.is_repeatable` (the command line's choice) bodies are read between
+    layers, and numbers repeat, except that `bounded` needs `stall.bytes_per_second`, too.
 
     Raises:
         InputError: no task, a window below 2 tokens, models with different tokenizers, or logits
@@ -129,12 +144,13 @@ def evaluate(
             budget_bytes=budget_bytes,
             skip=skip,
             kernels=kernels,
+            stall=stall,
         )
         stack.callback(tested.close)
         base = _open_reference(stack, against, context_tokens) if against else None
         if base is not None and against is not None:
             check_same_tokenizer({str(model): tested, str(against): base})
-        pair = _Pair(model, tested, against, base, budget_bytes, skip)
+        pair = _Pair(model, tested, against, base, budget_bytes, skip, stall)
         return [_evaluate_task(pair, task, settings) for task in tasks]
 
 
@@ -145,18 +161,24 @@ def open_model(
     budget_bytes: int | None = None,
     skip: SkipRule | None = None,
     kernels: Kernels | None = None,
+    stall: StallOptions | None = None,
 ) -> LanguageModel:
     """A native package or Hugging Face folder as a Session, others through their own programs.
 
     Raises:
         TargetError: a skipping rule for a .gguf file or an ONNX folder, which route themselves, or
-            kernels, which they have of their own; a budget for a .gguf file.
+            kernels, which they have of their own, or shadows; a budget for a .gguf file.
         BudgetError: an ONNX folder that takes more than the budget.
     """
     if kernels is not None and model_kind(path) in ("onnx", "gguf"):
         raise TargetError(
             f"{path} does not run in edge-moe's own runtime: leave out --kernels, or use a native "
             "package or a Hugging Face folder"
+        )
+    if stall is not None and model_kind(path) in ("onnx", "gguf"):
+        raise TargetError(
+            f"{path} holds no shadows to compute misses from: leave out --stall, or use a native "
+            "package that was built with --shadow"
         )
     if model_kind(path) == "onnx":
         if skip is not None:
@@ -194,6 +216,7 @@ def open_model(
         skip=skip,
         scored_tokens=context_tokens,
         kernels=kernels or "auto",
+        stall=stall or EXACT,
     )
 
 
@@ -295,10 +318,12 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
     tokenizer = (pair.base or pair.model).tokenizer
     text = text_to_score(pair.path, task, tokenizer, settings.window_tokens, settings.max_windows)
     windows = text.windows
-    before = _routed(pair)
+    before, paged_before = _routed(pair), _paged(pair)
     with progress(f"{task}: held-out text", len(windows)) as advance:
         quality = _text_quality(pair, windows, advance)
-    skipping = _skipping_cost(pair, before, sum(map(len, windows)))
+    num_tokens = sum(map(len, windows))
+    skipping = _skipping_cost(pair, before, num_tokens)
+    stalling = _stall_cost(pair, paged_before, num_tokens)
     problems = task_problems(task, settings.max_problems)
     if problems:
         quality |= _problem_quality(pair, task, problems)
@@ -318,6 +343,7 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
         num_search_windows=text.num_search_windows,
         num_problems=len(problems),
         skipping=skipping,
+        stall=stalling,
         seconds=time.perf_counter() - start,
         **quality,
     )
@@ -399,6 +425,22 @@ def _skipping_cost(
         dense_parameters=session.dense_parameters,
         expert_parameters=session.spec.expert_weights,
     )
+
+
+def _paged(pair: _Pair) -> PagingStatistics | None:
+    """What paging did so far, where the model under test may use shadows."""
+    from edge_moe.runtime.session import Session
+
+    if pair.stall is None or not isinstance(pair.model, Session):
+        return None
+    return replace(pair.model.statistics())
+
+
+def _stall_cost(pair: _Pair, before: PagingStatistics | None, num_tokens: int) -> StallCost | None:
+    now = _paged(pair)
+    if now is None or before is None or pair.stall is None:
+        return None
+    return stall_cost(pair.stall, before, now, num_tokens)
 
 
 def _open_reference(stack: ExitStack, path: Path, context_tokens: int) -> LanguageModel:

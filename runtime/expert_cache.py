@@ -151,6 +151,43 @@ class ExpertCache:
             self.statistics.stall_seconds += self._transfer.stalled_seconds()
             self._lock.notify_all()
 
+    def hold_arrived(self, keys: Sequence[Key]) -> list[Key]:
+        """Those of `keys` that are there, pinned until `release_residents`.
+
+        Nothing waits, and nothing counts as used: acquire what is computed as well.
+        """
+        with self._lock:
+            found = [(key, self._entries[key]) for key in keys if key in self._entries]
+            here = [(key, entry) for key, entry in found if self._is_here(entry)]
+            for _, entry in here:
+                entry.pins += 1
+        return [key for key, _ in here]
+
+    def claim(self, key: Key) -> Entry | None:
+        """A slot for `key`, which was asked for and computed otherwise; None where there is none.
+
+        It counts as used just now. Whoever claims it must call `fill_claimed`.
+        """
+        with self._lock:
+            if key in self._entries:
+                return None
+            entry = self._reserve(key, is_prefetched=True, keep=frozenset())
+            if entry is not None:
+                self._policies[entry.record_bytes].use(key)
+                self.statistics.prefetch_issued_bytes += entry.record_bytes
+        return entry
+
+    def fill_claimed(self, key: Key, entry: Entry) -> BaseException | None:
+        """Read a claimed expert into its slot; what went wrong, if something did.
+
+        The calling thread waits until it is there, and nobody else.
+        """
+        arrival = self._load(key, entry, is_demand=False)
+        if arrival is not None:
+            self._transfer.wait(arrival)
+        self._drop_failed(key, entry)
+        return entry.error
+
     def slot(self, key: Key, slot: int) -> torch.Tensor:
         """uint8 [record_bytes] of what `acquire_slot` found."""
         return self._buffers.view(self._store.record(key).num_bytes, slot)
@@ -194,12 +231,16 @@ class ExpertCache:
         arrival = self._load(key, entry, is_demand=False)
         if arrival is not None:
             self._transfer.wait(arrival)
-        if entry.state is State.FAILED:
-            with self._lock:
-                if entry.pins == 0 and self._entries.get(key) is entry:  # else `release` did it
-                    self._remove(key, entry)
-                self._lock.notify_all()
+        self._drop_failed(key, entry)
         return True
+
+    def _drop_failed(self, key: Key, entry: Entry) -> None:
+        if entry.state is not State.FAILED:
+            return
+        with self._lock:
+            if entry.pins == 0 and self._entries.get(key) is entry:  # else `release` did it
+                self._remove(key, entry)
+            self._lock.notify_all()
 
     def fill(self) -> None:
         """Load every expert for which there is a slot, in layer order: the state to start from.

@@ -63,8 +63,14 @@ class TokenLoop(ABC):
     def cache_bytes(self) -> int:
         """Bytes of the tensors that the KV cache holds."""
 
-    def logits(self, token_ids: Sequence[int], vocab_size: int) -> FloatArray:
-        """float32 [T, V]: row t predicts token t + 1.
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        vocab_size: int,
+        *,
+        chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+    ) -> FloatArray:
+        """float32 [T, V]: row t predicts token t + 1. With `chunk_tokens` 1, as if generated.
 
         Raises:
             InputError: more tokens than the context holds.
@@ -75,7 +81,7 @@ class TokenLoop(ABC):
             )
         logits = np.empty((len(token_ids), vocab_size), np.float32)
         done = 0
-        for chunk in chunks(token_ids):
+        for chunk in chunks(token_ids, chunk_tokens):
             logits[done : done + len(chunk)] = self.step(chunk, keep_all=True)
             done += len(chunk)
         return logits
@@ -179,10 +185,12 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[in
     return ids
 
 
-def chunks(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    """The prompt in pieces of at most `PREFILL_CHUNK_TOKENS`."""
-    for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
-        yield token_ids[start : start + PREFILL_CHUNK_TOKENS]
+def chunks(
+    token_ids: Sequence[int], chunk_tokens: int = PREFILL_CHUNK_TOKENS
+) -> Iterator[Sequence[int]]:
+    """The prompt in pieces of at most `chunk_tokens`."""
+    for start in range(0, len(token_ids), chunk_tokens):
+        yield token_ids[start : start + chunk_tokens]
 
 
 def sample(logits: FloatArray, sampling: Sampling, generator: np.random.Generator) -> int:

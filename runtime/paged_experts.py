@@ -22,6 +22,7 @@ from edge_moe.runtime.model import EXPERTS_IMPLEMENTATION
 from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock, expert_output
 from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.prefetch import Prefetcher
+from edge_moe.runtime.shadow_experts import ShadowExperts
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.trace import TraceRecorder
 from edge_moe.spec import ModelSpec
@@ -52,6 +53,8 @@ class ExpertPager:
         """What computes experts without unpacking them, where it was chosen."""
         self.misses: CpuMisses | None = None
         """What computes missed experts on the CPU, beside a GPU."""
+        self.shadowed: ShadowExperts | None = None
+        """What computes some of the experts from their shadows, where there are any in memory."""
         self.recorder: TraceRecorder | None = None
         """Where the routers' choices are written down, while somebody wants them."""
         self.rankers: Mapping[str, Ranker] = {}
@@ -70,8 +73,16 @@ class ExpertPager:
         Returns: [T, H]
         """
         rows, weights = self._chosen(layer, hidden, rows, weights)
+        if self.shadowed is not None:
+            return self.shadowed.forward(experts, layer, hidden, rows, weights)
         if len(hidden) == 1 and self.prefetcher is not None:
             self._read_ahead(self.prefetcher, layer, hidden, rows[0].tolist())
+        return self.compute(experts, layer, hidden, rows, weights)
+
+    def compute(
+        self, experts: Any, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor
+    ) -> Tensor:
+        """`forward` for experts that are chosen for good; row -1 is nobody."""
         if len(hidden) == 1:
             return self._token(experts, layer, hidden, rows[0].tolist(), weights[0].tolist())
         if self.packed is not None:

@@ -192,6 +192,25 @@ class PagingStatistics:
     not_paged_bytes: int = 0
     """Experts that a step did not need any more, and that had no slot at that moment."""
 
+    shadow_experts: int = 0
+    """Misses of decoded tokens that were computed from shadows."""
+    shadow_weight: float = 0.0
+    """Their router weights, added up without sign."""
+    decoded_weight: float = 0.0
+    """The same of all experts that decoded tokens chose; counted where shadows are in use."""
+
+    @property
+    def page_in_rate(self) -> float:
+        """Bytes per second; 1e9 where nothing was read."""
+        if not (self.page_in_bytes and self.page_in_seconds):
+            return 1e9
+        return self.page_in_bytes / self.page_in_seconds
+
+    @property
+    def shadow_share(self) -> float:
+        """Share of decoded tokens' router weight that shadows computed."""
+        return self.shadow_weight / self.decoded_weight if self.decoded_weight else 0.0
+
     @property
     def hit_rate(self) -> float:
         """Share of routed experts that were resident; 1.0 when nothing was routed."""

@@ -24,9 +24,12 @@ from edge_moe.runtime.paged_experts import ExpertPager, attach, detach
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.prefetch import Prefetcher
+from edge_moe.runtime.shadow_store import BodyStore
+from edge_moe.runtime.shadow_tier import ShadowTier
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.slot_products import SlotProducts
 from edge_moe.runtime.slots import SlotBuffers
+from edge_moe.runtime.stalls import EXACT, StallOptions
 from edge_moe.runtime.streams import CudaStreams, Streams
 from edge_moe.runtime.transfer import DirectTransfer, StagedTransfer, Transfer
 from edge_moe.spec import ModelSpec
@@ -45,6 +48,9 @@ class PagingOptions:
     misses: Misses = "fetch"
     cpu_kernels: KernelChoice | None = None
     """Whose kernels compute misses on the CPU."""
+    stall: StallOptions = EXACT
+    shadow_kernels: KernelChoice | None = None
+    """For the shadows' forms, where shadows are asked for."""
 
     @property
     def tier_bytes(self) -> int | None:
@@ -69,6 +75,7 @@ class Residency:
     pager: ExpertPager
     prefetcher: Prefetcher | None
     blocks: list[Any]
+    shadows: ShadowTier | None = None
 
     @classmethod
     def open(
@@ -78,8 +85,12 @@ class Residency:
         store: ExpertStore,
         slots: Slots,
         options: PagingOptions,
+        shadows: ExpertStore | None = None,
     ) -> Residency:
-        """Fill the slots as far as they go and attach the pager; counting starts afterwards."""
+        """Fill the slots as far as they go and attach the pager; counting starts afterwards.
+
+        With `shadows` those stay in memory beside the slots, and `store` is a `BodyStore`.
+        """
         device, sizes = options.device, record_sizes(store)
         buffers = SlotBuffers(slots.counts, device)
         streams = CudaStreams(device) if device.type == "cuda" else None
@@ -90,10 +101,10 @@ class Residency:
             host = _host_tier(counts, streams, transfer)
         cache = ExpertCache(store, buffers, DEFAULT_POLICY, host=host, transfer=transfer)
         cache.fill()
-        cache.statistics = PagingStatistics()
+        filling, cache.statistics = cache.statistics, PagingStatistics()
         prefetcher = None
         # latent experts are not given what the next router would be
-        if options.prefetch and slots.is_paging and not spec.latent_width:
+        if options.prefetch and slots.is_paging and not spec.latent_width and shadows is None:
             prefetcher = Prefetcher(blocks, store, cache, options.skip)
         pager = ExpertPager(spec, store, cache, prefetcher, options.skip)
         if forms := options.kernels.ggml_forms:
@@ -101,8 +112,12 @@ class Residency:
             pager.packed = SlotExperts(store, cache, products, forms, pager.unpacked_output)
         if host is not None and slots.is_paging and options.misses != "fetch":
             pager.misses = _cpu_misses(spec, blocks, pager, host, transfer, options)
+        tier = None
+        if shadows is not None and isinstance(store, BodyStore):
+            rate = options.stall.bytes_per_second or filling.page_in_rate
+            tier = ShadowTier.open(spec, store, shadows, (cache, transfer, pager), options, rate)
         attach(blocks, pager)
-        return cls(store, slots, cache, transfer, host, pager, prefetcher, blocks)
+        return cls(store, slots, cache, transfer, host, pager, prefetcher, blocks, tier)
 
     @property
     def miss_trial(self) -> InterleavedTrial | None:
@@ -113,6 +128,8 @@ class Residency:
         """Stop reading ahead, and let the model forget the pager, so that its slots are freed."""
         if self.prefetcher is not None:
             self.prefetcher.close()
+        if self.shadows is not None:
+            self.shadows.close()
         detach(self.blocks)
         if self.pager.packed is not None:
             self.pager.packed.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime import memory
 from edge_moe.runtime.adapter import merge_adapter
 from edge_moe.runtime.allotment import (
-    Slots,
     allot,
     context_length,
     dense_parameters,
@@ -48,25 +47,17 @@ from edge_moe.runtime.paged_experts import Ranker, register_experts
 from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.predictors import ROUTER_GUESSES
 from edge_moe.runtime.residency import PagingOptions, Residency
+from edge_moe.runtime.shadow_allotment import Allotment, Limits, allot_experts
+from edge_moe.runtime.shadow_store import TERM_NAME as SHADOWS_TERM
+from edge_moe.runtime.shadow_store import ShadowStore, open_shadows
 from edge_moe.runtime.skipping import SkipRule
+from edge_moe.runtime.stalls import EXACT, StallOptions
 from edge_moe.runtime.subset import RouterRows, Rows, SubsetStore, choose_rows
 from edge_moe.runtime.text_session import TextSession
 from edge_moe.runtime.torch_decoder import Decoder
 from edge_moe.runtime.trace import TraceInfo, TraceRecorder
 from edge_moe.spec import ModelSpec
 from edge_moe.task_pattern import Match, TaskPattern, match_pattern
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """What was asked for: at most one of the two."""
-
-    budget_bytes: int | None
-    num_slots: int | None
-
-    @property
-    def has_any(self) -> bool:
-        return self.budget_bytes is not None or self.num_slots is not None
 
 
 class Session(TextSession):
@@ -80,7 +71,7 @@ class Session(TextSession):
         store: ExpertStore,
         terms: list[MemoryTerm],
         context_tokens: int,
-        limits: _Limits,
+        limits: Limits,
         options: PagingOptions,
     ) -> None:
         self.spec: ModelSpec = source.spec
@@ -98,6 +89,8 @@ class Session(TextSession):
         self._blocks = moe_blocks(model, source.spec)
         self._routers = RouterRows(self._blocks)
         self._experts: Residency | None = None
+        self._terms = terms
+        self._shadows: ShadowStore | None = None
 
     @classmethod
     def open(
@@ -116,6 +109,7 @@ class Session(TextSession):
         match_first: bool = False,
         kernels: Kernels = "auto",
         misses: Misses = "auto",
+        stall: StallOptions = EXACT,
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -136,6 +130,9 @@ class Session(TextSession):
             misses: with `ram_bytes`, whether a token's experts that the GPU lacks are fetched, or
                 computed on the CPU; `auto` measures both, and keeps what is faster. On a CPU
                 `auto` fetches. Where an expert is computed can change the last digits of a result.
+            stall: how long decoded tokens wait for experts that are not in memory. Anything but
+                `exact` keeps the package's shadows in memory while it pages, and in place of
+                `prefetch` brings in what was missed.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -150,6 +147,8 @@ class Session(TextSession):
         spec = source.spec
         where = _device(device)
         check_misses(misses, where.type, ram_bytes)
+        if stall.uses_shadows:
+            misses = stall.only_fetching(misses)
         kind: Device = "cuda" if where.type == "cuda" else "cpu"
         context = context_length(spec, context_tokens)
         store = open_store(source)
@@ -161,11 +160,17 @@ class Session(TextSession):
             scored_tokens=scored_tokens,
         )
         share_key_value_heads(where)
-        allot(spec, record_sizes(store), terms, budget_bytes, num_slots)  # refuse before loading
-        options = PagingOptions(where, prefetch, ram_bytes, skip, chosen, misses)
+        limits = Limits(budget_bytes, num_slots)
+        shadows = open_shadows(source) if stall.uses_shadows else None
+        allot_experts(spec, store, shadows, terms, limits)  # refuse before loading
+        options = PagingOptions(where, prefetch, ram_bytes, skip, chosen, misses, stall=stall)
         if options.tier_bytes and misses != "fetch":
             cpu_kernels = choose_kernels(kernels, torch.device("cpu"), forms)
             options = replace(options, cpu_kernels=cpu_kernels)
+        if shadows is not None:
+            shadow_forms = {shadows.record(key).form for key in shadows.keys()}
+            shadow_kernels = choose_kernels(kernels, where, shadow_forms)
+            options = replace(options, shadow_kernels=shadow_kernels)
         host_terms(record_sizes(store), kind, options.tier_bytes)
         tokenizer = load_tokenizer(model)
         rows = [len(kept) for kept in store.kept]
@@ -174,12 +179,12 @@ class Session(TextSession):
         if isinstance(source, Package):
             merge_adapter(network, source)
         memory.trim()
-        limits = _Limits(budget_bytes, num_slots)
         session = cls(source, network, tokenizer, store, terms, context, limits, options)
+        session._shadows = shadows
         if match_first and not limits.has_any:
             most = max(map(len, store.kept))
             slots = allot(spec, record_sizes(store), terms, None, most)
-            session._reside(store, None, slots)
+            session._reside(store, None, Allotment(slots, terms))
         else:
             session.use_pattern(pattern)
         session.load_seconds = time.perf_counter() - start
@@ -203,18 +208,25 @@ class Session(TextSession):
                     f"({pattern.model_fingerprint[:12]}, not {self.fingerprint[:12]}): make one "
                     "for this model with `edge-moe patterns`"
                 )
-            room = self._allot(store).num_bytes if self._limits.has_any else None
+            room = self._allot(store).slots.num_bytes if self._limits.has_any else None
             rows = choose_rows(pattern, store, self.spec, room)
             store = SubsetStore(store, rows)
-        self._reside(store, rows, self._allot(store))
+        shadows: ExpertStore | None = self._shadows
+        if shadows is not None and rows is not None:
+            shadows = SubsetStore(shadows, rows)
+        self._reside(store, rows, self._allot(store, shadows))
 
-    def _reside(self, store: ExpertStore, rows: Rows | None, slots: Slots) -> None:
+    def _reside(self, store: ExpertStore, rows: Rows | None, allotment: Allotment) -> None:
         """Run with the experts of `store`, which are `rows` of the whole model's."""
         if self._experts is not None:
             self._experts.close()
             self._experts = None  # its slots are freed before the new ones are taken
         self._routers.use(rows)
-        self._experts = Residency.open(self.spec, self._blocks, store, slots, self._options)
+        self._terms = allotment.terms
+        bodies = allotment.bodies or store
+        self._experts = Residency.open(
+            *(self.spec, self._blocks, bodies, allotment.slots, self._options, allotment.shadows)
+        )
 
     def match_task(self, prompt_ids: Sequence[int], patterns: Mapping[str, TaskPattern]) -> Match:
         """Which of `patterns` a prompt is nearest to, by the experts that it is routed to.
@@ -275,7 +287,10 @@ class Session(TextSession):
             InputError: more tokens than the context holds.
         """
         decoder = self.new_loop()
-        return decoder.logits(token_ids, self.model.config.vocab_size)
+        vocab_size = self.model.config.vocab_size
+        if self._residency.shadows is not None:  # a prompt would wait for every body
+            return decoder.logits(token_ids, vocab_size, chunk_tokens=1)
+        return decoder.logits(token_ids, vocab_size)
 
     @property
     def eos_ids(self) -> set[int]:
@@ -317,7 +332,13 @@ class Session(TextSession):
         """What the user should know about the slots and the kernels."""
         options = self._options
         found = self._residency.slots.warnings() + options.kernels.warnings
-        return found + (options.cpu_kernels.warnings if options.cpu_kernels is not None else [])
+        for kernels in (options.cpu_kernels, options.shadow_kernels):
+            found += kernels.warnings if kernels is not None else []
+        if self._shadows is not None and self._residency.shadows is None:
+            found.append(
+                f"every expert is in memory: --stall {options.stall.mode} has nothing to do"
+            )
+        return found
 
     @property
     def kernels(self) -> str:
@@ -327,10 +348,13 @@ class Session(TextSession):
     @property
     def measured_terms(self) -> dict[str, int]:
         """Bytes really taken, by the name of the term."""
-        return {
+        found = {
             "dense weights": held_bytes(self.model),
             "experts": self._residency.cache.slot_bytes,
         }
+        if self._residency.shadows is not None:
+            found[SHADOWS_TERM] = self._residency.shadows.cache.slot_bytes
+        return found
 
     def statistics(self) -> PagingStatistics:
         """What paging did since the session was opened, or since `use_pattern`."""
@@ -338,7 +362,7 @@ class Session(TextSession):
 
     def memory(self) -> list[MemoryTerm]:
         """The planned bill at this budget, term by term."""
-        return with_slots(self._full_terms, self._residency.slots.num_bytes)
+        return with_slots(self._terms, self._residency.slots.num_bytes)
 
     def host_memory(self) -> list[MemoryTerm]:
         """What experts beside the slots take in RAM."""
@@ -360,6 +384,8 @@ class Session(TextSession):
         if self._experts is not None:
             self._experts.close()
         self._store.close()
+        if self._shadows is not None:
+            self._shadows.close()
 
     @property
     def _residency(self) -> Residency:
@@ -367,15 +393,8 @@ class Session(TextSession):
             raise RuntimeError("the session holds no experts")
         return self._experts
 
-    def _allot(self, store: ExpertStore) -> Slots:
-        limits = self._limits
-        return allot(
-            self.spec,
-            record_sizes(store),
-            self._full_terms,
-            limits.budget_bytes,
-            limits.num_slots,
-        )
+    def _allot(self, store: ExpertStore, shadows: ExpertStore | None = None) -> Allotment:
+        return allot_experts(self.spec, store, shadows, self._full_terms, self._limits)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -206,3 +206,23 @@ def test_branches_of_the_graph_are_in_the_bill(tmp_path: Path) -> None:
     measured = RunMeasurement.model_validate_json(done.stdout)
     assert 0.9 * plan.total_bytes < measured.peak_memory_bytes < 1.04 * plan.total_bytes
     assert plan.term("experts").num_bytes > 150_000 * 1024
+
+
+def test_peak_with_shadows_is_within_the_budget(demo_model: Path, tmp_path: Path) -> None:
+    package = build(
+        hand_plan(Checkpoint(demo_model), [["q8_0"] * 16] * 4), tmp_path / "out", shadow="tq2_0"
+    )
+    shadows, bodies = (
+        64 * expert_bytes(form, *Checkpoint(demo_model).spec.expert_shape)
+        for form in ("tq2_0", "q8_0")
+    )
+    budget = _fixed_bytes(package) + shadows + bodies // 3
+    command = [*_run_command(package, budget), "--stall", "never"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = RunMeasurement.model_validate_json(done.stdout)
+    assert measured.paging["shadow_experts"] > 0
+    assert measured.measured_terms["shadows"] == shadows
+    assert measured.planned_bytes <= budget
+    assert measured.peak_memory_bytes == pytest.approx(measured.planned_bytes, rel=0.05)
+    assert measured.peak_memory_bytes <= budget * 1.02

@@ -13,8 +13,12 @@ from edge_moe.commands.options import (
     Kernels,
     Skip,
     SkipCalibrationFile,
+    Stall,
+    StallRate,
+    StallSeconds,
     Tasks,
     skip_rule,
+    stall_options,
     stderr,
     stdout,
 )
@@ -38,6 +42,9 @@ def eval_command(
     kernels: Kernels = None,
     skip: Skip = None,
     skip_calibration: SkipCalibrationFile = None,
+    stall: Stall = None,
+    stall_seconds: StallSeconds = None,
+    stall_rate: StallRate = None,
     record: Annotated[
         bool, typer.Option("--record", help="Keep the results inside MODEL, for the report.")
     ] = False,
@@ -49,6 +56,7 @@ def eval_command(
     tested = resolve_model(model)
     reference = resolve_model(against) if against is not None else None
     rule = skip_rule(skip, skip_calibration, tested)
+    waiting = stall_options(stall, stall_seconds, stall_rate, is_repeatable=True)
     from edge_moe.runtime.evaluate import evaluate
 
     results = evaluate(
@@ -61,6 +69,7 @@ def eval_command(
         budget_bytes=budget,
         skip=rule,
         kernels=kernels.value if kernels else None,
+        stall=waiting,
     )
     if record:
         folder = tested if tested.is_dir() else tested.parent

@@ -146,7 +146,10 @@ def _paging(session: Runnable) -> dict[str, float]:
     statistics = session.statistics()
     if statistics is None:
         return {}
-    return dataclasses.asdict(statistics) | {"hit_rate": statistics.hit_rate}
+    return dataclasses.asdict(statistics) | {
+        "hit_rate": statistics.hit_rate,
+        "shadow_share": statistics.shadow_share,
+    }
 
 
 def statistics_lines(measured: RunMeasurement) -> list[str]:
@@ -176,6 +179,11 @@ def statistics_lines(measured: RunMeasurement) -> list[str]:
         lines.append(
             f"misses {measured.misses}; {paging.get('cpu_experts', 0):.0f} computed on the CPU, "
             f"{format_bytes(paging.get('cpu_bytes', 0))} not moved"
+        )
+    if shadows := paging.get("shadow_experts"):
+        lines.append(
+            f"shadows: {shadows:.0f} misses computed from shadows, "
+            f"{paging['shadow_share']:.1%} of the decoded tokens' router weight"
         )
     if skipped := paging.get("skipped_experts"):
         routed = paging["routed_experts"]

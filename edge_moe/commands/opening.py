@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.kernel_choice import Kernels
     from edge_moe.runtime.session import Session
+    from edge_moe.runtime.stalls import StallOptions
     from edge_moe.task_pattern import TaskPattern
 
 
@@ -47,6 +48,7 @@ class PagingOptions:
     kernels: Kernels | None = None
     misses: Misses | None = None
     gpu_layers: int | None = None
+    stall: StallOptions | None = None
 
     def refuse(self, path: Path, runs: str, names: tuple[str, ...]) -> None:
         """Raise `TargetError` where one of the options `names` was given.
@@ -64,6 +66,7 @@ class PagingOptions:
             "--kernels": self.kernels,
             "--misses": self.misses,
             "--gpu-layers": self.gpu_layers,
+            "--stall": self.stall,
         }
         given = [name for name in names if values[name] is not None]
         if given:
@@ -81,6 +84,7 @@ _ROUTING = (
     "--skip-calibration",
     "--kernels",
     "--misses",
+    "--stall",
 )
 
 
@@ -120,6 +124,7 @@ def open_runnable(
         )
     known = known_patterns(path, paging.task, paging.patterns)
     from edge_moe.runtime.session import Session
+    from edge_moe.runtime.stalls import EXACT
 
     session = Session.open(
         path,
@@ -134,6 +139,7 @@ def open_runnable(
         match_first=paging.task == AUTO,
         kernels=paging.kernels or "auto",
         misses=paging.misses or "auto",
+        stall=paging.stall or EXACT,
     )
     return session, known
 

@@ -17,6 +17,7 @@ from edge_moe.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from edge_moe.runtime.skipping import SkipRule
+    from edge_moe.runtime.stalls import StallOptions
 
 _PLAIN_WIDTH = 110  # columns when nobody's terminal sets them, as in a pipe or a file
 _TABLE_WIDTH = 190  # a Markdown table in a pipe keeps its rows whole
@@ -52,6 +53,14 @@ class MissesName(StrEnum):
     AUTO = "auto"
     FETCH = "fetch"
     CPU = "cpu"
+
+
+class StallName(StrEnum):
+    """The values of `edge_moe.runtime.stalls.Stall`."""
+
+    EXACT = "exact"
+    BOUNDED = "bounded"
+    NEVER = "never"
 
 
 def _model(kinds: str) -> Any:
@@ -125,6 +134,36 @@ Kernels = Annotated[
         help="Whose kernels compute experts on a CPU: exact is torch, on weights in float32; ggml "
         "is llama.cpp's, on packed weights, faster and rounded as there; auto (default) is ggml "
         "for quantised experts where it is installed.",
+        show_default=False,
+    ),
+]
+Stall = Annotated[
+    StallName | None,
+    typer.Option(
+        "--stall",
+        help="What a token does about experts that are not in memory: exact (default) waits for "
+        "them; never computes them from their shadows; bounded waits for those that matter most, "
+        "up to --stall-seconds. A prompt always waits.",
+        show_default=False,
+    ),
+]
+StallSeconds = Annotated[
+    float | None,
+    typer.Option(
+        "--stall-seconds",
+        metavar="SECONDS",
+        help="With --stall bounded: time per token to wait for experts, default 0.01.",
+        show_default=False,
+    ),
+]
+StallRate = Annotated[
+    int | None,
+    typer.Option(
+        "--stall-rate",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="With --stall bounded: what a second reads, so that numbers repeat; else as fast as "
+        "the slots were filled.",
         show_default=False,
     ),
 ]
@@ -202,6 +241,28 @@ def skip_rule(skip: str | None, calibration: Path | None, model: Path) -> SkipRu
     from edge_moe.runtime.skipping import load_skip
 
     return load_skip(skip, calibration, model)
+
+
+def stall_options(
+    stall: StallName | None,
+    seconds: float | None,
+    rate: int | None = None,
+    *,
+    is_repeatable: bool = False,
+) -> StallOptions | None:
+    """What --stall and its companions say; None where nothing was said.
+
+    Raises:
+        InputError: companions without --stall bounded, or values that mean nothing.
+    """
+    if stall is not StallName.BOUNDED and (seconds is not None or rate is not None):
+        name = "--stall-seconds" if rate is None else "--stall-rate"
+        raise InputError(f"{name} is for --stall bounded: add that, or leave it out")
+    if stall is None:
+        return None
+    from edge_moe.runtime.stalls import StallOptions
+
+    return StallOptions(stall.value, seconds, rate, is_repeatable)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -36,6 +36,9 @@ from edge_moe.commands.options import (
     RunnableModel,
     Skip,
     SkipCalibrationFile,
+    Stall,
+    StallSeconds,
+    stall_options,
     stderr,
 )
 from edge_moe.commands.task_choice import AUTO, choose_task
@@ -127,6 +130,8 @@ def run_command(
     misses: Misses = None,
     skip: Skip = None,
     skip_calibration: SkipCalibrationFile = None,
+    stall: Stall = None,
+    stall_seconds: StallSeconds = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -152,6 +157,7 @@ def run_command(
         kernels.value if kernels else None,
         misses.value if misses else None,
         gpu_layers,
+        stall_options(stall, stall_seconds),
     )
     with _opened(path, common, paging, prompt or "", is_raw=raw) as session:
         if prompt is None:
