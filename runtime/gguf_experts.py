@@ -1,4 +1,4 @@
-"""The experts of a GGUF model, paged into memory of our own before their layer computes.
+"""The experts of a GGUF model, paged into memory of our own before their matrices are used.
 
 Bookkeeping belongs to one thread, the one that decodes; the others only read. An expert's rows of a
 tensor are read and given back as whole pages. Neighbours share the page between them: it goes with
@@ -7,58 +7,49 @@ the last of them.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from edge_moe.errors import CheckpointError, InputError
+from edge_moe.errors import InputError
 from edge_moe.gguf_model import GgufModel
-from edge_moe.runtime.gguf_allotment import num_pages
+from edge_moe.runtime.gguf_slices import Slice, SliceFiles, expert_slices
 from edge_moe.runtime.guesses import Guesses
-from edge_moe.runtime.llama_region import PAGE_BYTES, ExpertRegion
+from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
+from edge_moe.runtime.read_queue import Read, ReadQueue
 
 READERS = 4
 """Threads that read: enough to keep an NVMe disk busy with pieces of half a megabyte."""
 
 
-@dataclass(frozen=True)
-class Slice:
-    """An expert's rows of one tensor, as whole pages in memory and in the file."""
-
-    path: Path
-    offset: int
-    """In the file; a multiple of the page size, as `address` is."""
-    address: int
-    num_bytes: int
-    needed_bytes: int
-    """Up to the last byte of the rows: the file may end there."""
-
-    @property
-    def end(self) -> int:
-        """The address behind it."""
-        return self.address + self.num_bytes
-
-
 @dataclass(eq=False)
 class _Entry:
-    """One expert that is in memory, or on its way."""
+    """One expert that has memory."""
 
-    reads: list[Future[None]] = field(default_factory=list)
+    reads: list[Read[Slice] | None]
+    """By tensor, of an expert that is not known to be whole; None is not asked for yet."""
     is_prefetched: bool = False
-    start: float = 0.0
+
+    @property
+    def asked(self) -> list[Read[Slice]]:
+        return [read for read in self.reads if read is not None]
 
     @property
     def is_loading(self) -> bool:
-        return any(not read.done() for read in self.reads)
+        return any(not read.is_done for read in self.asked)
+
+    @property
+    def is_whole(self) -> bool:
+        return all(read is not None and read.is_done for read in self.reads)
 
 
 class GgufExperts:
-    """Pages experts in and out under `limit_bytes`."""
+    """Pages experts in and out under `limit_bytes`.
+
+    `require` starts to read what a router chose, the tensors in the order of their use; `wait`
+    waits for one tensor's part of it, so that the others are read while that one computes.
+    """
 
     def __init__(
         self,
@@ -78,12 +69,19 @@ class GgufExperts:
         self._region = region
         self._policy = policy
         self._slices = expert_slices(model, region)
-        self._files = _Files({each.path for rows in self._slices.values() for each in rows})
+        self._files = SliceFiles({each.path for rows in self._slices.values() for each in rows})
+        self._order = [
+            list(range(len(self._slices[layer, 0]))) for layer in range(len(self.layer_ids))
+        ]
         self._entries: dict[Key, _Entry] = {}
         self._loading: set[Key] = set()
-        """Whose reads were not waited for."""
+        """Those that are not known to be whole."""
+        self._awaited: list[Key] = []
+        """... of which the layer that computes needs these."""
         self._used_bytes = 0
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="edge-moe-page-in")
+        self._spare: dict[int, list[Slice]] = {}
+        """By tensor: pages of experts that have just left."""
+        self._queue = ReadQueue(self._files.read, READERS, "edge-moe-page-in")
         self._guesses = Guesses()
 
     def num_bytes(self, key: Key) -> int:
@@ -100,30 +98,66 @@ class GgufExperts:
         """What the experts in memory take."""
         return self._used_bytes
 
+    def set_order(self, layer: int, order: Sequence[int]) -> None:
+        """The order in which a layer uses its tensors: indices into the layer's slices."""
+        self._order[layer] = list(order)
+
     def require(self, layer: int, rows: Sequence[int]) -> None:
-        """Bring the experts `rows` of the MoE layer with index `layer` into memory, and wait.
+        """Begin to bring the experts `rows` of the MoE layer with index `layer` into memory.
+
+        Each tensor of them is there once `wait` has returned.
 
         Raises:
             InputError: they do not fit together.
-            CheckpointError: the file has changed, or ends early.
-            OSError: it cannot be read.
+            CheckpointError: the file has changed.
         """
+        self.settle()
         keys = [(layer, row) for row in rows]
         self._guesses.score(layer, rows, self.statistics)
         keep = frozenset(keys)
+        self._drop_guesses(layer, keep)
         missing = [key for key in keys if not self._use(key)]
-        start = time.perf_counter()
         if missing:
             self._files.require_unchanged()
         for key in missing:
-            self._start(key, keep, is_prefetched=False)
+            self._reserve(key, keep, is_prefetched=False)
             self._policy.use(key)
-        waited = [key for key in keys if key in self._loading]
-        errors = [error for key in waited if (error := self._failure(key)) is not None]
+        self._awaited = [key for key in keys if key in self._loading]
+        for index in self._order[layer]:
+            for key in self._awaited:
+                self._ask(key, index, is_wanted=True)
+
+    def is_late(self, index: int) -> bool:
+        """Whether the tensor `index` of what was required is still being read."""
+        reads = (self._entries[key].reads[index] for key in self._awaited)
+        return any(read is None or not read.is_done for read in reads)
+
+    def wait(self, index: int) -> None:
+        """Until the tensor `index` of all that was required is there.
+
+        Raises:
+            CheckpointError: the file ends early.
+            OSError: it cannot be read.
+        """
+        if not self._awaited:
+            return
+        start, errors = time.perf_counter(), []
+        for key in self._awaited:
+            read = self._ask(key, index, is_wanted=True)
+            self._queue.wait(read)
+            if read.error is not None:
+                errors.append((key, read.error))
+        self.statistics.stall_seconds += time.perf_counter() - start
         if errors:
-            raise errors[0]
-        if waited:
-            self.statistics.stall_seconds += time.perf_counter() - start
+            self._awaited = []
+            for key, _ in errors:
+                self._abandon(key)
+            raise errors[0][1]
+
+    def wait_for_all(self, layer: int) -> None:
+        """As `wait`, for every tensor of the layer."""
+        for index in self._order[layer]:
+            self.wait(index)
 
     def prefetch(self, layer: int, rows: Iterable[int], current: Iterable[Key]) -> None:
         """Start to read guessed experts of `layer`; `current` are in use and stay.
@@ -139,8 +173,9 @@ class GgufExperts:
             if not self._guesses.rule.admits(layer, size, self._queued_bytes()):
                 self.statistics.prefetch_rejected += 1
             elif self._make_room(size, keep):
-                self._start(key, keep, is_prefetched=True)
-                self.statistics.prefetch_issued_bytes += size
+                self._reserve(key, keep, is_prefetched=True)
+                read = self._ask(key, self._order[layer][0], is_wanted=False)
+                self.statistics.prefetch_issued_bytes += read.piece.num_bytes
 
     def fill(self) -> None:
         """Read experts in layer order as long as they fit."""
@@ -149,11 +184,14 @@ class GgufExperts:
         for key in keys:
             if self._used_bytes + self.num_bytes(key) > self.limit_bytes:
                 break
-            self._start(key, frozenset(), is_prefetched=False)
+            self._reserve(key, frozenset(), is_prefetched=False)
+            for index in self._order[key[0]]:
+                self._ask(key, index, is_wanted=True)
             batch.append(key)
             if len(batch) == 4 * READERS:
-                self._finish_all(batch)
-        self._finish_all(batch)
+                self._wait_for_batch(batch)
+                batch = []
+        self._wait_for_batch(batch)
         self.statistics = PagingStatistics()
 
     def check_integrity(self) -> None:
@@ -164,16 +202,18 @@ class GgufExperts:
                 f"experts take {used} bytes, {self._used_bytes} are booked, "
                 f"{self.limit_bytes} allowed"
             )
+        if not self._loading <= self._entries.keys():
+            raise RuntimeError("experts are being read that have no memory")
 
     def close(self) -> None:
         """Stop reading and close the files."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._queue.close()
         self._files.close()
 
     # ------------------------------------------------------------------ one expert
 
     def _use(self, key: Key) -> bool:
-        """Whether `key` need not be read; counts what the model asked for."""
+        """Whether `key` has memory; counts what the model asked for."""
         entry = self._entries.get(key)
         statistics = self.statistics
         statistics.routed_experts += 1
@@ -181,62 +221,76 @@ class GgufExperts:
             statistics.misses += 1
             return False
         self._policy.use(key)
-        is_late = entry.is_loading
-        statistics.hits += not is_late
-        statistics.misses += is_late
+        statistics.hits += entry.is_whole
+        statistics.misses += not entry.is_whole
         if entry.is_prefetched:
             entry.is_prefetched = False
-            if is_late:
-                statistics.prefetch_late_bytes += self.num_bytes(key)
+            if entry.is_loading:
+                statistics.prefetch_late_bytes += self._asked_bytes(key)
             else:
-                statistics.prefetch_useful_bytes += self.num_bytes(key)
+                statistics.prefetch_useful_bytes += self._asked_bytes(key)
         return True
 
-    def _start(self, key: Key, keep: frozenset[Key], *, is_prefetched: bool) -> None:
-        """Make room and begin to read."""
+    def _asked_bytes(self, key: Key) -> int:
+        """What was read, or will be."""
+        entry = self._entries[key]
+        if key not in self._loading:
+            return self.num_bytes(key)
+        return sum(read.piece.num_bytes for read in entry.asked)
+
+    def _reserve(self, key: Key, keep: frozenset[Key], *, is_prefetched: bool) -> None:
+        """Make room."""
         size = self.num_bytes(key)
         if not self._make_room(size, keep):
             raise InputError(
                 f"{len(keep)} experts of a layer do not fit {self.limit_bytes} bytes together: "
                 "raise the budget"
             )
+        self._take_memory(key)
         self._used_bytes += size
         self._policy.admit(key)
-        entry = self._entries[key] = _Entry([], is_prefetched, time.perf_counter())
-        entry.reads = [self._pool.submit(self._files.read, each) for each in self._slices[key]]
+        self._entries[key] = _Entry([None] * len(self._slices[key]), is_prefetched)
         self._loading.add(key)
 
-    def _finish(self, key: Key) -> None:
-        """Wait for an expert's reads; after an error it is gone."""
-        entry = self._entries[key]
-        self._loading.discard(key)
-        try:
-            for read in entry.reads:
-                read.result()
-        except BaseException:
-            for read in entry.reads:
-                if not read.cancel():
-                    read.exception()
-            self._remove(key)
-            raise
-        seconds, entry.reads = time.perf_counter() - entry.start, []
-        size = self.num_bytes(key)
-        self.statistics.page_in_bytes += size
-        self.statistics.page_in_seconds += seconds
-        self._guesses.rule.learn_transfer(size, seconds)
+    def _ask(self, key: Key, index: int, *, is_wanted: bool) -> Read[Slice]:
+        """The read of a tensor's part, which is queued if it was not."""
+        reads = self._entries[key].reads
+        read = reads[index]
+        if read is None:
+            read = reads[index] = self._queue.submit(self._slices[key][index], is_wanted=is_wanted)
+        elif is_wanted:
+            self._queue.want(read)
+        return read
 
-    def _failure(self, key: Key) -> BaseException | None:
-        """Wait for an expert's reads; what went wrong, after which it is gone."""
-        try:
-            self._finish(key)
-        except BaseException as error:
-            return error
-        return None
+    def settle(self) -> None:
+        """Nobody waits any more: note what has arrived since; what could not be read is gone."""
+        self._awaited = []
+        for key in [key for key in self._loading if self._entries[key].is_whole]:
+            reads = self._entries[key].asked
+            if any(read.error is not None for read in reads):
+                self._drop(key)
+                continue
+            self._loading.discard(key)
+            self._entries[key].reads = []
+            size = self.num_bytes(key)
+            seconds = max(read.end_seconds for read in reads)
+            seconds -= min(read.start_seconds for read in reads)
+            self.statistics.page_in_bytes += size
+            self.statistics.page_in_seconds += seconds
+            self._guesses.rule.learn_transfer(size, seconds)
 
-    def _finish_all(self, keys: list[Key]) -> None:
-        for key in keys:
-            self._finish(key)
-        keys.clear()
+    def _abandon(self, key: Key) -> None:
+        """Give up an expert: its memory is free once nothing reads into it."""
+        for read in self._entries[key].asked:
+            if not self._queue.cancel(read):
+                self._queue.wait(read)
+        self._drop(key)
+
+    def _wait_for_batch(self, keys: list[Key]) -> None:
+        self._awaited = keys
+        for index in range(max((len(self._slices[key]) for key in keys), default=0)):
+            self.wait(index)
+        self.settle()
 
     # ------------------------------------------------------------------ room
 
@@ -244,33 +298,57 @@ class GgufExperts:
         """Evict until `size` more bytes fit; False where nothing can leave."""
 
         def may_evict(key: Key) -> bool:
-            is_loading = key in self._loading and self._entries[key].is_loading
-            return key not in keep and not is_loading
+            return key not in keep and not self._entries[key].is_loading
 
         while self._used_bytes + size > self.limit_bytes:
             victim = self._policy.victim(may_evict)
             if victim is None:
+                self._give_back_spare()
                 return False
             self._evict(victim)
         return True
 
+    def _take_memory(self, key: Key) -> None:
+        """Give an expert the pages of those that left for it; the rest goes back."""
+        for index, each in enumerate(self._slices[key]):
+            spare = self._spare.get(index)
+            if spare and spare[-1].own_bytes == each.own_bytes:
+                source = spare.pop()
+                if not self._region.move(source.own, each.own, each.own_bytes):
+                    spare.append(source)
+        self._give_back_spare()
+
+    def _give_back_spare(self) -> None:
+        for spare in self._spare.values():
+            for each in spare:
+                self._region.give_back(each.own, each.own + each.own_bytes)
+        self._spare.clear()
+
     def _evict(self, key: Key) -> None:
-        entry = self._entries[key]
-        if key in self._loading and self._failure(key) is not None:
-            return  # a guess that nobody asked for, and that could not be read
-        if entry.is_prefetched:
-            self.statistics.prefetch_wasted_bytes += self.num_bytes(key)
+        if self._entries[key].is_prefetched:
+            self.statistics.prefetch_wasted_bytes += self._asked_bytes(key)
         self.statistics.evictions += 1
         self._remove(key)
 
+    def _drop(self, key: Key) -> None:
+        self._remove(key)
+        self._give_back_spare()
+
     def _remove(self, key: Key) -> None:
+        """Its pages are spare then."""
         del self._entries[key]
+        self._loading.discard(key)
         self._policy.forget(key)
         self._used_bytes -= self.num_bytes(key)
         for index, each in enumerate(self._slices[key]):
             start = self._end_of_neighbour(key, index, each, -1)
             end = self._end_of_neighbour(key, index, each, +1)
-            self._region.give_back(start, end)
+            if not each.own_bytes:
+                self._region.give_back(start, end)
+                continue
+            self._region.give_back(start, each.own)
+            self._region.give_back(each.own + each.own_bytes, end)
+            self._spare.setdefault(index, []).append(each)
 
     def _end_of_neighbour(self, key: Key, index: int, each: Slice, step: int) -> int:
         """How far `each` goes without touching a page of an expert that stays: down, or up.
@@ -290,86 +368,17 @@ class GgufExperts:
 
     # ------------------------------------------------------------------ guesses
 
+    def _drop_guesses(self, layer: int, chosen: frozenset[Key]) -> None:
+        """The router of `layer` has chosen otherwise: what was not begun is not read."""
+        for key in [key for key in self._loading if key[0] == layer and key not in chosen]:
+            reads = self._entries[key].reads
+            for index, read in enumerate(reads):
+                if read is not None and self._queue.cancel(read):
+                    self.statistics.prefetch_issued_bytes -= read.piece.num_bytes
+                    reads[index] = None
+            if not self._entries[key].asked:
+                self._drop(key)
+
     def _queued_bytes(self) -> int:
-        loading = (key for key in self._loading if self._entries[key].is_loading)
-        return sum(map(self.num_bytes, loading))
-
-
-def expert_slices(model: GgufModel, region: ExpertRegion) -> dict[Key, list[Slice]]:
-    """Where every expert lies: its rows of each tensor of its layer, in file order.
-
-    Neighbours in a tensor may share a page; nothing else shares one.
-    """
-    found: dict[Key, list[Slice]] = {}
-    for layer, layer_id in enumerate(sorted(model.layers)):
-        for info in sorted(model.layers[layer_id].stacks, key=lambda each: each.offset):
-            address = region.place(info.name, info.offset)
-            stride = info.num_bytes // model.spec.num_experts
-            for row in range(model.spec.num_experts):
-                start = info.offset + row * stride
-                skipped = start % PAGE_BYTES
-                found.setdefault((layer, row), []).append(
-                    Slice(
-                        info.path,
-                        start - skipped,
-                        address + row * stride - skipped,
-                        num_pages(info.offset, stride, row) * PAGE_BYTES,
-                        skipped + stride,
-                    )
-                )
-    return found
-
-
-class _Files:
-    """The open files of a model, past the page cache where the file system allows."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._descriptors = {path: _open_direct(path) for path in paths}
-        self._states = {path: _state(each) for path, each in self._descriptors.items()}
-
-    def require_unchanged(self) -> None:
-        """Raise CheckpointError if a file was written to since it was opened."""
-        for path, descriptor in self._descriptors.items():
-            if _state(descriptor) != self._states[path]:
-                raise CheckpointError(
-                    f"{path} has changed while it was running: start again with a file that "
-                    "nobody writes to"
-                )
-
-    def read(self, each: Slice) -> None:
-        """Fill a slice's pages.
-
-        Raises:
-            CheckpointError: the file ends within it.
-            OSError: it cannot be read; names the file.
-        """
-        descriptor, done = self._descriptors[each.path], 0
-        while done < each.needed_bytes:
-            target = (ctypes.c_char * (each.num_bytes - done)).from_address(each.address + done)
-            try:
-                count = os.preadv(descriptor, [target], each.offset + done)
-            except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno or 0), str(each.path)) from None
-            if count == 0:
-                raise CheckpointError(
-                    f"{each.path} ended early: it was truncated while it was running; download it "
-                    "again"
-                )
-            done += count
-
-    def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
-
-
-def _open_direct(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:  # tmpfs and some network file systems
-        return os.open(path, os.O_RDONLY)
-
-
-def _state(descriptor: int) -> tuple[int, int]:
-    found = os.fstat(descriptor)
-    return found.st_size, found.st_mtime_ns
+        reads = (read for key in self._loading for read in self._entries[key].asked)
+        return sum(read.piece.num_bytes for read in reads if not read.is_done)

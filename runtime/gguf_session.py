@@ -117,12 +117,12 @@ class GgufSession(TextSession):
             predictor = NextRouter(loaded.api, model, model.spec.top_k)
             trial = PrefetchTrial() if prefetch is None else None
         network = PagedContext(
+            model,
             loaded,
             experts,
             context_tokens=context,
             batch_tokens=most_tokens,
             is_watched=is_paging or can_trace,
-            path=path,
             predictor=predictor,
             trial=trial,
             may_cut=not model.spec.num_sliding_layers,

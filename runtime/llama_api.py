@@ -69,6 +69,7 @@ class _TensorHead(ctypes.Structure):
 
 
 _TYPE_F32 = 0
+_SOURCES_OFFSET = _TensorHead.src.offset
 
 
 class LlamaApi:
@@ -93,6 +94,10 @@ class LlamaApi:
     def name(self, tensor: int) -> str:
         found: bytes = self._ggml.ggml_get_name(tensor)
         return found.decode(errors="replace")
+
+    def first_source(self, tensor: int) -> int | None:
+        """The tensor that a node is computed from, the first where there are several."""
+        return ctypes.c_void_p.from_address(tensor + _SOURCES_OFFSET).value
 
     def read(
         self, tensor: int, name: str, shape: tuple[int, ...], dtype: type, path: Path

@@ -15,6 +15,7 @@ from edge_moe.errors import InputError
 
 PAGE_BYTES = mmap.PAGESIZE
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 4, 14, 15
+_MREMAP_FLAGS = 1 | 2 | 4  # MAYMOVE, FIXED, DONTUNMAP (Linux 5.7)
 _MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _TENSOR_WORDS = 42
@@ -80,6 +81,10 @@ class ExpertRegion:
         """The tensors that llama.cpp put here."""
         return frozenset(self._tensors)
 
+    def tensor(self, name: str) -> int:
+        """The ggml_tensor called `name`, one of `names`."""
+        return self._tensors[name]
+
     def place(self, name: str, file_offset: int) -> int:
         """Move the tensor `name` to pages of its own, where O_DIRECT can read it; its address.
 
@@ -113,6 +118,15 @@ class ExpertRegion:
         """Memory of the whole pages between two addresses; they read as zeros then."""
         if start < end:
             self._advise(start, end - start, _MADV_DONTNEED)
+
+    def move(self, source: int, target: int, num_bytes: int) -> bool:
+        """Put the memory of whole pages at other addresses, which had none; theirs have none then.
+
+        Their bytes go with them. It is several times cheaper than to give memory back and take
+        new. False, and nothing done, where the system cannot.
+        """
+        found = self._libc.mremap(source, num_bytes, num_bytes, _MREMAP_FLAGS, target)
+        return bool(found == target)
 
     def give_back_all(self) -> None:
         """What loading has touched."""
@@ -164,6 +178,11 @@ def _libc() -> Any:
         *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
     ]
     libc.mmap.restype = ctypes.c_void_p
+    libc.mremap.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t),
+        *(ctypes.c_int, ctypes.c_void_p),
+    ]
+    libc.mremap.restype = ctypes.c_void_p
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc

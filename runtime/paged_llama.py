@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from edge_moe.runtime.llama_log import llama_log
 from edge_moe.runtime.llama_predict import NextRouter
 from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.llama_stream import ModelStream, c_stream, model_pieces
+from edge_moe.runtime.llama_uses import ExpertUses
 from edge_moe.runtime.llama_watch import WatchedGraph
 from edge_moe.runtime.predictors import ROUTER_GUESSES
 from edge_moe.runtime.prefetch_trial import PrefetchTrial
@@ -125,13 +125,13 @@ class PagedContext(WatchedGraph):
 
     def __init__(
         self,
+        model: GgufModel,
         loaded: LoadedModel,
         experts: GgufExperts,
         *,
         context_tokens: int,
         batch_tokens: int,
         is_watched: bool,
-        path: Path,
         predictor: NextRouter | None = None,
         trial: PrefetchTrial | None = None,
         may_cut: bool = True,
@@ -145,6 +145,7 @@ class PagedContext(WatchedGraph):
         Raises:
             InputError: llama.cpp cannot make the context.
         """
+        path = model.path
         super().__init__(loaded.api, path)
         self._experts = experts
         self._batch_tokens = batch_tokens
@@ -156,6 +157,7 @@ class PagedContext(WatchedGraph):
         self._recorder: TraceRecorder | None = None
         self._ranker: NextRouter | None = None
         self._seen: set[int] = set()
+        self._uses = ExpertUses(loaded.api, loaded.region, experts, model)
         self._sequence: list[int] = []
         """Tokens in the KV cache."""
         self._num_new = 0
@@ -254,6 +256,7 @@ class PagedContext(WatchedGraph):
         llama, count = self._api.llama, len(token_ids)
         is_recorded = self._recorder is not None
         self._num_new, self._seen = count, set()
+        self._uses.forget()
         held, self._sequence = self._sequence, []  # unknown, should it fail
         if self._recorder is not None:
             self._recorder.begin(token_ids)
@@ -261,6 +264,8 @@ class PagedContext(WatchedGraph):
             *(self._context, token_ids, start),
             lambda index: is_recorded or keep_all or (is_last and index == count - 1),
         )
+        self._uses.end()
+        self._experts.settle()
         self._require_all_seen()
         self._sequence = [*held[:start], *token_ids]
         if not keep_all and not is_last:
@@ -290,19 +295,26 @@ class PagedContext(WatchedGraph):
             self._predictor.see(name, tensor)
         if self._ranker is not None:
             self._ranker.see(name, tensor)
-        return name in self._layers
+        if name in self._layers:
+            return True
+        return self._uses.must_stop_after(name, tensor)
 
     def _receive(self, tensor: int, name: str) -> bool:
-        self._page_in(self._layers[name], self._api.strided_int32(tensor))
+        layer = self._layers.get(name)
+        if layer is not None:
+            self._page_in(layer, self._api.strided_int32(tensor))
         return True
 
     def _page_in(self, layer: int, chosen: npt.NDArray[np.int32]) -> None:
         """Wait for the experts [T, k] of a layer, and start on those of the next."""
         self._seen.add(layer)
+        is_known = self._uses.begin(layer)
         if self._recorder is not None:
             self._write(self._recorder, layer, chosen)
         rows = np.unique(chosen).tolist()
         self._experts.require(layer, rows)
+        if not is_known:
+            self._experts.wait_for_all(layer)
         if self._predictor is not None and self._reads_ahead and self._num_new == 1:
             guessed = self._predictor.guess(layer)
             self._experts.prefetch(layer + 1, guessed, [(layer, row) for row in rows])

@@ -153,6 +153,15 @@ def quantised(gguf_of: Callable[[str], Path], tmp_path: Path) -> Path:
     return requantised(gguf_of("qwen3_moe"), tmp_path / "quantised.gguf", types)
 
 
+@pytest.fixture(scope="module")
+def wide(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts of many pages."""
+    folder = tmp_path_factory.mktemp("wide")
+    whole = float32_gguf(tiny_checkpoint("qwen3_moe", wide=True), folder / "float32.gguf")
+    types = {"ffn_(gate|up)_exps": "Q4_0", "ffn_down_exps": "Q4_1"}
+    return requantised(whole, folder / "wide.gguf", types)
+
+
 def test_text_and_chat_are_those_of_llama_cpp_python(quantised: Path) -> None:
     from llama_cpp import Llama
 
@@ -209,16 +218,16 @@ def test_experts_never_take_more_than_their_limit(
     """Bytes in memory are counted by the system: pages of the region that are there."""
     with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=5) as session:
         experts, most = session._experts, 0
-        real = experts.require
+        real = experts.wait
 
-        def counted(layer: int, rows: list[int]) -> None:
+        def counted(index: int) -> None:
             nonlocal most
-            real(layer, rows)
+            real(index)
             experts.check_integrity()
             most = max(most, _present_bytes(session))
             assert _present_bytes(session) <= experts.used_bytes <= experts.limit_bytes
 
-        monkeypatch.setattr(experts, "require", counted)
+        monkeypatch.setattr(experts, "wait", counted)
         session.logits(IDS)
         assert most > experts.limit_bytes / 2
         assert session.statistics().evictions > 10
@@ -346,6 +355,60 @@ def test_a_layer_whose_router_is_not_seen_is_refused(
     with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4) as session:
         with pytest.raises(InputError, match="no node unheard_of in layer 0"):
             session.logits(IDS)
+
+
+def test_a_matrix_that_is_used_unseen_is_refused(running: GgufSession) -> None:
+    """Its experts would not have been waited for."""
+    uses = running._context._uses
+    place = next(place for place in uses._places.values() if place[0] == 1)
+    uses._places = {node: each for node, each in uses._places.items() if each != place}
+    with pytest.raises(InputError, match="llama.cpp's graph has changed in layer 1"):
+        running.logits(IDS)
+
+
+def test_matrices_are_waited_for_in_the_order_of_their_use(
+    running: GgufSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, events = running._experts, []
+    for name in ("require", "wait"):
+        real = getattr(experts, name)
+
+        def noted(*arguments: Any, name: str = name, real: Any = real) -> None:
+            events.append((name, arguments[0]))
+            real(*arguments)
+
+        monkeypatch.setattr(experts, name, noted)
+    assert recovers(running)
+    layers = len(experts.layer_ids)
+    per_layer = [events[at : at + 4] for at in range(0, len(events), 4)]
+    assert len(per_layer) % layers == 0
+    for at, (first, *waits) in enumerate(per_layer):
+        layer = at % layers
+        assert first == ("require", layer)
+        assert waits == [("wait", index) for index in experts._order[layer]]
+
+
+@pytest.mark.parametrize("can_move", [True, False])
+def test_memory_is_handed_on_where_the_system_can(
+    can_move: bool, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GgufSession.open(wide, context_tokens=CONTEXT, num_slots=4) as session:
+        experts, region, moved = session._experts, session._loaded.region, []
+        move, wait = region.move, experts.wait
+
+        def noted(source: int, target: int, num_bytes: int) -> bool:
+            moved.append(can_move and move(source, target, num_bytes))
+            return moved[-1]
+
+        def counted(index: int) -> None:
+            wait(index)
+            assert _present_bytes(session) <= experts.used_bytes <= experts.limit_bytes
+
+        monkeypatch.setattr(region, "move", noted)
+        monkeypatch.setattr(experts, "wait", counted)
+        found = paged_logits(session)
+        assert np.array_equal(found, stock_logits(wide, session._context._batch_tokens))
+        assert len(moved) > 20 and all(each is can_move for each in moved)
 
 
 def test_systems_without_callback_streams_say_so(
