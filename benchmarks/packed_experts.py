@@ -184,11 +184,9 @@ def measure(form: str, num_tokens: int, rounds: int) -> Row:
     buffers = SlotBuffers({record_bytes: num_layers * NUM_EXPERTS}, torch.device("cpu"))
     cache = ExpertCache(store, buffers, LeastRecentlyUsed)
     cache.fill()
-    products = SlotProducts(spec, buffers)
+    products = SlotProducts(spec, buffers, frozenset({form}))
     pagers = {name: ExpertPager(spec, store, cache, None) for name in (EXACT, GGML)}
-    pagers[GGML].packed = SlotExperts(
-        store, cache, products, frozenset({form}), pagers[GGML].unpacked_output
-    )
+    pagers[GGML].packed = SlotExperts(store, cache, products, pagers[GGML].unpacked_output)
     rate = read_rate(buffers.buffer(record_bytes))
     with ExitStack() as stack:
         layers = llama_layers(stack, form, packed, num_layers, num_tokens)

@@ -17,9 +17,9 @@ from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.fetch_choice import Miss, MissChooser
 from edge_moe.runtime.host_tier import HostTier
+from edge_moe.runtime.kernel_choice import KernelChoice
 from edge_moe.runtime.packed_experts import Reference, SlotExperts
 from edge_moe.runtime.policy import Key
-from edge_moe.runtime.slot_products import SlotProducts
 from edge_moe.spec import ModelSpec
 
 Tensor = torch.Tensor
@@ -33,17 +33,17 @@ class HostExperts:
         spec: ModelSpec,
         store: ExpertStore,
         host: HostTier,
-        ggml_forms: frozenset[str],
+        kernels: KernelChoice | None,
         reference: Reference,
     ) -> None:
-        """Without `ggml_forms` the library is not needed, and `reference` computes all."""
+        """Without packed kernels no library is needed, and `reference` computes all."""
         self._store = store
         self._host = host
         self._reference = reference
         self._packed = None
-        if ggml_forms:
-            products = SlotProducts(spec, host.buffers)
-            self._packed = SlotExperts(store, host, products, ggml_forms, reference)
+        products = kernels.new_products(spec, host.buffers) if kernels is not None else None
+        if products is not None:
+            self._packed = SlotExperts(store, host, products, reference)
         self._modules: dict[int, Any] = {}
 
     def token(

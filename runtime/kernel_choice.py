@@ -1,13 +1,19 @@
-"""Whose kernels compute the experts: torch's, on weights unpacked to float32, or libggml's.
+"""Whose kernels compute the experts: torch's, on weights unpacked to floats, or packed ones.
 
 `exact`  torch: what transformers computes with the same weights, bit for bit where it is unpacked
-`ggml`   libggml on packed weights, many times faster; inputs are rounded as llama.cpp rounds them
-`auto`   ggml for the quantised experts on a CPU where it is installed, exact for all others
+`ggml`   libggml on packed weights, on a CPU; inputs are rounded as llama.cpp rounds them
+`triton` Triton's on packed weights, on a CUDA device, all forms in one launch
+`auto`   for the quantised experts ggml on a CPU and triton on CUDA, where they are installed;
+         exact for all others
+
+Both kinds of packed kernels are many times faster than exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -17,18 +23,27 @@ from edge_moe.formats import split_form
 if TYPE_CHECKING:
     import torch
 
-Kernels = Literal["auto", "exact", "ggml"]
+    from edge_moe.runtime.products import Products
+    from edge_moe.runtime.slots import SlotBuffers
+    from edge_moe.spec import ModelSpec
+
+Kernels = Literal["auto", "exact", "ggml", "triton"]
+PackedKernels = Literal["ggml", "triton"]
 
 _FLOAT_TYPES = {"f32", "f16", "bf16"}
 """Experts of these alone lost nothing: `auto` keeps their results."""
+_NAMES = {"ggml": "libggml", "triton": "Triton"}
+_PACKAGES = {"ggml": ("llama-cpp-python", "gguf"), "triton": ("triton", "cuda")}
 
 
 @dataclass(frozen=True)
 class KernelChoice:
     """What was decided for the forms of one model."""
 
-    ggml_forms: frozenset[str]
-    """Experts in these are computed by libggml."""
+    packed_kernels: PackedKernels
+    """Whose they are, where any forms are computed packed."""
+    packed_forms: frozenset[str]
+    """Experts in these are computed by them."""
     exact_forms: frozenset[str]
     """... and in these by torch."""
     warnings: list[str] = field(default_factory=list)
@@ -36,73 +51,111 @@ class KernelChoice:
     @property
     def label(self) -> str:
         """`ggml`, `exact`, or `ggml; exact: bf16` where both are needed."""
-        if not self.ggml_forms:
+        if not self.packed_forms:
             return "exact"
         if not self.exact_forms:
-            return "ggml"
-        return f"ggml; exact: {', '.join(sorted(self.exact_forms))}"
+            return self.packed_kernels
+        return f"{self.packed_kernels}; exact: {', '.join(sorted(self.exact_forms))}"
+
+    def new_products(self, spec: ModelSpec, buffers: SlotBuffers) -> Products | None:
+        """What computes packed experts in `buffers`; None where all are exact."""
+        if not self.packed_forms:
+            return None
+        if self.packed_kernels == "triton":
+            from edge_moe.runtime.triton_products import TritonProducts
+
+            return TritonProducts(spec, buffers, self.packed_forms)
+        from edge_moe.runtime.slot_products import SlotProducts
+
+        return SlotProducts(spec, buffers, self.packed_forms)
 
 
 def choose_kernels(kernels: Kernels, device: torch.device, forms: Iterable[str]) -> KernelChoice:
     """Decide for experts in `forms` on `device`.
 
     Raises:
-        InputError: an unknown choice, or ggml on a device or for forms that it has no kernels for.
-        MissingExtraError: ggml, and llama-cpp-python is not installed.
+        InputError: an unknown choice, or packed kernels on a device or for forms that they are not
+            made for.
+        MissingExtraError: packed kernels that are not installed.
     """
     known = frozenset(forms)
     if kernels not in get_args(Kernels):
         raise InputError(f"kernels {kernels!r} are unknown: use {', '.join(get_args(Kernels))}")
+    packed: PackedKernels = "ggml" if device.type == "cpu" else "triton"
     if kernels == "exact":
-        return KernelChoice(frozenset(), known)
-    if device.type != "cpu":
-        if kernels == "ggml":
-            raise InputError(
-                f"libggml's kernels compute on a CPU, not on {device.type}: add --device cpu, or "
-                "use --kernels auto"
-            )
-        return KernelChoice(frozenset(), known)
+        return KernelChoice(packed, frozenset(), known)
     if kernels == "auto":
-        return _choose_automatically(known)
-    found = _ggml_forms(known)
+        return _choose_automatically(packed, known)
+    _require_device(kernels, device)
+    found = _computed_forms(kernels, known)
     if known and not found:
         raise InputError(
-            f"libggml has no kernels for {', '.join(sorted(known))}: use --kernels exact, or build "
-            "with other forms"
+            f"{_NAMES[kernels]} has no kernels for {', '.join(sorted(known))}: use --kernels exact, "
+            "or build with other forms"
         )
-    return KernelChoice(found, known - found, _unknown_warnings(known - found))
+    return KernelChoice(kernels, found, known - found, _unknown_warnings(kernels, known - found))
 
 
-def _choose_automatically(forms: frozenset[str]) -> KernelChoice:
-    """Only what is quantised, and only as far as the library goes; says what it lacks."""
+def _require_device(kernels: PackedKernels, device: torch.device) -> None:
+    """Raise InputError unless `kernels` compute on `device`."""
+    if kernels == "ggml" and device.type != "cpu":
+        raise InputError(
+            f"libggml's kernels compute on a CPU, not on {device.type}: add --device cpu, or "
+            "use --kernels auto"
+        )
+    if kernels == "triton" and device.type == "cpu" and not _is_interpreted():
+        raise InputError(
+            "Triton's kernels compute on a CUDA device, not on a CPU: use --kernels auto (or set "
+            "TRITON_INTERPRET=1, which runs them step by step in Python, for tests)"
+        )
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, which it decides when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _choose_automatically(packed: PackedKernels, forms: frozenset[str]) -> KernelChoice:
+    """Only what is quantised, and only as far as the kernels go; says what they lack."""
     quantised = frozenset(form for form in forms if not _FLOAT_TYPES.issuperset(split_form(form)))
     if not quantised:
-        return KernelChoice(frozenset(), forms)
+        return KernelChoice(packed, frozenset(), forms)
+    package, extra = _PACKAGES[packed]
     try:
-        found = _ggml_forms(quantised)
+        found = _computed_forms(packed, quantised)
     except MissingExtraError:
         warning = (
-            "without llama-cpp-python experts are unpacked to float32 for every token, which is "
-            f"many times slower than computing them packed: {install_command('gguf')}"
+            f"without {package} experts are unpacked to floats for every token, which is "
+            f"many times slower than computing them packed: {install_command(extra)}"
         )
-        return KernelChoice(frozenset(), forms, [warning])
+        return KernelChoice(packed, frozenset(), forms, [warning])
     except InputError as error:
-        return KernelChoice(
-            frozenset(), forms, [f"experts are unpacked to float32 for every token: {error}"]
-        )
-    return KernelChoice(found, forms - found, _unknown_warnings(quantised - found))
+        warning = f"experts are unpacked to floats for every token: {error}"
+        return KernelChoice(packed, frozenset(), forms, [warning])
+    return KernelChoice(packed, found, forms - found, _unknown_warnings(packed, quantised - found))
 
 
-def _ggml_forms(forms: frozenset[str]) -> frozenset[str]:
-    from edge_moe.runtime.slot_products import can_compute
+def _computed_forms(kernels: PackedKernels, forms: frozenset[str]) -> frozenset[str]:
+    """Those of `forms` that the kernels take.
 
+    Raises:
+        MissingExtraError: they are not installed.
+        InputError: another version of libggml.
+    """
+    can_compute: Callable[[str], bool]
+    if kernels == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise MissingExtraError("triton", "cuda", "--kernels triton")
+        from edge_moe.runtime.triton_products import can_compute
+    else:
+        from edge_moe.runtime.slot_products import can_compute
     return frozenset(form for form in forms if can_compute(form))
 
 
-def _unknown_warnings(forms: frozenset[str]) -> list[str]:
+def _unknown_warnings(kernels: PackedKernels, forms: frozenset[str]) -> list[str]:
     if not forms:
         return []
     return [
-        f"libggml has no kernels for {', '.join(sorted(forms))}: experts in these forms are "
-        "unpacked to float32 for every token, which is slower"
+        f"{_NAMES[kernels]} has no kernels for {', '.join(sorted(forms))}: experts in these forms "
+        "are unpacked to floats for every token, which is slower"
     ]

@@ -1,42 +1,31 @@
-"""Chosen experts computed as they lie in their slots, many in one product of libggml.
+"""Chosen experts computed as they lie in their slots, many in one product (`Products`).
 
 Letters: T tokens, K top_k, H hidden_size, R pairs of a token and an expert.
 
 Experts are asked for in the order in which the reference asks for them, and held until they are
 computed together, unless one would have to leave for another: so both page alike. Results do not
-depend on how many slots there are, since libggml computes each expert's rows by themselves and what
-a token's experts give is added in router order.
+depend on how many slots there are, since each expert's rows are computed by themselves and what a
+token's experts give is added in router order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.moe_block import add_down_bias, apply_gate
 from edge_moe.runtime.policy import Key
-from edge_moe.runtime.slot_products import SlotProducts
+from edge_moe.runtime.products import Chosen, Member, Pairs, Products
 
 Tensor = torch.Tensor
-IntArray = npt.NDArray[np.int64]
 
 _PROBES = 64
-
-
-class _Member(NamedTuple):
-    """An expert that was chosen, and its pairs: places in the order of `_Pairs`."""
-
-    row: int
-    start: int
-    stop: int
 
 
 class Reference(Protocol):
@@ -58,47 +47,18 @@ class SlotHolder(Protocol):
     def slot(self, key: Key, slot: int) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Who chose whom, sorted by router row, then by token."""
-
-    rows: IntArray
-    """[R]"""
-    tokens: Tensor
-    """int64 [R]"""
-    weights: Tensor
-    """float32 [R]"""
-
-    @classmethod
-    def of(cls, rows: Tensor, weights: Tensor) -> _Pairs:
-        """From [T, K] of both; row -1 is nobody."""
-        flat, top_k = rows.reshape(-1).numpy(), rows.shape[1]
-        order = np.argsort(flat, kind="stable")[int((flat < 0).sum()) :]
-        scales = weights.reshape(-1)[torch.from_numpy(order)].float()
-        return cls(flat[order], torch.from_numpy(order // top_k), scales)
-
-    def members(self) -> Iterator[_Member]:
-        """Every expert with its places."""
-        ids, starts = np.unique(self.rows, return_index=True)
-        stops = [*starts.tolist(), len(self.rows)][1 : len(ids) + 1]
-        for row, start, stop in zip(ids.tolist(), starts.tolist(), stops, strict=True):
-            yield _Member(row, start, stop)
-
-
 class SlotExperts:
-    """Computes experts in forms that libggml was chosen for, and asks a reference for others."""
+    """Computes experts in forms that `products` takes, and asks a reference for others."""
 
     def __init__(
         self,
         store: ExpertStore,
         cache: SlotHolder,
-        products: SlotProducts,
-        forms: frozenset[str],
+        products: Products,
         reference: Reference,
     ) -> None:
         self._cache = cache
         self._products = products
-        self._ggml_forms = forms
         self._reference = reference
         self._plain: dict[int, bool] = {}
         self._forms = [
@@ -113,16 +73,16 @@ class SlotExperts:
         chosen = sorted((row, place) for place, row in enumerate(rows) if row >= 0)
         if not chosen:
             return torch.zeros_like(hidden)
-        members = [_Member(row, number, number + 1) for number, (row, _) in enumerate(chosen)]
+        members = [Member(row, number, number + 1) for number, (row, _) in enumerate(chosen)]
         results = []
         with closing(self._groups(layer, members)) as groups:
             for group in groups:
                 result = self._outputs(experts, layer, hidden, group)
                 is_whole = len(group.members) == len(members)
                 results.append(result if is_whole else result.clone())
-        scales = torch.tensor([[weights[place]] for _, place in chosen])
+        scales = torch.tensor([[weights[place]] for _, place in chosen]).to(hidden.device)
         together = results[0] if len(results) == 1 else torch.cat(results)
-        return together.mul_(scales).sum(0, keepdim=True)
+        return together.mul_(scales).sum(0, keepdim=True).to(hidden.dtype)
 
     def forward(
         self, experts: Any, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor
@@ -131,23 +91,23 @@ class SlotExperts:
 
         Args:
             experts: transformers' experts module of this layer.
-            hidden: float32 [T, H] input of the MoE block.
+            hidden: float [T, H] input of the MoE block.
             rows, weights: [T, K] the choice; row -1 is nobody.
         """
-        pairs, output = _Pairs.of(rows, weights), torch.zeros_like(hidden)
+        pairs = Pairs.of(rows, weights)
+        output = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         with closing(self._groups(layer, pairs.members())) as groups:
             for group in groups:
-                places = slice(group.members[0].start, group.members[-1].stop)
-                tokens = pairs.tokens[places]
-                results = self._outputs(experts, layer, hidden, group, tokens)
-                output.index_add_(0, tokens, results.mul_(pairs.weights[places, None]))
-        return output
+                first, stop = group.members[0].start, group.members[-1].stop
+                results = self._outputs(experts, layer, hidden, group, pairs.tokens[first:stop])
+                self._products.add(output, results, pairs, first)
+        return output.to(hidden.dtype)
 
     def close(self) -> None:
         """Free what C allocated."""
         self._products.close()
 
-    def _groups(self, layer: int, members: Iterable[_Member]) -> Generator[_Group]:
+    def _groups(self, layer: int, members: Iterable[Member]) -> Generator[_Group]:
         """Members that slots and workspace hold at once, held while the caller computes them."""
         most_rows = self._products.most_rows
         group, members = _Group(self._cache, layer), list(members)
@@ -179,45 +139,67 @@ class SlotExperts:
 
         `tokens` [R] says which row of `hidden` each pair takes; without it there is but one.
         """
-        by_form: dict[str, list[_Member]] = {}
+        batches: dict[tuple[str, str | None], list[Member]] = {}
         for member in group.members:
-            by_form.setdefault(self._forms[layer][member.row], []).append(member)
-        if len(by_form) == 1:
-            ((form, members),) = by_form.items()
-            inputs = hidden if tokens is None else hidden[tokens]
-            return self._of_form(experts, form, inputs, members, group)
-        together = torch.empty(group.num_rows, hidden.shape[1])
+            form = self._forms[layer][member.row]
+            batch = self._products.batch(form)
+            batches.setdefault((form if batch is None else "", batch), []).append(member)
+        if len(batches) == 1:
+            return self._of_batch(experts, layer, hidden, tokens, group.members, group)
+        together = torch.empty(group.num_rows, hidden.shape[1], device=hidden.device)
         first = group.members[0].start
-        for form, members in by_form.items():
+        for members in batches.values():
             places = torch.cat([torch.arange(m.start - first, m.stop - first) for m in members])
-            inputs = hidden if tokens is None else hidden[tokens[places]]
-            together[places] = self._of_form(experts, form, inputs, members, group)
+            places = places.to(hidden.device)
+            of_batch = None if tokens is None else tokens[places]
+            results = self._of_batch(experts, layer, hidden, of_batch, members, group)
+            together[places] = results.float()
         return together
 
-    def _of_form(
-        self, experts: Any, form: str, inputs: Tensor, members: list[_Member], group: _Group
+    def _of_batch(
+        self,
+        experts: Any,
+        layer: int,
+        hidden: Tensor,
+        tokens: Tensor | None,
+        members: list[Member],
+        group: _Group,
     ) -> Tensor:
-        """[R, H] of experts in one form; `inputs` are [R, H], or one row for all."""
-        lengths = [member.stop - member.start for member in members]
-        if form not in self._ggml_forms:
-            pieces = torch.split(inputs.expand(sum(lengths), -1), lengths)
-            return torch.cat(
-                [
-                    self._reference(experts, form, group.packed(member), piece, member.row)
-                    for member, piece in zip(members, pieces, strict=True)
-                ]
-            )
-        slots = np.array([group.slots[member.row] for member in members])
-        if sum(lengths) > len(slots):
-            slots = slots.repeat(lengths)
+        """[R, H] of experts that are computed in one call, or of one form by the reference."""
+        chosen = Chosen(
+            forms=[self._forms[layer][member.row] for member in members],
+            slots=[group.slots[member.row] for member in members],
+            lengths=[member.stop - member.start for member in members],
+            tokens=tokens,
+            num_tokens=len(hidden),
+        )
+        if self._products.batch(chosen.forms[0]) is None:
+            return self._of_reference(experts, hidden, chosen, members, group)
         if self._is_plain(experts):
-            return self._products.gated(form, inputs, slots)
-        rows = torch.from_numpy(np.repeat([member.row for member in members], lengths))
-        inner = apply_gate(experts, self._products.gate_up(form, inputs, slots), rows)
-        return add_down_bias(experts, self._products.down(form, inner, slots), rows)
+            return self._products.gated(chosen, hidden)
+        rows = torch.from_numpy(np.repeat([member.row for member in members], chosen.lengths))
+        rows = rows.to(hidden.device)
+        inner = apply_gate(experts, self._products.gate_up(chosen, hidden), rows)
+        return add_down_bias(experts, self._products.down(chosen, inner), rows)
+
+    def _of_reference(
+        self, experts: Any, hidden: Tensor, chosen: Chosen, members: list[Member], group: _Group
+    ) -> Tensor:
+        """[R, H] of experts in a form that `products` does not take."""
+        if chosen.tokens is None:
+            inputs = hidden.expand(chosen.num_pairs, -1)
+        else:
+            inputs = hidden[chosen.tokens]
+        pieces = torch.split(inputs, list(chosen.lengths))
+        return torch.cat(
+            [
+                self._reference(experts, form, group.packed(member), piece, member.row)
+                for form, member, piece in zip(chosen.forms, members, pieces, strict=True)
+            ]
+        )
 
     def _is_plain(self, experts: Any) -> bool:
-        """Whether an expert is down(silu(gate x) * up x), which libggml computes in one go.
+        """Whether an expert is down(silu(gate x) * up x), which `products` compute in one go.
 
         Asked of the module itself, at sizes where a family's limits would show.
         """
@@ -240,7 +222,7 @@ class _Group:
     """Experts of one layer that are held at the same time."""
 
     def __init__(self, cache: SlotHolder, layer: int) -> None:
-        self.members: list[_Member] = []
+        self.members: list[Member] = []
         self.slots: dict[int, int] = {}
         """By router row."""
         self._cache = cache
@@ -252,7 +234,7 @@ class _Group:
         """Pairs of all members."""
         return self.members[-1].stop - self.members[0].start if self.members else 0
 
-    def hold(self, member: _Member) -> bool:
+    def hold(self, member: Member) -> bool:
         """Keep an expert in its slot; False where a member would be evicted for it."""
         key = self._layer, member.row
         slot = self._cache.acquire_beside(key, self._held)
@@ -263,7 +245,7 @@ class _Group:
         self.members.append(member)
         return True
 
-    def hold_residents(self, members: Sequence[_Member]) -> bool:
+    def hold_residents(self, members: Sequence[Member]) -> bool:
         """Keep them all if all have slots; else hold none, and False."""
         keys = [(self._layer, member.row) for member in members]
         slots = self._cache.acquire_residents(keys)
@@ -274,7 +256,7 @@ class _Group:
         self.members.extend(members)
         return True
 
-    def packed(self, member: _Member) -> Tensor:
+    def packed(self, member: Member) -> Tensor:
         """uint8 [record_bytes]"""
         return self._cache.slot((self._layer, member.row), self.slots[member.row])
 

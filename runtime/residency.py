@@ -27,7 +27,6 @@ from edge_moe.runtime.prefetch import Prefetcher
 from edge_moe.runtime.shadow_store import BodyStore
 from edge_moe.runtime.shadow_tier import ShadowTier
 from edge_moe.runtime.skipping import SkipRule
-from edge_moe.runtime.slot_products import SlotProducts
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.runtime.stalls import EXACT, StallOptions
 from edge_moe.runtime.streams import CudaStreams, Streams
@@ -107,9 +106,9 @@ class Residency:
         if options.prefetch and slots.is_paging and not spec.latent_width and shadows is None:
             prefetcher = Prefetcher(blocks, store, cache, options.skip)
         pager = ExpertPager(spec, store, cache, prefetcher, options.skip)
-        if forms := options.kernels.ggml_forms:
-            products = SlotProducts(spec, buffers)
-            pager.packed = SlotExperts(store, cache, products, forms, pager.unpacked_output)
+        products = options.kernels.new_products(spec, buffers)
+        if products is not None:
+            pager.packed = SlotExperts(store, cache, products, pager.unpacked_output)
         if host is not None and slots.is_paging and options.misses != "fetch":
             pager.misses = _cpu_misses(spec, blocks, pager, host, transfer, options)
         tier = None
@@ -162,9 +161,7 @@ def _cpu_misses(
     keys = host.keys()
     if not keys:
         return None
-    kernels = options.cpu_kernels
-    forms = kernels.ggml_forms if kernels is not None else frozenset()
-    experts = HostExperts(spec, pager.store, host, forms, pager.unpacked_output)
+    experts = HostExperts(spec, pager.store, host, options.cpu_kernels, pager.unpacked_output)
     prefetcher = pager.prefetcher
     misses = CpuMisses(
         pager.store,

@@ -126,7 +126,8 @@ class Session(TextSession):
                 `match_task` has said which pattern to use: the other experts never stay in memory.
             kernels: whose kernels compute the experts, see `edge_moe.runtime.kernel_choice`:
                 `exact` gives what transformers does with the same weights, `ggml` rounds inputs as
-                llama.cpp does, `auto` is ggml for quantised experts where it can be.
+                llama.cpp does, `triton` computes packed experts on CUDA, `auto` is ggml or triton
+                for quantised experts where it can be.
             misses: with `ram_bytes`, whether a token's experts that the GPU lacks are fetched, or
                 computed on the CPU; `auto` measures both, and keeps what is faster. On a CPU
                 `auto` fetches. Where an expert is computed can change the last digits of a result.
@@ -137,7 +138,7 @@ class Session(TextSession):
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
             PackageError, CheckpointError, SpecError, InputError: `model` cannot be used.
-            MissingExtraError: kernels ggml without llama-cpp-python.
+            MissingExtraError: kernels ggml without llama-cpp-python, or triton without triton.
         """
         start = time.perf_counter()
         memory.limit_arenas()
@@ -342,7 +343,7 @@ class Session(TextSession):
 
     @property
     def kernels(self) -> str:
-        """Whose kernels compute the experts: `ggml`, `exact`, or both."""
+        """Whose kernels compute the experts: `ggml` or `triton`, `exact`, or both."""
         return self._options.kernels.label
 
     @property

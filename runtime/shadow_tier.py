@@ -15,7 +15,6 @@ from edge_moe.runtime.paged_experts import ExpertPager
 from edge_moe.runtime.policy import LeastRecentlyUsed
 from edge_moe.runtime.shadow_experts import ShadowExperts
 from edge_moe.runtime.shadow_store import BodyStore
-from edge_moe.runtime.slot_products import SlotProducts
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.runtime.transfer import Transfer
 from edge_moe.spec import ModelSpec
@@ -58,9 +57,10 @@ class ShadowTier:
         cache = ExpertCache(shadows, buffers, LeastRecentlyUsed, transfer=transfer)
         cache.fill()
         pager = ExpertPager(spec, shadows, cache, None)
-        if options.shadow_kernels and (forms := options.shadow_kernels.ggml_forms):
-            products = SlotProducts(spec, buffers)
-            pager.packed = SlotExperts(shadows, cache, products, forms, pager.unpacked_output)
+        kernels = options.shadow_kernels
+        products = kernels.new_products(spec, buffers) if kernels is not None else None
+        if products is not None:
+            pager.packed = SlotExperts(shadows, cache, products, pager.unpacked_output)
         reader = BodyReader(body_cache, bytes_per_second, is_repeatable=options.stall.is_repeatable)
         body_pager.shadowed = ShadowExperts(
             body_pager, pager, body_cache, store, reader, options.stall

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import torch
 
 from edge_moe.budget import PREFILL_CHUNK_TOKENS
@@ -16,11 +17,11 @@ from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME, GgmlType
 from edge_moe.runtime.kernels.ggml_products import (
     Backend,
     GatedProducts,
-    IntArray,
     MatrixStack,
     Product,
     ggml_cpu,
 )
+from edge_moe.runtime.products import Chosen, IntArray, Pairs
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.spec import ModelSpec
 
@@ -39,10 +40,12 @@ def can_compute(form: str) -> bool:
 
 
 class SlotProducts:
-    """One per session: the graphs of single tokens are kept, for they recur."""
+    """`Products` by libggml; one per session: the graphs of single tokens are kept, they recur."""
 
-    def __init__(self, spec: ModelSpec, buffers: SlotBuffers) -> None:
+    def __init__(self, spec: ModelSpec, buffers: SlotBuffers, forms: frozenset[str]) -> None:
+        """`forms` are the ones to compute, of those that `can_compute`."""
         self._spec = spec
+        self._forms = forms
         self._buffers = buffers
         self._backend = Backend(torch.get_num_threads())
         self._stacks: dict[str, list[MatrixStack]] = {}
@@ -50,41 +53,40 @@ class SlotProducts:
 
     @property
     def most_rows(self) -> int:
-        """R that the bill's workspace has room for: what one unpacked expert would take.
+        """R that the bill's workspace has room for, see `most_pairs`."""
+        return most_pairs(self._spec)
 
-        A pair takes, in float32, its input and the copy that is multiplied, gate and up and what
-        becomes of them, its output (3 H + 7 I), and both inputs rounded, to 16 bits at most.
-        """
-        spec = self._spec
-        pair_halves = 7 * spec.expert_hidden + 15 * spec.expert_width
-        return max(PREFILL_CHUNK_TOKENS, 2 * (spec.expert_weights * 7 // 6) // pair_halves)
+    def batch(self, form: str) -> str | None:
+        """One form at a time."""
+        return form if form in self._forms else None
 
-    def gated(self, form: str, inputs: Tensor, slots: IntArray) -> Tensor:
+    def gated(self, chosen: Chosen, inputs: Tensor) -> Tensor:
         """[R, H], outputs of experts that multiply silu(gate) with up; see `gate_up`."""
-        *first, down = self._matrices(form)
+        *first, down = self._matrices(chosen.forms[0])
 
         def make(num_rows: int, is_shared: bool) -> Product:
             return GatedProducts(self._backend, first, down, num_rows, is_shared=is_shared)
 
-        return self._compute(form, "gated", make, inputs, slots)
+        return self._compute("gated", make, chosen, _of_pairs(chosen, inputs))
 
-    def gate_up(self, form: str, inputs: Tensor, slots: IntArray) -> Tensor:
-        """[R, 2I], gate_proj's outputs before up_proj's; [R, I] without a gate.
-
-        Args:
-            inputs: float32 [R, H], or [1, H] for all pairs.
-            slots: [R], of the form's size class.
-        """
-        *first, _ = self._matrices(form)
+    def gate_up(self, chosen: Chosen, inputs: Tensor) -> Tensor:
+        """[R, 2I], gate_proj's outputs before up_proj's; [R, I] without a gate."""
+        *first, _ = self._matrices(chosen.forms[0])
+        inputs = _of_pairs(chosen, inputs)
         found = [
-            self._multiply(form, f"first {place}", stack, inputs, slots)
+            self._multiply(f"first {place}", stack, chosen, inputs)
             for place, stack in enumerate(first)
         ]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
-    def down(self, form: str, inner: Tensor, slots: IntArray) -> Tensor:
+    def down(self, chosen: Chosen, inner: Tensor) -> Tensor:
         """[R, I] -> [R, H]."""
-        return self._multiply(form, "down", self._matrices(form)[-1], inner, slots)
+        return self._multiply("down", self._matrices(chosen.forms[0])[-1], chosen, inner)
+
+    def add(self, output: Tensor, results: Tensor, pairs: Pairs, first: int) -> None:
+        """On a CPU torch adds in the order of the pairs."""
+        places = slice(first, first + len(results))
+        output.index_add_(0, pairs.tokens[places], results.mul_(pairs.weights[places, None]))
 
     def close(self) -> None:
         """Free what C allocated; the slots are the caller's."""
@@ -93,22 +95,16 @@ class SlotProducts:
         self._kept.clear()
         self._backend.close()
 
-    def _multiply(
-        self, form: str, name: str, stack: MatrixStack, inputs: Tensor, slots: IntArray
-    ) -> Tensor:
+    def _multiply(self, name: str, stack: MatrixStack, chosen: Chosen, inputs: Tensor) -> Tensor:
         def make(num_rows: int, is_shared: bool) -> Product:
             return Product(self._backend, stack, num_rows, is_shared=is_shared)
 
-        return self._compute(form, name, make, inputs, slots)
+        return self._compute(name, make, chosen, inputs)
 
     def _compute(
-        self,
-        form: str,
-        name: str,
-        make: Callable[[int, bool], Product],
-        inputs: Tensor,
-        slots: IntArray,
+        self, name: str, make: Callable[[int, bool], Product], chosen: Chosen, inputs: Tensor
     ) -> Tensor:
+        slots = chosen.per_pair(np.array(chosen.slots))
         num_rows, is_shared = len(slots), len(inputs) < len(slots)
         if num_rows > self._spec.top_k:
             product = make(num_rows, is_shared)
@@ -116,7 +112,7 @@ class SlotProducts:
                 return product(inputs, slots)
             finally:
                 product.close()
-        key = (form, name, num_rows, is_shared)
+        key = (chosen.forms[0], name, num_rows, is_shared)
         if key not in self._kept:
             self._kept[key] = make(num_rows, is_shared)
         return self._kept[key](inputs, slots)
@@ -140,3 +136,18 @@ class SlotProducts:
         if gate == up or not has_gate:
             return [stack(up, self._spec.inner_rows, hidden, 0), last]
         return [stack(gate, width, hidden, 0), stack(up, width, hidden, sizes[0]), last]
+
+
+def most_pairs(spec: ModelSpec) -> int:
+    """R that the bill's workspace has room for: what one unpacked expert would take.
+
+    A pair takes, in float32, its input and the copy that is multiplied, gate and up and what
+    becomes of them, its output (3 H + 7 I), and both inputs rounded, to 16 bits at most.
+    """
+    pair_halves = 7 * spec.expert_hidden + 15 * spec.expert_width
+    return max(PREFILL_CHUNK_TOKENS, 2 * (spec.expert_weights * 7 // 6) // pair_halves)
+
+
+def _of_pairs(chosen: Chosen, inputs: Tensor) -> Tensor:
+    """Inputs [R, H], or [1, H] for all."""
+    return inputs if chosen.tokens is None else inputs[chosen.tokens]

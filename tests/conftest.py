@@ -12,6 +12,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before triton loads, which then runs kernels step by step
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tiny_models import make_tiny_checkpoint as make_tiny_checkpoint
 
 FAMILY_NAMES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "deepseek_v3")

@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyCheckpoint
-from hand_plan import hand_plan
-from torch import Tensor
+from packed_layer import choices, layer_output, package_of, relative_error
 
-from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
-from edge_moe.converters.build import build
 from edge_moe.errors import InputError, MissingExtraError, PackageError, TargetError
 from edge_moe.families import FAMILIES
 from edge_moe.formats import DROP, ggml_library
@@ -34,31 +31,6 @@ CPU = torch.device("cpu")
 EIGHT_BITS = 0.025
 """Relative error of a layer's experts whose inputs are rounded to 8 bits, twice."""
 FORMS = ("q8_0", "q4_0", "q4_k", "q6_k", "tq2_0", "q3_k", "q8_0", "tq1_0")
-
-
-def package_of(checkpoint: Path, forms: tuple[str, ...], folder: Path) -> Path:
-    """Experts 0, 1, ... of every layer in `forms`."""
-    source = Checkpoint(checkpoint)
-    return build(hand_plan(source, [list(forms)] * source.spec.num_moe_layers), folder)
-
-
-def layer_output(session: Session, hidden: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """[T, H] of the first MoE layer's experts."""
-    experts = session._blocks[0].experts
-    with torch.inference_mode():
-        return session._residency.pager.forward(experts, 0, hidden, rows, weights)
-
-
-def choices(num_tokens: int, num_experts: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden [T, H], rows [T, 2], weights [T, 2]), as a router might choose."""
-    generator = torch.Generator().manual_seed(num_tokens)
-    hidden = torch.randn(num_tokens, width, generator=generator)
-    rows = torch.rand(num_tokens, num_experts, generator=generator).topk(2).indices
-    return hidden, rows, torch.rand(num_tokens, 2, generator=generator)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -228,7 +200,7 @@ def test_without_the_library_the_reference_serves_and_says_so_once(
     capsys.readouterr()
     assert run(["run", str(package), "--raw", "--prompt", "hello", "--max-new-tokens", "4"]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("without llama-cpp-python experts are unpacked to float32") == 1
+    assert said.count("without llama-cpp-python experts are unpacked to floats") == 1
 
 
 def test_choices_that_cannot_be(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
@@ -236,9 +208,8 @@ def test_choices_that_cannot_be(tiny_checkpoint: TinyCheckpoint, tmp_path: Path)
         choose_kernels("ggml", torch.device("cuda"), ["q8_0"])
     with pytest.raises(InputError, match="no kernels for int8_row: use --kernels exact"):
         choose_kernels("ggml", CPU, ["int8_row"])
-    with pytest.raises(InputError, match="kernels 'fast' are unknown: use auto, exact, ggml"):
+    with pytest.raises(InputError, match="'fast' are unknown: use auto, exact, ggml, triton"):
         choose_kernels("fast", CPU, ["q8_0"])  # type: ignore[arg-type]
-    assert choose_kernels("auto", torch.device("cuda"), ["q8_0"]).label == "exact"
     assert choose_kernels("auto", CPU, ["q4_k/q4_k/q6_k", "bf16"]).label == "ggml; exact: bf16"
     with pytest.raises(TargetError, match="leave out --kernels"):
         open_model(tmp_path / "model.gguf", context_tokens=64, kernels="exact")

@@ -45,6 +45,7 @@ class KernelsName(StrEnum):
     AUTO = "auto"
     EXACT = "exact"
     GGML = "ggml"
+    TRITON = "triton"
 
 
 class MissesName(StrEnum):
@@ -131,9 +132,10 @@ Kernels = Annotated[
     KernelsName | None,
     typer.Option(
         "--kernels",
-        help="Whose kernels compute experts on a CPU: exact is torch, on weights in float32; ggml "
-        "is llama.cpp's, on packed weights, faster and rounded as there; auto (default) is ggml "
-        "for quantised experts where it is installed.",
+        help="Whose kernels compute experts: exact is torch, on unpacked weights; ggml is "
+        "llama.cpp's, on packed weights on a CPU, faster and rounded as there; triton computes "
+        "packed weights on CUDA; auto (default) is ggml or triton for quantised experts where "
+        "they are installed.",
         show_default=False,
     ),
 ]
