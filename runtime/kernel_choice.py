@@ -90,8 +90,8 @@ def choose_kernels(kernels: Kernels, device: torch.device, forms: Iterable[str])
     found = _computed_forms(kernels, known)
     if known and not found:
         raise InputError(
-            f"{_NAMES[kernels]} has no kernels for {', '.join(sorted(known))}: use --kernels exact, "
-            "or build with other forms"
+            f"{_NAMES[kernels]} has no kernels for {', '.join(sorted(known))}: use "
+            "--kernels exact, or build with other forms"
         )
     return KernelChoice(kernels, found, known - found, _unknown_warnings(kernels, known - found))
 

@@ -21,7 +21,7 @@ from edge_moe.runtime.kernels.ggml_products import (
     Product,
     ggml_cpu,
 )
-from edge_moe.runtime.products import Chosen, IntArray, Pairs
+from edge_moe.runtime.products import Chosen, Pairs
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.spec import ModelSpec
 

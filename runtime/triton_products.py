@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from edge_moe.formats import expert_packed_bytes, split_form
-from edge_moe.runtime.kernels.triton_decode import decode
+from edge_moe.runtime.kernels import triton_decode, triton_prefill
 from edge_moe.runtime.kernels.triton_forms import TRITON_FORMS
-from edge_moe.runtime.kernels.triton_prefill import prefill
 from edge_moe.runtime.kernels.triton_sum import add_weighted
 from edge_moe.runtime.products import Chosen, IntArray, Pairs
 from edge_moe.runtime.slot_products import most_pairs
@@ -25,10 +24,24 @@ from edge_moe.spec import ModelSpec
 Tensor = torch.Tensor
 
 _DECODED_TOKENS = 4
-"""Steps of at most so many tokens read an expert once per pair; not measured on a GPU."""
-_DECODE_TILE_ROWS, _PREFILL_TILE_PAIRS, _PREFILL_TILE_ROWS = 8, 64, 64
-_INTERPRETED_TILE_ROWS = 128
-"""Triton's interpreter takes its time for every program, not for what it computes."""
+"""Steps of at most so many tokens read an expert once per pair."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a program of the kernels computes."""
+
+    decode_rows: int
+    decode_step_bytes: int
+    prefill_pairs: int
+    prefill_rows: int
+    prefill_step_bytes: int
+
+
+_DEVICE_SIZES = _Sizes(8, triton_decode.STEP_BYTES, 64, 64, triton_prefill.STEP_BYTES)
+"""Such that no register is spilled; not yet tuned on a GPU."""
+_INTERPRETED_SIZES = _Sizes(128, 256, 64, 128, 256)
+"""Triton's interpreter takes its time for every step, not for what it computes."""
 
 
 def can_compute(form: str) -> bool:
@@ -120,28 +133,29 @@ class TritonProducts:
         addresses = np.array([one.first_address + slot * one.slot_bytes for one, slot in places])
         numbers, device = np.array([one.number for one in found]), inputs.device
         inputs, width = inputs.contiguous(), inputs.shape[1]
-        is_interpreted = device.type == "cpu"
+        sizes = _INTERPRETED_SIZES if device.type == "cpu" else _DEVICE_SIZES
         if chosen.num_tokens <= _DECODED_TOKENS:
             rows = np.stack([chosen.per_pair(addresses), chosen.per_pair(numbers)])
-            table = torch.cat([tokens[None], torch.from_numpy(rows).to(device)])
-            tile_rows = _INTERPRETED_TILE_ROWS if is_interpreted else _DECODE_TILE_ROWS
-            decode(
-                *(inputs, table, outputs),
+            triton_decode.decode(
+                inputs,
+                torch.cat([tokens[None], torch.from_numpy(rows).to(device)]),
+                outputs,
                 width=width,
                 forms=types,
                 is_gated=is_gated,
-                tile_rows=tile_rows,
+                tile_rows=sizes.decode_rows,
+                step_bytes=sizes.decode_step_bytes,
             )
             return
-        tiles = make_tiles(chosen.lengths, addresses, numbers, _PREFILL_TILE_PAIRS)
-        tile_rows = _INTERPRETED_TILE_ROWS if is_interpreted else _PREFILL_TILE_ROWS
-        prefill(
+        tiles = make_tiles(chosen.lengths, addresses, numbers, sizes.prefill_pairs)
+        triton_prefill.prefill(
             *(inputs, tokens, torch.from_numpy(tiles).to(device), outputs),
             width=width,
             forms=types,
             is_gated=is_gated,
-            tile_pairs=_PREFILL_TILE_PAIRS,
-            tile_rows=tile_rows // (1 + is_gated),
+            tile_pairs=sizes.prefill_pairs,
+            tile_rows=sizes.prefill_rows // (1 + is_gated),
+            step_bytes=sizes.prefill_step_bytes,
         )
 
     def _matrix(self, form: str, buffers: SlotBuffers, *, is_down: bool) -> _Matrix:

@@ -1,4 +1,4 @@
-"""One MoE layer's experts, asked directly: a package in chosen forms, a router's choice, its output."""
+"""One MoE layer's experts, asked directly: a package in chosen forms, a choice, the output."""
 
 from __future__ import annotations
 

@@ -25,8 +25,11 @@ from edge_moe.runtime.triton_products import make_tiles  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMS = tuple(sorted(TRITON_FORMS))
-CLOSE = {"rtol": 1e-5, "atol": 2e-4}
-"""Sums of up to 768 products in another order."""
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Alike but for the order of up to 768 products."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-4)
 
 
 def packed_matrix(form: str, rows: int, width: int, seed: int = 0) -> Tensor:
@@ -121,8 +124,10 @@ def test_every_form_decodes(form: str, is_gated: bool) -> None:
     for num_rows in (1, 17):
         packed = packed_matrix(form, num_rows * (1 + is_gated), a_width(form))
         one = [(form, packed)]
-        expected = packed_reference.packed_products(inputs, torch.tensor([0]), one, is_gated=is_gated)
-        torch.testing.assert_close(decoded(inputs, [0], one, is_gated), expected, **CLOSE)
+        expected = packed_reference.packed_products(
+            inputs, torch.tensor([0]), one, is_gated=is_gated
+        )
+        assert_close(decoded(inputs, [0], one, is_gated), expected)
 
 
 @settings(max_examples=12, deadline=None)
@@ -144,7 +149,7 @@ def test_pairs_of_all_forms_decode_in_one_launch(
     expected = packed_reference.packed_products(
         inputs, torch.tensor(tokens), matrices, is_gated=is_gated
     )
-    torch.testing.assert_close(decoded(inputs, tokens, matrices, is_gated), expected, **CLOSE)
+    assert_close(decoded(inputs, tokens, matrices, is_gated), expected)
 
 
 @settings(max_examples=12, deadline=None)
@@ -173,7 +178,7 @@ def test_groups_of_any_size_and_form_are_prefilled_in_one_launch(
         inputs, torch.tensor(tokens), of_pairs, is_gated=is_gated
     )
     found = prefilled(inputs, tokens, matrices, lengths, is_gated)
-    torch.testing.assert_close(found, expected, **CLOSE)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -184,7 +189,7 @@ def test_steps_that_end_within_a_row_are_prefilled(form: str) -> None:
         inputs, torch.arange(3), [*one, *one, *one], is_gated=False
     )
     found = prefilled(inputs, [0, 1, 2], one, [3], False)
-    torch.testing.assert_close(found, expected, **CLOSE)
+    assert_close(found, expected)
 
 
 def test_a_pair_does_not_depend_on_who_shares_its_tile() -> None:
@@ -203,7 +208,7 @@ def test_tiles_cover_every_pair_once_and_never_two_experts(
     numbers = np.arange(len(lengths))
     tiles = make_tiles(lengths, numbers * 1000, numbers, tile_pairs)
     owner = np.repeat(numbers, np.array(lengths, np.int64))
-    covered = []
+    covered: list[int] = []
     for first, stop, address, number in tiles.T.tolist():
         assert 0 < stop - first <= tile_pairs and address == 1000 * number
         assert (owner[first:stop] == number).all()

@@ -40,6 +40,7 @@ def decode(
     forms: tuple[str, ...],
     is_gated: bool,
     tile_rows: int,
+    step_bytes: int = STEP_BYTES,
 ) -> None:
     """Products of inputs with packed matrices; every pair names its matrix and its form.
 
@@ -52,6 +53,7 @@ def decode(
         forms: types that `table` names, of `triton_forms.TRITON_FORMS`.
         is_gated: the matrix is gate_proj over up_proj, [2N, W]: give silu(gate x) * (up x).
         tile_rows: outputs of a program, a power of two.
+        step_bytes: bytes of a row that are read at once, a power of two from 32 on.
     """
     num_pairs, num_rows = outputs.shape
     grid = (num_pairs, triton.cdiv(num_rows, tile_rows))
@@ -62,7 +64,7 @@ def decode(
         FORMS=forms,
         IS_GATED=is_gated,
         TILE_ROWS=tile_rows,
-        STEP_BYTES=STEP_BYTES,
+        STEP_BYTES=step_bytes,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )
@@ -118,7 +120,9 @@ def matrix_rows(
 
 
 @triton.jit
-def row_pointers(address: tl.tensor, row: tl.tensor, WIDTH: tl.constexpr, FORM: tl.constexpr) -> tl.tensor:
+def row_pointers(
+    address: tl.tensor, row: tl.tensor, WIDTH: tl.constexpr, FORM: tl.constexpr
+) -> tl.tensor:
     """uint8 pointers to where rows [N] of a matrix start, even."""
     start = address + row.to(tl.int64) * row_bytes(FORM, WIDTH)
     return tl.multiple_of(start.to(tl.pointer_type(tl.uint8)), [2])

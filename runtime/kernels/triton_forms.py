@@ -3,7 +3,7 @@
 A row's code bytes come in chunks, whose bytes lie side by side in one block. A byte holds a weight
 in each of its planes: the low and the high nibble, say. Weights of one chunk and plane share their
 scale. So a tile [rows, chunks, bytes] of bytes, read once, gives a tile of weights per plane, and
-no weight moves to another thread. What the sum over a row multiplies them with is read at `columns`.
+no weight moves to another thread. What a sum over the row multiplies them with lies at `columns`.
 
 The layouts are described in `edge_moe.formats`; the reference is `edge_moe.runtime.kernels.unpack`.
 Importing this module needs triton (extra `cuda`).
@@ -95,7 +95,9 @@ def _chunks_per_block(form: Any) -> Any:
 
 
 @triton.jit
-def columns(chunk: tl.tensor, byte: tl.tensor, WIDTH: tl.constexpr, FORM: tl.constexpr, PLANE: tl.constexpr) -> tl.tensor:
+def columns(
+    chunk: tl.tensor, byte: tl.tensor, WIDTH: tl.constexpr, FORM: tl.constexpr, PLANE: tl.constexpr
+) -> tl.tensor:
     """Place in its row of the weight in `byte` of `chunk`; at or beyond WIDTH if there is none.
 
     Args:
@@ -107,9 +109,7 @@ def columns(chunk: tl.tensor, byte: tl.tensor, WIDTH: tl.constexpr, FORM: tl.con
         third = (240 + 4 * PLANE if PLANE < 4 else WIDTH) + byte
         second = 160 + 16 * PLANE + 4 * (place - 8) + byte
         first = 32 * PLANE + 4 * place + byte
-        found = chunk // 13 * 256 + tl.where(
-            place < 8, first, tl.where(place < 12, second, third)
-        )
+        found = chunk // 13 * 256 + tl.where(place < 8, first, tl.where(place < 12, second, third))
     elif FORM == "tq2_0":
         found = 128 * chunk + 32 * PLANE + byte
     elif FORM == "q2_0":
@@ -197,7 +197,9 @@ def _half(pointers: tl.tensor, is_inside: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _elements(block: tl.tensor, number: tl.tensor, is_inside: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+def _elements(
+    block: tl.tensor, number: tl.tensor, is_inside: tl.tensor, dtype: tl.constexpr
+) -> tl.tensor:
     """float32 of the `number`-th 16-bit float from each block's first byte on."""
     pointers = block.to(tl.pointer_type(dtype)) + number
     return tl.load(pointers, mask=is_inside, other=0.0).to(tl.float32)
@@ -211,7 +213,9 @@ def _trits(codes: tl.tensor, PLANE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _q2_k(block: tl.tensor, group: tl.tensor, byte: tl.tensor, is_inside: tl.tensor, PLANE: tl.constexpr) -> tl.tensor:
+def _q2_k(
+    block: tl.tensor, group: tl.tensor, byte: tl.tensor, is_inside: tl.tensor, PLANE: tl.constexpr
+) -> tl.tensor:
     sub_block = 8 * (group // 2) + 2 * PLANE + group % 2
     scales = _bytes(block + sub_block, is_inside)
     scale = _half(block + 80, is_inside) * (scales & 15).to(tl.float32)
@@ -221,7 +225,9 @@ def _q2_k(block: tl.tensor, group: tl.tensor, byte: tl.tensor, is_inside: tl.ten
 
 
 @triton.jit
-def _q3_k(block: tl.tensor, group: tl.tensor, byte: tl.tensor, is_inside: tl.tensor, PLANE: tl.constexpr) -> tl.tensor:
+def _q3_k(
+    block: tl.tensor, group: tl.tensor, byte: tl.tensor, is_inside: tl.tensor, PLANE: tl.constexpr
+) -> tl.tensor:
     sub_block = 8 * (group // 2) + 2 * PLANE + group % 2
     low = _bytes(block + 96 + sub_block % 8, is_inside) >> 4 * (sub_block // 8) & 15
     high = _bytes(block + 104 + sub_block % 4, is_inside) >> 2 * (sub_block // 4) & 3
@@ -233,7 +239,12 @@ def _q3_k(block: tl.tensor, group: tl.tensor, byte: tl.tensor, is_inside: tl.ten
 
 @triton.jit
 def _q4_k_or_q5_k(
-    block: tl.tensor, group: tl.tensor, byte: tl.tensor, is_inside: tl.tensor, FORM: tl.constexpr, PLANE: tl.constexpr
+    block: tl.tensor,
+    group: tl.tensor,
+    byte: tl.tensor,
+    is_inside: tl.tensor,
+    FORM: tl.constexpr,
+    PLANE: tl.constexpr,
 ) -> tl.tensor:
     sub_block = 2 * group + PLANE
     place = sub_block % 4
@@ -253,7 +264,9 @@ def _q4_k_or_q5_k(
 
 
 @triton.jit
-def _q6_k(block: tl.tensor, group: tl.tensor, byte: tl.tensor, is_inside: tl.tensor, PLANE: tl.constexpr) -> tl.tensor:
+def _q6_k(
+    block: tl.tensor, group: tl.tensor, byte: tl.tensor, is_inside: tl.tensor, PLANE: tl.constexpr
+) -> tl.tensor:
     half, quarter = group // 4, group % 4
     codes = _bytes(block + 16 * group + byte, is_inside) >> (4 * PLANE) & 15
     high = _bytes(block + 128 + 32 * half + 16 * (group % 2) + byte, is_inside)

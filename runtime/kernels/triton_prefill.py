@@ -44,6 +44,7 @@ def prefill(
     is_gated: bool,
     tile_pairs: int,
     tile_rows: int,
+    step_bytes: int = STEP_BYTES,
 ) -> None:
     """Products of inputs with packed matrices, for pairs that are sorted by matrix.
 
@@ -57,6 +58,7 @@ def prefill(
         forms: types that `tiles` names, of `triton_forms.TRITON_FORMS`.
         is_gated: the matrix is gate_proj over up_proj, [2N, W]: give silu(gate x) * (up x).
         tile_pairs, tile_rows: outputs of a program, powers of two from 16 on.
+        step_bytes: bytes of a row that are read at once, a power of two from 32 on.
     """
     num_tiles, num_rows = tiles.shape[1], outputs.shape[1]
     grid = (num_tiles, triton.cdiv(num_rows, tile_rows))
@@ -68,7 +70,7 @@ def prefill(
         IS_GATED=is_gated,
         TILE_PAIRS=tile_pairs,
         TILE_ROWS=tile_rows,
-        STEP_BYTES=STEP_BYTES,
+        STEP_BYTES=step_bytes,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
         enable_fp_fusion=True,
@@ -102,9 +104,7 @@ def prefill_kernel(
     products = tl.zeros([TILE_PAIRS, asked.shape[0]], tl.float32)
     for position in tl.static_range(len(FORMS)):
         if number == position:
-            products = _products(
-                lines, is_pair, address, asked, WIDTH, FORMS[position], STEP_BYTES
-            )
+            products = _products(lines, is_pair, address, asked, WIDTH, FORMS[position], STEP_BYTES)
     if IS_GATED:
         gate, up = tl.split(products.reshape(TILE_PAIRS, TILE_ROWS, 2))
         products = gate * tl.sigmoid(gate) * up

@@ -24,7 +24,7 @@ def add_weighted(
     Args:
         outputs: float32 [T, H], contiguous; added to.
         results: float [R, H], contiguous, of the pairs from number `first` on.
-        places: int64 [T, K], numbers of each token's pairs; those that `results` lacks are left out.
+        places: int64 [T, K], numbers of each token's pairs; what `results` lacks is left out.
         scales: float32 [pairs], the weight of every pair, by its number.
     """
     num_tokens, num_columns = outputs.shape
