@@ -55,7 +55,7 @@ $(VENV)/.base: $(INPUTS) | $(VENV)/bin/python
 
 $(VENV)/.dev: $(INPUTS) | $(VENV)/bin/python
 	CMAKE_ARGS="$(LLAMA_FLAGS)" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) \
-		$(INSTALL) -e '.[gguf,onnx,genai,optimum,report,bench,dev]'
+		$(INSTALL) -e '.[gguf,onnx,genai,optimum,report,bench,cuda,dev]'
 	touch $@ $(VENV)/.base
 
 clean:

@@ -11,10 +11,10 @@ Both kinds of packed kernels are many times faster than exact.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, get_args
 
 from edge_moe.errors import InputError, MissingExtraError, install_command
@@ -33,6 +33,8 @@ PackedKernels = Literal["ggml", "triton"]
 _FLOAT_TYPES = {"f32", "f16", "bf16"}
 """Experts of these alone lost nothing: `auto` keeps their results."""
 _NAMES = {"ggml": "libggml", "triton": "Triton"}
+_OLDEST_TRITON = (3, 7)
+"""Older ones do not compile the kernels; torch's build for CUDA brings one along."""
 _PACKAGES = {"ggml": ("llama-cpp-python", "gguf"), "triton": ("triton", "cuda")}
 
 
@@ -140,16 +142,28 @@ def _computed_forms(kernels: PackedKernels, forms: frozenset[str]) -> frozenset[
 
     Raises:
         MissingExtraError: they are not installed.
-        InputError: another version of libggml.
+        InputError: a version of libggml or Triton that cannot be used.
     """
     can_compute: Callable[[str], bool]
     if kernels == "triton":
-        if importlib.util.find_spec("triton") is None:
-            raise MissingExtraError("triton", "cuda", "--kernels triton")
+        _require_triton()
         from edge_moe.runtime.triton_products import can_compute
     else:
         from edge_moe.runtime.slot_products import can_compute
     return frozenset(form for form in forms if can_compute(form))
+
+
+def _require_triton() -> None:
+    """Raise MissingExtraError without triton, InputError with one that is too old."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        raise MissingExtraError("triton", "cuda", "--kernels triton") from None
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TRITON:
+        raise InputError(
+            f"triton {found} does not compile the kernels, which need 3.7 or newer: update torch "
+            "together with triton, or use --kernels exact"
+        )
 
 
 def _unknown_warnings(kernels: PackedKernels, forms: frozenset[str]) -> list[str]:

@@ -38,8 +38,9 @@ class _Sizes:
     prefill_step_bytes: int
 
 
-_DEVICE_SIZES = _Sizes(8, triton_decode.STEP_BYTES, 64, 64, triton_prefill.STEP_BYTES)
-"""Such that no register is spilled; not yet tuned on a GPU."""
+DEVICE_SIZES = _Sizes(8, triton_decode.STEP_BYTES, 32, 64, triton_prefill.STEP_BYTES)
+"""No register is spilled with these, and a chunk of a prompt has some 16 pairs per expert of 128. Not
+yet tuned on a GPU."""
 _INTERPRETED_SIZES = _Sizes(128, 256, 64, 128, 256)
 """Triton's interpreter takes its time for every step, not for what it computes."""
 
@@ -133,7 +134,7 @@ class TritonProducts:
         addresses = np.array([one.first_address + slot * one.slot_bytes for one, slot in places])
         numbers, device = np.array([one.number for one in found]), inputs.device
         inputs, width = inputs.contiguous(), inputs.shape[1]
-        sizes = _INTERPRETED_SIZES if device.type == "cpu" else _DEVICE_SIZES
+        sizes = _INTERPRETED_SIZES if device.type == "cpu" else DEVICE_SIZES
         if chosen.num_tokens <= _DECODED_TOKENS:
             rows = np.stack([chosen.per_pair(addresses), chosen.per_pair(numbers)])
             triton_decode.decode(

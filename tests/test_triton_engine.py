@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from edge_moe.cli import run
 from edge_moe.errors import InputError, MissingExtraError
 from edge_moe.families import FAMILIES
 from edge_moe.formats import DROP
+from edge_moe.runtime import kernel_choice
 from edge_moe.runtime.kernel_choice import choose_kernels
 from edge_moe.runtime.session import Session
 
@@ -121,13 +122,25 @@ def test_a_cuda_device_gets_them_and_a_cpu_does_not(monkeypatch: pytest.MonkeyPa
 def test_without_the_package_the_reference_serves_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    def no_version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(kernel_choice, "version", no_version)
     chosen = choose_kernels("auto", CUDA, ["q8_0"])
     assert chosen.label == "exact"
     assert "without triton experts are unpacked" in chosen.warnings[0]
     assert "edge-moe[cuda]" in chosen.warnings[0]
     with pytest.raises(MissingExtraError, match="edge-moe\\[cuda\\]"):
         choose_kernels("triton", CUDA, ["q8_0"])
+
+
+def test_a_triton_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_choice, "version", lambda name: "3.6.0+git123")
+    with pytest.raises(InputError, match="update torch together with triton"):
+        choose_kernels("triton", CUDA, ["q8_0"])
+    chosen = choose_kernels("auto", CUDA, ["q8_0"])
+    assert chosen.label == "exact"
+    assert "triton 3.6.0+git123 does not compile the kernels" in chosen.warnings[0]
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import triton.language as tl
 
 Tensor = torch.Tensor
 
-_TILE_COLUMNS = 256
+TILE_COLUMNS = 256
 
 
 def add_weighted(
@@ -28,10 +28,11 @@ def add_weighted(
         scales: float32 [pairs], the weight of every pair, by its number.
     """
     num_tokens, num_columns = outputs.shape
-    grid = (num_tokens, triton.cdiv(num_columns, _TILE_COLUMNS))
+    grid = (num_tokens, triton.cdiv(num_columns, TILE_COLUMNS))
     add_weighted_kernel[grid](
-        *(outputs, results, places, scales, first, len(results), num_columns, places.shape[1]),
-        TILE_COLUMNS=_TILE_COLUMNS,
+        *(outputs, results, places, scales, first, len(results), num_columns),
+        TOP_K=places.shape[1],
+        TILE_COLUMNS=TILE_COLUMNS,
         enable_fp_fusion=True,
     )
 
@@ -45,7 +46,7 @@ def add_weighted_kernel(
     first: tl.tensor,
     num_results: tl.tensor,
     num_columns: tl.tensor,
-    top_k: tl.tensor,
+    TOP_K: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ) -> None:
     """See `add_weighted`."""
@@ -53,8 +54,8 @@ def add_weighted_kernel(
     column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     is_inside = column < num_columns
     total = tl.load(outputs + token * num_columns + column, mask=is_inside, other=0.0)
-    for number in range(top_k):
-        place = tl.load(places + token * top_k + number)
+    for number in tl.static_range(TOP_K):
+        place = tl.load(places + token * TOP_K + number)
         if (place >= first) & (place < first + num_results):
             lines = results + (place - first) * num_columns
             values = tl.load(lines + column, mask=is_inside, other=0.0).to(tl.float32)
