@@ -39,8 +39,8 @@ class _Sizes:
 
 
 DEVICE_SIZES = _Sizes(8, triton_decode.STEP_BYTES, 32, 64, triton_prefill.STEP_BYTES)
-"""No register is spilled with these, and a chunk of a prompt has some 16 pairs per expert of 128. Not
-yet tuned on a GPU."""
+"""No register is spilled with these, and a chunk of a prompt has some 16 pairs per expert of 128.
+Not yet tuned on a GPU."""
 _INTERPRETED_SIZES = _Sizes(128, 256, 64, 128, 256)
 """Triton's interpreter takes its time for every step, not for what it computes."""
 

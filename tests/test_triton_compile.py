@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles, ahead of time and without a GPU, for the GPUs that it is made for."""
+"""Every Triton kernel compiles, ahead of time and without a GPU, for the GPUs it is made for."""
 
 from __future__ import annotations
 
