@@ -166,7 +166,8 @@ class Session(TextSession):
         allot_experts(spec, store, shadows, terms, limits)  # refuse before loading
         options = PagingOptions(where, prefetch, ram_bytes, skip, chosen, misses, stall=stall)
         if options.tier_bytes and misses != "fetch":
-            cpu_kernels = choose_kernels(kernels, torch.device("cpu"), forms)
+            on_cpu: Kernels = "auto" if kernels == "triton" else kernels
+            cpu_kernels = choose_kernels(on_cpu, torch.device("cpu"), forms)
             options = replace(options, cpu_kernels=cpu_kernels)
         if shadows is not None:
             shadow_forms = {shadows.record(key).form for key in shadows.keys()}
