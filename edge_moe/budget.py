@@ -27,6 +27,9 @@ READING_THREADS = 2
 """The model's own thread, and the one that reads ahead."""
 STAGING_BUFFERS = 2 * READING_THREADS
 """In pinned RAM on the way to a GPU: every thread fills one while another is copied from."""
+GRAPH_BYTES = 64_000_000
+"""On CUDA: nodes and memory of captured graphs, beside keys and values repeated to every head,
+which are billed in float32 and held in 16 bits, twice. An assumption: never measured."""
 LLAMA_UBATCH_TOKENS = 512
 """llama.cpp's default micro-batch."""
 _LLAMA_CACHE_STEP_TOKENS = 256
@@ -214,7 +217,7 @@ def workspace_bytes(
                per reading thread, a 16-bit expert each; pieces that the allocator keeps
     attention  query, rotated query and output [T, 2Q + H], keys and values [T, K + V], the mask as
                booleans and as floats [T, C]; on CUDA keys and values repeated to every head,
-               [C, 2Q] where heads are grouped
+               [C, 2Q] where heads are grouped; captured graphs
     experts    one expert unpacked, with half as much again for the codes of a matrix; inputs,
                outputs and their sum [T, 3H]; gate, up and their product [T, 3I]; router logits
 
@@ -242,7 +245,8 @@ def workspace_bytes(
     )
     bounce_bytes = READING_THREADS * 2 * spec.expert_weights
     floats = always + max(attention, experts)
-    return FLOAT32_BYTES * floats + bounce_bytes + ALLOCATOR_BYTES
+    graph_bytes = GRAPH_BYTES if device == "cuda" else 0
+    return FLOAT32_BYTES * floats + bounce_bytes + ALLOCATOR_BYTES + graph_bytes
 
 
 def llama_compute_bytes(spec: ModelSpec, context_tokens: int) -> int:

@@ -156,6 +156,8 @@ class RunMeasurement(_Record):
     """Generated tokens per second of decoding."""
     paging: dict[str, float] = Field(default_factory=dict)
     """The fields of the runtime's PagingStatistics, by name."""
+    graphs: str = ""
+    """Whether the dense part was replayed from CUDA graphs, and why not; empty on a CPU."""
     misses: str = ""
     """What was done with experts that had no slot, where some may have been computed elsewhere."""
     kernels: str = ""

@@ -23,11 +23,28 @@ from edge_moe.families import FAMILIES
 class PreallocatedLayer(DynamicLayer):
     """Keys and values [1, kv heads, context, head width] of one layer, filled from the front."""
 
-    def __init__(self, context_tokens: int) -> None:
+    def __init__(self, context_tokens: int, *, is_zeroed: bool = False) -> None:
+        """`is_zeroed`: on a CPU, too, where pages that no token reached take no memory else."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._is_zeroed = is_zeroed
         self._context_tokens = context_tokens
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._num_tokens = 0
+        self._fixed: tuple[Tensor, int] | None = None
+
+    def fix(self, position: Tensor | None, length: int) -> None:
+        """Write where `position` (int64, one value) says and give back `length` places.
+
+        For captured graphs: memory and shapes are the same for every token. Nothing is appended
+        then, but by `advance`; None goes back to that. There must be something in the cache.
+        """
+        self._fixed = None if position is None else (position.view(1), length)
+
+    def advance(self) -> None:
+        """Count the token that was written at a fixed position."""
+        self._num_tokens += 1
+        if self._buffers is not None:
+            self.keys, self.values = (buffer[:, :, : self._num_tokens] for buffer in self._buffers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -40,6 +57,12 @@ class PreallocatedLayer(DynamicLayer):
         if self._buffers is None:
             self.lazy_initialization(key_states, value_states)
             self._buffers = self._empty_like(key_states), self._empty_like(value_states)
+        if self._fixed is not None:
+            position, length = self._fixed
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, position, states)
+            keys, values = (buffer[:, :, :length] for buffer in self._buffers)
+            return keys, values
         start, end = self._num_tokens, self._num_tokens + key_states.shape[-2]
         if end > self._context_tokens:
             raise InputError(f"{end} tokens exceed the context of {self._context_tokens}")
@@ -51,10 +74,13 @@ class PreallocatedLayer(DynamicLayer):
 
     def _empty_like(self, states: Tensor) -> Tensor:
         batch, heads, _, width = states.shape
-        return states.new_empty(batch, heads, self._context_tokens, width)
+        shape = batch, heads, self._context_tokens, width
+        # a fixed length looks at places that nothing was written to: they must not be NaN
+        is_looked_at = self._is_zeroed or states.device.type == "cuda"
+        return states.new_zeros(shape) if is_looked_at else states.new_empty(shape)
 
 
-def make_cache(config: Any, context_tokens: int) -> Any:
+def make_cache(config: Any, context_tokens: int, *, is_zeroed: bool = False) -> Any:
     """transformers' cache for `config`, its plain layers preallocated for `context_tokens`.
 
     Layers with a sliding window keep transformers' own kind: they are short. transformers makes
@@ -66,7 +92,7 @@ def make_cache(config: Any, context_tokens: int) -> Any:
         plain.add(DynamicSlidingWindowLayer)
     cache = DynamicCache(config=config)
     cache.layers = [
-        PreallocatedLayer(context_tokens) if type(layer) in plain else layer
+        PreallocatedLayer(context_tokens, is_zeroed=is_zeroed) if type(layer) in plain else layer
         for layer in cache.layers
     ]
     return cache

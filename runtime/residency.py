@@ -11,6 +11,7 @@ import torch
 from edge_moe.plan import Device
 from edge_moe.runtime.allotment import Slots, host_slots, record_sizes
 from edge_moe.runtime.cpu_misses import CpuMisses, HostExperts
+from edge_moe.runtime.dense_graphs import CudaCapture, DenseGraphs
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.fetch_choice import MissChooser, Misses
@@ -47,6 +48,8 @@ class PagingOptions:
     misses: Misses = "fetch"
     cpu_kernels: KernelChoice | None = None
     """Whose kernels compute misses on the CPU."""
+    graphs: bool | None = None
+    """Whether to replay captured graphs on CUDA; None tries."""
     stall: StallOptions = EXACT
     shadow_kernels: KernelChoice | None = None
     """For the shadows' forms, where shadows are asked for."""
@@ -135,6 +138,28 @@ class Residency:
         if self.pager.misses is not None:
             self.pager.misses.close()
         self.transfer.close()
+
+
+def dense_graphs(
+    model: Any, pager: ExpertPager, blocks: Sequence[Any], options: PagingOptions, context: int
+) -> DenseGraphs | None:
+    """What replays the dense segments of a token; None on a CPU, where there is nothing to gain."""
+    if options.device.type != "cuda":
+        return None
+    reason = ""
+    if options.graphs is False:
+        reason = "--no-graphs"
+    elif pager.shadowed is not None:
+        reason = "experts may be computed from shadows, so that two runs of a token may differ"
+    return DenseGraphs(
+        model,
+        pager,
+        [block.experts for block in blocks],
+        CudaCapture(options.device) if not reason else None,
+        context,
+        trial=InterleavedTrial() if options.graphs is None else None,
+        reason=reason,
+    )
 
 
 def _transfer(streams: Streams | None, sizes: Sequence[Sequence[int]]) -> Transfer:

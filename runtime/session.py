@@ -36,6 +36,7 @@ from edge_moe.runtime.allotment import (
     source_fingerprint,
     with_slots,
 )
+from edge_moe.runtime.dense_graphs import DenseGraphs
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.fetch_choice import Misses, check_misses
 from edge_moe.runtime.generate import Timing, check_prompt_length
@@ -46,7 +47,7 @@ from edge_moe.runtime.model_config import load_config
 from edge_moe.runtime.paged_experts import Ranker, register_experts
 from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.predictors import ROUTER_GUESSES
-from edge_moe.runtime.residency import PagingOptions, Residency
+from edge_moe.runtime.residency import PagingOptions, Residency, dense_graphs
 from edge_moe.runtime.shadow_allotment import Allotment, Limits, allot_experts
 from edge_moe.runtime.shadow_store import TERM_NAME as SHADOWS_TERM
 from edge_moe.runtime.shadow_store import ShadowStore, open_shadows
@@ -89,6 +90,7 @@ class Session(TextSession):
         self._blocks = moe_blocks(model, source.spec)
         self._routers = RouterRows(self._blocks)
         self._experts: Residency | None = None
+        self._graphs: DenseGraphs | None = None
         self._terms = terms
         self._shadows: ShadowStore | None = None
 
@@ -109,6 +111,7 @@ class Session(TextSession):
         match_first: bool = False,
         kernels: Kernels = "auto",
         misses: Misses = "auto",
+        graphs: bool | None = None,
         stall: StallOptions = EXACT,
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
@@ -131,6 +134,9 @@ class Session(TextSession):
             misses: with `ram_bytes`, whether a token's experts that the GPU lacks are fetched, or
                 computed on the CPU; `auto` measures both, and keeps what is faster. On a CPU
                 `auto` fetches. Where an expert is computed can change the last digits of a result.
+            graphs: on CUDA, replay what lies between the experts of a token from captured graphs;
+                None tries both by turns on the first tokens, and keeps what is faster. Replayed
+                logits agree with others but for rounding.
             stall: how long decoded tokens wait for experts that are not in memory. Anything but
                 `exact` keeps the package's shadows in memory while it pages, and in place of
                 `prefetch` brings in what was missed.
@@ -148,6 +154,10 @@ class Session(TextSession):
         spec = source.spec
         where = _device(device)
         check_misses(misses, where.type, ram_bytes)
+        if graphs and where.type != "cuda":
+            raise InputError(
+                f"graphs are captured on CUDA, not on {where.type}: leave --graphs out"
+            )
         if stall.uses_shadows:
             misses = stall.only_fetching(misses)
         kind: Device = "cuda" if where.type == "cuda" else "cpu"
@@ -164,7 +174,9 @@ class Session(TextSession):
         limits = Limits(budget_bytes, num_slots)
         shadows = open_shadows(source) if stall.uses_shadows else None
         allot_experts(spec, store, shadows, terms, limits)  # refuse before loading
-        options = PagingOptions(where, prefetch, ram_bytes, skip, chosen, misses, stall=stall)
+        options = PagingOptions(
+            *(where, prefetch, ram_bytes, skip, chosen, misses), stall=stall, graphs=graphs
+        )
         if options.tier_bytes and misses != "fetch":
             on_cpu: Kernels = "auto" if kernels == "triton" else kernels
             cpu_kernels = choose_kernels(on_cpu, torch.device("cpu"), forms)
@@ -229,6 +241,9 @@ class Session(TextSession):
         self._experts = Residency.open(
             *(self.spec, self._blocks, bodies, allotment.slots, self._options, allotment.shadows)
         )
+        self._graphs = dense_graphs(
+            self.model, self._experts.pager, self._blocks, self._options, self.context_tokens
+        )
 
     def match_task(self, prompt_ids: Sequence[int], patterns: Mapping[str, TaskPattern]) -> Match:
         """Which of `patterns` a prompt is nearest to, by the experts that it is routed to.
@@ -280,7 +295,9 @@ class Session(TextSession):
     def new_loop(self) -> Decoder:
         """A new sequence."""
         trial = self._residency.miss_trial
-        return Decoder(self.model, self.device, self.context_tokens, trial)
+        return Decoder(
+            *(self.model, self.device, self.context_tokens), trial=trial, graphs=self._graphs
+        )
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [T, V]: row t predicts token t + 1.
@@ -370,6 +387,11 @@ class Session(TextSession):
         """What experts beside the slots take in RAM."""
         options = self._options
         return host_terms(record_sizes(self._residency.store), options.kind, options.tier_bytes)
+
+    @property
+    def graphs(self) -> str:
+        """Whether dense segments are replayed, and why not; empty on a CPU."""
+        return self._graphs.label if self._graphs is not None else ""
 
     @property
     def misses(self) -> str:

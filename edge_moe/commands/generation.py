@@ -112,6 +112,7 @@ def measure(
         paging=_paging(session),
         kernels=_kernels(session),
         misses=str(getattr(session, "misses", "")),
+        graphs=str(getattr(session, "graphs", "")),
         text=text,
     )
 
@@ -175,6 +176,8 @@ def statistics_lines(measured: RunMeasurement) -> list[str]:
             f"({paging['hit_rate']:.1%} resident), {format_bytes(paging['page_in_bytes'])} read, "
             f"{paging['stall_seconds']:.2f} s waited"
         )
+    if measured.graphs:
+        lines.append(f"graphs: {measured.graphs}")
     if measured.misses:
         lines.append(
             f"misses {measured.misses}; {paging.get('cpu_experts', 0):.0f} computed on the CPU, "

@@ -49,6 +49,7 @@ class PagingOptions:
     misses: Misses | None = None
     gpu_layers: int | None = None
     stall: StallOptions | None = None
+    graphs: bool | None = None
 
     def refuse(self, path: Path, runs: str, names: tuple[str, ...]) -> None:
         """Raise `TargetError` where one of the options `names` was given.
@@ -67,6 +68,7 @@ class PagingOptions:
             "--misses": self.misses,
             "--gpu-layers": self.gpu_layers,
             "--stall": self.stall,
+            "--graphs": self.graphs,
         }
         given = [name for name in names if values[name] is not None]
         if given:
@@ -85,6 +87,7 @@ _ROUTING = (
     "--kernels",
     "--misses",
     "--stall",
+    "--graphs",
 )
 
 
@@ -140,6 +143,7 @@ def open_runnable(
         kernels=paging.kernels or "auto",
         misses=paging.misses or "auto",
         stall=paging.stall or EXACT,
+        graphs=paging.graphs,
     )
     return session, known
 

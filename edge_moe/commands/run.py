@@ -118,6 +118,15 @@ def run_command(
         Path | None,
         typer.Option(help="Folder of task patterns; else the shipped ones.", show_default=False),
     ] = None,
+    graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--graphs/--no-graphs",
+            help="On CUDA: replay the dense part of a token from captured graphs. Both are tried, "
+            "and the faster one stays, unless this says.",
+            show_default=False,
+        ),
+    ] = None,
     gpu_layers: Annotated[
         int | None,
         typer.Option(
@@ -158,6 +167,7 @@ def run_command(
         misses.value if misses else None,
         gpu_layers,
         stall_options(stall, stall_seconds),
+        graphs,
     )
     with _opened(path, common, paging, prompt or "", is_raw=raw) as session:
         if prompt is None:
