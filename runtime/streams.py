@@ -83,7 +83,7 @@ class CudaStreams(Streams):
             if after is not None:
                 self._copies.wait_event(after)
             target.copy_(source, non_blocking=True)
-            return self._copies.record_event()
+            return self._copies.record_event(_event(blocking=True))  # whoever waits may sleep
 
     def mark_compute(self) -> Mark:
         return torch.cuda.current_stream(self._device).record_event()
@@ -92,7 +92,7 @@ class CudaStreams(Streams):
         if mark.query():
             return
         stream = torch.cuda.current_stream(self._device)
-        before, after = _timed_event(), _timed_event()
+        before, after = _event(enable_timing=True), _event(enable_timing=True)
         before.record(stream)
         stream.wait_event(mark)
         after.record(stream)
@@ -122,8 +122,8 @@ class CudaStreams(Streams):
             self._pinned.pop().close()
 
 
-def _timed_event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def _event(**options: bool) -> Any:
+    return torch.cuda.Event(**options)  # type: ignore[no-untyped-call]
 
 
 def _runtime() -> Any:

@@ -157,3 +157,23 @@ def test_run_says_what_became_of_the_misses(
     assert run(["run", folder, *options, "--json"]) == 0
     measured = RunMeasurement.model_validate_json(capsys.readouterr().out)
     assert measured.paging["cpu_experts"] > 0 and measured.misses == "computed on the CPU"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("misses", ["fetch", "auto", "cpu"])
+def test_a_gpu_gives_what_a_cpu_gives(misses: Misses, tiny_checkpoint: TinyCheckpoint) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    folder = tiny_checkpoint("qwen3_moe")
+    with Session.open(folder, device="cpu", num_slots=4, kernels="exact") as session:
+        wanted = decoded_logits(session)
+    with Session.open(
+        folder, device="cuda", num_slots=4, ram_bytes=RAM, kernels="exact", misses=misses
+    ) as session:
+        found = decoded_logits(session)
+        statistics = session.statistics()
+        session.check_integrity()
+        assert [term.name for term in session.host_memory()] == ["experts in RAM", "staging"]
+    assert statistics.misses > 0 and (statistics.cpu_experts > 0 or misses != "cpu")
+    difference = np.linalg.norm(found - wanted)
+    assert difference < 0.05 * np.linalg.norm(wanted)  # the GPU computes in bfloat16
