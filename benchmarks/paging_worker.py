@@ -63,8 +63,8 @@ def paged(path: Path, budget_bytes: int, policy: str) -> tuple[Step, Callable[[]
             "stall_seconds": found.stall_seconds,
             "expert_bytes": session._experts.limit_bytes,
             "planned_bytes": sum(term.num_bytes for term in session.memory()),
-            "prefetch": None if trial is None else trial.verdict,
-            "prefetch_gain": None if trial is None else trial.gain,
+            "prefetch": None if trial is None else trial.best,
+            "prefetch_gains": None if trial is None else trial.gains,
         }
 
     return lambda ids, start: session._context.decode(ids, start)[-1], facts

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_moe.errors import InputError
 from edge_moe.gguf_model import GgufModel
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime import memory
@@ -21,13 +22,23 @@ from edge_moe.runtime.gguf_allotment import (
 )
 from edge_moe.runtime.gguf_experts import GgufExperts
 from edge_moe.runtime.gguf_tokenizer import GgufTokenizer
+from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.llama_gpu import require_gpu
-from edge_moe.runtime.llama_predict import NextRouter
+from edge_moe.runtime.llama_predict import BlockInputs, NextRouter
 from edge_moe.runtime.llama_probe import require_loadable
 from edge_moe.runtime.paged_llama import LoadedModel, PagedContext
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import EvictionPolicy, PagingStatistics, token_cycle_bytes
-from edge_moe.runtime.prefetch_trial import PrefetchTrial
+from edge_moe.runtime.predictor_choice import (
+    DEFAULT_PREDICTORS,
+    STATE_PREDICTORS,
+    WIDE_GUESSES,
+    id_predictor,
+    predictor_terms,
+    require_known,
+)
+from edge_moe.runtime.predictors import LINEAR_GUESSES, ROUTER_GUESSES, Predictor
+from edge_moe.runtime.read_ahead import ReadAhead
 from edge_moe.runtime.text_session import Prompt, TextSession, Where
 from edge_moe.units import format_bytes
 
@@ -75,6 +86,7 @@ class GgufSession(TextSession):
         policy: type[EvictionPolicy] = DEFAULT_POLICY,
         can_trace: bool = False,
         gpu_layers: int = 0,
+        predictors: Sequence[str] = DEFAULT_PREDICTORS,
     ) -> GgufSession:
         """Load everything but the experts of the file `path`, and those as far as they fit.
 
@@ -82,12 +94,14 @@ class GgufSession(TextSession):
             budget_bytes: hard cap on RAM; None keeps every expert in memory.
             context_tokens: longest sequence; default 4096 or the model's limit.
             num_slots: experts in memory at once, instead of a budget.
-            prefetch: read guessed experts of the next layer ahead; None tries both by turns on the
-                first tokens, and keeps what is faster.
+            prefetch: read guessed experts of the next layer ahead, as the first of `predictors`
+                says; None tries all of them and nothing by turns on the first tokens, and keeps
+                what is fastest.
             policy: which expert leaves.
             can_trace: watch the routers even where nothing is paged, so that `tracing` works.
-            gpu_layers: of so many last layers all but the experts is computed on a GPU. Experts are
-                not read ahead then: the routers that guess them are in its memory.
+            gpu_layers: of so many last layers all but the experts is computed on a GPU. Predictors
+                that ask routers or states are left out then: those are in its memory.
+            predictors: names of `edge_moe.runtime.predictor_choice.PREDICTORS`.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -100,8 +114,19 @@ class GgufSession(TextSession):
         model = GgufModel(path)
         context = context_length(model.spec, context_tokens)
         require_gpu(path, gpu_layers)
+        require_known(predictors)
+        names = () if prefetch is False else tuple(predictors)
+        if LINEAR_GUESSES in names:
+            raise InputError(
+                "a linear map guesses in edge-moe's own runtime, not for .gguf files: name "
+                f"another predictor, such as {ROUTER_GUESSES}"
+            )
+        if gpu_layers:
+            names = tuple(name for name in names if name not in STATE_PREDICTORS)
         has_budget = budget_bytes is not None
         terms = session_terms(model, context, has_budget=has_budget, gpu_layers=gpu_layers)
+        num_rows = [model.spec.num_experts] * model.spec.num_moe_layers
+        terms += predictor_terms(names, num_rows)
         limit_bytes = expert_limit_bytes(model, terms, budget_bytes, num_slots)
         most_tokens = min(batch_tokens(model, limit_bytes), context)
         require_loadable(path, context, most_tokens, {})
@@ -112,10 +137,14 @@ class GgufSession(TextSession):
         is_paging = experts.total_bytes > limit_bytes
         if not is_paging:
             experts.fill()
-        predictor = trial = None
-        if is_paging and prefetch is not False and not gpu_layers:
-            predictor = NextRouter(loaded.api, model, model.spec.top_k)
-            trial = PrefetchTrial() if prefetch is None else None
+        inputs = BlockInputs(loaded.api, model)
+        read_ahead = None
+        if is_paging and names:
+            guessers = {
+                name: _predictor(name, inputs, num_rows, model.spec.top_k) for name in names
+            }
+            trial = FastestOf(names) if prefetch is None else None
+            read_ahead = ReadAhead(model.spec.num_moe_layers, guessers, trial)
         network = PagedContext(
             model,
             loaded,
@@ -123,8 +152,8 @@ class GgufSession(TextSession):
             context_tokens=context,
             batch_tokens=most_tokens,
             is_watched=is_paging or can_trace,
-            predictor=predictor,
-            trial=trial,
+            inputs=inputs,
+            read_ahead=read_ahead,
             may_cut=not model.spec.num_sliding_layers,
         )
         session = cls(model, loaded, experts, network, terms, context)
@@ -162,8 +191,8 @@ class GgufSession(TextSession):
         from edge_moe.runtime.trace import TraceRecorder  # a process that only runs stays small
 
         recorder = TraceRecorder()
-        ranker = NextRouter(self._loaded.api, self._model, 2 * self.spec.top_k)
-        self._context.record(recorder, ranker)
+        inputs = self._context.inputs
+        self._context.record(recorder, {ROUTER_GUESSES: NextRouter(inputs, 2 * self.spec.top_k)})
         try:
             yield recorder
         finally:
@@ -212,8 +241,8 @@ class GgufSession(TextSession):
         return self._experts.statistics
 
     @property
-    def prefetch_trial(self) -> PrefetchTrial | None:
-        """Whether reading ahead pays here, where that is being tried."""
+    def prefetch_trial(self) -> FastestOf | None:
+        """Whose guesses pay here, where that is being tried."""
         return self._context.prefetch_trial
 
     def check_integrity(self) -> None:
@@ -230,6 +259,14 @@ class GgufSession(TextSession):
         """Of a chat only what is new is computed, where the model's memory can be cut."""
         kept = 0 if isinstance(prompt, str) else self._context.keep_prefix(prompt_ids)
         return _LlamaLoop(self._context, self.context_tokens, kept) if kept else self.new_loop()
+
+
+def _predictor(name: str, inputs: BlockInputs, num_rows: Sequence[int], top_k: int) -> Predictor:
+    if name == ROUTER_GUESSES:
+        return NextRouter(inputs, top_k)
+    if name == WIDE_GUESSES:
+        return NextRouter(inputs, min(2 * top_k, min(num_rows)))
+    return id_predictor(name, num_rows, top_k)
 
 
 class _LlamaLoop(TokenLoop):

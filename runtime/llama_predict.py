@@ -6,6 +6,7 @@ chosen: the input of this MoE block is still there, and the next router's matrix
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,18 +15,17 @@ import numpy.typing as npt
 from edge_moe.gguf_model import GgufModel
 from edge_moe.runtime.llama_api import LlamaApi
 from edge_moe.runtime.llama_graph import ARCHITECTURES
+from edge_moe.runtime.predictors import Predictor, largest_logits
 
 FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass
-class NextRouter:
-    """Guesses for single tokens. Letters: H hidden_size, E experts, k top_k."""
+class BlockInputs:
+    """What every MoE block is given, and the routers. Letters: H hidden_size, E experts."""
 
     api: LlamaApi
     model: GgufModel
-    num_guesses: int
-    """Experts that are named, the likeliest first; k, or more for a wider net."""
     _inputs: dict[int, int] = field(default_factory=dict)
     """By layer: the node that its MoE block is given."""
     _routers: dict[int, FloatArray | None] = field(default_factory=dict)
@@ -53,21 +53,36 @@ class NextRouter:
         elif layer not in self._routers:
             self._routers[layer] = self._matrix(layer, node)
 
-    def guess(self, layer: int) -> list[int]:
-        """Experts that layer `layer` + 1 may choose; none where nothing is known."""
-        node, matrix = self._inputs.get(layer), self._routers.get(layer + 1)
-        if node is None or matrix is None:
-            return []
-        hidden = self.api.row(node, matrix.shape[1])
-        if hidden is None:
-            return []
-        logits = matrix @ hidden
-        count = min(self.num_guesses, len(logits))
-        best = np.argpartition(-logits, count - 1)[:count]
-        guessed: list[int] = best[np.argsort(-logits[best], kind="stable")].tolist()
-        return guessed
+    def state(self, layer: int) -> FloatArray | None:
+        """[H] what the MoE block of `layer` is given; None where it is not known."""
+        node = self._inputs.get(layer)
+        return None if node is None else self.api.row(node, self.model.spec.hidden_size)
+
+    def logits(self, layer: int, state: FloatArray) -> FloatArray | None:
+        """[E] what the router of `layer` makes of `state`; None before it was seen."""
+        matrix = self._routers.get(layer)
+        return None if matrix is None else matrix @ state
 
     def _matrix(self, layer: int, node: int) -> FloatArray | None:
         name = f"blk.{self._layer_ids[layer]}.ffn_gate_inp.weight"
         shape = self.model.spec.num_experts, self.model.spec.hidden_size
         return self.api.float32_source(node, name, shape)
+
+
+class NextRouter(Predictor):
+    """The next router's largest logits."""
+
+    def __init__(self, inputs: BlockInputs, width: int) -> None:
+        """`width` experts are named, the likeliest first; top_k, or more for a wider net."""
+        self.name = f"next router {width}"
+        self._inputs = inputs
+        self._width = width
+
+    def learn(self, layer: int, rows: Sequence[int]) -> None:
+        """Nothing to learn."""
+
+    def guess(self, layer: int, rows: Sequence[int] = ()) -> list[int]:
+        """Experts that layer `layer` + 1 may choose; none where nothing is known."""
+        state = self._inputs.state(layer)
+        logits = None if state is None else self._inputs.logits(layer + 1, state)
+        return [] if logits is None else largest_logits(logits, self._width)

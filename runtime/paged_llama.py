@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,15 +19,16 @@ from edge_moe.formats import ggml_library
 from edge_moe.gguf_model import GgufModel
 from edge_moe.measurement import usable_cores
 from edge_moe.runtime.gguf_experts import GgufExperts
+from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.llama_api import LlamaApi, llama_api
 from edge_moe.runtime.llama_log import llama_log
-from edge_moe.runtime.llama_predict import NextRouter
+from edge_moe.runtime.llama_predict import BlockInputs
 from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.llama_stream import ModelStream, c_stream, model_pieces
 from edge_moe.runtime.llama_uses import ExpertUses
 from edge_moe.runtime.llama_watch import WatchedGraph
-from edge_moe.runtime.predictors import ROUTER_GUESSES
-from edge_moe.runtime.prefetch_trial import PrefetchTrial
+from edge_moe.runtime.predictors import Predictor
+from edge_moe.runtime.read_ahead import ReadAhead
 
 if TYPE_CHECKING:
     from edge_moe.runtime.trace import TraceRecorder
@@ -132,8 +133,8 @@ class PagedContext(WatchedGraph):
         context_tokens: int,
         batch_tokens: int,
         is_watched: bool,
-        predictor: NextRouter | None = None,
-        trial: PrefetchTrial | None = None,
+        inputs: BlockInputs,
+        read_ahead: ReadAhead | None = None,
         may_cut: bool = True,
     ) -> None:
         """`batch_tokens` are computed at a time, so that their experts fit together.
@@ -149,13 +150,13 @@ class PagedContext(WatchedGraph):
         super().__init__(loaded.api, path)
         self._experts = experts
         self._batch_tokens = batch_tokens
-        self._predictor = predictor
-        self._trial = trial
+        self.inputs = inputs
+        """What predictors can ask about, while routers are recorded or experts read ahead."""
+        self._read_ahead = read_ahead
         self._may_cut = may_cut
-        self._reads_ahead = predictor is not None
         self._layers = {f"{TOPK}-{id_}": layer for layer, id_ in enumerate(experts.layer_ids)}
         self._recorder: TraceRecorder | None = None
-        self._ranker: NextRouter | None = None
+        self._rankers: Mapping[str, Predictor] = {}
         self._seen: set[int] = set()
         self._uses = ExpertUses(loaded.api, loaded.region, experts, model)
         self._sequence: list[int] = []
@@ -181,12 +182,14 @@ class PagedContext(WatchedGraph):
             )
 
     @property
-    def prefetch_trial(self) -> PrefetchTrial | None:
-        """Whether reading ahead pays here, where that is being tried."""
-        return self._trial
+    def prefetch_trial(self) -> FastestOf | None:
+        """Whose guesses pay here, where that is being tried."""
+        return None if self._read_ahead is None else self._read_ahead.trial
 
-    def record(self, recorder: TraceRecorder | None, ranker: NextRouter | None = None) -> None:
-        """Write every choice of a router into `recorder` from now on, and what `ranker` guesses.
+    def record(
+        self, recorder: TraceRecorder | None, rankers: Mapping[str, Predictor] | None = None
+    ) -> None:
+        """Write every choice of a router into `recorder` from now on, and what `rankers` guess.
 
         Raises:
             InputError: the routers are not watched.
@@ -195,7 +198,7 @@ class PagedContext(WatchedGraph):
             raise InputError(
                 f"{self._path}: its routers are not watched: open it with can_trace, or a budget"
             )
-        self._recorder, self._ranker = recorder, ranker
+        self._recorder, self._rankers = recorder, rankers or {}
 
     def clear(self) -> None:
         """Forget the sequence."""
@@ -231,8 +234,8 @@ class PagedContext(WatchedGraph):
             InputError: ids that the model does not know, or experts that do not fit together.
             CheckpointError, OSError: experts could not be read; `clear` before going on.
         """
-        if len(token_ids) == 1 and self._trial is not None:
-            self._reads_ahead = self._trial.start_token()
+        if len(token_ids) == 1 and self._read_ahead is not None:
+            self._read_ahead.start_token(token_ids[0])
         rows = []
         step = self._batch_tokens
         if self._recorder is not None:
@@ -241,8 +244,8 @@ class PagedContext(WatchedGraph):
             piece = token_ids[at : at + step]
             is_last = at + len(piece) == len(token_ids)
             rows.append(self._decode_piece(piece, start + at, keep_all, is_last))
-        if len(token_ids) == 1 and self._trial is not None:
-            self._trial.end_token()
+        if len(token_ids) == 1 and self._read_ahead is not None:
+            self._read_ahead.end_token()
         return np.concatenate([row for row in rows if row is not None])
 
     def close(self) -> None:
@@ -291,10 +294,8 @@ class PagedContext(WatchedGraph):
             )
 
     def _wants(self, name: str, tensor: int) -> bool:
-        if self._predictor is not None and self._reads_ahead:
-            self._predictor.see(name, tensor)
-        if self._ranker is not None:
-            self._ranker.see(name, tensor)
+        if self._recorder is not None or (self._read_ahead is not None and self._read_ahead.is_on):
+            self.inputs.see(name, tensor)
         if name in self._layers:
             return True
         return self._uses.must_stop_after(name, tensor)
@@ -315,12 +316,14 @@ class PagedContext(WatchedGraph):
         self._experts.require(layer, rows)
         if not is_known:
             self._experts.wait_for_all(layer)
-        if self._predictor is not None and self._reads_ahead and self._num_new == 1:
-            guessed = self._predictor.guess(layer)
+        if self._read_ahead is not None and self._num_new == 1:
+            guessed = self._read_ahead.guess(layer, rows)
             self._experts.prefetch(layer + 1, guessed, [(layer, row) for row in rows])
 
     def _write(self, recorder: TraceRecorder, layer: int, chosen: npt.NDArray[np.int32]) -> None:
         """The choice of a layer, and of single tokens the guess of the next."""
         recorder.add_rows(layer, chosen)
-        if self._ranker is not None and self._num_new == 1 and layer + 1 < len(self._layers):
-            recorder.add_guess(ROUTER_GUESSES, layer + 1, self._ranker.guess(layer))
+        if self._num_new > 1 or layer + 1 == len(self._layers):
+            return
+        for name, predictor in self._rankers.items():
+            recorder.add_guess(name, layer + 1, predictor.guess(layer, []))

@@ -181,3 +181,11 @@ def _largest(scores: npt.NDArray[Any], width: int) -> list[int]:
     order = np.argsort(-scores, kind="stable")[:width]
     found: list[int] = order[scores[order] > 0].tolist()
     return found
+
+
+def largest_logits(logits: npt.NDArray[np.float32], width: int) -> list[int]:
+    """The `width` best of [E], best first."""
+    count = min(width, len(logits))
+    best = np.argpartition(-logits, count - 1)[:count]
+    found: list[int] = best[np.argsort(-logits[best], kind="stable")].tolist()
+    return found

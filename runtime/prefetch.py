@@ -1,4 +1,4 @@
-"""Reading ahead: the next layer's router on this layer's input guesses the next experts.
+"""Reading ahead: what predictors guess of the next layer's experts.
 
 One background thread reads what the admission rule lets through. With everything resident the
 prefetcher does not exist; what it does never changes a result.
@@ -10,22 +10,21 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
+from edge_moe.runtime.block_predictors import BlockInput, NextChoice, NextRanking
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.guesses import Guesses
+from edge_moe.runtime.interleaved_trial import FastestOf
+from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.runtime.policy import Key
+from edge_moe.runtime.predictor_choice import STATE_PREDICTORS, WIDE_GUESSES, id_predictor
+from edge_moe.runtime.predictors import ROUTER_GUESSES, Predictor
+from edge_moe.runtime.read_ahead import ReadAhead
 from edge_moe.runtime.skipping import SkipRule
-
-
-class Chooser(Protocol):
-    """A MoE block, as far as it can say which experts it would choose."""
-
-    def choose(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, H] -> (router rows, weights), [T, k] each."""
+from edge_moe.spec import ModelSpec
 
 
 class Prefetcher:
@@ -33,15 +32,16 @@ class Prefetcher:
 
     def __init__(
         self,
-        blocks: Sequence[Chooser],
+        read_ahead: ReadAhead,
+        block_input: BlockInput,
         store: ExpertStore,
         cache: ExpertCache,
-        skip: SkipRule | None = None,
     ) -> None:
-        self._blocks = blocks
+        """`block_input` is what the predictors of `read_ahead` look at."""
+        self.read_ahead = read_ahead
+        self._input = block_input
         self._store = store
         self._cache = cache
-        self._skip = skip
         self._guesses = Guesses()
         self._queue: queue.SimpleQueue[tuple[Key, frozenset[Key]] | None] = queue.SimpleQueue()
         self._queued_bytes = 0
@@ -59,11 +59,11 @@ class Prefetcher:
         `current` are the rows that this layer is about to use: they are not evicted for a guess.
         """
         following = layer + 1
-        if following >= len(self._blocks):
+        self._input.hidden = hidden
+        rows = self.read_ahead.guess(layer, current)
+        self._input.hidden = None
+        if not rows:
             return
-        # the model's own: biases, groups and all
-        chosen, weights = self._blocks[following].choose(hidden)
-        rows = self._wanted(following, weights, chosen)
         misses = [row for row in rows if not self._cache.is_resident((following, row))]
         self._guesses.remember(following, misses)
         keep = frozenset([(following, row) for row in rows] + [(layer, row) for row in current])
@@ -79,14 +79,6 @@ class Prefetcher:
         """Stop the thread; what is being read is finished first."""
         self._queue.put(None)
         self._thread.join()
-
-    def _wanted(self, layer: int, weights: torch.Tensor, chosen: torch.Tensor) -> list[int]:
-        """Guessed rows of one token, [1, K], without those that would be skipped anyway."""
-        rows: list[int] = chosen[0].tolist()
-        if self._skip is None:
-            return rows
-        is_skipped = self._skip.skips(layer, weights.float().cpu().numpy())[0].tolist()
-        return [row for row, skipped in zip(rows, is_skipped, strict=True) if not skipped]
 
     def _submit(self, key: Key, keep: frozenset[Key]) -> None:
         num_bytes = self._store.record(key).num_bytes
@@ -109,3 +101,35 @@ class Prefetcher:
                     self._queued_bytes -= num_bytes
                     if was_read:
                         self._guesses.rule.learn_transfer(num_bytes, time.perf_counter() - start)
+
+
+def open_prefetcher(
+    spec: ModelSpec,
+    blocks: Sequence[MoeBlock],
+    store: ExpertStore,
+    cache: ExpertCache,
+    names: Sequence[str],
+    skip: SkipRule | None,
+    *,
+    has_trial: bool,
+) -> Prefetcher | None:
+    """Reads what the predictors called `names` guess; None where none of them can.
+
+    Without `has_trial` the first of them is always asked.
+    """
+    if spec.latent_width:  # its experts are not given what the next router would be
+        names = [name for name in names if name not in STATE_PREDICTORS]
+    if not names:
+        return None
+    block_input, num_rows = BlockInput(), [len(kept) for kept in store.kept]
+
+    def predictor(name: str) -> Predictor:
+        if name == ROUTER_GUESSES:
+            return NextChoice(block_input, blocks, skip)
+        if name == WIDE_GUESSES:
+            return NextRanking(block_input, blocks, 2 * spec.top_k)
+        return id_predictor(name, num_rows, spec.top_k)
+
+    predictors = {name: predictor(name) for name in names}
+    trial = FastestOf(names) if has_trial else None
+    return Prefetcher(ReadAhead(len(num_rows), predictors, trial), block_input, store, cache)

@@ -24,7 +24,8 @@ from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.paged_experts import ExpertPager, attach, detach
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import PagingStatistics
-from edge_moe.runtime.prefetch import Prefetcher
+from edge_moe.runtime.predictor_choice import DEFAULT_PREDICTORS
+from edge_moe.runtime.prefetch import Prefetcher, open_prefetcher
 from edge_moe.runtime.shadow_store import BodyStore
 from edge_moe.runtime.shadow_tier import ShadowTier
 from edge_moe.runtime.skipping import SkipRule
@@ -40,7 +41,8 @@ class PagingOptions:
     """How experts are paged, whichever of them are in use."""
 
     device: torch.device
-    prefetch: bool
+    prefetch: bool | None
+    """None tries whether it pays."""
     ram_bytes: int | None
     """On CUDA, packed experts kept in RAM between the disk and the GPU."""
     skip: SkipRule | None
@@ -53,6 +55,7 @@ class PagingOptions:
     stall: StallOptions = EXACT
     shadow_kernels: KernelChoice | None = None
     """For the shadows' forms, where shadows are asked for."""
+    predictors: tuple[str, ...] = DEFAULT_PREDICTORS
 
     @property
     def tier_bytes(self) -> int | None:
@@ -105,9 +108,11 @@ class Residency:
         cache.fill()
         filling, cache.statistics = cache.statistics, PagingStatistics()
         prefetcher = None
-        # latent experts are not given what the next router would be
-        if options.prefetch and slots.is_paging and not spec.latent_width and shadows is None:
-            prefetcher = Prefetcher(blocks, store, cache, options.skip)
+        if options.prefetch is not False and slots.is_paging and shadows is None:
+            names, has_trial = options.predictors, options.prefetch is None
+            prefetcher = open_prefetcher(
+                spec, blocks, store, cache, names, options.skip, has_trial=has_trial
+            )
         pager = ExpertPager(spec, store, cache, prefetcher, options.skip)
         products = options.kernels.new_products(spec, buffers)
         if products is not None:

@@ -40,12 +40,18 @@ from edge_moe.runtime.dense_graphs import DenseGraphs
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.fetch_choice import Misses, check_misses
 from edge_moe.runtime.generate import Timing, check_prompt_length
+from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.kernel_choice import Kernels, choose_kernels
 from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
 from edge_moe.runtime.model_config import load_config
 from edge_moe.runtime.paged_experts import Ranker, register_experts
 from edge_moe.runtime.policy import PagingStatistics
+from edge_moe.runtime.predictor_choice import (
+    DEFAULT_PREDICTORS,
+    predictor_terms,
+    require_known,
+)
 from edge_moe.runtime.predictors import ROUTER_GUESSES
 from edge_moe.runtime.residency import PagingOptions, Residency, dense_graphs
 from edge_moe.runtime.shadow_allotment import Allotment, Limits, allot_experts
@@ -103,7 +109,7 @@ class Session(TextSession):
         context_tokens: int | None = None,
         device: str | None = None,
         num_slots: int | None = None,
-        prefetch: bool = True,
+        prefetch: bool | None = None,
         ram_bytes: int | None = None,
         scored_tokens: int = 1,
         skip: SkipRule | None = None,
@@ -113,6 +119,7 @@ class Session(TextSession):
         misses: Misses = "auto",
         graphs: bool | None = None,
         stall: StallOptions = EXACT,
+        predictors: Sequence[str] = DEFAULT_PREDICTORS,
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -121,6 +128,9 @@ class Session(TextSession):
             budget_bytes: hard cap on the device's memory; None makes every expert resident.
             context_tokens: longest sequence; default 4096 or the model's limit.
             num_slots: experts in memory at once, instead of a budget.
+            prefetch: read guessed experts of the next layer ahead, as the first of `predictors`
+                says; None tries all of them and nothing by turns on the first tokens, and keeps
+                what is fastest.
             ram_bytes: on CUDA, packed experts kept in RAM between the disk and the GPU.
             scored_tokens: most positions that `logits` will be asked for at once.
             skip: leave out chosen experts that this rule finds not worth computing.
@@ -140,6 +150,7 @@ class Session(TextSession):
             stall: how long decoded tokens wait for experts that are not in memory. Anything but
                 `exact` keeps the package's shadows in memory while it pages, and in place of
                 `prefetch` brings in what was missed.
+            predictors: names of `edge_moe.runtime.predictor_choice.PREDICTORS`.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -147,6 +158,7 @@ class Session(TextSession):
             MissingExtraError: kernels ggml without llama-cpp-python, or triton without triton.
         """
         start = time.perf_counter()
+        require_known(predictors)
         memory.limit_arenas()
         source = open_source(model)
         if isinstance(source, Package):
@@ -170,12 +182,17 @@ class Session(TextSession):
             has_budget=budget_bytes is not None,
             scored_tokens=scored_tokens,
         )
+        names = () if prefetch is False else tuple(predictors)
+        terms += predictor_terms(names, [len(kept) for kept in store.kept])
         share_key_value_heads(where)
         limits = Limits(budget_bytes, num_slots)
         shadows = open_shadows(source) if stall.uses_shadows else None
         allot_experts(spec, store, shadows, terms, limits)  # refuse before loading
         options = PagingOptions(
-            *(where, prefetch, ram_bytes, skip, chosen, misses), stall=stall, graphs=graphs
+            *(where, prefetch, ram_bytes, skip, chosen, misses),
+            stall=stall,
+            graphs=graphs,
+            predictors=tuple(predictors),
         )
         if options.tier_bytes and misses != "fetch":
             on_cpu: Kernels = "auto" if kernels == "triton" else kernels
@@ -295,8 +312,12 @@ class Session(TextSession):
     def new_loop(self) -> Decoder:
         """A new sequence."""
         trial = self._residency.miss_trial
+        prefetcher = self._residency.prefetcher
         return Decoder(
-            *(self.model, self.device, self.context_tokens), trial=trial, graphs=self._graphs
+            *(self.model, self.device, self.context_tokens),
+            trial=trial,
+            graphs=self._graphs,
+            read_ahead=None if prefetcher is None else prefetcher.read_ahead,
         )
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -378,6 +399,12 @@ class Session(TextSession):
     def statistics(self) -> PagingStatistics:
         """What paging did since the session was opened, or since `use_pattern`."""
         return self._residency.cache.statistics
+
+    @property
+    def prefetch_trial(self) -> FastestOf | None:
+        """Whose guesses pay here, where that is being tried."""
+        prefetcher = self._residency.prefetcher
+        return None if prefetcher is None else prefetcher.read_ahead.trial
 
     def memory(self) -> list[MemoryTerm]:
         """The planned bill at this budget, term by term."""

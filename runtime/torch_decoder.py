@@ -10,6 +10,7 @@ import torch
 from edge_moe.runtime.dense_graphs import DenseGraphs
 from edge_moe.runtime.generate import FloatArray, TokenLoop
 from edge_moe.runtime.interleaved_trial import InterleavedTrial
+from edge_moe.runtime.read_ahead import ReadAhead
 
 
 class Decoder(TokenLoop):
@@ -23,11 +24,12 @@ class Decoder(TokenLoop):
         *,
         trial: InterleavedTrial | None = None,
         graphs: DenseGraphs | None = None,
+        read_ahead: ReadAhead | None = None,
     ) -> None:
         """`trial` is told when a token is computed on its own, and when it is there.
 
-        Where `graphs` are there, single tokens are replayed from them; whether that pays is tried
-        first.
+        So is `read_ahead`, whose own trial begins when the others are over. Where `graphs` are
+        there, single tokens are replayed from them; whether that pays is tried first.
         """
         from edge_moe.runtime.kv_cache import make_cache
 
@@ -35,6 +37,7 @@ class Decoder(TokenLoop):
         self.model = model
         self._trials = [graphs.trial if graphs is not None else None, trial]
         self._graphs = graphs
+        self._read_ahead = read_ahead
         self.device = device
         self.cache = make_cache(model.config, context_tokens, is_zeroed=graphs is not None)
         self._graphed = graphs.start(self.cache) if graphs is not None else None
@@ -44,6 +47,10 @@ class Decoder(TokenLoop):
         trial = self._open_trial() if len(token_ids) == 1 else None
         if trial is not None:
             trial.start_token()
+        ahead = self._read_ahead if len(token_ids) == 1 else None
+        if ahead is not None:
+            is_settled = trial is None or trial.verdict is not None
+            ahead.start_token(token_ids[0], is_settled=is_settled)
         logits = self._replayed(token_ids)
         if logits is None:
             logits = self._computed(token_ids, keep_all)
@@ -51,6 +58,8 @@ class Decoder(TokenLoop):
         found: FloatArray = logits.float().cpu().numpy()
         if trial is not None:
             trial.end_token()
+        if ahead is not None:
+            ahead.end_token()
         return found
 
     def _replayed(self, token_ids: Sequence[int]) -> torch.Tensor | None:

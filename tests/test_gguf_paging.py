@@ -27,7 +27,10 @@ from edge_moe.families import FAMILIES
 from edge_moe.gguf_model import GgufModel
 from edge_moe.runtime import gguf_session, llama_stream, paged_llama
 from edge_moe.runtime.gguf_session import GgufSession
-from edge_moe.runtime.prefetch_trial import PrefetchTrial
+from edge_moe.runtime.interleaved_trial import FastestOf
+from edge_moe.runtime.predictor_choice import PREDICTORS
+from edge_moe.runtime.predictors import Repeat, Transitions
+from edge_moe.runtime.read_ahead import ReadAhead
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -131,6 +134,39 @@ def test_logits_are_those_of_stock_llama_cpp(family: str, gguf_of: Callable[[str
             if batch_tokens not in expected:
                 expected[batch_tokens] = stock_logits(path, batch_tokens)
             assert np.array_equal(found, expected[batch_tokens]), num_slots
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize("name", sorted({*PREDICTORS} - {"linear"}))
+def test_no_guess_changes_a_result(name: str, gguf_of: Callable[[str], Path]) -> None:
+    path = gguf_of("qwen3_moe")
+    options: dict[str, Any] = {"context_tokens": CONTEXT, "num_slots": 5}
+    with GgufSession.open(path, **options, prefetch=False) as session:
+        expected = paged_logits(session)
+        assert session.statistics().predicted_misses == 0
+    with GgufSession.open(path, **options, prefetch=True, predictors=[name]) as session:
+        assert np.array_equal(paged_logits(session), expected)
+        was_asked = session.statistics().predicted_misses > 0
+        assert was_asked == (name != "token")  # none comes twice
+        assert session.prefetch_trial is None
+    with GgufSession.open(path, **options, predictors=[name, "router"]) as session:
+        assert np.array_equal(paged_logits(session), expected)
+        assert session.prefetch_trial is not None and not session.prefetch_trial.is_over
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["oracle"], "predictor 'oracle' is unknown"),
+        ([], "no predictor is named"),
+        (["linear"], "a linear map guesses in edge-moe's own runtime"),
+    ],
+)
+def test_predictors_that_cannot_be_had(
+    names: list[str], message: str, gguf_of: Callable[[str], Path]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        GgufSession.open(gguf_of("qwen3_moe"), num_slots=5, predictors=names)
 
 
 @pytest.mark.usefixtures("unprobed")
@@ -446,12 +482,47 @@ def test_the_command(quantised: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 # ---------------------------------------------------------------------------- reading ahead
 
 
-@pytest.mark.parametrize(("gain", "is_on"), [(0.1, True), (0.0, False), (-0.1, False)])
-def test_the_faster_way_stays(gain: float, is_on: bool) -> None:
-    trial, now = PrefetchTrial(), [0.0]
+@pytest.mark.parametrize(
+    ("gains", "best", "num_tokens"),
+    [
+        ({"router": 0.1}, "router", 80),
+        ({"router": 0.0}, None, 80),
+        ({"router": -0.1}, None, 80),
+        ({"router": 0.1, "wide": 0.2}, "wide", 72),
+        ({"router": 0.1, "wide": -0.2}, "router", 72),
+        ({"router": 0.01, "wide": -0.2, "token": 0.015}, None, 96),
+    ],
+)
+def test_the_fastest_way_stays(gains: dict[str, float], best: str | None, num_tokens: int) -> None:
+    trial, now = FastestOf(list(gains)), [0.0]
+    asked: list[str | None] = []
     with mock.patch("time.perf_counter", lambda: now[0]):
-        while trial.verdict is None:
-            now[0] += 1 - gain * trial.start_token()
+        while not trial.is_over:
+            asked.append(trial.start_token())
+            now[0] += 1 - gains.get(asked[-1] or "", 0.0)
             trial.end_token()
-        assert trial.verdict is is_on and trial.start_token() is is_on
-    assert trial.gain == pytest.approx(gain)
+        assert trial.best == best == trial.start_token()
+        trial.end_token()
+    assert trial.gains == pytest.approx(gains) and len(asked) == num_tokens
+    assert asked[:9] == [next(iter(gains))] * 8 + [[*gains, None][1]]
+
+
+def test_only_who_won_is_asked_and_learns() -> None:
+    predictors = {"repeat": Repeat([4, 4]), "transitions": Transitions([4, 4], 2)}
+    trial, now = FastestOf(list(predictors)), [0.0]
+    ahead = ReadAhead(2, predictors, trial)
+    with mock.patch("time.perf_counter", lambda: now[0]):
+        while not trial.is_over:
+            ahead.start_token(7)
+            guessed = [ahead.guess(layer, [1]) for layer in range(2)]
+            assert guessed[1] == [] and (ahead.is_on or guessed[0] == [])
+            now[0] += 1 if guessed[0] else 2
+            ahead.end_token()
+    assert trial.best is not None
+    ahead.start_token(7)
+    assert ahead.guess(0, [1]) == [1] and ahead.guess(1, [3]) == []
+    loser = predictors["transitions" if trial.best == "repeat" else "repeat"]
+    assert loser.guess(0, [1]) == [1] and 3 in predictors[trial.best].guess(0, [1])
+    first = ReadAhead(2, predictors)
+    first.start_token(7)
+    assert first.is_on and first.guess(0, [1])[0] in (1, 3)

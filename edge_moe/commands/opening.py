@@ -46,6 +46,7 @@ class PagingOptions:
     trace: Path | None = None
     prefetch: bool | None = None
     kernels: Kernels | None = None
+    predictors: tuple[str, ...] = ()
     misses: Misses | None = None
     gpu_layers: int | None = None
     stall: StallOptions | None = None
@@ -65,6 +66,7 @@ class PagingOptions:
             "--skip-calibration": self.skip_calibration,
             "--trace": self.trace,
             "--kernels": self.kernels,
+            "--predictor": self.predictors or None,
             "--misses": self.misses,
             "--gpu-layers": self.gpu_layers,
             "--stall": self.stall,
@@ -110,7 +112,7 @@ def open_runnable(
         return _open_gguf(path, common, paging, can_trace=paging.trace is not None), {}
     if is_onnx_folder(path):
         runs = "onnxruntime, which neither pages nor skips experts"
-        paging.refuse(path, runs, ("--slots", "--trace", "--gpu-layers", *_ROUTING))
+        paging.refuse(path, runs, ("--slots", "--trace", "--gpu-layers", "--predictor", *_ROUTING))
         from edge_moe.runtime.onnx_session import OnnxSession
 
         onnx = OnnxSession.open(
@@ -126,6 +128,7 @@ def open_runnable(
             "and give --device cuda"
         )
     known = known_patterns(path, paging.task, paging.patterns)
+    from edge_moe.runtime.predictor_choice import DEFAULT_PREDICTORS
     from edge_moe.runtime.session import Session
     from edge_moe.runtime.stalls import EXACT
 
@@ -135,12 +138,13 @@ def open_runnable(
         context_tokens=common.context_tokens,
         device=common.device,
         num_slots=paging.slots,
-        prefetch=paging.prefetch is not False,
+        prefetch=paging.prefetch,
         ram_bytes=paging.ram_bytes,
         skip=skip_rule(paging.skip, paging.skip_calibration, path),
         pattern=known.get(paging.task) if paging.task else None,
         match_first=paging.task == AUTO,
         kernels=paging.kernels or "auto",
+        predictors=paging.predictors or DEFAULT_PREDICTORS,
         misses=paging.misses or "auto",
         stall=paging.stall or EXACT,
         graphs=paging.graphs,
@@ -158,6 +162,7 @@ def _open_gguf(
             "give --gpu-layers, or build with --target native"
         )
     from edge_moe.runtime.gguf_session import GgufSession
+    from edge_moe.runtime.predictor_choice import DEFAULT_PREDICTORS
 
     return GgufSession.open(
         path,
@@ -167,6 +172,7 @@ def _open_gguf(
         prefetch=paging.prefetch,
         can_trace=can_trace,
         gpu_layers=paging.gpu_layers or 0,
+        predictors=paging.predictors or DEFAULT_PREDICTORS,
     )
 
 

@@ -98,8 +98,18 @@ def run_command(
         bool | None,
         typer.Option(
             "--prefetch/--no-prefetch",
-            help="Read the next layer's experts early. Of a .gguf both are tried, and the faster "
-            "one stays, unless this says.",
+            help="Read the next layer's experts early, or never. Both are tried, and what is "
+            "faster stays, unless this says.",
+            show_default=False,
+        ),
+    ] = None,
+    predictor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Who guesses them: router (the next one's), wide (twice as many), repeat, "
+            "transitions, or token. Repeat for several, which are tried by turns; else router and "
+            "wide.",
             show_default=False,
         ),
     ] = None,
@@ -164,6 +174,7 @@ def run_command(
     paging = PagingOptions(
         *(slots, ram, task, patterns, skip, skip_calibration, trace, prefetch),
         kernels.value if kernels else None,
+        tuple(predictor or ()),
         misses.value if misses else None,
         gpu_layers,
         stall_options(stall, stall_seconds),
