@@ -8,12 +8,12 @@ the last of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edge_moe.errors import InputError
 from edge_moe.gguf_model import GgufModel
-from edge_moe.runtime.gguf_slices import Slice, SliceFiles, expert_slices
+from edge_moe.runtime.gguf_slices import Place, Slice, SliceFiles, expert_slices
 from edge_moe.runtime.guesses import Guesses
 from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
@@ -57,8 +57,11 @@ class GgufExperts:
         region: ExpertRegion,
         limit_bytes: int,
         policy: EvictionPolicy,
+        places: Mapping[str, Place] | None = None,
     ) -> None:
         """`region` holds the model's expert tensors, loaded and settled.
+
+        Those named in `places` are read from there.
 
         Raises:
             OSError: a file cannot be opened.
@@ -68,7 +71,7 @@ class GgufExperts:
         self.layer_ids = tuple(sorted(model.layers))
         self._region = region
         self._policy = policy
-        self._slices = expert_slices(model, region)
+        self._slices = expert_slices(model, region, places)
         self._files = SliceFiles({each.path for rows in self._slices.values() for each in rows})
         self._order = [
             list(range(len(self._slices[layer, 0]))) for layer in range(len(self.layer_ids))

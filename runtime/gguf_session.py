@@ -21,6 +21,7 @@ from edge_moe.runtime.gguf_allotment import (
     session_terms,
 )
 from edge_moe.runtime.gguf_experts import GgufExperts
+from edge_moe.runtime.gguf_slices import Place
 from edge_moe.runtime.gguf_tokenizer import GgufTokenizer
 from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.llama_gpu import require_gpu
@@ -43,6 +44,7 @@ from edge_moe.runtime.text_session import Prompt, TextSession, Where
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
+    from edge_moe.runtime.rearranged_file import OnBytes
     from edge_moe.runtime.trace import TraceInfo, TraceRecorder
 
 
@@ -87,6 +89,8 @@ class GgufSession(TextSession):
         can_trace: bool = False,
         gpu_layers: int = 0,
         predictors: Sequence[str] = DEFAULT_PREDICTORS,
+        rearranged: Path | None = None,
+        on_bytes: OnBytes | None = None,
     ) -> GgufSession:
         """Load everything but the experts of the file `path`, and those as far as they fit.
 
@@ -102,11 +106,15 @@ class GgufSession(TextSession):
             gpu_layers: of so many last layers all but the experts is computed on a GPU. Predictors
                 that ask routers or states are left out then: those are in its memory.
             predictors: names of `edge_moe.runtime.predictor_choice.PREDICTORS`.
+            rearranged: folder for a file of the experts as llama.cpp's fastest CPU kernels want
+                them; it is made once, and as large as they are.
+            on_bytes: told the bytes done and in all while that file is made.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
             CheckpointError, SpecError: a damaged file, or no MoE that is known.
-            InputError: llama.cpp cannot run it, or fewer slots than top_k.
+            DiskSpaceError: no room for the rearranged experts.
+            InputError: llama.cpp cannot run it, or fewer slots than top_k, or no faster kernels.
             MissingExtraError: llama-cpp-python is not installed.
         """
         start = time.perf_counter()
@@ -133,7 +141,14 @@ class GgufSession(TextSession):
         loaded = LoadedModel(model, gpu_layers)
         sizes = largest_expert_bytes(model)
         cycle_bytes = token_cycle_bytes(sizes.values(), model.spec.top_k)
-        experts = GgufExperts(model, loaded.region, limit_bytes, policy())
+        places: dict[str, Place] = {}
+        if rearranged is not None:
+            from edge_moe.runtime.rearranged_file import rearranged_places
+
+            places = rearranged_places(
+                model, loaded.region, loaded.rearranger(), rearranged, on_bytes
+            )
+        experts = GgufExperts(model, loaded.region, limit_bytes, policy(), places)
         is_paging = experts.total_bytes > limit_bytes
         if not is_paging:
             experts.fill()

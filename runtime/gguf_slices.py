@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from edge_moe.gguf_model import GgufModel
 from edge_moe.runtime.gguf_allotment import num_pages
 from edge_moe.runtime.llama_region import PAGE_BYTES, ExpertRegion
 from edge_moe.runtime.policy import Key
+
+Place = tuple[Path, int]
+"""A file, and where in it something begins."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +50,30 @@ def layer_stacks(model: GgufModel, layer_id: int) -> list[GgufTensorInfo]:
     return sorted(model.layers[layer_id].stacks, key=lambda each: each.offset)
 
 
-def expert_slices(model: GgufModel, region: ExpertRegion) -> dict[Key, list[Slice]]:
+def expert_slices(
+    model: GgufModel, region: ExpertRegion, places: Mapping[str, Place] | None = None
+) -> dict[Key, list[Slice]]:
     """Where every expert lies: its rows of each tensor of its layer, in file order.
 
-    Neighbours in a tensor may share a page; nothing else shares one.
+    The tensors named in `places` lie elsewhere on the disk. Neighbours in a tensor may share a
+    page; nothing else shares one.
     """
+    places = places or {}
     found: dict[Key, list[Slice]] = {}
     for layer, layer_id in enumerate(sorted(model.layers)):
         for info in layer_stacks(model, layer_id):
-            address = region.place(info.name, info.offset)
+            path, offset = places.get(info.name, (info.path, info.offset))
+            address = region.place(info.name, offset)
             stride = info.num_bytes // model.spec.num_experts
             for row in range(model.spec.num_experts):
-                start = info.offset + row * stride
+                start = offset + row * stride
                 skipped = start % PAGE_BYTES
                 found.setdefault((layer, row), []).append(
                     Slice(
-                        info.path,
+                        path,
                         start - skipped,
                         address + row * stride - skipped,
-                        num_pages(info.offset, stride, row) * PAGE_BYTES,
+                        num_pages(offset, stride, row) * PAGE_BYTES,
                         skipped + stride,
                         max(0, stride // PAGE_BYTES - 1) * PAGE_BYTES,
                     )

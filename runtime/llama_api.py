@@ -53,8 +53,8 @@ _FUNCTIONS = (
 )
 
 
-class _TensorHead(ctypes.Structure):
-    """The first fields of ggml_tensor."""
+class TensorHead(ctypes.Structure):
+    """ggml_tensor, whose name takes GGML_MAX_NAME = 64 bytes."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -65,11 +65,17 @@ class _TensorHead(ctypes.Structure):
         ("op_params", ctypes.c_int32 * 16),
         ("flags", ctypes.c_int32),
         ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 8),
     )
 
 
 _TYPE_F32 = 0
-_SOURCES_OFFSET = _TensorHead.src.offset
+_SOURCES_OFFSET = TensorHead.src.offset
 
 
 class LlamaApi:
@@ -119,7 +125,7 @@ class LlamaApi:
 
     def strided_int32(self, tensor: int) -> npt.NDArray[np.int32]:
         """A copy of a node [T, k] whose rows lie apart, such as the first k of a ranking."""
-        head = _TensorHead.from_address(tensor)
+        head = TensorHead.from_address(tensor)
         count, rows, stride = head.ne[0], head.ne[1], head.nb[1]
         raw = np.empty(self._ggml.ggml_nbytes(tensor), np.uint8)
         self._ggml.ggml_backend_tensor_get(tensor, raw.ctypes.data, 0, raw.nbytes)
@@ -130,7 +136,7 @@ class LlamaApi:
 
     def row(self, tensor: int, width: int) -> npt.NDArray[np.float32] | None:
         """A copy of the one row of a float32 node [1, width]; None where it is something else."""
-        head = _TensorHead.from_address(tensor)
+        head = TensorHead.from_address(tensor)
         if (head.type, head.ne[0], head.ne[1]) != (_TYPE_F32, width, 1):
             return None
         values = np.empty(width, np.float32)
@@ -143,10 +149,10 @@ class LlamaApi:
         """The matrix called `name` among a node's sources, where it lies; None if it is not there
         as float32 of this shape, or not in this process's own memory."""
         ggml = self._ggml
-        for source in _TensorHead.from_address(node).src:
+        for source in TensorHead.from_address(node).src:
             if not source or self.name(source) != name:
                 continue
-            head = _TensorHead.from_address(source)
+            head = TensorHead.from_address(source)
             is_plain = (head.type, head.ne[0], head.ne[1]) == (_TYPE_F32, shape[1], shape[0])
             if not is_plain or not ggml.ggml_backend_buffer_is_host(head.buffer):
                 return None

@@ -23,6 +23,7 @@ from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.llama_api import LlamaApi, llama_api
 from edge_moe.runtime.llama_log import llama_log
 from edge_moe.runtime.llama_predict import BlockInputs
+from edge_moe.runtime.llama_rearrange import Rearranger
 from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.llama_stream import ModelStream, c_stream, model_pieces
 from edge_moe.runtime.llama_uses import ExpertUses
@@ -66,6 +67,7 @@ class LoadedModel:
         """
         self.api: LlamaApi = llama_api(model.path)
         self.region = ExpertRegion(ggml_library.library())
+        self._rearranger: Rearranger | None = None
         self._touched_bytes = 0
         names = model.expert_tensors
         stream = ModelStream(model_pieces(model, names), self._on_skipped)
@@ -92,12 +94,20 @@ class LoadedModel:
         self._require_all(model, names)
         self.region.settle()
 
+    def rearranger(self) -> Rearranger:
+        """What turns experts over to faster kernels, before a context is made."""
+        if self._rearranger is None:
+            self._rearranger = Rearranger(self.api.llama)
+        return self._rearranger
+
     def close(self) -> None:
         """Free the model, then the experts' memory."""
         if self.pointer:
             self.api.llama.llama_model_free(self.pointer)
         self.pointer = None
         self.region.close()
+        if self._rearranger is not None:
+            self._rearranger.close()
 
     def _on_skipped(self, num_bytes: int) -> None:
         self._touched_bytes += num_bytes

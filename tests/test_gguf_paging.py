@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from float32_gguf import float32_gguf
 from gguf_files import requantised
 
 from edge_moe.cli import run
-from edge_moe.errors import BudgetError, CheckpointError, InputError
+from edge_moe.errors import BudgetError, CheckpointError, DiskSpaceError, InputError
 from edge_moe.families import FAMILIES
 from edge_moe.gguf_model import GgufModel
 from edge_moe.runtime import gguf_session, llama_stream, paged_llama
@@ -60,13 +61,13 @@ def gguf_of(
     return make
 
 
-def stock_logits(path: Path, batch_tokens: int) -> FloatArray:
+def stock_logits(path: Path, batch_tokens: int, *, rearranges: bool = False) -> FloatArray:
     """[T, V] by llama.cpp with its own mapping of the file: prompt, then token by token."""
     from llama_cpp import llama_cpp as llama
 
     llama.llama_backend_init()
     options = llama.llama_model_default_params()
-    options.use_extra_bufts, options.n_gpu_layers = False, 0
+    options.use_extra_bufts, options.n_gpu_layers = rearranges, 0
     model = llama.llama_model_load_from_file(os.fsencode(path), options)
     settings = llama.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, batch_tokens, batch_tokens
@@ -243,6 +244,96 @@ def test_states_and_windows_are_never_cut(family: str, gguf_of: Callable[[str], 
         session.logits(IDS)
         assert session._context.keep_prefix(changed) == 0
         assert np.array_equal(session._context.decode(changed, 0, keep_all=True), expected)
+
+
+# ---------------------------------------------------------------------------- rearranged
+
+
+@pytest.mark.parametrize("num_slots", [2, 3, 7, 15])
+def test_rearranged_experts_give_what_llama_cpp_gives_by_default(
+    num_slots: int, wide: Path, tmp_path: Path
+) -> None:
+    with GgufSession.open(
+        wide, context_tokens=CONTEXT, num_slots=num_slots, rearranged=tmp_path
+    ) as session:
+        found = paged_logits(session)
+        batch_tokens = session._context._batch_tokens
+        names = session._loaded.rearranger().names
+    assert np.array_equal(found, stock_logits(wide, batch_tokens, rearranges=True))
+    stacks = [info for layer in GgufModel(wide).layers.values() for info in layer.stacks]
+    fast = [info for info in stacks if "down" not in info.name]  # q4_1 has no faster kernels
+    assert names == {info.name for info in fast}
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size >= sum(info.num_bytes for info in fast)
+
+
+def rearrange(path: Path, folder: Path) -> list[tuple[int, int]]:
+    told: list[tuple[int, int]] = []
+    GgufSession.open(
+        path,
+        context_tokens=CONTEXT,
+        num_slots=2,
+        rearranged=folder,
+        on_bytes=lambda *each: told.append(each),
+    ).close()
+    return told
+
+
+def test_rearranged_experts_are_kept_and_made_anew_where_they_are_not_the_models(
+    wide: Path, tmp_path: Path
+) -> None:
+    told = rearrange(wide, tmp_path)
+    (file,) = tmp_path.iterdir()
+    expected = file.read_bytes()
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1] == (len(expected), len(expected)) and len(told) > 2
+    assert rearrange(wide, tmp_path) == []
+
+    for damage in (expected[:-1], b"\x01" + expected[1:]):  # of another size, CPU or llama.cpp
+        file.write_bytes(damage)
+        assert rearrange(wide, tmp_path) == told
+        assert file.read_bytes() == expected and list(tmp_path.iterdir()) == [file]
+
+    partial = file.with_suffix(".part")
+    file.unlink()
+    partial.write_bytes(expected[: told[1][0] + 100])
+    moment = partial.stat().st_ino
+    assert rearrange(wide, tmp_path) == told
+    assert file.read_bytes() == expected and file.stat().st_ino == moment, "it goes on"
+    os.utime(wide, ns=(1, 1))
+    assert rearrange(wide, tmp_path) == told and len(list(tmp_path.iterdir())) == 2
+
+
+def test_types_without_faster_kernels_say_so(
+    gguf_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no faster kernels for its experts on this CPU: leave"):
+        rearrange(gguf_of("qwen3_moe"), tmp_path)
+
+
+def test_no_room_for_rearranged_experts(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(
+        DiskSpaceError, match="rearranging the experts needs .* only 1.00 kB is free"
+    ):
+        rearrange(wide, tmp_path)
+
+
+def test_the_command_rearranges_into_the_cache(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["run", str(wide), "--prompt", "def f(", "--raw", "--ctx", "64", "--slots", "4"]
+    command += ["--max-new-tokens", "4", "--json", "--rearranged"]
+    assert run(command) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["paging"]["misses"] > 0
+    assert "rearranging" in printed.err and "edge-moe/rearranged" in printed.err.replace("\n", "")
+    assert run(command) == 0
+    assert "rearranging" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- memory

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edge_moe.commands.options import skip_rule
+from edge_moe.commands.options import skip_rule, stderr
 from edge_moe.commands.task_choice import AUTO, known_patterns
 from edge_moe.errors import TargetError
 from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.open_model import is_gguf_file
+from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
     from edge_moe.commands.generation import Runnable
@@ -49,6 +50,7 @@ class PagingOptions:
     predictors: tuple[str, ...] = ()
     misses: Misses | None = None
     gpu_layers: int | None = None
+    rearranged: bool | None = None
     stall: StallOptions | None = None
     graphs: bool | None = None
 
@@ -69,6 +71,7 @@ class PagingOptions:
             "--predictor": self.predictors or None,
             "--misses": self.misses,
             "--gpu-layers": self.gpu_layers,
+            "--rearranged": self.rearranged or None,
             "--stall": self.stall,
             "--graphs": self.graphs,
         }
@@ -80,6 +83,7 @@ class PagingOptions:
             )
 
 
+_LLAMA = ("--gpu-layers", "--rearranged")
 _ROUTING = (
     "--ram",
     "--task",
@@ -112,7 +116,7 @@ def open_runnable(
         return _open_gguf(path, common, paging, can_trace=paging.trace is not None), {}
     if is_onnx_folder(path):
         runs = "onnxruntime, which neither pages nor skips experts"
-        paging.refuse(path, runs, ("--slots", "--trace", "--gpu-layers", "--predictor", *_ROUTING))
+        paging.refuse(path, runs, ("--slots", "--trace", "--predictor", *_LLAMA, *_ROUTING))
         from edge_moe.runtime.onnx_session import OnnxSession
 
         onnx = OnnxSession.open(
@@ -126,6 +130,10 @@ def open_runnable(
         raise TargetError(
             f"{path} runs in edge-moe's own runtime: --gpu-layers is for .gguf files; leave it out "
             "and give --device cuda"
+        )
+    if paging.rearranged:
+        raise TargetError(
+            f"{path} runs in edge-moe's own runtime: --rearranged is for .gguf files; leave it out"
         )
     known = known_patterns(path, paging.task, paging.patterns)
     from edge_moe.runtime.predictor_choice import DEFAULT_PREDICTORS
@@ -164,16 +172,42 @@ def _open_gguf(
     from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.predictor_choice import DEFAULT_PREDICTORS
 
-    return GgufSession.open(
-        path,
-        budget_bytes=common.budget_bytes,
-        context_tokens=common.context_tokens,
-        num_slots=paging.slots,
-        prefetch=paging.prefetch,
-        can_trace=can_trace,
-        gpu_layers=paging.gpu_layers or 0,
-        predictors=paging.predictors or DEFAULT_PREDICTORS,
-    )
+    with _rearranging(is_asked=bool(paging.rearranged)) as (folder, on_bytes):
+        return GgufSession.open(
+            path,
+            budget_bytes=common.budget_bytes,
+            context_tokens=common.context_tokens,
+            num_slots=paging.slots,
+            prefetch=paging.prefetch,
+            can_trace=can_trace,
+            gpu_layers=paging.gpu_layers or 0,
+            predictors=paging.predictors or DEFAULT_PREDICTORS,
+            rearranged=folder,
+            on_bytes=on_bytes,
+        )
+
+
+@contextmanager
+def _rearranging(*, is_asked: bool) -> Iterator[tuple[Path | None, Callable[[int, int], None]]]:
+    """Where rearranged experts are kept, and a bar that begins when they are made."""
+    if not is_asked:
+        yield None, lambda *_: None
+        return
+    from edge_moe.converters.progress import progress_bar
+    from edge_moe.runtime.rearranged_file import default_folder
+
+    folder = default_folder()
+    with progress_bar() as bar:
+        tasks: list[Any] = []
+
+        def show(done_bytes: int, total_bytes: int) -> None:
+            if not tasks:
+                text = f"rearranging {format_bytes(total_bytes)} of experts into {folder}"
+                stderr().print(text)
+                tasks.append(bar.add_task("rearranging", total=total_bytes))
+            bar.update(tasks[0], completed=done_bytes)
+
+        yield folder, show
 
 
 def open_traceable(path: Path, common: CommonOptions, slots: int | None) -> Session | GgufSession:

@@ -145,6 +145,14 @@ def run_command(
             show_default=False,
         ),
     ] = None,
+    rearranged: Annotated[
+        bool,
+        typer.Option(
+            "--rearranged",
+            help="Of a .gguf: compute experts of q4_0, q4_k and the like faster, by a copy of them "
+            "in the cache folder that takes as much disk; made once.",
+        ),
+    ] = False,
     kernels: Kernels = None,
     misses: Misses = None,
     skip: Skip = None,
@@ -177,6 +185,7 @@ def run_command(
         tuple(predictor or ()),
         misses.value if misses else None,
         gpu_layers,
+        rearranged,
         stall_options(stall, stall_seconds),
         graphs,
     )
