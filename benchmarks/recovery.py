@@ -72,11 +72,11 @@ class RecoveryResult(BaseModel):
     rows: list[Row]
 
 
-def one_form_plan(checkpoint: Checkpoint) -> Plan:
-    """Every expert in `FORM`. Only its forms and their bytes matter here."""
+def one_form_plan(checkpoint: Checkpoint, form: str = FORM) -> Plan:
+    """Every expert in one form. Only its forms and their bytes matter here."""
     spec = checkpoint.spec
     count = spec.num_experts
-    one_bytes = expert_bytes(FORM, *spec.expert_shape)
+    one_bytes = expert_bytes(form, *spec.expert_shape)
     all_bytes = spec.num_moe_layers * count * one_bytes
     return Plan(
         edge_moe_version=__version__,
@@ -91,7 +91,7 @@ def one_form_plan(checkpoint: Checkpoint) -> Plan:
         context_tokens=WINDOW_TOKENS,
         moe_layer_ids=list(spec.moe_layer_ids),
         top_k=spec.top_k,
-        forms=[[FORM] * count for _ in spec.moe_layer_ids],
+        forms=[[form] * count for _ in spec.moe_layer_ids],
         tiers=[["device"] * count for _ in spec.moe_layer_ids],
         terms=[MemoryTerm(name="experts", num_bytes=all_bytes, source="plan")],
         loss=0.0,

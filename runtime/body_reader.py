@@ -22,12 +22,11 @@ class BodyReader:
     def __init__(
         self, cache: ExpertCache, bytes_per_second: float, *, is_repeatable: bool = False
     ) -> None:
-        """With `is_repeatable` bodies are read by `settle`, and the rate stays as it is given."""
+        """With `is_repeatable` there is no other thread, and the rate stays as it is given."""
         self._cache = cache
         self._is_repeatable = is_repeatable
         self._rule = AdmissionRule(bytes_per_second=bytes_per_second)
         self._queue: queue.SimpleQueue[tuple[Miss, Entry] | None] = queue.SimpleQueue()
-        self._waiting: list[tuple[Miss, Entry]] = []
         self._queued_bytes = 0
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
@@ -58,7 +57,7 @@ class BodyReader:
         self._last = now, stalled
 
     def want(self, misses: Sequence[Miss]) -> None:
-        """Give a slot to those whose bodies are worth reading now, and have them read.
+        """A layer is computed without these: give a slot to those worth it, and have them read.
 
         The rule that admits guesses of the next layer's experts admits them, with a token's time
         in place of a layer's: that is when they are next asked for, at the earliest.
@@ -71,17 +70,11 @@ class BodyReader:
             if entry is None:
                 continue
             if self._is_repeatable:
-                self._waiting.append((miss, entry))
+                self._failure = self._cache.fill_claimed(miss.key, entry) or self._failure
                 continue
             with self._lock:
                 self._queued_bytes += miss.record_bytes
             self._queue.put((miss, entry))
-
-    def settle(self) -> None:
-        """The layer is computed: without a thread of its own, read what is wanted."""
-        for miss, entry in self._waiting:
-            self._failure = self._cache.fill_claimed(miss.key, entry) or self._failure
-        self._waiting.clear()
 
     def close(self) -> None:
         """Stop the thread; what is being read, or queued, is finished first."""

@@ -151,22 +151,17 @@ class ExpertCache:
             self.statistics.stall_seconds += self._transfer.stalled_seconds()
             self._lock.notify_all()
 
-    def hold_arrived(self, keys: Sequence[Key]) -> list[Key]:
-        """Those of `keys` that are there, pinned until `release_residents`.
-
-        Nothing waits, and nothing counts as used: acquire what is computed as well.
-        """
+    def arrived(self, keys: Sequence[Key]) -> list[Key]:
+        """Those of `keys` that nobody would have to wait for. None is pinned, or counts as used."""
         with self._lock:
             found = [(key, self._entries[key]) for key in keys if key in self._entries]
-            here = [(key, entry) for key, entry in found if self._is_here(entry)]
-            for _, entry in here:
-                entry.pins += 1
-        return [key for key, _ in here]
+            return [key for key, entry in found if self._is_here(entry)]
 
     def claim(self, key: Key) -> Entry | None:
-        """A slot for `key`, which was asked for and computed otherwise; None where there is none.
+        """A slot for `key`, which was asked for and computed otherwise; None where none is free.
 
-        It counts as used just now. Whoever claims it must call `fill_claimed`.
+        It counts as used just now. Whoever claims it must call `fill_claimed`, which another thread
+        may do.
         """
         with self._lock:
             if key in self._entries:

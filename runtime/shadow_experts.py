@@ -21,6 +21,8 @@ Tensor = torch.Tensor
 class Computes(Protocol):
     """Computes experts out of one cache: `ExpertPager`."""
 
+    cache: ExpertCache
+
     def compute(
         self, experts: Any, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor
     ) -> Tensor:
@@ -34,15 +36,14 @@ class ShadowExperts:
         self,
         bodies: Computes,
         shadows: Computes,
-        cache: ExpertCache,
         store: BodyStore,
         reader: BodyReader,
         options: StallOptions,
     ) -> None:
-        """`cache` holds the bodies of `store`; every shadow is in memory."""
+        """`bodies` are those of `store`; every shadow is in memory."""
         self._bodies = bodies
         self._shadows = shadows
-        self._cache = cache
+        self._cache = bodies.cache
         self._store = store
         self._reader = reader
         self._allowed_seconds = options.allowed_seconds
@@ -74,26 +75,20 @@ class ShadowExperts:
         own, gates = self._store.own_shadows[layer], weights[0].tolist()
         chosen = {row: gate for row, gate in zip(rows[0].tolist(), gates, strict=True) if row >= 0}
         wanted = [(layer, row) for row in chosen if row not in own]
-        held = self._cache.hold_arrived(wanted)
-        try:
-            misses = [
-                Miss(key, chosen[key[1]], self._store.record(key).num_bytes)
-                for key in wanted
-                if key not in held
-            ]
-            awaited = self._awaited(layer, misses)
-            if awaited:  # who waits may need the slots of the others: they are read anew if so
-                self._cache.release_residents(held)
-                held = []
-            late = [miss for miss in misses if miss.key not in awaited]
-            self._reader.want(late)
-            self._count(chosen, late)
-            shadows = [row for row in chosen if row in own] + [miss.key[1] for miss in late]
-            is_shadow = torch.isin(rows, torch.tensor(shadows, device=rows.device))
-            output = self._both(experts, layer, hidden, rows, weights, is_shadow)
-        finally:
-            self._cache.release_residents(held)
-        self._reader.settle()
+        arrived = self._cache.arrived(wanted)
+        misses = [
+            Miss(key, chosen[key[1]], self._store.record(key).num_bytes)
+            for key in wanted
+            if key not in arrived
+        ]
+        awaited = self._awaited(layer, misses)
+        late = [miss for miss in misses if miss.key not in awaited]
+        self._count(chosen, late)
+        shadows = [row for row in chosen if row in own] + [miss.key[1] for miss in late]
+        is_shadow = torch.isin(rows, torch.tensor(shadows, device=rows.device))
+        output = self._both(experts, layer, hidden, rows, weights, is_shadow)
+        self._reader.want(late)  # which is all that evicts besides waiting for misses
+        self._count_stalls()
         return output
 
     def _awaited(self, layer: int, misses: list[Miss]) -> list[Key]:
@@ -129,3 +124,9 @@ class ShadowExperts:
         statistics.shadow_experts += len(late)
         statistics.shadow_weight += sum(abs(miss.weight) for miss in late)
         statistics.decoded_weight += sum(map(abs, chosen.values()))
+
+    def _count_stalls(self) -> None:
+        """A device tells them to whichever cache asks first."""
+        told = self._shadows.cache.statistics
+        self._cache.statistics.stall_seconds += told.stall_seconds
+        told.stall_seconds = 0.0

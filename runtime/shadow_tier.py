@@ -62,9 +62,7 @@ class ShadowTier:
         if products is not None:
             pager.packed = SlotExperts(shadows, cache, products, pager.unpacked_output)
         reader = BodyReader(body_cache, bytes_per_second, is_repeatable=options.stall.is_repeatable)
-        body_pager.shadowed = ShadowExperts(
-            body_pager, pager, body_cache, store, reader, options.stall
-        )
+        body_pager.shadowed = ShadowExperts(body_pager, pager, store, reader, options.stall)
         return cls(cache, pager, reader)
 
     def close(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_expert_cache import SIZES, MemoryStore, make_cache
+from test_transfer import Device
 
 from edge_moe.errors import InputError
 from edge_moe.runtime.body_reader import BodyReader
@@ -100,34 +102,30 @@ def as_misses(store: MemoryStore, *keys: Key) -> list[Miss]:
     return [Miss(key, 1.0, store.record(key).num_bytes) for key in keys]
 
 
-def test_only_what_is_there_is_held() -> None:
+def test_only_what_is_there_has_arrived() -> None:
     store = MemoryStore()
     cache = make_cache(store, {4: 1, 8: 1})
     cache.acquire((0, 0))
-    cache.release((0, 0))
-    assert cache.hold_arrived([(0, 0), (0, 1), (1, 2)]) == [(0, 0)]
+    assert cache.arrived([(0, 0), (0, 1), (1, 2)]) == [(0, 0)]
     assert cache.claim((0, 2)) is None  # the only slot of its size is held
-    cache.release_residents([(0, 0)])
-    assert (cache.statistics.hits, cache.statistics.misses) == (0, 1)  # holding is not using
+    cache.release((0, 0))
+    assert (cache.statistics.hits, cache.statistics.misses) == (0, 1)  # looking is not using
     entry = cache.claim((0, 2))
     assert entry is not None
-    assert cache.hold_arrived([(0, 2)]) == []  # a slot, but nothing in it yet
+    assert cache.arrived([(0, 2)]) == []  # a slot, but nothing in it yet
     assert cache.claim((0, 2)) is None
     assert cache.fill_claimed((0, 2), entry) is None
-    assert cache.hold_arrived([(0, 0), (0, 2)]) == [(0, 2)]
-    cache.release_residents([(0, 2)])
+    assert cache.arrived([(0, 0), (0, 2)]) == [(0, 2)]
     cache.check_integrity()
 
 
-def test_repeatable_bodies_are_read_when_the_layer_is_done() -> None:
+def test_repeatable_bodies_are_read_at_once() -> None:
     store = MemoryStore()
     cache = make_cache(store, {4: 2, 8: 2})
     reader = BodyReader(cache, 1e9, is_repeatable=True)
     reader.want(as_misses(store, (0, 0), (0, 1)))
-    assert store.reads == 0
-    reader.settle()
     assert store.reads == 2
-    assert sorted(cache.hold_arrived([(0, 0), (0, 1)])) == [(0, 0), (0, 1)]
+    assert sorted(cache.arrived([(0, 0), (0, 1)])) == [(0, 0), (0, 1)]
     reader.close()
 
 
@@ -138,7 +136,6 @@ def test_body_that_cannot_be_read_is_an_error_of_the_next_token(is_repeatable: b
     cache = make_cache(store, {4: 1, 8: 1})
     reader = BodyReader(cache, 1e9, is_repeatable=is_repeatable)
     reader.want(as_misses(store, (0, 0)))
-    reader.settle()
     reader.close()
     with pytest.raises(OSError, match="cannot read"):
         reader.start_token()
@@ -192,18 +189,16 @@ def test_what_is_held_keeps_its_bytes_while_others_are_evicted(
     for _ in range(150):
         reader.start_token()
         keys = [(int(generator.integers(2)), int(row)) for row in generator.permutation(4)[:2]]
-        held = cache.hold_arrived(keys)
-        reader.want(as_misses(store, *(key for key in keys if key not in held)))
-        for key in held:
-            place = cache.acquire_residents([key])
-            assert place is not None
-            assert set(cache.slot(key, place[0]).tolist()) == {store.number(key)}
+        here = cache.arrived(keys)
+        places = cache.acquire_residents(here)
+        assert places is not None  # nothing evicts but `want`
+        reader.want(as_misses(store, *(key for key in keys if key not in here)))
+        for _ in range(2):
+            for key, place in zip(here, places, strict=True):
+                assert set(cache.slot(key, place).tolist()) == {store.number(key)}
             time.sleep(0.0003)
-            assert set(cache.slot(key, place[0]).tolist()) == {store.number(key)}
-            cache.release_residents([key])
-        cache.release_residents(held)
-        time.sleep(0.0003)
-        num_held += len(held)
+        cache.release_residents(here)
+        num_held += len(here)
         cache.check_integrity()
     reader.close()
     cache.check_integrity()
@@ -216,3 +211,17 @@ def test_misses_have_one_remedy_at_a_time() -> None:
     assert (never.only_fetching("auto"), never.only_fetching("fetch")) == ("fetch", "fetch")
     with pytest.raises(InputError, match="leave out --misses cpu, or use --stall exact"):
         never.only_fetching("cpu")
+
+
+def test_what_is_on_its_way_to_a_device_is_not_there_yet() -> None:
+    """Acquiring it queues a copy and waits for nothing; a token that never waits leaves it."""
+    device = Device(Random(0), slots=2)
+    device.use((0, 0))
+    assert device.cache.arrived([(0, 0)]) == []
+    device.streams.run_all()
+    assert device.cache.arrived([(0, 0)]) == [(0, 0)]
+    entry = device.cache.claim((0, 2))
+    assert entry is not None
+    assert device.cache.fill_claimed((0, 2), entry) is None  # waits for the copy
+    assert device.cache.arrived([(0, 2)]) == [(0, 2)]
+    device.cache.check_integrity()
