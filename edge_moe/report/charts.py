@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TERM_COLOURS = {
     "dense weights": "#1e3a8a",
     "experts": "#2563eb",
+    "shadows": "#93c5fd",
     "KV cache": "#16a34a",
     "workspace": "#f59e0b",
     "runtime": "#cbd5e1",
