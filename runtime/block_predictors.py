@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from edge_moe.runtime.predictors import Predictor
@@ -28,6 +30,13 @@ class BlockInput:
 
     hidden: torch.Tensor | None = None
     """[1, H]"""
+
+    def values(self) -> npt.NDArray[np.float32] | None:
+        """[H]"""
+        if self.hidden is None:
+            return None
+        found: npt.NDArray[np.float32] = self.hidden[0].float().cpu().numpy()
+        return found
 
 
 class NextChoice(Predictor):

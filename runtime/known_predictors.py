@@ -50,7 +50,7 @@ def lacking(trace: Trace) -> list[str]:
     if LINEAR_GUESSES not in trace.guesses:
         found.append(
             "linear map: the trace holds no guesses of one; fit one with `edge-moe fit-guesses`, "
-            "and record again with --guesses"
+            "and record again with --linear-map"
         )
     return found
 

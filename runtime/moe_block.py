@@ -5,7 +5,7 @@ Letters: T tokens, E experts, H hidden_size, I expert_width, k top_k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,17 @@ class MoeBlock:
         finally:
             hook.remove()
         return found[0]
+
+    def on_logits(self, receive: Callable[[Tensor], None]) -> Any:
+        """`receive` raw logits [T, E] whenever the router runs; remove() the handle in the end."""
+        if self.logits_module is not None:
+            return self.logits_module.register_forward_hook(lambda *call: receive(call[2]))
+        return self.router.register_forward_hook(lambda *call: receive(call[2][0]))
+
+    @property
+    def selection_bias(self) -> Tensor:
+        """[E] what is added to scores before the choice, where a family does so."""
+        return self.tensor(self._names[-1])
 
     @property
     def weight(self) -> Tensor:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from edge_moe.errors import InputError
 from edge_moe.plan import MemoryTerm
+from edge_moe.runtime.linear_map import LinearMap
 from edge_moe.runtime.predictors import (
     LINEAR_GUESSES,
     PRIOR_LIMIT_BYTES,
@@ -16,6 +17,7 @@ from edge_moe.runtime.predictors import (
     TokenPrior,
     Transitions,
 )
+from edge_moe.spec import ModelSpec
 
 WIDE_GUESSES = "wide"
 """`ROUTER_GUESSES`, but twice as many."""
@@ -27,8 +29,18 @@ DEFAULT_PREDICTORS = (ROUTER_GUESSES, WIDE_GUESSES)
 """Tried by turns, unless somebody says."""
 
 
-def require_known(names: Sequence[str]) -> None:
-    """Raise InputError for a predictor that nobody knows, or none at all."""
+def default_predictors(*, has_linear: bool) -> tuple[str, ...]:
+    """Tried where nobody says: a map that was fitted comes in, too."""
+    return (*DEFAULT_PREDICTORS, LINEAR_GUESSES) if has_linear else DEFAULT_PREDICTORS
+
+
+def require_known(names: Sequence[str], *, has_linear: bool = False) -> None:
+    """Raise InputError for a predictor that nobody knows, or none; and `linear` without a map."""
+    if LINEAR_GUESSES in names and not has_linear:
+        raise InputError(
+            "the predictor linear needs a map that was fitted for the model: make one with "
+            "`edge-moe fit-guesses` and give it with --linear-map"
+        )
     for name in names:
         if name not in PREDICTORS:
             raise InputError(f"predictor {name!r} is unknown; known: {', '.join(PREDICTORS)}")
@@ -62,3 +74,22 @@ def predictor_terms(names: Sequence[str], num_rows: Sequence[int]) -> list[Memor
         MemoryTerm(name=name, num_bytes=num_bytes, source="formula", note=note)
         for name, num_bytes, note in found
     ]
+
+
+def linear_term(linear: LinearMap) -> MemoryTerm:
+    """What a map takes in memory."""
+    note = "guesses of the next layer's experts"
+    return MemoryTerm(name="linear map", num_bytes=linear.num_bytes, source="formula", note=note)
+
+
+def require_linear(
+    linear: LinearMap, spec: ModelSpec, fingerprint: str, kept: Sequence[Sequence[int]]
+) -> None:
+    """Raise InputError unless the map can guess for this model with the experts `kept`."""
+    if spec.latent_width:
+        raise InputError(
+            f"a linear map cannot guess for {spec.model_type}, whose experts have an input of "
+            "their own: leave --linear-map out"
+        )
+    linear.require_model(fingerprint, spec.hidden_size, spec.num_moe_layers)
+    linear.for_experts(kept)

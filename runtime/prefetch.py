@@ -18,10 +18,11 @@ from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.guesses import Guesses
 from edge_moe.runtime.interleaved_trial import FastestOf
+from edge_moe.runtime.linear_map import LinearGuess, LinearMap
 from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.runtime.policy import Key
 from edge_moe.runtime.predictor_choice import STATE_PREDICTORS, WIDE_GUESSES, id_predictor
-from edge_moe.runtime.predictors import ROUTER_GUESSES, Predictor
+from edge_moe.runtime.predictors import LINEAR_GUESSES, ROUTER_GUESSES, Predictor
 from edge_moe.runtime.read_ahead import ReadAhead
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.spec import ModelSpec
@@ -110,6 +111,7 @@ def open_prefetcher(
     cache: ExpertCache,
     names: Sequence[str],
     skip: SkipRule | None,
+    linear: LinearMap | None,
     *,
     has_trial: bool,
 ) -> Prefetcher | None:
@@ -128,6 +130,9 @@ def open_prefetcher(
             return NextChoice(block_input, blocks, skip)
         if name == WIDE_GUESSES:
             return NextRanking(block_input, blocks, 2 * spec.top_k)
+        if name == LINEAR_GUESSES and linear is not None:
+            own = linear.for_experts(store.kept)
+            return LinearGuess(block_input.values, own, spec.top_k)
         return id_predictor(name, num_rows, spec.top_k)
 
     predictors = {name: predictor(name) for name in names}

@@ -18,6 +18,7 @@ from edge_moe.runtime.fetch_choice import MissChooser, Misses
 from edge_moe.runtime.host_tier import HostTier
 from edge_moe.runtime.interleaved_trial import InterleavedTrial
 from edge_moe.runtime.kernel_choice import KernelChoice
+from edge_moe.runtime.linear_map import LinearMap
 from edge_moe.runtime.miss_prices import PriceProbe
 from edge_moe.runtime.model import compute_dtype
 from edge_moe.runtime.packed_experts import SlotExperts
@@ -56,6 +57,7 @@ class PagingOptions:
     shadow_kernels: KernelChoice | None = None
     """For the shadows' forms, where shadows are asked for."""
     predictors: tuple[str, ...] = DEFAULT_PREDICTORS
+    linear: LinearMap | None = None
 
     @property
     def tier_bytes(self) -> int | None:
@@ -111,7 +113,8 @@ class Residency:
         if options.prefetch is not False and slots.is_paging and shadows is None:
             names, has_trial = options.predictors, options.prefetch is None
             prefetcher = open_prefetcher(
-                spec, blocks, store, cache, names, options.skip, has_trial=has_trial
+                *(spec, blocks, store, cache, names, options.skip, options.linear),
+                has_trial=has_trial,
             )
         pager = ExpertPager(spec, store, cache, prefetcher, options.skip)
         products = options.kernels.new_products(spec, buffers)

@@ -36,6 +36,7 @@ from edge_moe.runtime.allotment import (
     source_fingerprint,
     with_slots,
 )
+from edge_moe.runtime.block_predictors import BlockInput
 from edge_moe.runtime.dense_graphs import DenseGraphs
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.fetch_choice import Misses, check_misses
@@ -43,16 +44,20 @@ from edge_moe.runtime.generate import Timing, check_prompt_length
 from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.kernel_choice import Kernels, choose_kernels
 from edge_moe.runtime.kv_cache import share_key_value_heads
+from edge_moe.runtime.linear_map import LinearGuess, LinearMap
 from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
 from edge_moe.runtime.model_config import load_config
+from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.runtime.paged_experts import Ranker, register_experts
 from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.predictor_choice import (
     DEFAULT_PREDICTORS,
+    linear_term,
     predictor_terms,
     require_known,
+    require_linear,
 )
-from edge_moe.runtime.predictors import ROUTER_GUESSES
+from edge_moe.runtime.predictors import LINEAR_GUESSES, ROUTER_GUESSES
 from edge_moe.runtime.residency import PagingOptions, Residency, dense_graphs
 from edge_moe.runtime.shadow_allotment import Allotment, Limits, allot_experts
 from edge_moe.runtime.shadow_store import TERM_NAME as SHADOWS_TERM
@@ -120,6 +125,7 @@ class Session(TextSession):
         graphs: bool | None = None,
         stall: StallOptions = EXACT,
         predictors: Sequence[str] = DEFAULT_PREDICTORS,
+        linear: LinearMap | None = None,
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -151,6 +157,7 @@ class Session(TextSession):
                 `exact` keeps the package's shadows in memory while it pages, and in place of
                 `prefetch` brings in what was missed.
             predictors: names of `edge_moe.runtime.predictor_choice.PREDICTORS`.
+            linear: what the predictor `linear` goes by; its guesses are traced, too.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -158,7 +165,7 @@ class Session(TextSession):
             MissingExtraError: kernels ggml without llama-cpp-python, or triton without triton.
         """
         start = time.perf_counter()
-        require_known(predictors)
+        require_known(predictors, has_linear=linear is not None)
         memory.limit_arenas()
         source = open_source(model)
         if isinstance(source, Package):
@@ -182,6 +189,9 @@ class Session(TextSession):
             has_budget=budget_bytes is not None,
             scored_tokens=scored_tokens,
         )
+        if linear is not None:
+            require_linear(linear, spec, source_fingerprint(source), store.kept)
+            terms.append(linear_term(linear))
         names = () if prefetch is False else tuple(predictors)
         terms += predictor_terms(names, [len(kept) for kept in store.kept])
         share_key_value_heads(where)
@@ -193,6 +203,7 @@ class Session(TextSession):
             stall=stall,
             graphs=graphs,
             predictors=tuple(predictors),
+            linear=linear,
         )
         if options.tier_bytes and misses != "fetch":
             on_cpu: Kernels = "auto" if kernels == "triton" else kernels
@@ -298,7 +309,20 @@ class Session(TextSession):
         if self.spec.latent_width:  # its experts are not given what the next router would be
             return {}
         blocks, width = self._blocks, 2 * self.spec.top_k
-        return {ROUTER_GUESSES: lambda layer, hidden: blocks[layer + 1].ranked(hidden, width)}
+        found: dict[str, Ranker] = {
+            ROUTER_GUESSES: lambda layer, hidden: blocks[layer + 1].ranked(hidden, width)
+        }
+        if self._options.linear is not None:
+            block_input = BlockInput()
+            linear = self._options.linear.for_experts(self.kept)
+            guess = LinearGuess(block_input.values, linear, width)
+
+            def rank(layer: int, hidden: torch.Tensor) -> list[int]:
+                block_input.hidden = hidden
+                return guess.guess(layer, [])
+
+            found[LINEAR_GUESSES] = rank
+        return found
 
     def trace_info(self) -> TraceInfo:
         """What the rows of a trace of this session stand for."""
@@ -351,6 +375,11 @@ class Session(TextSession):
     def kept(self) -> list[list[int]]:
         """Per MoE layer, ids of the experts in use."""
         return self._residency.store.kept
+
+    @property
+    def blocks(self) -> Sequence[MoeBlock]:
+        """The MoE blocks of the model."""
+        return self._blocks
 
     @property
     def num_experts(self) -> int:

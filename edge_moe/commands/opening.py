@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edge_moe.runtime.fetch_choice import Misses
     from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.kernel_choice import Kernels
+    from edge_moe.runtime.linear_map import LinearMap
     from edge_moe.runtime.session import Session
     from edge_moe.runtime.stalls import StallOptions
     from edge_moe.task_pattern import TaskPattern
@@ -48,6 +49,7 @@ class PagingOptions:
     prefetch: bool | None = None
     kernels: Kernels | None = None
     predictors: tuple[str, ...] = ()
+    linear_map: Path | None = None
     misses: Misses | None = None
     gpu_layers: int | None = None
     rearranged: bool | None = None
@@ -69,6 +71,7 @@ class PagingOptions:
             "--trace": self.trace,
             "--kernels": self.kernels,
             "--predictor": self.predictors or None,
+            "--linear-map": self.linear_map,
             "--misses": self.misses,
             "--gpu-layers": self.gpu_layers,
             "--rearranged": self.rearranged or None,
@@ -136,10 +139,11 @@ def open_runnable(
             f"{path} runs in edge-moe's own runtime: --rearranged is for .gguf files; leave it out"
         )
     known = known_patterns(path, paging.task, paging.patterns)
-    from edge_moe.runtime.predictor_choice import DEFAULT_PREDICTORS
+    from edge_moe.runtime.predictor_choice import default_predictors
     from edge_moe.runtime.session import Session
     from edge_moe.runtime.stalls import EXACT
 
+    linear = load_linear(paging.linear_map)
     session = Session.open(
         path,
         budget_bytes=common.budget_bytes,
@@ -152,7 +156,8 @@ def open_runnable(
         pattern=known.get(paging.task) if paging.task else None,
         match_first=paging.task == AUTO,
         kernels=paging.kernels or "auto",
-        predictors=paging.predictors or DEFAULT_PREDICTORS,
+        predictors=paging.predictors or default_predictors(has_linear=linear is not None),
+        linear=linear,
         misses=paging.misses or "auto",
         stall=paging.stall or EXACT,
         graphs=paging.graphs,
@@ -210,8 +215,19 @@ def _rearranging(*, is_asked: bool) -> Iterator[tuple[Path | None, Callable[[int
         yield folder, show
 
 
-def open_traceable(path: Path, common: CommonOptions, slots: int | None) -> Session | GgufSession:
-    """The model in `path`, whose routers can be watched.
+def load_linear(path: Path | None) -> LinearMap | None:
+    """The map that --linear-map names."""
+    if path is None:
+        return None
+    from edge_moe.runtime.linear_map import LinearMap
+
+    return LinearMap.load(path)
+
+
+def open_traceable(
+    path: Path, common: CommonOptions, slots: int | None, linear_map: Path | None = None
+) -> Session | GgufSession:
+    """The model in `path`, whose routers can be watched, and what `linear_map` guesses of them.
 
     Raises:
         TargetError: an ONNX folder.
@@ -222,7 +238,8 @@ def open_traceable(path: Path, common: CommonOptions, slots: int | None) -> Sess
             "checkpoint that it was made from"
         )
     if is_gguf_file(path):
-        return _open_gguf(path, common, PagingOptions(slots, prefetch=False), can_trace=True)
+        paging = PagingOptions(slots, prefetch=False, linear_map=linear_map)
+        return _open_gguf(path, common, paging, can_trace=True)
     from edge_moe.runtime.session import Session
 
     return Session.open(
@@ -232,6 +249,7 @@ def open_traceable(path: Path, common: CommonOptions, slots: int | None) -> Sess
         device=common.device,
         num_slots=slots,
         prefetch=False,
+        linear=load_linear(linear_map),
     )
 
 

@@ -128,6 +128,15 @@ SkipCalibrationFile = Annotated[
         show_default=False,
     ),
 ]
+LinearMapFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--linear-map",
+        metavar="FILE",
+        help="What guesses the next layer's experts, from `edge-moe fit-guesses`.",
+        show_default=False,
+    ),
+]
 Kernels = Annotated[
     KernelsName | None,
     typer.Option(

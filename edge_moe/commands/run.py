@@ -31,6 +31,7 @@ from edge_moe.commands.options import (
     DeviceName,
     Json,
     Kernels,
+    LinearMapFile,
     Misses,
     Revision,
     RunnableModel,
@@ -108,11 +109,12 @@ def run_command(
         typer.Option(
             metavar="NAME",
             help="Who guesses them: router (the next one's), wide (twice as many), repeat, "
-            "transitions, or token. Repeat for several, which are tried by turns; else router and "
-            "wide.",
+            "transitions, token, or linear (with --linear-map). Repeat for several, which are "
+            "tried by turns; else router, wide, and linear where there is a map.",
             show_default=False,
         ),
     ] = None,
+    linear_map: LinearMapFile = None,
     slots: Annotated[
         int | None,
         typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
@@ -183,6 +185,7 @@ def run_command(
         *(slots, ram, task, patterns, skip, skip_calibration, trace, prefetch),
         kernels.value if kernels else None,
         tuple(predictor or ()),
+        linear_map,
         misses.value if misses else None,
         gpu_layers,
         rearranged,

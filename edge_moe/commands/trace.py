@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edge_moe.commands.opening import CommonOptions, open_traceable, runnable_path, tracing
-from edge_moe.commands.options import Budget, Revision, Tasks, stderr
+from edge_moe.commands.options import Budget, LinearMapFile, Revision, Tasks, stderr
 from edge_moe.files import require_file_output
 
 
@@ -38,6 +38,7 @@ def trace_command(
         int | None,
         typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
     ] = None,
+    linear_map: LinearMapFile = None,
     revision: Revision = None,
 ) -> None:
     """Record the routers' choices on held-out text, one token a step as when decoding."""
@@ -47,7 +48,7 @@ def trace_command(
     from edge_moe.runtime.record_trace import feed, text_windows
 
     common = CommonOptions(budget, window_tokens, None)
-    with open_traceable(path, common, slots) as session:
+    with open_traceable(path, common, slots, linear_map) as session:
         windows = text_windows(session, task, window_tokens, max_windows)
         with tracing(session, output), progress("text", len(windows)) as advance:
             feed(session, windows, prompt_tokens, advance)

@@ -1,0 +1,82 @@
+"""`edge-moe fit-guesses`: a linear map that guesses the next layer's experts, for paging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_moe.commands.opening import CommonOptions, open_traceable, runnable_path
+from edge_moe.commands.options import Budget, Revision, Tasks, stderr
+from edge_moe.errors import TargetError
+from edge_moe.files import require_file_output
+from edge_moe.open_model import is_gguf_file
+from edge_moe.units import parse_bytes
+
+
+def fit_guesses_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint folder, native package, or hub id such as Qwen/Qwen3-30B-A3B.",
+            show_default=False,
+        ),
+    ],
+    task: Tasks,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write, a .safetensors file.")
+    ],
+    window_tokens: Annotated[
+        int, typer.Option(help="Tokens of text before a new sequence begins.")
+    ] = 256,
+    max_windows: Annotated[int, typer.Option(help="Sequences in all, of all tasks by turns.")] = 64,
+    ridge: Annotated[
+        float,
+        typer.Option(help="Weight of the penalty, as a share of the inputs' variance.", min=0),
+    ] = 0.01,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="For sums over the text, which is read again for layers that do not fit; else "
+            "1 GB.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Budget = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Fit a map from each MoE layer's input to what the next router ranks by, on a task's text."""
+    path = runnable_path(model, revision)
+    require_file_output(output, ".safetensors")
+    if is_gguf_file(path):
+        raise TargetError(
+            f"{path} runs in llama.cpp: give the checkpoint or package that it was made from"
+        )
+    from edge_moe.runtime.evaluate import progress
+    from edge_moe.runtime.fit_linear import LIMIT_BYTES, fit_linear, passes, require_states
+    from edge_moe.runtime.session import Session
+    from edge_moe.tasks import task_windows
+
+    common = CommonOptions(budget, window_tokens, None)
+    with open_traceable(path, common, slots) as session:
+        assert isinstance(session, Session)
+        require_states(session.spec)
+        windows = task_windows(task, "calibration", session.tokenizer, window_tokens, max_windows)
+        limit_bytes = memory or LIMIT_BYTES
+        rounds = len(passes(session.spec, limit_bytes))
+        with progress("text", len(windows) * rounds) as advance:
+            linear = fit_linear(
+                *(session, windows, task), ridge=ridge, limit_bytes=limit_bytes, advance=advance
+            )
+    linear.save(output)
+    shares = " ".join(f"{share:.0%}" for share in linear.info.explained)
+    stderr().print(f"{output}: fitted on {linear.info.num_tokens} tokens")
+    stderr().print(f"explained of the next router, by layer: {shares}")
