@@ -76,6 +76,8 @@ class TensorHead(ctypes.Structure):
 
 _TYPE_F32 = 0
 _SOURCES_OFFSET = TensorHead.src.offset
+_NAME_OFFSET = TensorHead.name.offset
+_BEGINNING_BYTES = 24
 
 
 class LlamaApi:
@@ -100,6 +102,20 @@ class LlamaApi:
     def name(self, tensor: int) -> str:
         found: bytes = self._ggml.ggml_get_name(tensor)
         return found.decode(errors="replace")
+
+    def begins_with(self, tensor: int, beginnings: tuple[bytes, ...]) -> bool:
+        """Whether a tensor's name does, by its first 24 bytes: in a third of the time of `name`."""
+        return ctypes.string_at(tensor + _NAME_OFFSET, _BEGINNING_BYTES).startswith(beginnings)
+
+    def require_known_layout(self, tensor: int) -> None:
+        """Raise `InputError` where ggml_tensor is not `TensorHead`."""
+        head = TensorHead.from_address(tensor)
+        found = head.name.decode(errors="replace"), head.data
+        if found != (self.name(tensor), self._ggml.ggml_get_data(tensor)):
+            raise InputError(
+                "this version of llama-cpp-python keeps tensors in a way that is not known here: "
+                f"pip install llama-cpp-python=={TESTED_VERSION}"
+            )
 
     def first_source(self, tensor: int) -> int | None:
         """The tensor that a node is computed from, the first where there are several."""
@@ -129,10 +145,7 @@ class LlamaApi:
         count, rows, stride = head.ne[0], head.ne[1], head.nb[1]
         raw = np.empty(self._ggml.ggml_nbytes(tensor), np.uint8)
         self._ggml.ggml_backend_tensor_get(tensor, raw.ctypes.data, 0, raw.nbytes)
-        found = np.lib.stride_tricks.as_strided(
-            raw[: 4 * count].view(np.int32), (rows, count), (stride, 4)
-        )
-        return np.array(found)
+        return np.ndarray((rows, count), np.int32, raw.data, strides=(stride, 4)).copy()
 
     def row(self, tensor: int, width: int) -> npt.NDArray[np.float32] | None:
         """A copy of the one row of a float32 node [1, width]; None where it is something else."""

@@ -17,6 +17,9 @@ from edge_moe.runtime.llama_api import LlamaApi
 from edge_moe.runtime.llama_graph import ARCHITECTURES
 from edge_moe.runtime.predictors import Predictor, largest_logits
 
+_SHORT = 16
+"""Characters of a node's name that tell it from nearly all others."""
+
 FloatArray = npt.NDArray[np.float32]
 
 
@@ -41,6 +44,11 @@ class BlockInputs:
             inputs = names.inputs.format(layer_id)
             self._names[f"{inputs}-{layer_id}"] = True, layer
             self._names[f"{names.logits}-{layer_id}"] = False, layer
+
+    @property
+    def beginnings(self) -> tuple[bytes, ...]:
+        """How the names of the nodes that `see` wants begin."""
+        return tuple({name.rpartition("-")[0][:_SHORT].encode() for name in self._names})
 
     def see(self, name: str, node: int) -> None:
         """llama.cpp is about to compute `node`."""

@@ -15,9 +15,14 @@ from edge_moe.runtime.llama_log import llama_log
 class WatchedGraph(ABC):
     """llama.cpp calls back for the nodes that are wanted, and computes up to the next in one go."""
 
-    def __init__(self, api: LlamaApi, path: Path) -> None:
-        """`path` is for messages. Give `_callback` to the context as its cb_eval."""
+    def __init__(self, api: LlamaApi, path: Path, beginnings: tuple[bytes, ...] = (b"",)) -> None:
+        """`path` is for messages. Give `_callback` to the context as its cb_eval.
+
+        Nodes are wanted only if their name has one of these `beginnings`. There are 60 in a layer,
+        so that it matters what it takes to leave one alone.
+        """
         self._api = api
+        self._beginnings = beginnings
         self._path = path
         self._error: BaseException | None = None
         # ctypes keeps no reference: the library would call freed memory
@@ -69,6 +74,8 @@ class WatchedGraph(ABC):
     def _on_node(self, tensor: int, is_asking: bool, _data: object) -> bool:
         """llama.cpp's callback: asked whether a node is wanted, then given it."""
         if self._error is not None:
+            return False
+        if is_asking and not self._api.begins_with(tensor, self._beginnings):
             return False
         try:
             name = self._api.name(tensor)

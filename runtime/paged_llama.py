@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 TOPK = "ffn_moe_topk"
 """Node with the ids that a layer's router chose, int32 [T, k], rows apart in memory."""
+_MOE_NODES = b"ffn_moe_"
+"""How the names of nodes between a router and the sum over its experts begin."""
 _LOAD_MODE_NONE = 0
 _RECORDED_TOKENS = 32
 """Computed at once while routers are recorded: llama.cpp's last layer routes only tokens whose
@@ -92,6 +94,7 @@ class LoadedModel:
                 f"{model.path}: llama.cpp cannot load it ({log.last}): download or export it again"
             )
         self._require_all(model, names)
+        self.api.require_known_layout(self.region.tensor(min(names)))
         self.region.settle()
 
     def rearranger(self) -> Rearranger:
@@ -157,7 +160,7 @@ class PagedContext(WatchedGraph):
             InputError: llama.cpp cannot make the context.
         """
         path = model.path
-        super().__init__(loaded.api, path)
+        super().__init__(loaded.api, path, (_MOE_NODES, *inputs.beginnings))
         self._experts = experts
         self._batch_tokens = batch_tokens
         self.inputs = inputs
@@ -322,7 +325,7 @@ class PagedContext(WatchedGraph):
         is_known = self._uses.begin(layer)
         if self._recorder is not None:
             self._write(self._recorder, layer, chosen)
-        rows = np.unique(chosen).tolist()
+        rows = sorted(chosen[0].tolist()) if len(chosen) == 1 else np.unique(chosen).tolist()
         self._experts.require(layer, rows)
         if not is_known:
             self._experts.wait_for_all(layer)
