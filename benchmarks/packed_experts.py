@@ -136,14 +136,19 @@ def random_experts(form: str) -> list[bytes]:
     return [packed(2 * WIDTH, HIDDEN) + packed(HIDDEN, WIDTH) for _ in range(DISTINCT)]
 
 
-def layer_model() -> tuple[ModelSpec, Any]:
-    """(spec, transformers' experts module without weights) of the benchmark's layer."""
+def layer_model(
+    hidden_size: int = HIDDEN,
+    width: int = WIDTH,
+    num_experts: int = NUM_EXPERTS,
+    top_k: int = TOP_K,
+) -> tuple[ModelSpec, Any]:
+    """(spec, transformers' experts module without weights) of a layer like Qwen3's."""
     import json
     import tempfile
 
-    config = minimal_config("qwen3_moe", WIDTH, NUM_EXPERTS) | {
-        "hidden_size": HIDDEN,
-        "num_experts_per_tok": TOP_K,
+    config = minimal_config("qwen3_moe", width, num_experts) | {
+        "hidden_size": hidden_size,
+        "num_experts_per_tok": top_k,
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
         "dtype": "bfloat16",
