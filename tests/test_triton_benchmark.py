@@ -12,6 +12,7 @@ from rich.console import Console
 pytest.importorskip("triton", reason="the kernels need the extra `cuda`")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["q8_0", triton_kernels.MIXED])
 def test_contenders_compute_the_same_on_a_small_layer(
     form: str, capsys: pytest.CaptureFixture[str]

@@ -51,6 +51,7 @@ def test_every_family_computes_what_the_reference_computes(
 
 
 @needs_interpreter
+@pytest.mark.slow
 def test_a_model_of_many_forms_says_what_the_exact_one_says_whatever_pages(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_model_of_many_forms_says_what_the_exact_one_says_whatever_pages(
 
 
 @needs_interpreter
+@pytest.mark.slow
 def test_forms_without_a_kernel_are_computed_by_the_reference(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:

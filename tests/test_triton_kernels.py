@@ -130,6 +130,7 @@ def test_every_form_decodes(form: str, is_gated: bool) -> None:
         assert_close(decoded(inputs, [0], one, is_gated), expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     forms=st.lists(st.sampled_from(FORMS), min_size=1, max_size=5),
@@ -152,6 +153,7 @@ def test_pairs_of_all_forms_decode_in_one_launch(
     assert_close(decoded(inputs, tokens, matrices, is_gated), expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     experts=st.lists(
