@@ -68,8 +68,7 @@ class Pairs:
         return torch.from_numpy(found).to(self.tokens.device)
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """Experts in their slots, each with so many pairs; pairs of an expert lie side by side."""
 
     forms: Sequence[str]
