@@ -14,6 +14,7 @@ from edge_moe.formats.integers import onnxruntime_copy_bytes
 from edge_moe.measurement import usable_cores
 from edge_moe.onnx_branches import branch_bytes, has_branches
 from edge_moe.onnx_workspace import onnx_workspace_values
+from edge_moe.overhead import triton_bytes
 from edge_moe.plan import Device, MemoryTerm, Source, Target
 from edge_moe.source_model import SourceModel, StoredTensor
 from edge_moe.spec import ModelSpec
@@ -326,7 +327,7 @@ def _runtime_term(spec: ModelSpec, target: Target, num_bytes: int, source: Sourc
         return MemoryTerm(name="runtime", num_bytes=GGUF_RUNTIME_BYTES, source="assumed", note=note)
     if target == "onnx":
         has_own_layers = not spec.is_gguf and spec.family.has_global_heads
-        more_bytes = _PER_LAYER_CONFIG_BYTES if has_own_layers else 0
+        more_bytes = _PER_LAYER_CONFIG_BYTES + triton_bytes() if has_own_layers else 0
         return MemoryTerm(
             name="runtime",
             num_bytes=num_bytes + ONNX_RUNTIME_BYTES + more_bytes,

@@ -21,6 +21,9 @@ from edge_moe.plan import Device, Source
 
 ASSUMED_BYTES = {"cpu": 480_000_000, "cuda": 600_000_000}
 """Where the runtime cannot be started here: a process measured on Linux with torch 2.13."""
+TRITON_BYTES = 65_000_000
+"""torch's compiler loads triton where it is installed, whether anything is compiled or not, and
+transformers loads that compiler: 60 to 63 MB measured at the peak, with triton 3.9."""
 ASSUMED_GGUF_BYTES = 80_000_000
 SPREAD = 0.015
 """Peaks of equal runs differ by about this share: allocator arenas, page cache, thread timing."""
@@ -71,7 +74,14 @@ def known_overhead(model_type: str, device: Device) -> tuple[int, Source]:
     known = _read_cache().get(_key(model_type, device))
     if isinstance(known, int) and known > 0:
         return known, "measured"
-    return ASSUMED_GGUF_BYTES if model_type == _GGUF else ASSUMED_BYTES[device], "assumed"
+    if model_type == _GGUF:
+        return ASSUMED_GGUF_BYTES, "assumed"
+    return ASSUMED_BYTES[device] + triton_bytes(), "assumed"
+
+
+def triton_bytes() -> int:
+    """What triton adds to a process that runs transformers' models, where it is installed."""
+    return 0 if _installed("triton") == "missing" else TRITON_BYTES
 
 
 def probed_bytes(runtime_bytes: int, folder: Path) -> int:
@@ -123,7 +133,8 @@ def _run(command: list[str]) -> str | None:
 
 def _key(model_type: str, device: Device) -> str:
     parts = [__version__, model_type, device, platform.python_version(), sys.executable]
-    names = ("llama-cpp-python",) if model_type == _GGUF else ("torch", "transformers")
+    native = ("torch", "transformers", "triton")  # see `TRITON_BYTES`
+    names = ("llama-cpp-python",) if model_type == _GGUF else native
     parts += [f"{name} {_installed(name)}" for name in names]
     parts.append(f"threads {os.environ.get('OMP_NUM_THREADS', 'default')}")
     return " | ".join(parts)
