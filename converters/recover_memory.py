@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from edge_moe.available_memory import available_memory_bytes
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.calibration_memory import available_memory_bytes
 from edge_moe.errors import BudgetError
 from edge_moe.package import Package
 from edge_moe.plan import MemoryTerm

@@ -9,7 +9,8 @@ device's memory, the host link and storage, t_s per MoE layer:
 
 The replay counted (1 - h) A_e and (1 - h) (1 - g) A_e. What a GPU lacks crosses the link, also if
 it comes from storage. A CPU has no link; a GPU without a size of RAM is taken to find every expert
-there. Data sheets bound what a machine does; nothing here was measured.
+there. Data sheets bound what a machine does; of the machine at hand the bandwidths, and the
+time of a token that finds every expert, can be measured (`runtime.this_machine`).
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ class Limit(BaseModel):
     link_seconds: float
     storage_seconds: float
     sync_seconds: float
+    measured_compute_seconds: float | None = None
+    """Of a token with every expert in memory, where that was measured on the machine at hand."""
 
     @property
     def compute_seconds(self) -> float:
-        """What the device's own memory takes."""
+        """What the device's own memory takes, or computing was measured to take."""
+        if self.measured_compute_seconds is not None:
+            return self.measured_compute_seconds
         return self.dense_seconds + self.kv_seconds + self.resident_seconds
 
     @property
@@ -66,11 +71,13 @@ def limit(
     sync_seconds: float = 0.0,
     storage_rate: int | None = None,
     has_host: bool = False,
+    compute_seconds: float | None = None,
 ) -> Limit:
     """The terms for a replay on `device`; `sync_seconds` are per MoE layer.
 
     `storage_rate` (bytes per second) replaces the profile's; `has_host`: the replay had a tier in
-    RAM, so that what it lacks comes from storage.
+    RAM, so that what it lacks comes from storage; `compute_seconds` were measured per token, and
+    replace what the bandwidth of memory allows.
 
     Raises:
         InputError: nobody says how fast storage is.
@@ -93,4 +100,5 @@ def limit(
         link_seconds=paged / link if link else 0.0,
         storage_seconds=stored / storage if storage else 0.0,
         sync_seconds=num_layers * sync_seconds,
+        measured_compute_seconds=compute_seconds,
     )

@@ -6,7 +6,10 @@ No torch and no llama.cpp: headers only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import InputError
@@ -27,8 +30,12 @@ from edge_moe.runtime.allotment import (
 from edge_moe.runtime.policy import token_cycle_bytes
 from edge_moe.runtime.replay import Room
 from edge_moe.runtime.simulate import require_same_model, traced_sizes
+from edge_moe.runtime.this_machine import Step
 from edge_moe.runtime.trace import Trace
 from edge_moe.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from edge_moe.runtime.text_session import TextSession
 
 Sizes = list[list[int]]
 
@@ -63,6 +70,31 @@ class TracedModel(ABC):
 
     @property
     @abstractmethod
+    def pieces_per_expert(self) -> int:
+        """Reads that bring an expert from the disk."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of the model, as its traces name it."""
+
+    @contextmanager
+    def stepping(self, context_tokens: int) -> Iterator[Step]:
+        """The model with every expert in memory, token by token.
+
+        Raises:
+            EdgeMoeError: it cannot be opened.
+        """
+        with self._open(context_tokens) as session:
+            loop = session.new_loop()
+            yield lambda token_id: loop.step([token_id])
+
+    @abstractmethod
+    def _open(self, context_tokens: int) -> TextSession:
+        """A session that pages nothing."""
+
+    @property
+    @abstractmethod
     def dense_parameters(self) -> int:
         """Number of weights outside routed experts."""
 
@@ -83,13 +115,25 @@ class _Native(TracedModel):
     """A checkpoint or package in edge-moe's own runtime."""
 
     def __init__(self, path: Path, device: Device) -> None:
+        self._path = path
         self._source: Package | Checkpoint = open_source(path)
         self._store = open_store(self._source)
         self._device = device
         self.spec = self._source.spec
 
+    pieces_per_expert = 1
+
+    @property
+    def fingerprint(self) -> str:
+        return source_fingerprint(self._source)
+
+    def _open(self, context_tokens: int) -> TextSession:
+        from edge_moe.runtime.session import Session
+
+        return Session.open(self._path, context_tokens=context_tokens, device="cpu")
+
     def sizes(self, trace: Trace) -> Sizes:
-        return traced_sizes(trace, self._store, source_fingerprint(self._source))
+        return traced_sizes(trace, self._store, self.fingerprint)
 
     def terms(self, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
         return session_terms(
@@ -119,6 +163,19 @@ class _Gguf(TracedModel):
     def __init__(self, path: Path) -> None:
         self._model = GgufModel(path)
         self.spec = self._model.spec
+
+    @property
+    def pieces_per_expert(self) -> int:
+        return max(len(layer.stacks) for layer in self._model.layers.values())
+
+    @property
+    def fingerprint(self) -> str:
+        return self._model.fingerprint
+
+    def _open(self, context_tokens: int) -> TextSession:
+        from edge_moe.runtime.gguf_session import GgufSession
+
+        return GgufSession.open(self._model.path, context_tokens=context_tokens, can_trace=True)
 
     def sizes(self, trace: Trace) -> Sizes:
         require_same_model(trace, self._model.fingerprint)

@@ -99,6 +99,10 @@ class Question:
     has_predictors: bool
     has_budget: bool
     seed: int = 0
+    is_here: bool = False
+    """`device` is the machine at hand."""
+    compute_seconds: float | None = None
+    """Of a token that finds every expert, measured."""
 
 
 class WhatIf:
@@ -161,7 +165,7 @@ class WhatIf:
         """The bill; a process is measured where the machine at hand is meant."""
         if context not in self._bills:
             ask = self._ask
-            is_here = ask.device is None and ask.has_budget
+            is_here = (ask.device is None or ask.is_here) and ask.has_budget
             self._bills[context] = ask.model.terms(context, has_budget=is_here)
         return self._bills[context]
 
@@ -189,6 +193,7 @@ class WhatIf:
             sync_seconds=ask.sync_seconds,
             storage_rate=ask.storage_rate,
             has_host=ask.host_bytes is not None,
+            compute_seconds=ask.compute_seconds,
         )
 
     def _splits(self, budget_bytes: int) -> tuple[Split, ...]:
@@ -232,8 +237,10 @@ class WhatIf:
         paged = first.page_in_bytes_per_token
         if device is None or term is None or not makers or not paged:
             return
-        # what was paged in is read from the device's memory, too
-        computing = term.compute_seconds + paged / device.memory_bytes_per_second
+        computing = term.compute_seconds
+        if term.measured_compute_seconds is None:
+            # what was paged in is read from the device's memory, too
+            computing += paged / device.memory_bytes_per_second
         layer_seconds = (computing + term.sync_seconds) / len(self._sizes)
         for predictor in (None, *(make() for make in makers)):
             yield timeline(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edge_moe.available_memory import available_memory_bytes
 from edge_moe.commands.options import (
     ContextTokens,
     Json,
@@ -16,6 +17,7 @@ from edge_moe.commands.options import (
     skip_rule,
     stdout,
 )
+from edge_moe.commands.this_device import measured_here
 from edge_moe.errors import InputError
 from edge_moe.plan import Device
 from edge_moe.units import parse_bytes
@@ -30,8 +32,71 @@ if TYPE_CHECKING:
     from edge_moe.runtime.traced_model import TracedModel
     from edge_moe.runtime.what_if import SizeResult, WhatIf
 
+THIS = "this"
+"""The machine at hand, among devices."""
 Size = tuple[int | None, int | None]
 """Budget in bytes, or number of slots."""
+
+
+Slots = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--slots", help="Experts in memory at once. Repeat for several.", show_default=False
+    ),
+]
+Budgets = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--budget",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Hard limit on memory: 12GB, 500MB, 8GiB. Repeat for several.",
+        show_default=False,
+    ),
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        help="Order of eviction: next-use, lru, frequency, pinned; else all. Repeat for several: "
+        "the first is used for what is shown of one.",
+        show_default=False,
+    ),
+]
+DeviceChoice = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, or a data sheet such as rtx-3060, which adds tokens per second; this is "
+        "the machine at hand, measured once and remembered.",
+    ),
+]
+SyncMicroseconds = Annotated[
+    float,
+    typer.Option("--sync-us", help="Microseconds per MoE layer for launches and waiting.", min=0),
+]
+Ram = Annotated[
+    int | None,
+    typer.Option(
+        "--ram",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="With a GPU's data sheet: RAM for experts that are not on the device; else all.",
+        show_default=False,
+    ),
+]
+StorageRate = Annotated[
+    int | None,
+    typer.Option(
+        "--storage-rate",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Bytes that the disk reads per second, at random; else the data sheet's.",
+        show_default=False,
+    ),
+]
 
 
 def simulate_command(
@@ -44,57 +109,17 @@ def simulate_command(
             show_default=False,
         ),
     ],
-    slots: Annotated[
-        list[int] | None,
-        typer.Option(help="Experts in memory at once. Repeat for several.", show_default=False),
-    ] = None,
-    budget: Annotated[
-        list[int] | None,
-        typer.Option(
-            parser=parse_bytes,
-            metavar="SIZE",
-            help="Hard limit on memory: 12GB, 500MB, 8GiB. Repeat for several.",
-            show_default=False,
-        ),
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Order of eviction: next-use, lru, frequency, pinned; else all. Repeat for "
-            "several: the first is used for what is shown of one.",
-            show_default=False,
-        ),
-    ] = None,
+    slots: Slots = None,
+    budget: Budgets = None,
+    policy: Policies = None,
     ctx: ContextTokens = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="cpu, cuda, or a data sheet such as rtx-3060, which adds tokens per second.",
-        ),
-    ] = "cpu",
-    sync_us: Annotated[
-        float, typer.Option(help="Microseconds per MoE layer for launches and waiting.", min=0)
-    ] = 0.0,
-    ram: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_bytes,
-            metavar="SIZE",
-            help="With a GPU's data sheet: RAM for experts that are not on the device; else all.",
-            show_default=False,
-        ),
-    ] = None,
-    storage_rate: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_bytes,
-            metavar="SIZE",
-            help="Bytes that the disk reads per second, at random; else the data sheet's.",
-            show_default=False,
-        ),
-    ] = None,
+    device: DeviceChoice = "cpu",
+    sync_us: SyncMicroseconds = 0.0,
+    ram: Ram = None,
+    storage_rate: StorageRate = None,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="With --device this: forget what was measured.")
+    ] = False,
     predictors: Annotated[
         bool, typer.Option("--predictors", help="Score guesses of the next layer on misses.")
     ] = False,
@@ -114,25 +139,24 @@ def simulate_command(
     profile, kind = _device(device)
     if ram is not None and (profile is None or profile.device != "cuda"):
         raise InputError("--ram is a tier beside a GPU: name one with --device, such as rtx-3060")
-    sizes = _sizes(slots, budget, profile)
+    if measure_again and device != THIS:
+        raise InputError("--measure-again is about the machine at hand: add --device this")
+    sizes = _sizes(slots, budget, profile, is_here=device == THIS)
     path = runnable_path(model, revision)
     rule = skip_rule(skip, skip_calibration, path)
     orders = _policies(policy)
     recorded, traced = Trace.load(trace), open_traced(path, kind)
-    context = traced.context_length(ctx)
+    context, compute_seconds = traced.context_length(ctx), None
+    if device == THIS:
+        profile, compute_seconds = measured_here(path, traced, recorded, again=measure_again)
     what_if = WhatIf(
         Question(
-            recorded,
-            traced,
-            orders,
-            context,
-            profile,
-            sync_us / 1e6,
-            storage_rate,
-            ram,
+            *(recorded, traced, orders, context, profile, sync_us / 1e6, storage_rate, ram),
             has_predictors=predictors,
             has_budget=bool(budget),
             seed=seed,
+            is_here=device == THIS,
+            compute_seconds=compute_seconds,
         )
     )
     with progress("replays", len(sizes) * (len(orders) + 1)) as advance:
@@ -143,7 +167,7 @@ def simulate_command(
 
 def _device(name: str) -> tuple[DeviceProfile | None, Device]:
     """(the data sheet that `name` is, what it computes on)"""
-    if name == "cpu":
+    if name in ("cpu", THIS):
         return None, "cpu"
     if name == "cuda":
         return None, "cuda"
@@ -154,9 +178,13 @@ def _device(name: str) -> tuple[DeviceProfile | None, Device]:
 
 
 def _sizes(
-    slots: list[int] | None, budgets: list[int] | None, profile: DeviceProfile | None
+    slots: list[int] | None,
+    budgets: list[int] | None,
+    profile: DeviceProfile | None,
+    *,
+    is_here: bool,
 ) -> list[Size]:
-    """What was asked for; else the whole memory of a data sheet."""
+    """What was asked for; else the whole memory of a data sheet, or what is free here."""
     if slots and budgets:
         raise InputError("--slots and --budget are two ways to say the same: give one of them")
     if slots:
@@ -165,6 +193,9 @@ def _sizes(
         return [(each, None) for each in budgets]
     if profile is not None:
         return [(profile.memory_bytes, None)]
+    available_bytes = available_memory_bytes() if is_here else None
+    if available_bytes is not None:
+        return [(available_bytes, None)]
     raise InputError("simulate needs either --slots N or --budget SIZE: give one of them")
 
 

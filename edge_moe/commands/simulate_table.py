@@ -163,14 +163,18 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 def _limit_table(limit: Limit, title: str) -> Table:
     table = _table(title, "per token", "time")
-    terms = (
+    terms = [
         ("dense weights", limit.dense_seconds),
         ("KV cache, full", limit.kv_seconds),
         ("experts in memory", limit.resident_seconds),
+    ]
+    if limit.measured_compute_seconds is not None:
+        terms = [("computing, measured", limit.measured_compute_seconds)]
+    terms += [
         ("host link", limit.link_seconds),
         ("storage", limit.storage_seconds),
         ("launches and waiting", limit.sync_seconds),
-    )
+    ]
     for name, seconds in terms:
         table.add_row(name, f"{seconds * 1e3:.3f} ms")
     table.add_row("one after another", f"{limit.serial_tokens_per_second:,.1f} tokens/s")

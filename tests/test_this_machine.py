@@ -1,0 +1,148 @@
+"""The machine at hand as a device of `simulate`: measured, remembered, and used."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import TinyCheckpoint
+from float32_gguf import float32_gguf
+
+from edge_moe.cli import run
+from edge_moe.commands import this_device
+from edge_moe.errors import InputError
+from edge_moe.runtime import this_machine
+from edge_moe.runtime.this_machine import Measured, machine_rates
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nobody's own; and little time for the disk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(this_machine, "_STORAGE_SECONDS", 0.05)
+    monkeypatch.setattr(this_machine, "_ARRAY_BYTES", 2**20)
+    return tmp_path / "cache" / "edge-moe" / "machine.json"
+
+
+def file_of(folder: Path, name: str, num_bytes: int) -> Path:
+    (folder / name).write_bytes(bytes(num_bytes))
+    return folder / name
+
+
+def test_rates_are_measured_once(cache: Path, tmp_path: Path) -> None:
+    model = file_of(tmp_path, "model.gguf", 3 * 2**20)
+    first = machine_rates(model, 20_000)
+    assert first.memory.value > 1e6 and len(first.storage) == 1
+    assert machine_rates(model, 20_000) == first
+    assert json.loads(cache.read_text()) == json.loads(first.model_dump_json())
+    more = machine_rates(model, 40_000)
+    assert more.memory == first.memory and len(more.storage) == 2
+    profile = more.profile(model, 40_000, "nobody")
+    assert profile.device == "cpu" and profile.storage_bytes_per_second is not None
+    assert "4 threads read pieces of 36864 bytes" in profile.sources["storage_bytes_per_second"]
+    assert profile.sources["memory_bytes_per_second"].startswith("measured on 20")
+    assert "compute_seconds" not in profile.sources
+    again = machine_rates(model, 20_000, again=True)
+    assert len(again.storage) == 1 and again.memory != first.memory
+    with mock.patch.object(this_machine, "this_machine") as other:
+        other.return_value = first.machine.model_copy(update={"cpu": "another"})
+        assert machine_rates(model, 20_000).memory != again.memory
+    cache.write_text('{"machine": 3}')  # damaged: measured anew
+    assert len(machine_rates(model, 20_000).storage) == 1
+
+
+def test_storage_is_that_of_reads_at_random(tmp_path: Path) -> None:
+    """A clock that moves by what was read: 1 GB per second, whoever reads."""
+    file, done = file_of(tmp_path, "weights", 2**20), [0]
+
+    def read(descriptor: int, buffers: list[object], offset: int) -> int:
+        assert offset % 4096 == 0 and offset + 8192 <= 2**20
+        done[0] += 8192
+        return 8192
+
+    with (
+        mock.patch("os.preadv", read),
+        mock.patch("time.perf_counter", lambda: done[0] / 1e9),
+    ):
+        found = this_machine.storage_rate([file], 9000)
+    assert found.value == pytest.approx(1e9, rel=0.01)
+    assert found.how.startswith("4 threads read pieces of 8192 bytes")
+
+
+def test_files_that_hold_the_weights(tmp_path: Path) -> None:
+    large = [file_of(tmp_path, name, 40_000) for name in ("a.safetensors", "b.safetensors")]
+    file_of(tmp_path, "config.json", 100)
+    assert sorted(this_machine.weight_files(tmp_path)) == large
+    assert this_machine.weight_files(large[0]) == large[:1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no file"):
+        this_machine.weight_files(tmp_path / "empty")
+
+
+def test_a_token_is_the_median() -> None:
+    now, taken = [0.0], iter([9.0] * 4 + [1.0, 2.0, 3.0] * 8)
+
+    def step(_: int) -> None:
+        now[0] += next(taken)
+
+    with mock.patch("time.perf_counter", lambda: now[0]):
+        found = this_machine.token_seconds(step, [1] * this_machine.NUM_TOKENS)
+    assert found.value == 2.0 and found.how.startswith("median of 24 tokens")
+
+
+@pytest.mark.parametrize("kind", ["native", "gguf"])
+def test_command_line(
+    kind: str,
+    cache: Path,
+    tiny_checkpoint: TinyCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_checkpoint("qwen3_moe")
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+        model = float32_gguf(model, tmp_path / "model.gguf")
+    text, trace = tmp_path / "text.txt", tmp_path / "t.safetensors"
+    text.write_text("\n".join(f"line {n} of a text" for n in range(60)))
+    shape = ["--window-tokens", "40", "--prompt-tokens", "4", "--max-windows", "2"]
+    assert run(["trace", str(model), "--task", str(text), "-o", str(trace), *shape]) == 0
+    asked = ["simulate", str(trace), str(model), "--slots", "3", "--device", "this"]
+    capsys.readouterr()
+    assert run([*asked, "--predictors", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rates = this_machine.MachineRates.model_validate_json(cache.read_text())
+    (compute,), (storage,) = rates.compute.values(), rates.storage.values()
+    assert found["device"].startswith("this machine (")
+    assert found["sources"]["compute_seconds"] == compute.describe()
+    assert "every expert in memory" in compute.how
+    size = found["sizes"][0]
+    term, paged = size["limit"], size["policies"][0]["page_in_bytes_per_token"]
+    assert term["measured_compute_seconds"] == compute.value
+    assert term["storage_seconds"] == pytest.approx(paged / storage.value, rel=1e-6)
+    serial = 1 / (compute.value + term["storage_seconds"])
+    assert term["serial_tokens_per_second"] == pytest.approx(serial)
+    plain = next(each for each in size["timelines"] if each["predictor"] == "none")
+    single = plain["num_tokens"] * compute.value
+    assert plain["seconds"] == pytest.approx(single + plain["stall_seconds"])
+    assert run(asked) == 0  # nothing is measured again
+    printed = capsys.readouterr().out
+    assert "computing, measured" in printed and "dense weights" not in printed
+    assert rates == this_machine.MachineRates.model_validate_json(cache.read_text())
+    monkeypatch.setattr(this_device, "available_memory_bytes", lambda: 10**6)
+    assert run([*asked, "--measure-again", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "a token is not timed: the whole model takes" in " ".join(captured.err.split())
+    term = json.loads(captured.out)["sizes"][0]["limit"]
+    assert term["measured_compute_seconds"] is None and math.isfinite(term["dense_seconds"])
+    assert run([*asked[:-1], "cpu", "--measure-again"]) == 2
+    assert "add --device this" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_was_measured_says_when() -> None:
+    found = Measured.now(2.0, "by hand")
+    assert found.describe() == f"measured on {found.time:%Y-%m-%d}: by hand"
