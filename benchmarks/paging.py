@@ -6,21 +6,30 @@
 Every run is a process of its own in a memory cgroup (v1) of a share of the file's bytes; the file's
 cached pages are dropped before it. Engines take turns; tokens are given, so all compute the same.
 `ram` has no cap. Ratios are medians of rounds, of decoding from the second half of the tokens on.
+
+The limit of a token's time is the larger of what the same engine takes without a cap, and the bytes
+that it read over what the disk gives to pieces of that size: reading and computing wholly at the
+same time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
+import random
 import statistics
 import subprocess
 import sys
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from paging_model import TEXT_NAME
+from paging_worker import REARRANGED_FOLDER
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +39,10 @@ from edge_moe.measurement import Provenance
 WORKER = Path(__file__).with_name("paging_worker.py")
 RESULT = Path(__file__).parent / "results" / "paging.json"
 GROUPS = Path("/sys/fs/cgroup/memory")
-ENGINES = ("edge-moe", "lru", "willneed", "random", "stock")
+ENGINES = ("edge-moe", "rearranged", "lru", "willneed", "random", "stock")
+UNCAPPED = ("ram", "edge-moe", "rearranged")
+PIECE_BYTES, PIECES, READERS = 180 * 4096, 400, 4
+"""An expert's part of a matrix, as it is read."""
 SLOW = ("stock",)
 """Seconds per token: they get fewer."""
 SLOW_TOKENS = 6
@@ -48,7 +60,8 @@ def run(
     engine: str, path: Path, cap_bytes: int | None, prompt_tokens: int, num_tokens: int
 ) -> dict[str, Any]:
     """One run; `cap_bytes` None has no cap."""
-    drop_cached(path)
+    for file in (path, *path.parent.glob(f"{REARRANGED_FOLDER}/*")):
+        drop_cached(file)
     group = None if cap_bytes is None else GROUPS / f"edge-moe-{uuid.uuid4().hex[:8]}"
     command = [sys.executable, str(WORKER), engine, str(path), str(path.parent / TEXT_NAME)]
     command += [str(cap_bytes or 0), str(prompt_tokens), str(num_tokens)]
@@ -76,6 +89,46 @@ def run(
     return found
 
 
+def disk_bytes_per_second(path: Path) -> float:
+    """Of random pieces, past the page cache, as many at a time as edge-moe reads."""
+    size, draw = path.stat().st_size, random.Random(0)
+    offsets = [draw.randrange(0, size - PIECE_BYTES) // 4096 * 4096 for _ in range(PIECES)]
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    memory = [mmap.mmap(-1, PIECE_BYTES) for _ in range(2 * READERS)]
+    for each in memory:
+        each.write(bytes(PIECE_BYTES))
+    start = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+
+        def read(index: int) -> int:
+            return os.preadv(descriptor, [memory[index % len(memory)]], offsets[index])
+
+        total = sum(pool.map(read, range(PIECES)))
+    seconds = time.perf_counter() - start
+    os.close(descriptor)
+    return total / seconds
+
+
+def limits(runs: list[dict[str, Any]], disk_rate: float) -> Table:
+    """How far from the limit a token's time is, term by term, in milliseconds."""
+    shown = Table("cap", "engine", "measured", "compute", "reading", "limit", "share of the limit")
+    for share in dict.fromkeys(each["share"] for each in runs if each["share"]):
+        for engine in ("edge-moe", "rearranged"):
+            speed = _median(runs, share, engine, "warm_tokens_per_second")
+            alone = _median(runs, None, engine, "warm_tokens_per_second")
+            if not speed or not alone:
+                continue
+            read = _median(runs, share, engine, "warm_read_bytes_per_token") / disk_rate
+            limit = max(1 / alone, read)
+            shown.add_row(
+                f"{share:.0%}",
+                engine,
+                *(f"{1e3 * value:.0f}" for value in (1 / speed, 1 / alone, read, limit)),
+                f"{limit * speed:.0%}",
+            )
+    return shown
+
+
 def table(runs: list[dict[str, Any]], file_bytes: int) -> Table:
     """Medians over rounds, by cap and engine."""
     columns = ("cap", "engine", "tok/s", "x of ram", "prefill", "first token", "MB/token", "peak")
@@ -93,7 +146,7 @@ def table(runs: list[dict[str, Any]], file_bytes: int) -> Table:
                 f"{speed / in_ram:.2f}" if in_ram else "-",
                 f"{_median(runs, share, engine, 'prefill_tokens_per_second'):.1f}",
                 f"{_median(runs, share, engine, 'first_token_seconds'):.1f} s",
-                f"{_median(runs, share, engine, 'read_bytes_per_token') / 1e6:.0f}",
+                f"{_median(runs, share, engine, 'warm_read_bytes_per_token') / 1e6:.0f}",
                 f"{peak / file_bytes:.0%}",
             )
     return shown
@@ -115,21 +168,25 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"keep the runs in {RESULT.name}")
     arguments = parser.parse_args()
     path, console = arguments.folder / "paging.gguf", Console(stderr=True)
-    file_bytes, runs = path.stat().st_size, []
+    file_bytes, runs, rates = path.stat().st_size, [], []
     for _ in range(arguments.rounds):
+        rates.append(disk_bytes_per_second(path))
         for share in [None, *arguments.caps]:
-            for engine in ["ram", "edge-moe"] if share is None else arguments.engines:
+            for engine in UNCAPPED if share is None else arguments.engines:
                 cap = None if share is None else int(share * file_bytes)
                 tokens = SLOW_TOKENS if engine in SLOW else arguments.tokens
                 found = run(engine, path, cap, arguments.prompt_tokens, tokens)
                 runs.append({"share": share, "num_tokens": tokens, **found})
                 console.print(share, engine, round(found["warm_tokens_per_second"], 2))
+    disk_rate = statistics.median(rates)
     Console(width=140).print(table(runs, file_bytes))
+    Console(width=140).print(f"disk: {disk_rate / 1e9:.2f} GB/s", limits(runs, disk_rate))
     if arguments.write:
         content = {
             "provenance": Provenance.published().model_dump(mode="json"),
             "file_bytes": file_bytes,
             "prompt_tokens": arguments.prompt_tokens,
+            "disk_bytes_per_second": rates,
             "runs": runs,
         }
         text = json.dumps(content, indent=1).replace(str(arguments.folder), "FOLDER")

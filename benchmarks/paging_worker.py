@@ -2,9 +2,9 @@
 
     python benchmarks/paging_worker.py ENGINE FILE TEXT BUDGET_BYTES PROMPT_TOKENS TOKENS
 
-ENGINE: edge-moe; lru (the same, evicting by LRU); stock (llama.cpp's mapping); random (the mapping
-told MADV_RANDOM); willneed (and routed experts told MADV_WILLNEED after routing); ram (llama.cpp
-without mapping). Tokens are given, not sampled: every engine computes the same.
+ENGINE: edge-moe; rearranged (the same with --rearranged); lru (evicting by LRU); stock (llama.cpp's
+mapping); random (the mapping told MADV_RANDOM); willneed (and routed experts told MADV_WILLNEED
+after routing); ram (llama.cpp without mapping). Tokens are given, not sampled: all compute alike.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ import numpy as np
 from edge_moe.runtime.memory import peak_memory_bytes
 
 CONTEXT_TOKENS = 1024
+REARRANGED_FOLDER = "rearranged"
+"""Beside the model."""
+PAGED = ("edge-moe", "rearranged", "lru")
 _MADV_RANDOM, _MADV_WILLNEED = 1, 3
 _LOAD_NONE, _LOAD_MMAP = 0, 1
 _TOPK = "ffn_moe_topk-"
@@ -53,6 +56,7 @@ def paged(path: Path, budget_bytes: int, policy: str) -> tuple[Step, Callable[[]
         budget_bytes=budget_bytes or None,
         context_tokens=CONTEXT_TOKENS,
         policy=policy_named(policy) if policy == "lru" else DEFAULT_POLICY,
+        rearranged=path.parent / REARRANGED_FOLDER if policy == "rearranged" else None,
     )
 
     def facts() -> dict[str, Any]:
@@ -161,7 +165,7 @@ class _Advice:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("engine", choices=("edge-moe", "lru", "stock", "random", "willneed", "ram"))
+    parser.add_argument("engine", choices=(*PAGED, "stock", "random", "willneed", "ram"))
     for name in ("file", "text", "budget_bytes", "prompt_tokens", "tokens"):
         parser.add_argument(name)
     found = parser.parse_args()
@@ -170,21 +174,21 @@ def main() -> None:
     text = np.load(text_path).tolist()
     start = time.perf_counter()
     step, facts = (
-        paged(Path(path), int(budget), engine)
-        if engine in ("edge-moe", "lru")
-        else stock(Path(path), engine)
+        paged(Path(path), int(budget), engine) if engine in PAGED else stock(Path(path), engine)
     )
     loaded = time.perf_counter()
     prompt = text[: int(prompt_tokens)]
     logits = step(prompt, 0)
     prefilled, read_before = time.perf_counter(), read_bytes()
     checksum, seconds = float(logits.sum()), []
+    half = int(num_tokens) // 2
     for index in range(int(num_tokens)):
+        if index == half:
+            read_at_half = read_bytes()
         before = time.perf_counter()
         logits = step([text[len(prompt) + index]], len(prompt) + index)
         seconds.append(time.perf_counter() - before)
         checksum += float(logits.sum())
-    half = len(seconds) // 2
     print(
         json.dumps(
             {
@@ -195,6 +199,7 @@ def main() -> None:
                 "decode_tokens_per_second": len(seconds) / sum(seconds),
                 "warm_tokens_per_second": (len(seconds) - half) / sum(seconds[half:]),
                 "read_bytes_per_token": (read_bytes() - read_before) / len(seconds),
+                "warm_read_bytes_per_token": (read_bytes() - read_at_half) / (len(seconds) - half),
                 "peak_bytes": peak_memory_bytes(),
                 "checksum": checksum,
                 "facts": facts(),
