@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from edge_moe.runtime.predictors import (
     LINEAR_GUESSES,
@@ -26,11 +27,10 @@ def predictor_makers(replay: Replay, top_k: int) -> list[Maker]:
     """Everything that the trace can feed, as wide as top_k and wider, and the bound last."""
     num_rows = [len(layer) for layer in replay.sizes]
     widths = sorted({top_k, min(2 * top_k, min(num_rows))})
-    makers: list[Maker] = [lambda: Repeat(num_rows)]
-    for width in widths:
-        makers += _of_width(replay.trace, num_rows, width)
+    by_width = [_of_width(replay.trace, num_rows, width) for width in widths]
     return [
-        *makers,
+        lambda: Repeat(num_rows),
+        *chain.from_iterable(zip(*by_width, strict=True)),
         lambda: Replayed(
             "exact", ((ask.layer, ask.rows) for ask in replay.asks() if ask.is_decoding)
         ),

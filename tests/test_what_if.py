@@ -161,7 +161,7 @@ def test_what_a_trace_lacks_is_said() -> None:
         "linear map",
     ]
     assert [make().name for make in predictor_makers(old, 1)] == [
-        *("last token's", "popular 1", "transitions 1", "popular 2", "transitions 2", "exact")
+        *("last token's", "popular 1", "popular 2", "transitions 1", "transitions 2", "exact")
     ]
     guesses = np.array([[[NO_GUESS] * 2, [3, 1]], [[NO_GUESS] * 2, [0, 2]]], np.uint16)
     trace = dataclasses.replace(

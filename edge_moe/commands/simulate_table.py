@@ -155,7 +155,7 @@ def _paging_rows(result: Simulation) -> list[tuple[str, str]]:
 
 def _table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     return table
