@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -28,7 +28,6 @@ from edge_moe.commands.opening import (
 from edge_moe.commands.options import (
     Budget,
     ContextTokens,
-    DeviceName,
     Json,
     Kernels,
     LinearMapFile,
@@ -42,9 +41,29 @@ from edge_moe.commands.options import (
     stall_options,
     stderr,
 )
+from edge_moe.commands.run_options import (
+    GpuLayers,
+    Graphs,
+    MaxNewTokens,
+    NumSlots,
+    PatternsFolder,
+    PredictorNames,
+    Prefetch,
+    PromptText,
+    RamBytes,
+    Raw,
+    Rearranged,
+    Record,
+    Seed,
+    StopTexts,
+    TaskName,
+    Temperature,
+    TopP,
+    TraceFile,
+    WhereToRun,
+)
 from edge_moe.commands.task_choice import AUTO, choose_task
 from edge_moe.errors import InputError
-from edge_moe.units import parse_bytes
 
 if TYPE_CHECKING:
     from edge_moe.commands.generation import Runnable
@@ -57,121 +76,34 @@ EXIT_INTERRUPTED = 130
 
 def run_command(
     model: RunnableModel,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="Message for the chat template, or with --raw text to continue; without it a "
-            "chat starts.",
-            show_default=False,
-        ),
-    ] = None,
+    prompt: PromptText = None,
     budget: Budget = None,
     ctx: ContextTokens = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="Stop at this text. Repeat for several.", show_default=False),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
-    ] = False,
-    device: Annotated[
-        DeviceName | None,
-        typer.Option(
-            help="Where to run; else cuda where there is one, an ONNX folder where it was planned "
-            "for.",
-            show_default=False,
-        ),
-    ] = None,
-    ram: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_bytes,
-            metavar="SIZE",
-            help="With a GPU: RAM for experts that are not on the device.",
-            show_default=False,
-        ),
-    ] = None,
-    prefetch: Annotated[
-        bool | None,
-        typer.Option(
-            "--prefetch/--no-prefetch",
-            help="Read the next layer's experts early, or never. Both are tried, and what is "
-            "faster stays, unless this says.",
-            show_default=False,
-        ),
-    ] = None,
-    predictor: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Who guesses them: router (the next one's), wide (twice as many), repeat, "
-            "transitions, token, or linear (with --linear-map). Repeat for several, which are "
-            "tried by turns; else router, wide, and linear where there is a map.",
-            show_default=False,
-        ),
-    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: StopTexts = None,
+    raw: Raw = False,
+    device: WhereToRun = None,
+    ram: RamBytes = None,
+    prefetch: Prefetch = None,
+    predictor: PredictorNames = None,
     linear_map: LinearMapFile = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="Load only this task's experts; auto finds the task of the prompt.",
-            show_default=False,
-        ),
-    ] = None,
-    patterns: Annotated[
-        Path | None,
-        typer.Option(help="Folder of task patterns; else the shipped ones.", show_default=False),
-    ] = None,
-    graphs: Annotated[
-        bool | None,
-        typer.Option(
-            "--graphs/--no-graphs",
-            help="On CUDA: replay the dense part of a token from captured graphs. Both are tried, "
-            "and the faster one stays, unless this says.",
-            show_default=False,
-        ),
-    ] = None,
-    gpu_layers: Annotated[
-        int | None,
-        typer.Option(
-            help="Of a .gguf: all but the experts of so many layers on the GPU, with a llama.cpp "
-            "that was built for one.",
-            show_default=False,
-        ),
-    ] = None,
-    rearranged: Annotated[
-        bool,
-        typer.Option(
-            "--rearranged",
-            help="Of a .gguf: compute experts of q4_0, q4_k and the like faster, by a copy of them "
-            "in the cache folder that takes as much disk; made once.",
-        ),
-    ] = False,
+    slots: NumSlots = None,
+    task: TaskName = None,
+    patterns: PatternsFolder = None,
+    graphs: Graphs = None,
+    gpu_layers: GpuLayers = None,
+    rearranged: Rearranged = False,
     kernels: Kernels = None,
     misses: Misses = None,
     skip: Skip = None,
     skip_calibration: SkipCalibrationFile = None,
     stall: Stall = None,
     stall_seconds: StallSeconds = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write down every expert that the router chose, for `edge-moe simulate`.",
-            show_default=False,
-        ),
-    ] = None,
-    record: Annotated[
-        bool, typer.Option("--record", help="Keep the measurement inside MODEL, for the report.")
-    ] = False,
+    trace: TraceFile = None,
+    record: Record = False,
     json: Json = False,
     revision: Revision = None,
 ) -> None:
