@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from pathlib import Path
 from typing import Any
 
 from edge_moe.errors import InputError
@@ -59,6 +60,8 @@ class ExpertRegion:
         self._free = 0
         """Where the next tensor's pages begin."""
         self._ranges: list[tuple[int, int]] = []
+        self._moved: set[int] = set()
+        self._most_moved = _most_mappings() // 3
         self._name = ctypes.create_string_buffer(b"edge-moe")
         self._type = _BufferType(
             _NAME(lambda _: ctypes.addressof(self._name)),
@@ -123,8 +126,13 @@ class ExpertRegion:
         """Put the memory of whole pages at other addresses, which had none; theirs have none then.
 
         Their bytes go with them. It is several times cheaper than to give memory back and take
-        new. False, and nothing done, where the system cannot.
+        new. False, and nothing done, where the system cannot, or has no more mappings to give:
+        every range that was moved once is one of its own, and so is what lies before the next.
         """
+        moved = {source, target} - self._moved
+        if len(self._moved) + len(moved) > self._most_moved:
+            return False
+        self._moved |= moved
         found = self._libc.mremap(source, num_bytes, num_bytes, _MREMAP_FLAGS, target)
         return bool(found == target)
 
@@ -169,6 +177,14 @@ class ExpertRegion:
 def _page_end(address: int) -> int:
     """The first page's start that is not before `address`."""
     return -(-address // PAGE_BYTES) * PAGE_BYTES
+
+
+def _most_mappings() -> int:
+    """What the system allows a process; malloc and threads need some, too."""
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
+    except (OSError, ValueError):
+        return 65530  # Linux's default
 
 
 def _libc() -> Any:

@@ -9,11 +9,13 @@ another CPU, llama.cpp or model is noticed.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +76,22 @@ def rearranged_places(
             "--rearranged"
         )
     path = folder / f"{model.path.stem}-{_identity(model)}.experts"
-    if not (path.exists() and _is_current(path, tensors, rearranger)):
-        _write(path, tensors, rearranger, on_bytes or (lambda *_: None))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):  # another process may be making the same file
+        if not (path.exists() and _is_current(path, tensors, rearranger)):
+            _write(path, tensors, rearranger, on_bytes or (lambda *_: None))
     return {each.info.name: (path, each.offset) for each in tensors}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of all processes that use `folder`; waits for the others."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _layout(model: GgufModel, region: ExpertRegion, rearranger: Rearranger) -> list[_Tensor]:
@@ -113,7 +128,6 @@ def _begins_alike(descriptor: int, tensor: _Tensor, rearranger: Rearranger) -> b
 
 def _write(path: Path, tensors: list[_Tensor], rearranger: Rearranger, on_bytes: OnBytes) -> None:
     """Tensor after tensor, so that a file of another run can be gone on with."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial, total = path.with_suffix(".part"), tensors[-1].end
     done = partial.stat().st_size if partial.exists() else 0
     require_free_disk(path.parent, total - done, "rearranging the experts")

@@ -26,7 +26,7 @@ from edge_moe.cli import run
 from edge_moe.errors import BudgetError, CheckpointError, DiskSpaceError, InputError
 from edge_moe.families import FAMILIES
 from edge_moe.gguf_model import GgufModel
-from edge_moe.runtime import gguf_session, llama_stream, paged_llama
+from edge_moe.runtime import gguf_session, llama_region, llama_stream, paged_llama
 from edge_moe.runtime.gguf_session import GgufSession
 from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.predictor_choice import PREDICTORS
@@ -304,6 +304,21 @@ def test_rearranged_experts_are_kept_and_made_anew_where_they_are_not_the_models
     assert rearrange(wide, tmp_path) == told and len(list(tmp_path.iterdir())) == 2
 
 
+def test_two_processes_rearrange_one_after_the_other(wide: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; told = []\n"
+        "from edge_moe.runtime.gguf_session import GgufSession\n"
+        "path, folder = map(Path, sys.argv[1:])\n"
+        "GgufSession.open(path, context_tokens=64, num_slots=2, rearranged=folder,\n"
+        "    on_bytes=lambda *each: told.append(each)).close()\n"
+        "print(len(told))"
+    )
+    command = [sys.executable, "-c", program, str(wide), str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = sorted(int(process.communicate()[0]) for process in processes)
+    assert told[0] == 0 and told[1] > 2 and len(list(tmp_path.iterdir())) == 1
+
+
 def test_types_without_faster_kernels_say_so(
     gguf_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -536,6 +551,20 @@ def test_memory_is_handed_on_where_the_system_can(
         found = paged_logits(session)
         assert np.array_equal(found, stock_logits(wide, session._context._batch_tokens))
         assert len(moved) > 20 and all(each is can_move for each in moved)
+
+
+def test_mappings_are_left_for_others(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every range that was moved is a mapping of its own, and the system counts them."""
+    monkeypatch.setattr(llama_region, "_most_mappings", lambda: 30)
+    with GgufSession.open(wide, context_tokens=CONTEXT, num_slots=4) as session:
+        region = session._loaded.region
+        session.logits(IDS)
+        before = len(region._moved)
+        assert before == 10
+        found = paged_logits(session)
+        assert len(region._moved) == before and session.statistics().evictions > 20
+        assert np.array_equal(found, stock_logits(wide, session._context._batch_tokens))
+        assert _present_bytes(session) <= session._experts.used_bytes
 
 
 def test_systems_without_callback_streams_say_so(
