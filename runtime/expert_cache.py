@@ -158,18 +158,28 @@ class ExpertCache:
             return [key for key, entry in found if self._is_here(entry)]
 
     def claim(self, key: Key) -> Entry | None:
-        """A slot for `key`, which was asked for and computed otherwise; None where none is free.
+        """A slot for `key`, which was asked for and computed otherwise.
 
-        It counts as used just now. Whoever claims it must call `fill_claimed`, which another thread
-        may do.
+        None where nothing may leave for it, or where it would be the first to leave itself: such a
+        body would hardly be used. It counts as used just now, anyway. Whoever claims it must call
+        `fill_claimed`, which another thread may do.
         """
         with self._lock:
             if key in self._entries:
                 return None
-            entry = self._reserve(key, is_prefetched=True, keep=frozenset())
-            if entry is not None:
-                self._policies[entry.record_bytes].use(key)
-                self.statistics.prefetch_issued_bytes += entry.record_bytes
+            size = self._store.record(key).num_bytes
+            policy = self._policies[size]
+            policy.admit(key)
+            policy.use(key)
+            if not self._free[size]:
+                victim = policy.victim(lambda other: other == key or self._may_evict(other))
+                if victim is None or victim == key:
+                    policy.forget(key)
+                    return None
+                self._evict(victim)
+            entry = Entry(size, self._free[size].pop(), State.LOADING, is_prefetched=True)
+            self._entries[key] = entry
+            self.statistics.prefetch_issued_bytes += size
         return entry
 
     def fill_claimed(self, key: Key, entry: Entry) -> BaseException | None:
@@ -300,19 +310,22 @@ class ExpertCache:
         return victim is not None and victim in held
 
     def _evict_one(self, size: int, keep: frozenset[Key]) -> bool:
-        def may_evict(key: Key) -> bool:
-            entry = self._entries[key]
-            return entry.pins == 0 and entry.state is State.RESIDENT and key not in keep
-
-        victim = self._policies[size].victim(may_evict)
+        victim = self._policies[size].victim(lambda key: key not in keep and self._may_evict(key))
         if victim is None:
             return False
+        self._evict(victim)
+        return True
+
+    def _may_evict(self, key: Key) -> bool:
+        entry = self._entries[key]
+        return entry.pins == 0 and entry.state is State.RESIDENT
+
+    def _evict(self, victim: Key) -> None:
         entry = self._entries[victim]
         if entry.is_prefetched:  # the flag is cleared on first use
             self.statistics.prefetch_wasted_bytes += entry.record_bytes
         self.statistics.evictions += 1
         self._remove(victim, entry)
-        return True
 
     def _remove(self, key: Key, entry: Entry) -> None:
         del self._entries[key]

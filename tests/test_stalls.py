@@ -7,6 +7,7 @@ import time
 from random import Random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_expert_cache import SIZES, MemoryStore, make_cache
@@ -14,7 +15,9 @@ from test_transfer import Device
 
 from edge_moe.errors import InputError
 from edge_moe.runtime.body_reader import BodyReader
-from edge_moe.runtime.policy import Key, PagingStatistics
+from edge_moe.runtime.expert_cache import ExpertCache
+from edge_moe.runtime.policy import Key, LeastFrequentlyUsed, PagingStatistics
+from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.runtime.stalls import Allowance, Miss, StallOptions, stall_cost
 
 
@@ -116,6 +119,24 @@ def test_only_what_is_there_has_arrived() -> None:
     assert cache.claim((0, 2)) is None
     assert cache.fill_claimed((0, 2), entry) is None
     assert cache.arrived([(0, 0), (0, 2)]) == [(0, 2)]
+    cache.check_integrity()
+
+
+def test_body_that_would_leave_first_is_not_read() -> None:
+    """By frequency: three uses keep the slot until the other has four."""
+    store = MemoryStore()
+    buffers = SlotBuffers({4: 1, 8: 1}, torch.device("cpu"))
+    cache = ExpertCache(store, buffers, LeastFrequentlyUsed)
+    for _ in range(3):
+        cache.acquire((0, 0))
+        cache.release((0, 0))
+    assert [cache.claim((0, 2)) for _ in range(3)] == [None] * 3
+    assert cache.arrived([(0, 0)]) == [(0, 0)]
+    entry = cache.claim((0, 2))
+    assert entry is not None
+    cache.fill_claimed((0, 2), entry)
+    assert cache.arrived([(0, 0), (0, 2)]) == [(0, 2)]
+    assert cache.statistics.evictions == 1
     cache.check_integrity()
 
 

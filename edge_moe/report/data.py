@@ -176,6 +176,7 @@ class ReportData:
 _HOW = {
     "dense weights": "tensors held",
     "experts": "slots held",
+    "shadows": "buffers held",
     "runtime": "a process with next to no model",
 }
 
