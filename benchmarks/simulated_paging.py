@@ -7,7 +7,7 @@ Two measurements fix the prediction: everything resident (seconds per token), an
 experts with the default policy (seconds more per byte paged in): paging weighs most there, and what
 disturbs a measurement least. Every other pair of slots and policy is then foretold from a trace:
 base + bytes per token x seconds per byte. All of them run in each round, one after another; medians
-over rounds are compared, so that what else the machine does hits all alike. Hits must agree exactly.
+over rounds are compared, so that what else the machine does hits all alike. Hits must agree.
 The pair that fixed the prediction does not count.
 
 The text is the one that `paging_model.py` wrote beside its model, or tokens drawn at random.

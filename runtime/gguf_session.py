@@ -122,13 +122,13 @@ class GgufSession(TextSession):
         model = GgufModel(path)
         context = context_length(model.spec, context_tokens)
         require_gpu(path, gpu_layers)
-        require_known(predictors)
-        names = () if prefetch is False else tuple(predictors)
-        if LINEAR_GUESSES in names:
+        if LINEAR_GUESSES in predictors:
             raise InputError(
                 "a linear map guesses in edge-moe's own runtime, not for .gguf files: name "
                 f"another predictor, such as {ROUTER_GUESSES}"
             )
+        require_known(predictors)
+        names = () if prefetch is False else tuple(predictors)
         if gpu_layers:
             names = tuple(name for name in names if name not in STATE_PREDICTORS)
         has_budget = budget_bytes is not None
