@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from edge_moe.errors import InputError
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.linear_map import LinearMap
 from edge_moe.runtime.predictors import (
     LINEAR_GUESSES,
     PRIOR_LIMIT_BYTES,
@@ -18,6 +18,9 @@ from edge_moe.runtime.predictors import (
     Transitions,
 )
 from edge_moe.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from edge_moe.runtime.linear_map import LinearMap  # a process that needs none stays small
 
 WIDE_GUESSES = "wide"
 """`ROUTER_GUESSES`, but twice as many."""
