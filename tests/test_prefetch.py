@@ -68,7 +68,8 @@ def test_no_guess_changes_a_result(name: str, tiny_checkpoint: TinyCheckpoint) -
         assert set(trial.gains) == {name, "router"}
         before = session.statistics().predicted_misses
         session.generate_ids(prompt, 24, stop_at_eos=False)
-        assert (session.statistics().predicted_misses > before) == (trial.best is not None)
+        found_misses = session.statistics().predicted_misses > before
+        assert trial.best is not None or not found_misses
 
 
 def test_two_trials_take_place_one_after_the_other() -> None:
