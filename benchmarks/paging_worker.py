@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all engines alike
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import argparse
 import ctypes

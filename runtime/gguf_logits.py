@@ -6,7 +6,6 @@ transformers by the weights' form and nothing else.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from edge_moe.gguf_header import GgufHeader
 from edge_moe.gguf_split import read_parts
 from edge_moe.measurement import usable_cores
 from edge_moe.runtime.gguf_tokenizer import GgufTokenizer
+from edge_moe.runtime.llama_api import calm_threads
 from edge_moe.runtime.llama_log import llama_log
 from edge_moe.runtime.llama_probe import require_loadable
 
@@ -150,7 +150,7 @@ class GgufModel:
 
 
 def _import_llama(path: Path) -> Any:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
+    calm_threads()
     try:
         from llama_cpp import Llama
     except ImportError:

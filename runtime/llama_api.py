@@ -13,6 +13,7 @@ import numpy.typing as npt
 from edge_moe.errors import CheckpointError, InputError, MissingExtraError
 from edge_moe.formats import ggml_library
 
+SPIN_COUNT = "3000"
 TESTED_VERSION = "0.3.36"
 """Of llama-cpp-python."""
 _FIELDS = {
@@ -180,6 +181,17 @@ class LlamaApi:
         self._ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
 
 
+def calm_threads() -> None:
+    """Before llama.cpp is loaded: let its threads spin for a tenth of a millisecond and then sleep.
+
+    By default libgomp's spin for milliseconds, which stalls everybody on a busy machine. Threads
+    that sleep at once are woken for each of a token's 1,500 nodes: 74 ms instead of 55 on an idle
+    machine, and no less on a busy one.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
 def llama_api(path: Path) -> LlamaApi:
     """Import llama-cpp-python, which `path` is to be run with.
 
@@ -187,7 +199,7 @@ def llama_api(path: Path) -> LlamaApi:
         MissingExtraError: it is not installed.
         InputError: another version, which lacks what is used.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall on a busy machine
+    calm_threads()
     try:
         from llama_cpp import llama_cpp
     except ImportError:
