@@ -58,7 +58,6 @@ _EXTRAS = {
 """Importable module -> the extra that installs it."""
 _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning OpenMP threads starve each other on a busy machine
-    "GOMP_SPINCOUNT": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",

@@ -82,6 +82,8 @@ class GgufExperts:
         self._awaited: list[Key] = []
         """... of which the layer that computes needs these."""
         self._used_bytes = 0
+        self._is_changed = False
+        """Whether files were written to: experts may be of another model."""
         self._spare: dict[int, list[Slice]] = {}
         """By tensor: pages of experts that have just left."""
         self._queue = ReadQueue(self._files.read, READERS, "edge-moe-page-in")
@@ -120,8 +122,8 @@ class GgufExperts:
         keep = frozenset(keys)
         self._drop_guesses(layer, keep)
         missing = [key for key in keys if not self._use(key)]
-        if missing:
-            self._files.require_unchanged()
+        if missing or self._is_changed:
+            self.require_unchanged()
         for key in missing:
             self._reserve(key, keep, is_prefetched=False)
             self._policy.use(key)
@@ -129,6 +131,16 @@ class GgufExperts:
         for index in self._order[layer]:
             for key in self._awaited:
                 self._ask(key, index, is_wanted=True)
+
+    def require_unchanged(self) -> None:
+        """What was read so far is of the files that were opened; ask before results are used.
+
+        Raises:
+            CheckpointError: one has changed; from then on it is raised by `require`, too.
+        """
+        self._is_changed = True
+        self._files.require_unchanged()
+        self._is_changed = False
 
     def is_late(self, index: int) -> bool:
         """Whether the tensor `index` of what was required is still being read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.llama_gpu import require_gpu
 from edge_moe.runtime.llama_predict import BlockInputs, NextRouter
 from edge_moe.runtime.llama_probe import require_loadable
+from edge_moe.runtime.llama_stream import require_callback_streams
 from edge_moe.runtime.paged_llama import LoadedModel, PagedContext
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import EvictionPolicy, PagingStatistics, token_cycle_bytes
@@ -119,6 +120,7 @@ class GgufSession(TextSession):
         """
         start = time.perf_counter()
         memory.limit_arenas()
+        require_callback_streams()
         model = GgufModel(path)
         context = context_length(model.spec, context_tokens)
         require_gpu(path, gpu_layers)
@@ -138,39 +140,43 @@ class GgufSession(TextSession):
         limit_bytes = expert_limit_bytes(model, terms, budget_bytes, num_slots)
         most_tokens = min(batch_tokens(model, limit_bytes), context)
         require_loadable(path, context, most_tokens, {})
-        loaded = LoadedModel(model, gpu_layers)
-        sizes = largest_expert_bytes(model)
-        cycle_bytes = token_cycle_bytes(sizes.values(), model.spec.top_k)
-        places: dict[str, Place] = {}
-        if rearranged is not None:
-            from edge_moe.runtime.rearranged_file import rearranged_places
+        with ExitStack() as held:  # given back where opening fails
+            loaded = LoadedModel(model, gpu_layers)
+            held.callback(loaded.close)
+            sizes = largest_expert_bytes(model)
+            cycle_bytes = token_cycle_bytes(sizes.values(), model.spec.top_k)
+            places: dict[str, Place] = {}
+            if rearranged is not None:
+                from edge_moe.runtime.rearranged_file import rearranged_places
 
-            places = rearranged_places(
-                model, loaded.region, loaded.rearranger(), rearranged, on_bytes
+                places = rearranged_places(
+                    model, loaded.region, loaded.rearranger(), rearranged, on_bytes
+                )
+            experts = GgufExperts(model, loaded.region, limit_bytes, policy(), places)
+            held.callback(experts.close)
+            is_paging = experts.total_bytes > limit_bytes
+            if not is_paging:
+                experts.fill()
+            inputs = BlockInputs(loaded.api, model)
+            read_ahead = None
+            if is_paging and names:
+                guessers = {
+                    name: _predictor(name, inputs, num_rows, model.spec.top_k) for name in names
+                }
+                trial = FastestOf(names) if prefetch is None else None
+                read_ahead = ReadAhead(model.spec.num_moe_layers, guessers, trial)
+            network = PagedContext(
+                model,
+                loaded,
+                experts,
+                context_tokens=context,
+                batch_tokens=most_tokens,
+                is_watched=is_paging or can_trace,
+                inputs=inputs,
+                read_ahead=read_ahead,
+                may_cut=not model.spec.num_sliding_layers,
             )
-        experts = GgufExperts(model, loaded.region, limit_bytes, policy(), places)
-        is_paging = experts.total_bytes > limit_bytes
-        if not is_paging:
-            experts.fill()
-        inputs = BlockInputs(loaded.api, model)
-        read_ahead = None
-        if is_paging and names:
-            guessers = {
-                name: _predictor(name, inputs, num_rows, model.spec.top_k) for name in names
-            }
-            trial = FastestOf(names) if prefetch is None else None
-            read_ahead = ReadAhead(model.spec.num_moe_layers, guessers, trial)
-        network = PagedContext(
-            model,
-            loaded,
-            experts,
-            context_tokens=context,
-            batch_tokens=most_tokens,
-            is_watched=is_paging or can_trace,
-            inputs=inputs,
-            read_ahead=read_ahead,
-            may_cut=not model.spec.num_sliding_layers,
-        )
+            held.pop_all()
         session = cls(model, loaded, experts, network, terms, context)
         if is_paging and gpu_layers and prefetch is not False:
             session.warnings.append(

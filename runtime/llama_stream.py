@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -154,6 +155,15 @@ class ModelStream:
         return count
 
 
+def require_callback_streams() -> None:
+    """Raise `InputError` where the C library makes no streams of callbacks: only glibc does."""
+    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), _OPEN):
+        raise InputError(
+            "paging the experts of a GGUF file takes glibc's fopencookie, which this system lacks: "
+            "run it on Linux, or with llama.cpp itself"
+        )
+
+
 @contextmanager
 def c_stream(stream: ModelStream) -> Iterator[int]:
     """`stream` as a FILE pointer.
@@ -161,12 +171,8 @@ def c_stream(stream: ModelStream) -> Iterator[int]:
     Raises:
         InputError: this C library makes no streams of callbacks.
     """
+    require_callback_streams()
     libc: Any = ctypes.CDLL(None)
-    if not hasattr(libc, _OPEN):
-        raise InputError(
-            "paging the experts of a GGUF file takes glibc's fopencookie, which this system lacks: "
-            "run it on Linux, or with llama.cpp itself"
-        )
     libc.fopencookie.argtypes = [ctypes.c_void_p, ctypes.c_char_p, _CookieFunctions]
     libc.fopencookie.restype = ctypes.c_void_p
     libc.fclose.argtypes = [ctypes.c_void_p]

@@ -276,13 +276,15 @@ class PagedContext(WatchedGraph):
         held, self._sequence = self._sequence, []  # unknown, should it fail
         if self._recorder is not None:
             self._recorder.begin(token_ids)
-        self._compute(
-            *(self._context, token_ids, start),
-            lambda index: is_recorded or keep_all or (is_last and index == count - 1),
-        )
-        self._uses.end()
-        self._experts.settle()
-        self._require_all_seen()
+        with self._holding_interrupts():  # not between two lines of bookkeeping, either
+            self._compute(
+                *(self._context, token_ids, start),
+                lambda index: is_recorded or keep_all or (is_last and index == count - 1),
+            )
+            self._uses.end()
+            self._experts.settle()
+            self._require_all_seen()
+            self._experts.require_unchanged()
         self._sequence = [*held[:start], *token_ids]
         if not keep_all and not is_last:
             return None

@@ -2,7 +2,7 @@
 
 The file has the rearranged tensors one after the other, each from a page's start on, in the order
 of the model's layers. It is made once, takes as many bytes as they do, and is checked against the
-model whenever it is opened: the first rows of every expert tensor are rearranged anew, so that
+model whenever it is opened: first and last rows of every tensor are rearranged anew, so that
 another CPU, llama.cpp or model is noticed.
 """
 
@@ -75,23 +75,27 @@ def rearranged_places(
             f"{model.path}: llama.cpp has no faster kernels for its experts on this CPU: leave out "
             "--rearranged"
         )
-    path = folder / f"{model.path.stem}-{_identity(model)}.experts"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):  # another process may be making the same file
-        if not (path.exists() and _is_current(path, tensors, rearranger)):
-            _write(path, tensors, rearranger, on_bytes or (lambda *_: None))
+    path = folder / f"{model.path.resolve().stem}-{_identity(model)}.experts"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _is_current(path, tensors, rearranger):
+            with _alone(path.with_suffix(".lock")):  # another process may be making it
+                if not _is_current(path, tensors, rearranger):
+                    _write(path, tensors, rearranger, on_bytes or (lambda *_: None))
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
     return {each.info.name: (path, each.offset) for each in tensors}
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Of all processes that use `folder`; waits for the others."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+def _alone(path: Path) -> Iterator[None]:
+    """Of all processes that lock `path`, which is made for it and removed."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
+        path.unlink(missing_ok=True)
 
 
 def _layout(model: GgufModel, region: ExpertRegion, rearranger: Rearranger) -> list[_Tensor]:
@@ -113,17 +117,21 @@ def _identity(model: GgufModel) -> str:
 
 
 def _is_current(path: Path, tensors: list[_Tensor], rearranger: Rearranger) -> bool:
-    if path.stat().st_size != tensors[-1].end:
+    if not path.exists() or path.stat().st_size != tensors[-1].end:
         return False
     with path.open("rb") as handle:
-        return all(_begins_alike(handle.fileno(), each, rearranger) for each in tensors)
+        return all(_is_alike(handle.fileno(), each, rearranger) for each in tensors)
 
 
-def _begins_alike(descriptor: int, tensor: _Tensor, rearranger: Rearranger) -> bool:
+def _is_alike(descriptor: int, tensor: _Tensor, rearranger: Rearranger) -> bool:
+    """By its first and last rows: another model, CPU or llama.cpp, or not written to the end."""
     size = rearranger.row_bytes(tensor.info.name)
     with tensor.info.path.open("rb") as handle:
-        expected = _rearranged(handle.fileno(), tensor, 0, size, rearranger)
-    return os.pread(descriptor, size, tensor.offset) == bytes(expected)
+        for start in (0, tensor.info.num_bytes - size):
+            expected = _rearranged(handle.fileno(), tensor, start, size, rearranger)
+            if os.pread(descriptor, size, tensor.offset + start) != bytes(expected):
+                return False
+    return True
 
 
 def _write(path: Path, tensors: list[_Tensor], rearranger: Rearranger, on_bytes: OnBytes) -> None:
@@ -134,7 +142,7 @@ def _write(path: Path, tensors: list[_Tensor], rearranger: Rearranger, on_bytes:
     with partial.open("r+b" if done else "wb") as handle, _threads() as threads:
         descriptor = handle.fileno()
         for tensor in tensors:
-            is_there = tensor.end <= done and _begins_alike(descriptor, tensor, rearranger)
+            is_there = tensor.end <= done and _is_alike(descriptor, tensor, rearranger)
             if not is_there:
                 done = 0  # what follows is of another run
                 _write_tensor(descriptor, tensor, rearranger, threads)
@@ -159,9 +167,16 @@ def _write_tensor(
         for at in range(0, len(chunks), usable_cores()):
             batch = chunks[at : at + usable_cores()]
             for (start, _), found in zip(batch, threads.map(rearranged, batch), strict=True):
-                os.pwrite(descriptor, found, tensor.offset + start)
+                _write_all(descriptor, found, tensor.offset + start)
     os.ftruncate(descriptor, tensor.end)
     os.fsync(descriptor)
+
+
+def _write_all(descriptor: int, content: memoryview, offset: int) -> None:
+    """A disk that becomes full takes part of it first, and says so afterwards."""
+    while len(content):
+        count = os.pwrite(descriptor, content, offset)
+        content, offset = content[count:], offset + count
 
 
 def _chunks(tensor: _Tensor, rearranger: Rearranger) -> Iterator[tuple[int, int]]:

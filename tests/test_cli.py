@@ -229,10 +229,16 @@ def test_module_starts_with_passive_threads(demo_model: Path) -> None:
     code = (
         "import os, sys; sys.argv = ['edge-moe', '--version']; from edge_moe.cli import main\n"
         "try: main()\n"
-        "except SystemExit: print(os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT'])"
+        "except SystemExit: pass\n"
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))\n"
+        "from edge_moe.runtime.llama_api import calm_threads; calm_threads()\n"
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1].split() == ["PASSIVE", "0"]
+    unset = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=unset
+    )
+    assert done.stdout.splitlines()[-2:] == ["PASSIVE None", "PASSIVE 3000"]
 
 
 def defaults(function: Callable[..., object]) -> dict[str, object]:

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -294,6 +296,10 @@ def test_rearranged_experts_are_kept_and_made_anew_where_they_are_not_the_models
         assert rearrange(wide, tmp_path) == told
         assert file.read_bytes() == expected and list(tmp_path.iterdir()) == [file]
 
+    last = expected.rstrip(b"\0")
+    file.write_bytes(last[:-300] + bytes(len(expected) - len(last) + 300))  # a hole at the end
+    assert rearrange(wide, tmp_path) == told and file.read_bytes() == expected
+
     partial = file.with_suffix(".part")
     file.unlink()
     partial.write_bytes(expected[: told[1][0] + 100])
@@ -335,6 +341,31 @@ def test_no_room_for_rearranged_experts(
         DiskSpaceError, match="rearranging the experts needs .* only 1.00 kB is free"
     ):
         rearrange(wide, tmp_path)
+
+
+def test_a_disk_that_becomes_full_while_experts_are_rearranged(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = os.pwrite, 100_000
+
+    def full(descriptor: int, content: memoryview, offset: int) -> int:
+        nonlocal left
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = real(descriptor, content[:left], offset)
+        left -= count
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*\.experts'"):
+            rearrange(wide, tmp_path)
+    rearrange(wide, tmp_path)
+    (file,) = tmp_path.glob("*.experts")
+    found = file.read_bytes()
+    file.unlink()
+    rearrange(wide, tmp_path)
+    assert file.read_bytes() == found
 
 
 def test_the_command_rearranges_into_the_cache(
@@ -490,6 +521,91 @@ def test_disk_errors_end_in_an_error_and_nothing_is_corrupted(
     assert recovers(running)
 
 
+@pytest.mark.parametrize("moment", [0, 3, 40, 500])
+def test_ctrl_c_stops_the_graph_and_leaves_the_session_whole(
+    moment: int, running: GgufSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised in a callback it would be dropped by ctypes, and the graph go on without experts."""
+    context, asked = running._context, 0
+    real = context._api.begins_with
+
+    def interrupted(*arguments: Any) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == moment + 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context._api, "begins_with", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            running.logits(IDS)
+        assert asked <= moment + 2 and context._sequence == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert recovers(running)
+
+
+def test_bookkeeping_is_not_interrupted(
+    running: GgufSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = running._experts
+    for name in ("_reserve", "settle", "_remove"):
+        real, is_first = getattr(experts, name), True
+
+        def interrupted(*arguments: Any, real: Any = real, **options: Any) -> Any:
+            nonlocal is_first
+            found = real(*arguments, **options)
+            if is_first:
+                is_first = False
+                signal.raise_signal(signal.SIGINT)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(experts, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                running.logits(IDS)
+        assert not is_first and recovers(running)
+
+
+def test_results_of_a_changed_file_are_never_given(
+    running: GgufSession, quantised: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written to between the check and the read, once; nothing is trusted afterwards."""
+    real = running._experts._files.read
+
+    def changed(piece: Any) -> None:
+        os.utime(quantised, ns=(1, 1))
+        real(piece)
+
+    monkeypatch.setattr(running._experts._queue, "_read", changed)
+    for _ in range(2):
+        running._context.clear()
+        with pytest.raises(CheckpointError, match="has changed while it was running"):
+            running._context.decode(IDS[:1], 0)
+
+
+def test_what_cannot_be_opened_leaves_nothing(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def count() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    closed: list[object] = []
+    real = paged_llama.LoadedModel.close
+
+    def noted(self: paged_llama.LoadedModel) -> None:
+        closed.append(self)
+        real(self)
+
+    monkeypatch.setattr(paged_llama.LoadedModel, "close", noted)
+    monkeypatch.setattr(gguf_session, "PagedContext", mock.Mock(side_effect=InputError("no")))
+    before = count()
+    for _ in range(3):
+        with pytest.raises(InputError, match="no"):
+            GgufSession.open(wide, context_tokens=CONTEXT, num_slots=4)
+    assert count() == before and len(closed) == 3
+
+
 def test_a_layer_whose_router_is_not_seen_is_refused(
     quantised: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -572,6 +688,10 @@ def test_systems_without_callback_streams_say_so(
 ) -> None:
     monkeypatch.setattr(llama_stream, "_OPEN", "fopen_something_else")
     with pytest.raises(InputError, match="takes glibc's fopencookie, which this system lacks"):
+        GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(InputError, match="run it on Linux, or with llama.cpp itself"):
         GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4)
 
 
