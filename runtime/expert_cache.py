@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -167,20 +168,11 @@ class ExpertCache:
         with self._lock:
             if key in self._entries:
                 return None
-            size = self._store.record(key).num_bytes
-            policy = self._policies[size]
-            policy.admit(key)
-            policy.use(key)
-            if not self._free[size]:
-                victim = policy.victim(lambda other: other == key or self._may_evict(other))
-                if victim is None or victim == key:
-                    policy.forget(key)
-                    return None
-                self._evict(victim)
-            entry = Entry(size, self._free[size].pop(), State.LOADING, is_prefetched=True)
-            self._entries[key] = entry
-            self.statistics.prefetch_issued_bytes += size
-        return entry
+            try:
+                return self._claim(key)
+            except BaseException:  # Ctrl-C may come at any line: leave nothing half claimed
+                self._unclaim(key)
+                raise
 
     def fill_claimed(self, key: Key, entry: Entry) -> BaseException | None:
         """Read a claimed expert into its slot; what went wrong, if something did.
@@ -298,6 +290,30 @@ class ExpertCache:
         self._entries[key] = entry
         self._policies[size].admit(key)
         return entry
+
+    def _claim(self, key: Key) -> Entry | None:
+        size = self._store.record(key).num_bytes
+        policy = self._policies[size]
+        policy.admit(key)
+        policy.use(key)
+        if not self._free[size]:
+            victim = policy.victim(lambda other: other == key or self._may_evict(other))
+            if victim is None or victim == key:
+                policy.forget(key)
+                return None
+            self._evict(victim)
+        entry = Entry(size, self._free[size].pop(), State.LOADING, is_prefetched=True)
+        self._entries[key] = entry
+        self.statistics.prefetch_issued_bytes += size
+        return entry
+
+    def _unclaim(self, key: Key) -> None:
+        """Nobody will fill it, and a policy that knew it without an entry would offer it."""
+        entry, size = self._entries.pop(key, None), self._store.record(key).num_bytes
+        if entry is not None:
+            self._free[size].append(entry.slot)
+        with suppress(LookupError):  # not admitted yet, or forgotten already
+            self._policies[size].forget(key)
 
     def _would_evict(self, key: Key, held: Collection[Key]) -> bool:
         """Whether one of `held` is what the policy would evict for `key`, were it not held."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ from test_transfer import Device
 from edge_moe.errors import InputError
 from edge_moe.runtime.body_reader import BodyReader
 from edge_moe.runtime.expert_cache import ExpertCache
-from edge_moe.runtime.policy import Key, LeastFrequentlyUsed, PagingStatistics
+from edge_moe.runtime.next_use import SoonestNextUse
+from edge_moe.runtime.policy import (
+    EvictionPolicy,
+    Key,
+    LeastFrequentlyUsed,
+    LeastRecentlyUsed,
+    PagingStatistics,
+)
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.runtime.stalls import Allowance, Miss, StallOptions, stall_cost
 
@@ -118,6 +126,34 @@ def test_only_what_is_there_has_arrived() -> None:
     assert cache.arrived([(0, 2)]) == []  # a slot, but nothing in it yet
     assert cache.claim((0, 2)) is None
     assert cache.fill_claimed((0, 2), entry) is None
+    assert cache.arrived([(0, 0), (0, 2)]) == [(0, 2)]
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("at", ["admit", "use", "victim"])
+@pytest.mark.parametrize("policy", [SoonestNextUse, LeastRecentlyUsed, LeastFrequentlyUsed])
+def test_a_claim_that_is_interrupted_leaves_nothing(
+    policy: type[EvictionPolicy], at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes after the policy did one thing, whatever it is."""
+    store = MemoryStore()
+    cache = ExpertCache(store, SlotBuffers({4: 1, 8: 1}, torch.device("cpu")), policy)
+    cache.acquire((0, 0))
+    cache.release((0, 0))
+
+    def interrupted(self: EvictionPolicy, *arguments: Any) -> None:
+        known(self, *arguments)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    known = getattr(policy, at)
+    monkeypatch.setattr(policy, at, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.claim((0, 2))
+    cache.check_integrity()
+    for key in ((0, 2), (0, 0), (0, 2)):  # each takes the other's slot
+        cache.acquire(key)
+        cache.release(key)
     assert cache.arrived([(0, 0), (0, 2)]) == [(0, 2)]
     cache.check_integrity()
 
