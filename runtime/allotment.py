@@ -53,6 +53,12 @@ class Slots:
         ]
 
 
+def require_one_limit(budget_bytes: int | None, num_slots: int | None) -> None:
+    """Raise InputError where both were given: neither is to be ignored."""
+    if budget_bytes is not None and num_slots is not None:
+        raise InputError("--slots and --budget are two ways to say the same: give one of them")
+
+
 def open_source(model: Path) -> Package | Checkpoint:
     """The native package or Hugging Face folder at `model`.
 
@@ -162,8 +168,9 @@ def allot(
 
     Raises:
         BudgetError: `minimum_bytes` is the smallest budget that works, paging included.
-        InputError: fewer slots than top_k.
+        InputError: fewer slots than top_k, or a budget besides.
     """
+    require_one_limit(budget_bytes, num_slots)
     classes = size_classes(sizes)
     cycle = token_cycle_bytes((max(layer) for layer in sizes if layer), spec.top_k)
     every = {item.record_bytes: item.num_experts for item in classes}

@@ -11,7 +11,7 @@ from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import stored_forms
 from edge_moe.overhead import gguf_overhead
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.allotment import too_small
+from edge_moe.runtime.allotment import require_one_limit, too_small
 from edge_moe.runtime.llama_region import PAGE_BYTES
 from edge_moe.units import format_bytes
 
@@ -93,8 +93,9 @@ def expert_limit_bytes(
 
     Raises:
         BudgetError: too little for one token.
-        InputError: fewer slots than top_k.
+        InputError: fewer slots than top_k, or a budget besides.
     """
+    require_one_limit(budget_bytes, num_slots)
     largest, top_k = max(largest_expert_bytes(model).values()), model.spec.top_k
     if num_slots is not None:
         if num_slots < top_k:

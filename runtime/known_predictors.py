@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from edge_moe.runtime.predictors import (
@@ -21,6 +21,12 @@ from edge_moe.runtime.trace import NO_GUESS, Trace
 Maker = Callable[[], Predictor]
 """Makes a predictor that has seen nothing."""
 _LABELS = {ROUTER_GUESSES: "next router", LINEAR_GUESSES: "linear map"}
+_ADVICE = {
+    ROUTER_GUESSES: "the trace holds no guesses of the next router; record it again, some tokens "
+    "one by one",
+    LINEAR_GUESSES: "the trace holds no guesses of one; fit one with `edge-moe fit-guesses`, and "
+    "record again with --linear-map",
+}
 
 
 def predictor_makers(replay: Replay, top_k: int) -> list[Maker]:
@@ -37,22 +43,19 @@ def predictor_makers(replay: Replay, top_k: int) -> list[Maker]:
     ]
 
 
-def lacking(trace: Trace) -> list[str]:
-    """Predictors that cannot be scored, each with what the trace lacks and what to do."""
+def lacking(trace: Trace, never: Mapping[str, str] | None = None) -> list[str]:
+    """Predictors that cannot be scored, each with what the trace lacks and what to do.
+
+    `never` says of guesses that no trace of the model can hold why that is.
+    """
     found = []
     if trace.token_ids is None:
         found.append("token prior: the trace holds no token ids; record it again")
-    if ROUTER_GUESSES not in trace.guesses:
-        found.append(
-            "next router: the trace holds no guesses of the next router; record it again, some "
-            "tokens one by one"
-        )
-    if LINEAR_GUESSES not in trace.guesses:
-        found.append(
-            "linear map: the trace holds no guesses of one; fit one with `edge-moe fit-guesses`, "
-            "and record again with --linear-map"
-        )
-    return found
+    return found + [
+        f"{_LABELS[name]}: {(never or {}).get(name, advice)}"
+        for name, advice in _ADVICE.items()
+        if name not in trace.guesses
+    ]
 
 
 def _of_width(trace: Trace, num_rows: Sequence[int], width: int) -> list[Maker]:

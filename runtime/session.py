@@ -32,6 +32,7 @@ from edge_moe.runtime.allotment import (
     open_source,
     open_store,
     record_sizes,
+    require_one_limit,
     session_terms,
     source_fingerprint,
     with_slots,
@@ -165,6 +166,7 @@ class Session(TextSession):
             MissingExtraError: kernels ggml without llama-cpp-python, or triton without triton.
         """
         start = time.perf_counter()
+        require_one_limit(budget_bytes, num_slots)
         require_known(predictors, has_linear=linear is not None)
         memory.limit_arenas()
         source = open_source(model)

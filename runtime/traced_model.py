@@ -28,6 +28,7 @@ from edge_moe.runtime.allotment import (
     source_fingerprint,
 )
 from edge_moe.runtime.policy import token_cycle_bytes
+from edge_moe.runtime.predictors import LINEAR_GUESSES, ROUTER_GUESSES
 from edge_moe.runtime.replay import Room
 from edge_moe.runtime.simulate import require_same_model, traced_sizes
 from edge_moe.runtime.this_machine import Step
@@ -78,6 +79,11 @@ class TracedModel(ABC):
     def fingerprint(self) -> str:
         """Of the model, as its traces name it."""
 
+    @property
+    @abstractmethod
+    def never_guessed(self) -> dict[str, str]:
+        """Guesses that no trace of this model holds, by their names there, and why."""
+
     @contextmanager
     def stepping(self, context_tokens: int) -> Iterator[Step]:
         """The model with every expert in memory, token by token.
@@ -127,6 +133,13 @@ class _Native(TracedModel):
     def fingerprint(self) -> str:
         return source_fingerprint(self._source)
 
+    @property
+    def never_guessed(self) -> dict[str, str]:
+        if not self.spec.latent_width:
+            return {}
+        reason = f"experts of {self.spec.model_type} have an input of their own, unlike routers"
+        return dict.fromkeys((ROUTER_GUESSES, LINEAR_GUESSES), reason)
+
     def _open(self, context_tokens: int) -> TextSession:
         from edge_moe.runtime.session import Session
 
@@ -171,6 +184,11 @@ class _Gguf(TracedModel):
     @property
     def fingerprint(self) -> str:
         return self._model.fingerprint
+
+    @property
+    def never_guessed(self) -> dict[str, str]:
+        reason = "llama.cpp runs this file, and maps guess in edge-moe's own runtime only"
+        return {LINEAR_GUESSES: f"{reason}; for one, build with --target native and trace that"}
 
     def _open(self, context_tokens: int) -> TextSession:
         from edge_moe.runtime.gguf_session import GgufSession

@@ -146,7 +146,9 @@ class WhatIf:
             policies=tuple(_policy_results(found)),
             limit=term,
             predictors=tuple(self._scores(room)),
-            not_scored=tuple(lacking(ask.trace)) if ask.has_predictors else (),
+            not_scored=tuple(lacking(ask.trace, ask.model.never_guessed))
+            if ask.has_predictors
+            else (),
             timelines=tuple(self._timelines(room, first, term)),
             splits=splits,
             best_context_tokens=_best_context(splits),

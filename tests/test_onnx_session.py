@@ -162,6 +162,8 @@ def test_options_of_paging_are_refused(
     command = ["run", str(folders["onnx"]), "--prompt", "a", "--ram", "1GB", "--slots", "4"]
     assert run(command) == 2
     assert "leave out --slots, --ram, or build with --target native" in capsys.readouterr().err
+    assert run([*command[:4], "--linear-map", "m.safetensors"]) == 2
+    assert "leave out --linear-map, or build" in capsys.readouterr().err
 
 
 def test_a_budget_holds_the_bill_or_nothing_is_loaded(

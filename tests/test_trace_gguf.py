@@ -69,6 +69,31 @@ def test_both_engines_record_the_same_rows(model: tuple[Path, Path], tmp_path: P
         found.gate_means(8)
 
 
+@pytest.mark.parametrize("command", ["run", "trace", "fit-guesses"])
+def test_slots_beside_a_budget_are_refused(
+    command: str, model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--task", "code", "-o", str(tmp_path / "o.safetensors")]
+    given = ["--prompt", "a", "--raw"] if command == "run" else given
+    for path in model[: 1 if command == "fit-guesses" else 2]:
+        assert run([command, str(path), *given, "--slots", "4", "--budget", "1GB"]) == 2
+        assert "give one of them" in " ".join(capsys.readouterr().err.split())
+    for session in (Session, GgufSession):
+        with pytest.raises(InputError, match="give one of them"):
+            session.open(model[session is GgufSession], num_slots=4, budget_bytes=10**9)
+
+
+@pytest.mark.parametrize("command", ["run", "trace"])
+def test_a_linear_map_is_refused(
+    command: str, model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--task", "code", "-o", str(tmp_path / "o.safetensors")]
+    given = ["--prompt", "a", "--raw"] if command == "run" else given
+    assert run([command, str(model[1]), *given, "--linear-map", "m.safetensors"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "runs in llama.cpp" in said and "leave out --linear-map" in said
+
+
 def test_only_watched_routers_can_be_traced(model: tuple[Path, Path]) -> None:
     with GgufSession.open(model[1], context_tokens=64) as session:
         with pytest.raises(InputError, match="routers are not watched"), session.tracing():
@@ -144,6 +169,9 @@ def test_command_line(
     assert "too small even when experts are paged" in " ".join(capsys.readouterr().err.split())
     assert run(["simulate", str(output), str(model[0]), "--slots", "4"]) == 2
     assert "recorded with another model" in " ".join(capsys.readouterr().err.split())
+    assert run([*simulated, "--slots", "4", "--predictors", "--json"]) == 0
+    (line,) = json.loads(capsys.readouterr().out)["sizes"][0]["not_scored"]
+    assert line.startswith("linear map: llama.cpp runs this file") and "fit-guesses" not in line
     assert run([*arguments, "--prompt-tokens", "0"]) == 2
     assert "--prompt-tokens is 0" in " ".join(capsys.readouterr().err.split())
     prompt = ["--prompt", "def f(", "--raw", "--max-new-tokens", "5", "--ctx", "64", "--json"]

@@ -155,6 +155,10 @@ def test_token_prior_is_exact_where_a_table_routes() -> None:
 
 def test_what_a_trace_lacks_is_said() -> None:
     old = decoding([[0], [3]], [[1], [2]])
+    assert lacking(old.trace, {"linear": "it cannot be"})[1:] == [
+        lacking(old.trace)[1],
+        "linear map: it cannot be",
+    ]
     assert [line.partition(":")[0] for line in lacking(old.trace)] == [
         "token prior",
         "next router",

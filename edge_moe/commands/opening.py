@@ -34,6 +34,12 @@ class CommonOptions:
     context_tokens: int | None
     device: str | None
 
+    def require_one_limit(self, slots: int | None) -> None:
+        """Raise InputError where `slots` are given beside a budget, before the work begins."""
+        from edge_moe.runtime.allotment import require_one_limit
+
+        require_one_limit(self.budget_bytes, slots)
+
 
 @dataclass(frozen=True)
 class PagingOptions:
@@ -113,13 +119,16 @@ def open_runnable(
     """The model in `path`, and its task patterns by name where a task was asked for.
 
     Raises:
+        InputError: options that contradict each other.
         TargetError: options that what runs it has nothing for.
     """
+    common.require_one_limit(paging.slots)
     if is_gguf_file(path):
         return _open_gguf(path, common, paging, can_trace=paging.trace is not None), {}
     if is_onnx_folder(path):
         runs = "onnxruntime, which neither pages nor skips experts"
-        paging.refuse(path, runs, ("--slots", "--trace", "--predictor", *_LLAMA, *_ROUTING))
+        guessing = ("--predictor", "--linear-map")
+        paging.refuse(path, runs, ("--slots", "--trace", *guessing, *_LLAMA, *_ROUTING))
         from edge_moe.runtime.onnx_session import OnnxSession
 
         onnx = OnnxSession.open(
@@ -168,7 +177,7 @@ def open_runnable(
 def _open_gguf(
     path: Path, common: CommonOptions, paging: PagingOptions, *, can_trace: bool
 ) -> GgufSession:
-    paging.refuse(path, "llama.cpp, which routes by itself", _ROUTING)
+    paging.refuse(path, "llama.cpp, which routes by itself", ("--linear-map", *_ROUTING))
     if common.device == "cuda":
         raise TargetError(
             f"{path} runs in llama.cpp with its experts on the CPU: leave out --device cuda and "
@@ -230,8 +239,10 @@ def open_traceable(
     """The model in `path`, whose routers can be watched, and what `linear_map` guesses of them.
 
     Raises:
+        InputError: slots beside a budget.
         TargetError: an ONNX folder.
     """
+    common.require_one_limit(slots)
     if is_onnx_folder(path):
         raise TargetError(
             f"{path} runs in onnxruntime, which tells nobody what its routers choose: give the "

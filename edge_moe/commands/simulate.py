@@ -186,7 +186,9 @@ def _sizes(
 ) -> list[Size]:
     """What was asked for; else the whole memory of a data sheet, or what is free here."""
     if slots and budgets:
-        raise InputError("--slots and --budget are two ways to say the same: give one of them")
+        from edge_moe.runtime.allotment import require_one_limit
+
+        require_one_limit(budgets[0], slots[0])
     if slots:
         return [(None, each) for each in slots]
     if budgets:
