@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import save_file
 
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path
 from edge_moe.runtime.predictors import Predictor, largest_logits
+from edge_moe.runtime.tensor_file import read_tensor_file
 
 LINEAR_MAP_VERSION = 1
 _INFO_KEY = "edge_moe_linear_map"
@@ -116,12 +116,7 @@ class LinearMap:
         Raises:
             InputError: missing, damaged, another version, or arrays that contradict the header.
         """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                text = (file.metadata() or {}).get(_INFO_KEY)
-                arrays = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"linear map {path} is not readable ({error}): fit it again") from None
+        text, arrays = read_tensor_file(path, _INFO_KEY, kind="linear map", again="fit it again")
         if text is None:
             raise InputError(f"{path} is no linear map: fit one with `edge-moe fit-guesses`")
         info = _read_info(path, text)
@@ -168,7 +163,7 @@ def _read_info(path: Path, text: str) -> LinearMapInfo:
                 f"{LINEAR_MAP_VERSION}: fit it again"
             )
         return LinearMapInfo.model_validate(raw)
-    except (json.JSONDecodeError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, too deeply nested, or not as above
         reason = str(error).splitlines()[0]
         raise InputError(
             f"linear map {path} has a damaged header ({reason}): fit it again"

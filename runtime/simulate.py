@@ -22,6 +22,7 @@ from edge_moe.runtime.replay import HostResidents, Residents, Room
 from edge_moe.runtime.skipping import Mask, SkipRule
 from edge_moe.runtime.skipping_cost import skipping_cost
 from edge_moe.runtime.trace import Trace
+from edge_moe.spec import ModelSpec
 
 
 class Simulation(BaseModel):
@@ -245,6 +246,18 @@ def require_same_model(trace: Trace, model_fingerprint: str) -> None:
             f"the trace was recorded with another model ({trace.info.model_fingerprint[:12]}, not "
             f"{model_fingerprint[:12]}): give the model that was traced"
         )
+
+
+def require_spec(trace: Trace, spec: ModelSpec) -> None:
+    """Raise InputError where a trace that names the model contradicts it."""
+    info = trace.info
+    found, expected = (info.moe_layer_ids, info.top_k), (spec.moe_layer_ids, spec.top_k)
+    what = f"MoE layers {list(found[0])} and top_k={found[1]}" if found != expected else ""
+    highest = 0 if trace.token_ids is None else int(trace.token_ids.max(initial=0))
+    if highest >= spec.vocab_size:
+        what = f"token {highest} of {spec.vocab_size}"
+    if what:
+        raise InputError(f"the trace has {what}, unlike the model it names: record it again")
 
 
 def _choices(

@@ -29,12 +29,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save_file
 
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path
+from edge_moe.runtime.tensor_file import read_tensor_file
 
 TRACE_VERSION = 3
 _READ_VERSIONS = (2, TRACE_VERSION)
@@ -61,7 +61,7 @@ class TraceInfo(BaseModel):
     model_fingerprint: str
     """Of the checkpoint that the traced model is, or was built from."""
     moe_layer_ids: tuple[int, ...]
-    top_k: int
+    top_k: int = Field(gt=0)
     kept: tuple[tuple[int, ...], ...]
     """Per MoE layer the expert ids of the router's rows, in row order."""
     has_weights: bool = True
@@ -120,14 +120,10 @@ class Trace:
         """Read and check what `save` wrote.
 
         Raises:
-            InputError: missing, damaged, another version, or arrays that contradict each other.
+            InputError: missing, damaged, another version, arrays that contradict each other, or
+                no token.
         """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                text = (file.metadata() or {}).get(_INFO_KEY)
-                arrays = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"trace {path} is not readable ({error}): record it again") from None
+        text, arrays = read_tensor_file(path, _INFO_KEY, kind="trace", again="record it again")
         if text is None:
             raise InputError(f"{path} is no trace: record one with `edge-moe trace`")
         info = _read_info(path, text)
@@ -240,7 +236,7 @@ def _read_info(path: Path, text: str) -> TraceInfo:
                 f"{' and '.join(map(str, _READ_VERSIONS))}: record it again"
             )
         return TraceInfo.model_validate(raw)
-    except (json.JSONDecodeError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, too deeply nested, or not as above
         reason = str(error).splitlines()[0]
         raise InputError(f"trace {path} has a damaged header ({reason}): record it again") from None
 
@@ -258,7 +254,10 @@ def _check_arrays(path: Path, info: TraceInfo, arrays: dict[str, Array]) -> None
     expected = _DTYPES | {name: kind for name, kind in optional.items() if name in found}
     require(found == expected, f"arrays are {found}, expected {expected}")
     rows, weights, steps = arrays["rows"], arrays["weights"], arrays["step_tokens"]
+    require(rows.ndim == 3, f"rows have {rows.ndim} dimensions, not 3")
+    require(len(rows) > 0, "it holds no token")
     num_layers = len(info.moe_layer_ids)
+    require(num_layers > 0, "it has no layer")
     require(len(info.kept) == num_layers, f"{len(info.kept)} lists of experts, {num_layers} layers")
     shape = (len(rows), num_layers, info.top_k)
     require(rows.shape == shape and weights.shape == shape, f"rows are not {list(shape)}")
@@ -267,7 +266,7 @@ def _check_arrays(path: Path, info: TraceInfo, arrays: dict[str, Array]) -> None
     require(bool((steps > 0).all()), "a step has no token")
     for layer, kept in enumerate(info.kept):
         highest = int(rows[:, layer].max(initial=0))
-        require(highest < max(len(kept), 1), f"row {highest} of {len(kept)} in layer {layer}")
+        require(highest < len(kept), f"row {highest} of {len(kept)} in layer {layer}")
     ordered = np.sort(rows, axis=2)
     require(not (ordered[:, :, 1:] == ordered[:, :, :-1]).any(), "a token chose a row twice")
     token_ids = arrays.get(_TOKEN_IDS)
@@ -278,6 +277,6 @@ def _check_arrays(path: Path, info: TraceInfo, arrays: dict[str, Array]) -> None
         for layer, kept in enumerate(info.kept):
             known = array[:, layer][array[:, layer] != NO_GUESS]
             highest = int(known.max(initial=0))
-            require(highest < max(len(kept), 1), f"{name}: row {highest} in layer {layer}")
+            require(highest < len(kept), f"{name}: row {highest} in layer {layer}")
     values = (weights, arrays["token_norms"])
     require(all(bool((np.isfinite(v) & (v >= 0)).all()) for v in values), "a weight is no number")

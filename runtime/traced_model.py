@@ -30,7 +30,7 @@ from edge_moe.runtime.allotment import (
 from edge_moe.runtime.policy import token_cycle_bytes
 from edge_moe.runtime.predictors import LINEAR_GUESSES, ROUTER_GUESSES
 from edge_moe.runtime.replay import Room
-from edge_moe.runtime.simulate import require_same_model, traced_sizes
+from edge_moe.runtime.simulate import require_same_model, require_spec, traced_sizes
 from edge_moe.runtime.this_machine import Step
 from edge_moe.runtime.trace import Trace
 from edge_moe.spec import ModelSpec
@@ -146,6 +146,8 @@ class _Native(TracedModel):
         return Session.open(self._path, context_tokens=context_tokens, device="cpu")
 
     def sizes(self, trace: Trace) -> Sizes:
+        require_same_model(trace, self.fingerprint)
+        require_spec(trace, self.spec)
         return traced_sizes(trace, self._store, self.fingerprint)
 
     def terms(self, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:
@@ -197,6 +199,12 @@ class _Gguf(TracedModel):
 
     def sizes(self, trace: Trace) -> Sizes:
         require_same_model(trace, self._model.fingerprint)
+        require_spec(trace, self.spec)
+        every = tuple(range(self.spec.num_experts))
+        if any(kept != every for kept in trace.info.kept):
+            raise InputError(
+                f"the trace names other experts than the {len(every)} of this file: record it again"
+            )
         return gguf_allotment.expert_sizes(self._model)
 
     def terms(self, context_tokens: int, *, has_budget: bool) -> list[MemoryTerm]:

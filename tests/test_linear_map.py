@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 from tiny_models import make_tiny_checkpoint
 
 from edge_moe.checkpoint import Checkpoint
@@ -97,6 +98,10 @@ def test_damaged_maps(change: dict[str, Any], message: str, tmp_path: Path) -> N
         save_file(load_file(path), path, metadata={"edge_moe_linear_map": text})
         with pytest.raises(InputError, match=words):
             LinearMap.load(path)
+    save_torch({"map.1": torch.zeros(3, 2, dtype=torch.bfloat16)}, path, metadata=metadata)
+    with pytest.raises(InputError, match="is not readable .*bfloat16"):
+        LinearMap.load(path)
+    SMALL.save(path)
     save_file(load_file(path), path)
     with pytest.raises(InputError, match="is no linear map"):
         LinearMap.load(path)

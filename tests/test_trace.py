@@ -15,6 +15,7 @@ import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint
 from hand_plan import hand_plan
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
@@ -35,6 +36,7 @@ from edge_moe.runtime.session import Session
 from edge_moe.runtime.simulate import Simulation, simulate, traced_sizes
 from edge_moe.runtime.skipping import RatioRule, SkipRule, TopP
 from edge_moe.runtime.trace import NO_GUESS, Trace, TraceInfo, TraceRecorder
+from edge_moe.runtime.traced_model import open_traced
 
 PROMPT = list(range(5, 45))
 INFO = TraceInfo(model_fingerprint="m", moe_layer_ids=(0, 3), top_k=2, kept=((0, 4, 5), (1, 2)))
@@ -101,6 +103,8 @@ def test_interrupted_step_is_left_out() -> None:
     ("change", "message"),
     [
         ({"rows": np.zeros((2, 2, 2), np.int64)}, "arrays are"),
+        ({"rows": np.array(3, np.uint16)}, "rows have 0 dimensions"),
+        ({"rows": np.zeros((0, 2, 2), np.uint16)}, "holds no token"),
         ({"rows": np.array([[[0, 9], [0, 1]]] * 2, np.uint16)}, "row 9 of 3 in layer 0"),
         ({"rows": np.array([[[1, 1], [0, 1]]] * 2, np.uint16)}, "chose a row twice"),
         ({"rows": np.zeros((2, 1, 2), np.uint16)}, r"rows are not \[2, 2, 2\]"),
@@ -128,9 +132,38 @@ def test_damaged_traces(change: dict[str, Any], message: str, tmp_path: Path) ->
     save_file(arrays, path, metadata={"edge_moe_trace": '{"version": 7}'})
     with pytest.raises(InputError, match="has version 7"):
         Trace.load(path)
+    for text in (INFO.model_copy(update={"top_k": 0}).model_dump_json(), "[" * 10**5, "9" * 5000):
+        save_file(arrays, path, metadata={"edge_moe_trace": text})
+        with pytest.raises(InputError, match="damaged header"):
+            Trace.load(path)
+    save_torch({"rows": torch.zeros(2, dtype=torch.bfloat16)}, path, metadata=metadata)
+    with pytest.raises(InputError, match="is not readable .*bfloat16"):
+        Trace.load(path)
     path.write_bytes(b"no")
     with pytest.raises(InputError, match="is not readable"):
         Trace.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": np.array([5, 10**6], np.uint32)}, "has token 1000000 of"),
+        ({"info": {"top_k": 3}}, "top_k=3, unlike the model it names"),
+        ({"info": {"moe_layer_ids": (0, 3)}}, r"has MoE layers \[0, 3\]"),
+        ({"info": {"kept": ((0, 1), (1, 9))}}, "expert 9 of MoE layer 1"),
+    ],
+)
+def test_traces_that_contradict_their_model(
+    change: dict[str, Any], message: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    traced = open_traced(tiny_checkpoint("olmoe"), "cpu")
+    real = {"model_fingerprint": traced.fingerprint, "moe_layer_ids": (0, 1), "kept": ((0, 1),) * 2}
+    trace = small_trace([[[0, 1], [1, 0]]] * 2, [1, 1], INFO.model_copy(update=real))
+    trace = dataclasses.replace(trace, token_ids=np.array([5, 6], np.uint32))
+    assert len(traced.sizes(trace)) == 2
+    info = trace.info.model_copy(update=change.get("info", {}))
+    with pytest.raises(InputError, match=message):
+        traced.sizes(dataclasses.replace(trace, **(change | {"info": info})))
 
 
 def test_replay_by_hand() -> None:

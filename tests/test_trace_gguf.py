@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from edge_moe.cli import run
 from edge_moe.errors import InputError
 from edge_moe.gguf_model import GgufModel
 from edge_moe.profiles import load_device
+from edge_moe.runtime.gguf_allotment import expert_limit_bytes
 from edge_moe.runtime.gguf_session import GgufSession
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.record_trace import feed
@@ -78,9 +80,10 @@ def test_slots_beside_a_budget_are_refused(
     for path in model[: 1 if command == "fit-guesses" else 2]:
         assert run([command, str(path), *given, "--slots", "4", "--budget", "1GB"]) == 2
         assert "give one of them" in " ".join(capsys.readouterr().err.split())
-    for session in (Session, GgufSession):
-        with pytest.raises(InputError, match="give one of them"):
-            session.open(model[session is GgufSession], num_slots=4, budget_bytes=10**9)
+    with pytest.raises(InputError, match="give one of them"):
+        Session.open(model[0], num_slots=4, budget_bytes=10**9)
+    with pytest.raises(InputError, match="give one of them"):
+        expert_limit_bytes(GgufModel(model[1]), [], 10**9, 4)
 
 
 @pytest.mark.parametrize("command", ["run", "trace"])
@@ -122,6 +125,16 @@ def test_replay_counts_what_was_paged(kind: str, model: tuple[Path, Path], tmp_p
         found = simulate(trace, sizes, room, DEFAULT_POLICY)
         assert (found.hits, found.misses) == (real.hits, real.misses)
         assert (found.evictions, found.page_in_bytes) == (real.evictions, real.page_in_bytes)
+
+
+def test_a_trace_of_other_experts_is_refused(model: tuple[Path, Path]) -> None:
+    traced = open_traced(model[1], "cpu")
+    with GgufSession.open(model[1], context_tokens=64, can_trace=True) as session:
+        trace = recorded(session)
+    kept = ((*trace.info.kept[0], 8), *trace.info.kept[1:])
+    info = trace.info.model_copy(update={"kept": kept})
+    with pytest.raises(InputError, match="other experts than the 8 of this file"):
+        traced.sizes(dataclasses.replace(trace, info=info))
 
 
 def test_paging_is_foretold_pair_by_pair(model: tuple[Path, Path]) -> None:
