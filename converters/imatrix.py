@@ -43,7 +43,7 @@ def write_imatrix(stats_folder: Path, output: Path) -> Path:
 
     Raises:
         StatsError: the statistics or their second moments are missing or damaged.
-        InputError: `output` is a folder.
+        InputError: `output` is a folder, or in none.
         DiskSpaceError: too little free space.
         MissingExtraError: the `gguf` package is not installed.
     """

@@ -116,14 +116,28 @@ def require_free_disk(folder: Path, needed_bytes: int, purpose: str) -> None:
         )
 
 
-def require_file_output(path: Path, suffix: str) -> None:
-    """Refuse a folder where a file is to be written, before the work is done.
+def require_file_output(path: Path, suffix: str, *, makes_folder: bool = False) -> None:
+    """Refuse a place where no file can be written, before the work is done.
+
+    `makes_folder`: whoever writes it makes the folder that it is in.
 
     Raises:
-        InputError: `path` is a folder.
+        InputError: `path` is a folder, or in none.
     """
     if path.is_dir():
         raise InputError(f"output {path} is a folder: name a file, such as {path / f'out{suffix}'}")
+    if not (makes_folder or path.parent.is_dir()):
+        raise InputError(
+            f"output {path}: there is no folder {path.parent}; make it first, or choose another"
+        )
+
+
+def require_suffix(path: Path, suffix: str) -> None:
+    """Raise InputError unless the name of an output ends in `suffix`."""
+    if path.suffix != suffix:
+        raise InputError(
+            f"output {path} is written as {suffix}: name it so, such as {path.with_suffix(suffix)}"
+        )
 
 
 def require_new_output(path: Path) -> None:

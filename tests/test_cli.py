@@ -329,6 +329,17 @@ def test_a_file_where_a_folder_belongs_and_the_other_way_round(
     plan = fails("plan", checkpoint, "--stats", "nowhere", "--budget", "1GB", "-o", folder)
     assert plan == f"output {folder} is a folder: name a file, such as {folder / 'out.json'}"
     assert f"output {folder} is a folder" in fails("report", checkpoint, "-o", folder)
+    nowhere = tmp_path / "none" / "a.safetensors"
+    text = ("--task", "code", "-o")
+    for command in (
+        ("trace", checkpoint, *text, nowhere),
+        ("fit-guesses", checkpoint, *text, nowhere),
+        ("run", checkpoint, "--prompt", "x", "--trace", nowhere),
+    ):
+        assert f"output {nowhere}: there is no folder {nowhere.parent}" in fails(*command)
+    for name in ("trace", "fit-guesses"):
+        wrong = fails(name, checkpoint, *text, tmp_path / "a.json")
+        assert wrong.endswith(f"name it so, such as {tmp_path / 'a.safetensors'}")
 
 
 def test_a_model_that_moved_is_given_by_a_flag(

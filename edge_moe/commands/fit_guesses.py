@@ -10,7 +10,7 @@ import typer
 from edge_moe.commands.opening import CommonOptions, open_traceable, runnable_path
 from edge_moe.commands.options import Budget, Revision, Tasks, stderr
 from edge_moe.errors import TargetError
-from edge_moe.files import require_file_output
+from edge_moe.files import require_file_output, require_suffix
 from edge_moe.open_model import is_gguf_file
 from edge_moe.units import parse_bytes
 
@@ -56,6 +56,7 @@ def fit_guesses_command(
     """Fit a map from each MoE layer's input to what the next router ranks by, on a task's text."""
     path = runnable_path(model, revision)
     require_file_output(output, ".safetensors")
+    require_suffix(output, ".safetensors")
     if is_gguf_file(path):
         raise TargetError(
             f"{path} runs in llama.cpp: give the checkpoint or package that it was made from"

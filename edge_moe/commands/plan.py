@@ -102,7 +102,7 @@ def plan_command(
     from edge_moe.planner import make_plan
     from edge_moe.stats import ExpertStats
 
-    require_file_output(output, ".json")
+    require_file_output(output, ".json", makes_folder=True)
     if keep_pruned_as_shadows and shadow is None:
         raise InputError("--keep-pruned-as-shadows needs the form of the shadows: add --shadow")
     found_stats = ExpertStats.load(stats)

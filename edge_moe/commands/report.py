@@ -27,7 +27,7 @@ def report_command(
     from edge_moe.report import print_report, write_report
 
     if output is not None:
-        require_file_output(output, ".html")
+        require_file_output(output, ".html", makes_folder=True)
     if json:
         print(json_library.dumps(report_facts(folder), indent=1))
     else:

@@ -64,6 +64,7 @@ from edge_moe.commands.run_options import (
 )
 from edge_moe.commands.task_choice import AUTO, choose_task
 from edge_moe.errors import InputError
+from edge_moe.files import require_file_output
 
 if TYPE_CHECKING:
     from edge_moe.commands.generation import Runnable
@@ -111,6 +112,8 @@ def run_command(
     _check_prompt(prompt, is_needed=json or record, is_matched=task == AUTO)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     sampling.check()
+    if trace is not None:
+        require_file_output(trace, ".safetensors")
     path = runnable_path(model, revision)
     common = CommonOptions(budget, ctx, device.value if device else None)
     paging = PagingOptions(

@@ -9,7 +9,7 @@ import typer
 
 from edge_moe.commands.opening import CommonOptions, open_traceable, runnable_path, tracing
 from edge_moe.commands.options import Budget, LinearMapFile, Revision, Tasks, stderr
-from edge_moe.files import require_file_output
+from edge_moe.files import require_file_output, require_suffix
 
 
 def trace_command(
@@ -44,6 +44,7 @@ def trace_command(
     """Record the routers' choices on held-out text, one token a step as when decoding."""
     path = runnable_path(model, revision)
     require_file_output(output, ".safetensors")
+    require_suffix(output, ".safetensors")
     from edge_moe.runtime.evaluate import progress
     from edge_moe.runtime.record_trace import feed, text_windows
 
