@@ -403,6 +403,11 @@ class Session(TextSession):
         """What the user should know about the slots and the kernels."""
         options = self._options
         found = self._residency.slots.warnings() + options.kernels.warnings
+        if options.ram_bytes and not options.tier_bytes:
+            found.append(
+                "--ram is for experts beside a GPU: on a CPU it does nothing without --misses cpu; "
+                "leave it out, or raise --budget"
+            )
         for kernels in (options.cpu_kernels, options.shadow_kernels):
             found += kernels.warnings if kernels is not None else []
         if self._shadows is not None and self._residency.shadows is None:

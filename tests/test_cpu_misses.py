@@ -143,6 +143,9 @@ def test_what_cannot_be_done_is_refused(tiny_checkpoint: TinyCheckpoint) -> None
         open_with(folder, cast(Misses, "sometimes"))
     with Session.open(folder, num_slots=4, ram_bytes=RAM) as session:
         assert session.misses == "" and session.host_memory() == []
+        assert [each for each in session.warnings if each.startswith("--ram is for")]
+    with Session.open(folder, num_slots=4) as session:
+        assert not session.warnings or "--ram" not in " ".join(session.warnings)
 
 
 def test_run_says_what_became_of_the_misses(

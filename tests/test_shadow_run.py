@@ -276,6 +276,10 @@ def test_command_line(demo_model: Path, tmp_path: Path) -> None:
     refused = runner.invoke(app, [*run, "--stall", "never", "--stall-seconds", "1"])
     assert isinstance(refused.exception, InputError)
     assert "--stall-seconds is for --stall bounded" in str(refused.exception)
+    for idle in (["--prefetch"], ["--predictor", "token"], ["--linear-map", "m.safetensors"]):
+        refused = runner.invoke(app, [*run, "--stall", "never", *idle])
+        assert isinstance(refused.exception, InputError)
+        assert f"leave out {idle[0]}, or use --stall exact" in str(refused.exception)
     score = ["eval", str(folder), "--against", str(demo_model), "--task", "code", "--json"]
     score += ["--max-windows", "1", "--window-tokens", "24", "--budget"]
     with pytest.raises(BudgetError) as small:

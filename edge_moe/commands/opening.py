@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_moe.commands.options import skip_rule, stderr
 from edge_moe.commands.task_choice import AUTO, known_patterns
-from edge_moe.errors import TargetError
+from edge_moe.errors import InputError, TargetError
 from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.open_model import is_gguf_file
 from edge_moe.units import format_bytes
@@ -91,6 +91,25 @@ class PagingOptions:
                 "native"
             )
 
+    def refuse_idle(self) -> None:
+        """Raise InputError where what reads ahead was asked for beside a --stall that never does.
+
+        A linear map may still be traced.
+        """
+        if self.stall is None or not self.stall.uses_shadows:
+            return
+        values = {
+            "--prefetch": self.prefetch,
+            "--predictor": self.predictors,
+            "--linear-map": self.linear_map is not None and self.trace is None,
+        }
+        given = [name for name, value in values.items() if value]
+        if given:
+            raise InputError(
+                f"--stall {self.stall.mode} reads nothing ahead, but brings in what was missed: "
+                f"leave out {', '.join(given)}, or use --stall exact"
+            )
+
 
 _LLAMA = ("--gpu-layers", "--rearranged")
 _ROUTING = (
@@ -147,6 +166,7 @@ def open_runnable(
         raise TargetError(
             f"{path} runs in edge-moe's own runtime: --rearranged is for .gguf files; leave it out"
         )
+    paging.refuse_idle()
     known = known_patterns(path, paging.task, paging.patterns)
     from edge_moe.runtime.predictor_choice import default_predictors
     from edge_moe.runtime.session import Session
