@@ -17,6 +17,7 @@ be read with O_DIRECT.
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 
@@ -104,6 +105,14 @@ class Package:
         self.manifest = _read_manifest(folder)
         self.spec = ModelSpec.from_file(folder / "config.json")
         self._check()
+
+    @cached_property
+    def own_fingerprint(self) -> str:
+        """sha256 of edge_moe.json, which has the digests of all weights and their forms.
+
+        Another build of the same checkpoint has another one.
+        """
+        return hashlib.sha256((self.folder / MANIFEST_NAME).read_bytes()).hexdigest()
 
     @cached_property
     def plan(self) -> Plan:

@@ -98,6 +98,11 @@ def choose_kernels(kernels: Kernels, device: torch.device, forms: Iterable[str])
     return KernelChoice(kernels, found, known - found, _unknown_warnings(kernels, known - found))
 
 
+def automatic_label(forms: Iterable[str]) -> str:
+    """What `auto` comes to on a CPU for experts in `forms`."""
+    return _choose_automatically("ggml", frozenset(forms)).label
+
+
 def _require_device(kernels: PackedKernels, device: torch.device) -> None:
     """Raise InputError unless `kernels` compute on `device`."""
     if kernels == "ggml" and device.type != "cpu":

@@ -73,11 +73,11 @@ class MachineRates(_Model):
     storage: dict[str, Measured] = Field(default_factory=dict)
     """Bytes per second, by disk and size of the pieces."""
     compute: dict[str, Measured] = Field(default_factory=dict)
-    """Seconds per token, by fingerprint of the model."""
+    """Seconds per token, by what is computed: see `TracedModel.computed_as`."""
 
-    def profile(self, path: Path, piece_bytes: int, fingerprint: str) -> DeviceProfile:
+    def profile(self, path: Path, piece_bytes: int, computed_as: str) -> DeviceProfile:
         """This machine for the model at `path`, whose storage was measured."""
-        storage, compute = self.storage[_disk(path, piece_bytes)], self.compute.get(fingerprint)
+        storage, compute = self.storage[_disk(path, piece_bytes)], self.compute.get(computed_as)
         machine, memory = self.machine, self.memory
         sources = {
             "memory_bytes": "as the system says",
@@ -117,11 +117,11 @@ def machine_rates(path: Path, piece_bytes: int, *, again: bool = False) -> Machi
 
 
 def with_compute(
-    rates: MachineRates, fingerprint: str, step: Step, token_ids: Sequence[int]
+    rates: MachineRates, computed_as: str, step: Step, token_ids: Sequence[int]
 ) -> MachineRates:
     """`rates` and what a token of a model takes, measured by computing `token_ids`."""
     measured = token_seconds(step, token_ids)
-    rates = rates.model_copy(update={"compute": rates.compute | {fingerprint: measured}})
+    rates = rates.model_copy(update={"compute": rates.compute | {computed_as: measured}})
     _remember(rates)
     return rates
 

@@ -27,6 +27,7 @@ from edge_moe.runtime.allotment import (
     session_terms,
     source_fingerprint,
 )
+from edge_moe.runtime.kernel_choice import automatic_label
 from edge_moe.runtime.policy import token_cycle_bytes
 from edge_moe.runtime.predictors import LINEAR_GUESSES, ROUTER_GUESSES
 from edge_moe.runtime.replay import Room
@@ -78,6 +79,11 @@ class TracedModel(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Of the model, as its traces name it."""
+
+    @property
+    def computed_as(self) -> str:
+        """What the time of a token belongs to: the bytes, and what computes them."""
+        return self.fingerprint
 
     @property
     @abstractmethod
@@ -132,6 +138,14 @@ class _Native(TracedModel):
     @property
     def fingerprint(self) -> str:
         return source_fingerprint(self._source)
+
+    @property
+    def computed_as(self) -> str:
+        """Packages of one checkpoint share its fingerprint, but not their forms."""
+        source, store = self._source, self._store
+        own = source.own_fingerprint if isinstance(source, Package) else source.fingerprint
+        label = automatic_label(store.record(key).form for key in store.keys())
+        return f"{own}, kernels {label}"
 
     @property
     def never_guessed(self) -> dict[str, str]:

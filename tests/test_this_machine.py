@@ -10,12 +10,19 @@ from unittest import mock
 import pytest
 from conftest import TinyCheckpoint
 from float32_gguf import float32_gguf
+from hand_plan import hand_plan
 
+from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
 from edge_moe.commands import this_device
+from edge_moe.commands.this_device import measured_here
+from edge_moe.converters.build import build
 from edge_moe.errors import InputError
-from edge_moe.runtime import this_machine
+from edge_moe.package import Package
+from edge_moe.runtime import this_machine, traced_model
+from edge_moe.runtime.session import Session
 from edge_moe.runtime.this_machine import Measured, machine_rates
+from edge_moe.runtime.traced_model import open_traced
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +148,38 @@ def test_command_line(
     assert term["measured_compute_seconds"] is None and math.isfinite(term["dense_seconds"])
     assert run([*asked[:-1], "cpu", "--measure-again"]) == 2
     assert "add --device this" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_token_of_each_build_is_timed_for_itself(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint's trace fits its packages, whose forms and kernels take another time."""
+    folder = tiny_checkpoint("qwen3_moe", wide=True)
+    builds = [
+        build(hand_plan(Checkpoint(folder), [[form] * 8] * 2), tmp_path / form)
+        for form in ("bf16", "q8_0", "q4_k")
+    ]
+    models = [open_traced(path, "cpu") for path in (folder, *builds)]
+    assert len({model.fingerprint for model in models}) == 1
+    with Session.open(folder) as session, session.tracing() as recorder:
+        session.logits(list(range(1, 29)))
+        trace = recorder.finish(session.trace_info())
+    taken = iter([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(
+        this_machine, "token_seconds", lambda *_: Measured.now(next(taken), "by hand")
+    )
+    for _ in range(2):  # the second time all are remembered
+        found = [
+            measured_here(path, model, trace, again=False)[1]
+            for path, model in zip((folder, *builds), models, strict=True)
+        ]
+        assert found == [1.0, 2.0, 3.0, 4.0]
+    key = models[2].computed_as
+    for kernels in ("exact", "ggml"):
+        monkeypatch.setattr(traced_model, "automatic_label", lambda _, name=kernels: name)
+        assert models[2].computed_as.endswith(f", kernels {kernels}")
+    with Session.open(builds[1]) as session:
+        assert key == f"{Package(builds[1]).own_fingerprint}, kernels {session.kernels}"
 
 
 def test_what_was_measured_says_when() -> None:

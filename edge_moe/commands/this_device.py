@@ -30,16 +30,16 @@ def measured_here(
     sizes = model.sizes(trace)
     num_experts = sum(map(len, sizes))
     piece_bytes = sum(map(sum, sizes)) // num_experts // model.pieces_per_expert
-    fingerprint = model.fingerprint
+    key = model.computed_as
     rates = this_machine.machine_rates(path, piece_bytes, again=again)
-    if fingerprint not in rates.compute and _fits(model):
+    if key not in rates.compute and _fits(model):
         token_ids = [1] * this_machine.NUM_TOKENS
         if trace.token_ids is not None and trace.num_tokens >= len(token_ids):
             token_ids = trace.token_ids[: len(token_ids)].tolist()
         with model.stepping(_TIMING_CONTEXT) as step:
-            rates = this_machine.with_compute(rates, fingerprint, step, token_ids)
-    found = rates.compute.get(fingerprint)
-    return rates.profile(path, piece_bytes, fingerprint), None if found is None else found.value
+            rates = this_machine.with_compute(rates, key, step, token_ids)
+    found = rates.compute.get(key)
+    return rates.profile(path, piece_bytes, key), None if found is None else found.value
 
 
 def _fits(model: TracedModel) -> bool:
