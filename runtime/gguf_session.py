@@ -179,10 +179,7 @@ class GgufSession(TextSession):
             held.pop_all()
         session = cls(model, loaded, experts, network, terms, context)
         if is_paging and gpu_layers and prefetch is not False:
-            session.warnings.append(
-                "experts are not read ahead: with --gpu-layers the routers that guess them are in "
-                "the GPU's memory"
-            )
+            session.warnings += _left_out(predictors, names)
         if is_paging and limit_bytes < cycle_bytes:
             session.warnings.append(
                 f"experts have {format_bytes(limit_bytes)}, one token uses "
@@ -280,6 +277,17 @@ class GgufSession(TextSession):
         """Of a chat only what is new is computed, where the model's memory can be cut."""
         kept = 0 if isinstance(prompt, str) else self._context.keep_prefix(prompt_ids)
         return _LlamaLoop(self._context, self.context_tokens, kept) if kept else self.new_loop()
+
+
+def _left_out(asked: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """What to say of predictors that cannot guess with layers on a GPU."""
+    lost = [name for name in asked if name not in kept]
+    if not lost:
+        return []
+    where = "with --gpu-layers the routers that guess them are in the GPU's memory"
+    if not kept:
+        return [f"experts are not read ahead: {where}; give --predictor transitions or token"]
+    return [f"experts are read ahead by {', '.join(kept)}, not by {', '.join(lost)}: {where}"]
 
 
 def _predictor(name: str, inputs: BlockInputs, num_rows: Sequence[int], top_k: int) -> Predictor:

@@ -97,6 +97,15 @@ def test_llama_cpp_is_told_and_experts_stay_ours(
         assert session.prefetch_trial is None
         assert any("--gpu-layers" in warning for warning in session.warnings)
     assert told == [3]
+    for names, said in (
+        (["transitions"], []),
+        (["token", "router"], ["experts are read ahead by token, not by router"]),
+    ):
+        with GgufSession.open(
+            path, context_tokens=64, num_slots=4, gpu_layers=3, predictors=names
+        ) as session:
+            assert session.generate_ids(PROMPT, 8, stop_at_eos=False) == wanted
+            assert [each.partition(": ")[0] for each in session.warnings] == said
 
 
 def test_the_benchmark_gives_llama_cpp_the_layers_that_fit(path: Path) -> None:
