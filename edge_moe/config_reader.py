@@ -19,7 +19,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         SpecError: the file is missing, not readable or not a JSON object.
     """
-    missing = f"{path} does not exist: MODEL must be a folder with config.json and safetensors"
+    missing = (
+        f"{path} does not exist: give a folder with config.json and safetensors, a package, a "
+        ".gguf file, or a hub id such as Qwen/Qwen3-30B-A3B"
+    )
     config = read_json(path, SpecError, missing=missing, damaged="download the file again")
     if not isinstance(config, dict):
         raise SpecError(f"{path} holds no JSON object: download the file again")

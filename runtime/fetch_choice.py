@@ -103,7 +103,7 @@ def _divisions(misses: Sequence[Miss]) -> Iterator[tuple[int, ...]]:
         yield tuple(possible[start:])
 
 
-def check_misses(misses: str, device: str, ram_bytes: int | None) -> None:
+def check_misses(misses: str, ram_bytes: int | None) -> None:
     """Refuse what cannot be done.
 
     Raises:
@@ -113,8 +113,8 @@ def check_misses(misses: str, device: str, ram_bytes: int | None) -> None:
         raise InputError(f"misses {misses!r} are unknown: use {', '.join(get_args(Misses))}")
     if misses == "cpu" and not ram_bytes:
         raise InputError(
-            f"--misses cpu computes the experts that {device} lacks from RAM, which holds none: "
-            "add --ram, such as --ram 16GB"
+            "--misses cpu computes experts that have no slot from RAM beside the slots, which "
+            "holds none: add --ram, such as --ram 16GB"
         )
 
 

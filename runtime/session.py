@@ -174,7 +174,7 @@ class Session(TextSession):
             verify_resident(source)
         spec = source.spec
         where = _device(device)
-        check_misses(misses, where.type, ram_bytes)
+        check_misses(misses, ram_bytes)
         if graphs and where.type != "cuda":
             raise InputError(
                 f"graphs are captured on CUDA, not on {where.type}: leave --graphs out"

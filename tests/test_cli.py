@@ -329,6 +329,8 @@ def test_a_file_where_a_folder_belongs_and_the_other_way_round(
     plan = fails("plan", checkpoint, "--stats", "nowhere", "--budget", "1GB", "-o", folder)
     assert plan == f"output {folder} is a folder: name a file, such as {folder / 'out.json'}"
     assert f"output {folder} is a folder" in fails("report", checkpoint, "-o", folder)
+    empty = fails("run", folder, "--prompt", "x")
+    assert empty.startswith(f"{folder / 'config.json'} does not exist: give a folder with config")
     nowhere = tmp_path / "none" / "a.safetensors"
     text = ("--task", "code", "-o")
     for command in (

@@ -137,7 +137,7 @@ def test_a_failed_read_leaves_the_session_usable(tiny_checkpoint: TinyCheckpoint
 
 def test_what_cannot_be_done_is_refused(tiny_checkpoint: TinyCheckpoint) -> None:
     folder = tiny_checkpoint("qwen3_moe")
-    with pytest.raises(InputError, match="add --ram"):
+    with pytest.raises(InputError, match="have no slot from RAM .* add --ram"):
         Session.open(folder, num_slots=4, misses="cpu")
     with pytest.raises(InputError, match="use auto, fetch, cpu"):
         open_with(folder, cast(Misses, "sometimes"))

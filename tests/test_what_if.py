@@ -18,7 +18,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
 from edge_moe.errors import InputError
 from edge_moe.profile import DeviceProfile
-from edge_moe.profiles import load_device
+from edge_moe.profiles import device_names, load_device
 from edge_moe.runtime.belady import Belady
 from edge_moe.runtime.known_predictors import lacking, predictor_makers
 from edge_moe.runtime.limit import limit
@@ -423,6 +423,12 @@ def test_budgets_are_split_between_context_and_experts(
     assert found["best_context_tokens"] in contexts
     kv = [each["kv_bytes"] for each in found["splits"]]
     assert kv == sorted(kv) and len(set(kv)) == len(kv)
+
+
+def test_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["simulate", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("`this`", *device_names()))
 
 
 @pytest.mark.parametrize(

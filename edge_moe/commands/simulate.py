@@ -69,8 +69,8 @@ DeviceChoice = Annotated[
     typer.Option(
         "--device",
         metavar="NAME",
-        help="cpu, cuda, or a data sheet such as rtx-3060, which adds tokens per second; this is "
-        "the machine at hand, measured once and remembered.",
+        help="cpu, cuda, or what adds tokens per second: `this`, the machine at hand, measured "
+        "once and remembered; or a data sheet, h200, laptop-16gb, rtx-3060-12gb or rtx-4090-24gb.",
     ),
 ]
 SyncMicroseconds = Annotated[
