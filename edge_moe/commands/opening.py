@@ -34,12 +34,6 @@ class CommonOptions:
     context_tokens: int | None
     device: str | None
 
-    def require_one_limit(self, slots: int | None) -> None:
-        """Raise InputError where `slots` are given beside a budget, before the work begins."""
-        from edge_moe.runtime.allotment import require_one_limit
-
-        require_one_limit(self.budget_bytes, slots)
-
 
 @dataclass(frozen=True)
 class PagingOptions:
@@ -132,6 +126,13 @@ def runnable_path(model: str, revision: str | None) -> Path:
     return gguf_inside(Path(model).expanduser()) or resolve_model(model, revision)
 
 
+def _require_one_limit(common: CommonOptions, slots: int | None) -> None:
+    """Raise InputError where `slots` are given beside a budget, before the work begins."""
+    from edge_moe.runtime.allotment import require_one_limit
+
+    require_one_limit(common.budget_bytes, slots)
+
+
 def open_runnable(
     path: Path, common: CommonOptions, paging: PagingOptions
 ) -> tuple[Runnable, dict[str, TaskPattern]]:
@@ -141,7 +142,7 @@ def open_runnable(
         InputError: options that contradict each other.
         TargetError: options that what runs it has nothing for.
     """
-    common.require_one_limit(paging.slots)
+    _require_one_limit(common, paging.slots)
     if is_gguf_file(path):
         return _open_gguf(path, common, paging, can_trace=paging.trace is not None), {}
     if is_onnx_folder(path):
@@ -262,7 +263,7 @@ def open_traceable(
         InputError: slots beside a budget.
         TargetError: an ONNX folder.
     """
-    common.require_one_limit(slots)
+    _require_one_limit(common, slots)
     if is_onnx_folder(path):
         raise TargetError(
             f"{path} runs in onnxruntime, which tells nobody what its routers choose: give the "
