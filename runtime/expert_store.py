@@ -65,6 +65,49 @@ class ExpertStore(ABC):
         ]
 
 
+@dataclass(frozen=True)
+class _OpenFile:
+    """An open file, as it was then."""
+
+    path: Path
+    descriptor: int
+    is_direct: bool
+    """Whether O_DIRECT was granted."""
+    state: tuple[int, int]
+
+    @classmethod
+    def open(cls, path: Path, is_aligned: bool) -> _OpenFile:
+        descriptor, is_direct = _open(path, is_aligned)
+        return cls(path, descriptor, is_direct, _state(descriptor))
+
+    def require_unchanged(self) -> None:
+        """Raise PackageError if it was written to: checksums are verified only once."""
+        if _state(self.descriptor) != self.state:
+            raise PackageError(
+                f"{self.path} has changed while it was running: start again with a file that "
+                "nobody writes to"
+            )
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        """Bytes read; 0 at the end. Raises OSError with the file's name."""
+        try:
+            return os.preadv(self.descriptor, [buffer], offset)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from None
+
+    def ended(self) -> PackageError:
+        """What to raise where bytes are missing."""
+        return PackageError(
+            f"{self.path} ended early: it was truncated after it was opened; build or "
+            "download it again"
+        )
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
+
+
 class _Files:
     """Open file descriptors and one aligned bounce buffer per thread."""
 
@@ -72,31 +115,36 @@ class _Files:
         """`largest_bytes` is the largest read to come; a bounce buffer is made once, for that."""
         self._is_aligned = is_aligned  # O_DIRECT reads only from multiples of 4096
         self._bounce_bytes = largest_bytes + -largest_bytes % RECORD_ALIGNMENT_BYTES
-        self._descriptors: dict[Path, tuple[int, bool]] = {}
+        self._open_files: dict[Path, _OpenFile] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
 
     def read(self, path: Path, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`, around the page cache where possible."""
-        descriptor, is_direct = self._open(path)
-        if is_direct:
-            self._read_direct(descriptor, path, offset, buffer)
+        file = self._open(path)
+        file.require_unchanged()
+        if file.is_direct:
+            self._read_direct(file, offset, buffer)
             return
         done = 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            count = file.read(buffer[done:], offset + done)
             if count == 0:
-                raise PackageError(f"{path} ended early: it was truncated after it was opened")
+                raise file.ended()
             done += count
-        os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
 
-    def _read_direct(self, descriptor: int, path: Path, offset: int, buffer: memoryview) -> None:
+    def _read_direct(self, file: _OpenFile, offset: int, buffer: memoryview) -> None:
         padded = -len(buffer) % RECORD_ALIGNMENT_BYTES + len(buffer)
-        bounce = self._bounce(padded)
-        count = os.preadv(descriptor, [memoryview(bounce)[:padded]], offset)
-        if count < len(buffer):
-            raise PackageError(f"{path} ended early: it was truncated after it was opened")
-        buffer[:] = memoryview(bounce)[: len(buffer)]
+        bounce, done = memoryview(self._bounce(padded)), 0
+        while done < len(buffer):
+            if done % RECORD_ALIGNMENT_BYTES:  # only the file's end is in the middle of a block
+                raise file.ended()
+            count = file.read(bounce[done:padded], offset + done)
+            if count == 0:
+                raise file.ended()
+            done += count
+        buffer[:] = bounce[: len(buffer)]
 
     def _bounce(self, num_bytes: int) -> mmap.mmap:
         bounce: mmap.mmap | None = getattr(self._local, "bounce", None)
@@ -105,17 +153,17 @@ class _Files:
             bounce = self._local.bounce = mmap.mmap(-1, size)  # page aligned
         return bounce
 
-    def _open(self, path: Path) -> tuple[int, bool]:
+    def _open(self, path: Path) -> _OpenFile:
         with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = _open(path, self._is_aligned)
-            return self._descriptors[path]
+            if path not in self._open_files:
+                self._open_files[path] = _OpenFile.open(path, self._is_aligned)
+            return self._open_files[path]
 
     def close(self) -> None:
         with self._lock:
-            for descriptor, _ in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+            for file in self._open_files.values():
+                os.close(file.descriptor)
+            self._open_files.clear()
 
 
 def _open(path: Path, is_aligned: bool) -> tuple[int, bool]:

@@ -143,8 +143,10 @@ class Residency:
         detach(self.blocks)
         if self.pager.packed is not None:
             self.pager.packed.close()
+            self.pager.packed = None  # it calls the pager: slots would stay until a collection
         if self.pager.misses is not None:
             self.pager.misses.close()
+            self.pager.misses = None
         self.transfer.close()
 
 

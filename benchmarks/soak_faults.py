@@ -1,0 +1,106 @@
+"""Disk errors while experts are paged in, for `soak_worker.py`: injected, or done to a copy.
+
+Both engines read experts by `os.preadv`; every fifth read of a process fails, whoever asks for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+EVERY = 5
+EXPECTED: dict[str, tuple[str, ...]] = {
+    "EIO": ("Input/output error",),
+    "end of file": ("ended early",),
+    "short read": (),
+    "replaced": (),
+    "truncated": ("ended early", "has changed"),
+    "written to": ("has changed",),
+}
+"""What the error says, one of these beside the file's name; empty where there must be none: what is
+missing is read again, and a replaced file stays open."""
+INJECTED = ("EIO", "end of file", "short read")
+PAGE_BYTES = 4096
+
+
+@contextmanager
+def failing_reads(kind: str) -> Iterator[None]:
+    """Let every fifth `os.preadv` of this process fail."""
+    real, calls = os.preadv, 0
+
+    def failing(descriptor: int, buffers: Sequence[Any], offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls % EVERY:
+            return real(descriptor, buffers, offset)
+        if kind == "EIO":
+            raise OSError(errno.EIO, "bad sector")
+        if kind == "end of file":
+            return 0
+        return real(descriptor, [memoryview(buffers[0])[:PAGE_BYTES]], offset)
+
+    os.preadv = failing  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os.preadv = real
+
+
+def damage(kind: str, copy: Path) -> None:
+    """Do something to the experts' file of a copy that is open."""
+    path = experts_file(copy)
+    if kind == "replaced":
+        other = path.with_name("other")
+        other.write_bytes(b"nothing")
+        os.replace(other, path)
+    elif kind == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        with path.open("r+b") as handle:
+            handle.seek(path.stat().st_size // 2)
+            handle.write(b"\xff" * PAGE_BYTES)
+
+
+def experts_file(model: Path) -> Path:
+    """A GGUF file itself, or the largest of a package's files of experts."""
+    if model.is_file():
+        return model
+    return max(model.glob("experts-*.safetensors"), key=lambda path: path.stat().st_size)
+
+
+@contextmanager
+def copied(model: Path, folder: Path) -> Iterator[Path]:
+    """A copy of the model in `folder`, removed afterwards."""
+    copy = folder / f"copy-{model.name}"
+    if model.is_file():
+        shutil.copyfile(model, copy)
+    else:
+        shutil.copytree(model, copy)
+    try:
+        yield copy
+    finally:
+        copy.unlink() if copy.is_file() else shutil.rmtree(copy)
+
+
+def provoked(answer: Callable[[], object], kinds: tuple[type[Exception], ...]) -> Exception | None:
+    """What twenty answers end in."""
+    try:
+        for _ in range(20):
+            answer()
+    except kinds as error:
+        return error
+    return None
+
+
+def is_expected(kind: str, error: Exception | None, model: Path) -> bool:
+    """Whether it says what happened, and to which file."""
+    words = EXPECTED[kind]
+    if not words or error is None:
+        return not words and error is None
+    is_named = model.name in str(error)
+    return is_named and any(word in str(error) for word in words)
