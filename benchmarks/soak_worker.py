@@ -27,7 +27,6 @@ from soak_faults import (
     INJECTED,
     copied,
     damage,
-    experts_file,
     failing_reads,
     is_expected,
     provoked,
@@ -126,7 +125,9 @@ class Soak:
 
     def stopped(self) -> None:
         """Somebody reads three pieces and leaves."""
-        pieces = self.session.generate(self.words(100), max_new_tokens=MOST_NEW_TOKENS)
+        pieces = self.session.generate(
+            self.words(min(100, self.context_tokens // 2)), max_new_tokens=MOST_NEW_TOKENS
+        )
         for _ in range(3):
             next(pieces, None)
         pieces.close()
@@ -188,18 +189,18 @@ class Soak:
         """A disk error, and the answer after it."""
         seconds = time.monotonic() - self.start
         if kind in INJECTED:
-            path = experts_file(self.model)
             with failing_reads(kind):
                 error = provoked(self.answer, ERRORS)
+            is_as_expected = is_expected(kind, error, self.model)
         else:
             with copied(self.model, self.folder) as copy:
-                path = experts_file(copy)
                 error = self.damaged(kind, copy)
+                is_as_expected = is_expected(kind, error, copy)
         return {
             "kind": kind,
             "seconds": seconds,
             "seen": "no error" if error is None else self.named(error),
-            "is_as_expected": is_expected(kind, error, path),
+            "is_as_expected": is_as_expected,
             "is_repaired": self.is_same(),
         }
 
