@@ -37,7 +37,7 @@ from edge_moe.plan import Plan
 from edge_moe.tasks import load_task_texts
 
 WORKER = Path(__file__).with_name("soak_worker.py")
-RESULT = Path(__file__).parent / "results" / "soak.json"
+RESULTS = Path(__file__).parent / "results"
 GROUPS = Path("/sys/fs/cgroup/memory")
 CGROUP_MARGIN = 1.05
 ENGINES = ("gguf", "native")
@@ -56,11 +56,11 @@ def built(engine: str, folder: Path) -> Path:
         options = ("--max-windows", 8, "--forms", "q4_k,q8_0", "--quantiser", "nearest")
         _command("calibrate", model, "--task", "code", *options, "-o", stats)
     whole, plan = folder / f"whole-{target}.json", folder / f"plan-{target}.json"
-    options = ("--stats", stats, "--target", target, "--no-search")
-    _command("plan", model, *options, "--budget", "10GB", "-o", whole)
+    place = ("--stats", stats, "--target", target, "--no-search")
+    _command("plan", model, *place, "--budget", "10GB", "-o", whole)
     found = Plan.load(whole)
     left = found.total_bytes - int((1 - PLANNED_SHARE) * found.term("experts").num_bytes)
-    _command("plan", model, *options, "--budget", f"{left}B", "-o", plan)
+    _command("plan", model, *place, "--budget", f"{left}B", "-o", plan)
     output = folder / f"model-{target}"
     _command("build", plan, "-o", output)
     return next(output.glob("*.gguf")) if engine == "gguf" else output
@@ -184,6 +184,16 @@ def table(found: list[Verdict]) -> Table:
     return shown
 
 
+def keep(run: Run) -> None:
+    """Write a run with its verdicts."""
+    content = {
+        "provenance": Provenance.published().model_dump(mode="json"),
+        "verdicts": [each.model_dump() for each in verdicts(run)],
+        "run": run.model_dump(),
+    }
+    write_text(RESULTS / f"soak-{run.engine}.json", json.dumps(content, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="of all engines together")
@@ -191,7 +201,9 @@ def main() -> int:
     parser.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two samples")
     parser.add_argument("--ctx", type=int, default=1024)
-    parser.add_argument("--write", action="store_true", help=f"keep the runs in {RESULT.name}")
+    parser.add_argument(
+        "--write", action="store_true", help="keep each run in results/soak-ENGINE.json"
+    )
     arguments = parser.parse_args()
     console, runs = Console(stderr=True), []
     with TemporaryDirectory(prefix="edge-moe-soak-") as folder:
@@ -209,15 +221,10 @@ def main() -> int:
                     console=console,
                 )
             )
+            if arguments.write:
+                keep(runs[-1])
     found = [each for run in runs for each in verdicts(run)]
     Console(width=150).print(table(found))
-    if arguments.write:
-        content = {
-            "provenance": Provenance.published().model_dump(mode="json"),
-            "verdicts": [each.model_dump() for each in found],
-            "runs": [run.model_dump() for run in runs],
-        }
-        write_text(RESULT, json.dumps(content, indent=1) + "\n")
     return 0 if all(each.holds for each in found) else 1
 
 

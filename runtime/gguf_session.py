@@ -268,10 +268,11 @@ class GgufSession(TextSession):
         self._experts.check_integrity()
 
     def close(self) -> None:
-        """Free the model and close the files."""
+        """Free the model, close the files, and hand freed memory back."""
         self._context.close()
         self._experts.close()
         self._loaded.close()
+        memory.trim()
 
     def _loop_for(self, prompt: Prompt, prompt_ids: Sequence[int]) -> TokenLoop:
         """Of a chat only what is new is computed, where the model's memory can be cut."""

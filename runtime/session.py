@@ -467,12 +467,13 @@ class Session(TextSession):
         self._residency.cache.check_integrity()
 
     def close(self) -> None:
-        """Stop reading ahead and close the files."""
+        """Stop reading ahead, close the files, and hand freed memory back."""
         if self._experts is not None:
             self._experts.close()
         self._store.close()
         if self._shadows is not None:
             self._shadows.close()
+        memory.trim()
 
     @property
     def _residency(self) -> Residency:
