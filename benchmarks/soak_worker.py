@@ -204,7 +204,7 @@ class Soak:
             "is_repaired": self.is_same(),
         }
 
-    def damaged(self, kind: str, copy: Path) -> Exception | None:
+    def damaged(self, kind: str, copy: Path) -> str | None:
         """A session of the copy, whose file changes; then one of the model again."""
         self.close()
         self.session = self.open(copy)
@@ -220,11 +220,9 @@ class Soak:
         """Some other prompt, so that experts have to come."""
         self.greedy(self.ids(self.context_tokens // 2), 2)
 
-    def named(self, error: Exception) -> str:
+    def named(self, error: str) -> str:
         """Without this machine's folders."""
-        return f"{type(error).__name__}: {error}".replace(f"{self.folder}/", "").replace(
-            f"{self.model.parent}/", ""
-        )
+        return error.replace(f"{self.folder}/", "").replace(f"{self.model.parent}/", "")
 
     def sample(self) -> dict[str, Any]:
         """The process now; the next one's peak begins here."""

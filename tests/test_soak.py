@@ -13,7 +13,7 @@ from conftest import TinyCheckpoint
 from float32_gguf import float32_gguf
 from hand_plan import hand_plan
 from soak import soak, table
-from soak_faults import EXPECTED, INJECTED, damage, failing_reads, is_expected
+from soak_faults import EXPECTED, INJECTED, damage, failing_reads, is_expected, provoked
 from soak_verdicts import Ending, Fault, Run, Sample, growth, verdicts
 
 from edge_moe.checkpoint import Checkpoint
@@ -196,13 +196,9 @@ def running(package: Path) -> Iterator[Session]:
 
 @pytest.mark.parametrize("kind", INJECTED)
 def test_errors_of_a_package_name_its_file(kind: str, package: Path, running: Session) -> None:
-    expected, error = running.logits(IDS), None
+    expected = running.logits(IDS)
     with failing_reads(kind):
-        try:
-            for _ in range(3):
-                running.logits(IDS)
-        except (OSError, PackageError) as found:
-            error = found
+        error = provoked(lambda: running.logits(IDS), (OSError, PackageError))
     assert is_expected(kind, error, package), error
     running.check_integrity()
     assert running.logits(IDS).tobytes() == expected.tobytes()
