@@ -182,8 +182,9 @@ class ExpertCache:
         arrival = self._load(key, entry, is_demand=False)
         if arrival is not None:
             self._transfer.wait(arrival)
+        error = entry.error
         self._drop_failed(key, entry)
-        return entry.error
+        return error
 
     def slot(self, key: Key, slot: int) -> torch.Tensor:
         """uint8 [record_bytes] of what `acquire_slot` found."""
@@ -345,6 +346,7 @@ class ExpertCache:
 
     def _remove(self, key: Key, entry: Entry) -> None:
         del self._entries[key]
+        entry.error = None  # its traceback leads here: slots would stay until a collection
         if entry.last_use is not None:  # else what is known of the slot stays true
             self._used_until[entry.record_bytes, entry.slot] = entry.last_use
         self._policies[entry.record_bytes].forget(key)

@@ -213,15 +213,22 @@ def test_a_package_that_changes_while_it_runs(kind: str, package: Path, running:
         running.logits(IDS)
 
 
-def test_closing_frees_the_slots_at_once(package: Path) -> None:
+def opened_and_closed(package: Path, *, is_after_error: bool) -> list[weakref.ref[Any]]:
+    """The model and the cache of a session that nobody has any more."""
     session = Session.open(package, context_tokens=CONTEXT, num_slots=3)
     session.generate_ids(IDS, 3)
-    model, cache = weakref.ref(session.model), weakref.ref(session._residency.cache)
-    gc.collect()
+    if is_after_error:
+        with failing_reads("EIO"):
+            assert provoked(lambda: session.logits(IDS), (OSError,)) is not None
+    session.close()
+    return [weakref.ref(session.model), weakref.ref(session._residency.cache)]
+
+
+@pytest.mark.parametrize("is_after_error", [False, True])
+def test_closing_frees_the_slots_at_once(package: Path, is_after_error: bool) -> None:
     gc.disable()
     try:
-        session.close()
-        del session
+        model, cache = opened_and_closed(package, is_after_error=is_after_error)
         assert model() is None and cache() is None
     finally:
         gc.enable()
