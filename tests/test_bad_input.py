@@ -64,7 +64,7 @@ def set_weight(folder: Path, name: str, value: float) -> None:
 def test_missing_folder(source: Path, tmp_path: Path) -> None:
     plan = plan_for(source)
     check_refused(
-        SpecError, r"nowhere/config.json does not exist: MODEL must be", plan, tmp_path / "out",
+        SpecError, r"nowhere/config.json does not exist: give a folder", plan, tmp_path / "out",
         model=tmp_path / "nowhere",
     )  # fmt: skip
 

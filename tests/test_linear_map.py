@@ -99,7 +99,7 @@ def test_damaged_maps(change: dict[str, Any], message: str, tmp_path: Path) -> N
         with pytest.raises(InputError, match=words):
             LinearMap.load(path)
     save_torch({"map.1": torch.zeros(3, 2, dtype=torch.bfloat16)}, path, metadata=metadata)
-    with pytest.raises(InputError, match="is not readable .*bfloat16"):
+    with pytest.raises(InputError, match="is not readable|is damaged"):
         LinearMap.load(path)
     SMALL.save(path)
     save_file(load_file(path), path)
