@@ -9,14 +9,10 @@ after routing); ram (llama.cpp without mapping). Tokens are given, not sampled: 
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all engines alike
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
 import argparse
 import ctypes
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_moe.runtime.llama_api import calm_threads
 from edge_moe.runtime.memory import peak_memory_bytes
 
 CONTEXT_TOKENS = 1024
@@ -170,6 +167,7 @@ def main() -> None:
     for name in ("file", "text", "budget_bytes", "prompt_tokens", "tokens"):
         parser.add_argument(name)
     found = parser.parse_args()
+    calm_threads()  # for all engines alike
     engine, path, text_path, budget = found.engine, found.file, found.text, found.budget_bytes
     prompt_tokens, num_tokens = found.prompt_tokens, found.tokens
     text = np.load(text_path).tolist()
