@@ -125,7 +125,8 @@ class GgufExperts:
         if missing or self._is_changed:
             self.require_unchanged()
         for key in missing:
-            self._reserve(key, keep, is_prefetched=False)
+            self._wait_for_room(self.num_bytes(key), keep)
+            self._reserve(key, is_prefetched=False)
             self._policy.use(key)
         self._awaited = [key for key in keys if key in self._loading]
         for index in self._order[layer]:
@@ -188,7 +189,7 @@ class GgufExperts:
             if not self._guesses.rule.admits(layer, size, self._queued_bytes()):
                 self.statistics.prefetch_rejected += 1
             elif self._make_room(size, keep):
-                self._reserve(key, keep, is_prefetched=True)
+                self._reserve(key, is_prefetched=True)
                 read = self._ask(key, self._order[layer][0], is_wanted=False)
                 self.statistics.prefetch_issued_bytes += read.piece.num_bytes
 
@@ -199,7 +200,7 @@ class GgufExperts:
         for key in keys:
             if self._used_bytes + self.num_bytes(key) > self.limit_bytes:
                 break
-            self._reserve(key, frozenset(), is_prefetched=False)
+            self._reserve(key, is_prefetched=False)
             for index in self._order[key[0]]:
                 self._ask(key, index, is_wanted=True)
             batch.append(key)
@@ -253,16 +254,10 @@ class GgufExperts:
             return self.num_bytes(key)
         return sum(read.piece.num_bytes for read in entry.asked)
 
-    def _reserve(self, key: Key, keep: frozenset[Key], *, is_prefetched: bool) -> None:
-        """Make room."""
-        size = self.num_bytes(key)
-        if not self._make_room(size, keep):
-            raise InputError(
-                f"{len(keep)} experts of a layer do not fit {self.limit_bytes} bytes together: "
-                "raise the budget"
-            )
+    def _reserve(self, key: Key, *, is_prefetched: bool) -> None:
+        """Take memory, for which there is room."""
         self._take_memory(key)
-        self._used_bytes += size
+        self._used_bytes += self.num_bytes(key)
         self._policy.admit(key)
         self._entries[key] = _Entry([None] * len(self._slices[key]), is_prefetched)
         self._loading.add(key)
@@ -322,6 +317,21 @@ class GgufExperts:
                 return False
             self._evict(victim)
         return True
+
+    def _wait_for_room(self, size: int, keep: frozenset[Key]) -> None:
+        """As `_make_room`; where only guesses on their way are left to leave, they are given up."""
+        while not self._make_room(size, keep):
+            guess = next((key for key in self._loading if key not in keep), None)
+            if guess is None:
+                raise InputError(
+                    f"{len(keep)} experts of a layer do not fit {self.limit_bytes} bytes together: "
+                    "raise the budget"
+                )
+            self._cancel(guess)
+            start = time.perf_counter()
+            for read in self._entries[guess].asked:
+                self._queue.wait(read)
+            self.statistics.stall_seconds += time.perf_counter() - start
 
     def _take_memory(self, key: Key) -> None:
         """Give an expert the pages of those that left for it; the rest goes back."""
@@ -386,13 +396,17 @@ class GgufExperts:
     def _drop_guesses(self, layer: int, chosen: frozenset[Key]) -> None:
         """The router of `layer` has chosen otherwise: what was not begun is not read."""
         for key in [key for key in self._loading if key[0] == layer and key not in chosen]:
-            reads = self._entries[key].reads
-            for index, read in enumerate(reads):
-                if read is not None and self._queue.cancel(read):
-                    self.statistics.prefetch_issued_bytes -= read.piece.num_bytes
-                    reads[index] = None
+            self._cancel(key)
             if not self._entries[key].asked:
                 self._drop(key)
+
+    def _cancel(self, key: Key) -> None:
+        """What was not begun of a guess is not read."""
+        reads = self._entries[key].reads
+        for index, read in enumerate(reads):
+            if read is not None and self._queue.cancel(read):
+                self.statistics.prefetch_issued_bytes -= read.piece.num_bytes
+                reads[index] = None
 
     def _queued_bytes(self) -> int:
         reads = (read for key in self._loading for read in self._entries[key].asked)

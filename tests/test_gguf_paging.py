@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -565,6 +566,35 @@ def test_bookkeeping_is_not_interrupted(
             with pytest.raises(KeyboardInterrupt):
                 running.logits(IDS)
         assert not is_first and recovers(running)
+
+
+def test_what_a_router_chose_waits_for_guesses_that_hold_the_room(
+    running: GgufSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that was begun cannot be called back: the room is there when it ends."""
+    experts = running._experts
+    num_fitting = experts.limit_bytes // experts.num_bytes((0, 0))
+    experts.settle()
+    for key in list(experts._entries):
+        experts._drop(key)
+    experts._guesses.rule.layer_seconds, experts._guesses.rule.busy = math.inf, 0.0
+    real, is_free, begun = experts._queue._read, threading.Event(), threading.Event()
+
+    def slow(piece: Any) -> None:
+        begun.set()
+        assert is_free.wait(60)
+        real(piece)
+
+    monkeypatch.setattr(experts._queue, "_read", slow)
+    experts.prefetch(1, range(num_fitting), current=())
+    assert len(experts._loading) == num_fitting and begun.wait(60)
+    later = threading.Timer(0.2, is_free.set)
+    later.start()
+    experts.require(0, range(num_fitting))
+    later.join()
+    experts.wait_for_all(0)
+    assert {key[0] for key in experts._entries} == {0}
+    assert recovers(running)
 
 
 def test_results_of_a_changed_file_are_never_given(
