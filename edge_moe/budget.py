@@ -24,6 +24,9 @@ PREFILL_CHUNK_TOKENS = 256
 """The native runtime feeds a prompt in pieces of this many tokens."""
 ALLOCATOR_BYTES = 6_000_000
 """Freed pieces below 1 MiB that glibc keeps: 3 to 8 MB measured after prompts of 2048 to 4096."""
+REOPENED_BYTES = 3_000_000
+"""... and more of them once sessions were opened one after the other: 2.5 MB measured after the
+first dozen, and level from there."""
 READING_THREADS = 2
 """The model's own thread, and the one that reads ahead."""
 STAGING_BUFFERS = 2 * READING_THREADS
@@ -247,7 +250,8 @@ def workspace_bytes(
     bounce_bytes = READING_THREADS * 2 * spec.expert_weights
     floats = always + max(attention, experts)
     graph_bytes = GRAPH_BYTES if device == "cuda" else 0
-    return FLOAT32_BYTES * floats + bounce_bytes + ALLOCATOR_BYTES + graph_bytes
+    kept_bytes = ALLOCATOR_BYTES + REOPENED_BYTES
+    return FLOAT32_BYTES * floats + bounce_bytes + kept_bytes + graph_bytes
 
 
 def llama_compute_bytes(spec: ModelSpec, context_tokens: int) -> int:

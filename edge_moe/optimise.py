@@ -58,7 +58,7 @@ def _solve_per_expert(problem: Problem, time_limit_seconds: float) -> Solution:
     priced = cheapest_price(problem, problem.budget_bytes)
     bound = priced.bound(problem.budget_bytes)
     known = fill_slack(problem, priced.choice)
-    if problem.loss_of(known) > bound:
+    if problem.loss_of(known) > max(bound, 0.0):  # nothing loses less than nothing
         useful = useful_forms(problem, known, priced.price, bound)
         known, bound = _close_gap(problem, useful, known, bound, time_limit_seconds)
     loss = problem.loss_of(known)

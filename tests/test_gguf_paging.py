@@ -522,6 +522,15 @@ def test_disk_errors_end_in_an_error_and_nothing_is_corrupted(
     assert recovers(running)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a process in the background of a shell starts without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("moment", [0, 3, 40, 500])
 def test_ctrl_c_stops_the_graph_and_leaves_the_session_whole(
     moment: int, running: GgufSession, monkeypatch: pytest.MonkeyPatch
@@ -546,6 +555,7 @@ def test_ctrl_c_stops_the_graph_and_leaves_the_session_whole(
     assert recovers(running)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_bookkeeping_is_not_interrupted(
     running: GgufSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:

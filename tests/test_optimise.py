@@ -107,6 +107,15 @@ def test_no_choice_is_better_and_every_rule_holds(problem: Problem) -> None:
     assert (solve(problem).choice == found.choice).all()
 
 
+def test_a_choice_that_loses_nothing_needs_no_solver() -> None:
+    """The relaxation's bound may be a rounding below zero."""
+    loss = np.zeros((2, 2, 4))
+    loss[0, 0, 1] = 1.0
+    problem = Problem(loss, np.array([0, 1, 3, 4]), np.ones_like(loss, np.bool_), 3, 1)
+    found = solve(problem)
+    assert found.loss == found.gap == 0.0 and found.expert_bytes <= 3
+
+
 @settings(max_examples=60, deadline=None)
 @given(problems(scopes=("expert",)), st.floats(0, 100))
 def test_a_price_gives_the_optimum_of_its_own_bytes(problem: Problem, price: float) -> None:
