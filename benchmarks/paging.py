@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from paging_model import TEXT_NAME
+from paging_model import FACTS_NAME, TEXT_NAME
 from paging_worker import REARRANGED_FOLDER
 from rich.console import Console
 from rich.table import Table
@@ -151,6 +151,15 @@ def table(runs: list[dict[str, Any]], file_bytes: int) -> Table:
     return shown
 
 
+def routing(facts: dict[str, Any]) -> Table:
+    """How the model is routed, beside the demo model."""
+    columns = [name for name, values in facts.items() if isinstance(values, dict)]
+    shown = Table("routing", *columns)
+    for name in facts[columns[0]]:
+        shown.add_row(name, *(f"{facts[column][name]:.3f}" for column in columns))
+    return shown
+
+
 def _median(runs: list[dict[str, Any]], share: float | None, engine: str, name: str) -> float:
     found = [each[name] for each in runs if (each["share"], each["engine"]) == (share, engine)]
     return statistics.median(found) if found else 0.0
@@ -178,6 +187,8 @@ def main() -> None:
                 runs.append({"share": share, "num_tokens": tokens, **found})
                 console.print(share, engine, round(found["warm_tokens_per_second"], 2))
     disk_rate = statistics.median(rates)
+    facts = json.loads((arguments.folder / FACTS_NAME).read_text())
+    Console(width=140).print(routing(facts))
     Console(width=140).print(table(runs, file_bytes))
     Console(width=140).print(f"disk: {disk_rate / 1e9:.2f} GB/s", limits(runs, disk_rate))
     if arguments.write:
@@ -186,6 +197,7 @@ def main() -> None:
             "file_bytes": file_bytes,
             "prompt_tokens": arguments.prompt_tokens,
             "disk_bytes_per_second": rates,
+            "routing": facts,
             "runs": runs,
         }
         text = json.dumps(content, indent=1).replace(str(arguments.folder), "FOLDER")

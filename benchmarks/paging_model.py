@@ -7,9 +7,10 @@ token. What its routers chose at one token is a pattern; every pattern that occu
 of the big model, so that the sequence of patterns is a text for it. The big model has 24 layers of
 64 experts, top 8: layer m chooses as the demo's layer m mod 4, each of the demo's experts standing
 for four, under other numbers in every layer. A token's embedding holds 64 numbers that say which
-experts the demo chose; routers look at these alone. All other weights are random, and those that
-write into the hidden state so small that no choice changes. So the big model's routing is the
-demo's, exactly, with its counts, reuse distances and transitions; its text is nonsense.
+experts the demo chose; routers look at these alone. All other weights are random, but those that
+would write into these 64 numbers are zero. So the big model's routing is the demo's, exactly, with
+its counts, reuse distances and transitions, which is checked on the first tokens; its text is
+nonsense.
 
 That alone would let a layer's input tell the next layer's choice without fail. In the demo, the
 next router asked about this layer's input names 59 % of what it then chooses: so each layer's norm
@@ -39,6 +40,7 @@ COPIES = 4
 """Experts of the big model for one of the demo's."""
 ALIGNMENT = 32
 TEXT_NAME, FACTS_NAME = "text.npy", "routing.json"
+TRACED_TOKENS = 1024
 NUM_HIDDEN = 7
 """Of the 16 numbers that the next layer looks at."""
 _LAYERS, _EXPERTS = 4, 16
@@ -140,9 +142,27 @@ def make(folder: Path, num_bytes: int) -> Path:
                 raise RuntimeError(f"{tensor.name}: {handle.tell() - start} bytes")
             handle.write(bytes(-handle.tell() % ALIGNMENT))
     np.save(folder / TEXT_NAME, text)
-    facts = {"num_tokens": len(text), **statistics(routing.rows, _EXPERTS)}
+    traced = traced_rows(path, text[:TRACED_TOKENS])
+    if not (traced == expected_rows(routing)[:TRACED_TOKENS]).all():
+        raise RuntimeError(f"{path}: it is not routed as the demo model is")
+    facts = {
+        "num_tokens": len(text),
+        "demo": statistics(routing.rows, _EXPERTS),
+        "demo, the first tokens": statistics(routing.rows[:TRACED_TOKENS], _EXPERTS),
+        "model, the first tokens": statistics(traced, NUM_EXPERTS),
+    }
     write_text(folder / FACTS_NAME, json.dumps(facts, indent=1) + "\n")
     return path
+
+
+def traced_rows(path: Path, token_ids: Rows) -> Rows:
+    """[N, 24, 8] experts that llama.cpp chooses for a text, ascending; the whole model in RAM."""
+    from edge_moe.runtime.gguf_session import GgufSession
+
+    with GgufSession.open(path, context_tokens=len(token_ids), can_trace=True) as session:
+        with session.tracing() as recorder:
+            session.logits(token_ids.tolist())
+        return np.sort(recorder.finish(session.trace_info()).rows.astype(np.int64), axis=2)
 
 
 def _keys(vocab_size: int, width: int) -> list[bytes]:
@@ -207,18 +227,40 @@ def _content(tensor: RawTensor, patterns: Rows, seed: int) -> Iterator[bytes]:
         yield np.ones(tensor.shape, np.float32).tobytes()
     else:
         writes = tensor.name.endswith(("attn_output.weight", "ffn_down_exps.weight"))
-        yield from _random_q4_0(tensor.num_bytes // 18, _NOISE if writes else 0.02, seed)
+        blocks_per_row = tensor.shape[-1] // _BLOCK
+        for blocks in _random_q4_0(tensor.num_bytes // 18, _NOISE if writes else 0.02, seed):
+            if writes:  # matrices [HIDDEN, ...], one after the other
+                rows = blocks.first + np.arange(len(blocks.content))
+                rows = rows // blocks_per_row % HIDDEN
+                blocks.content[rows < _LAYERS * _EXPERTS, :2] = 0
+            yield blocks.content.tobytes()
 
 
-def _random_q4_0(num_blocks: int, scale: float, seed: int) -> Iterator[bytes]:
+@dataclass(frozen=True)
+class _Blocks:
+    first: int
+    content: npt.NDArray[np.uint8]
+    """[B, 18] two bytes of scale, and 32 codes."""
+
+
+def _random_q4_0(num_blocks: int, scale: float, seed: int) -> Iterator[_Blocks]:
     """Blocks of 32 random codes with one scale."""
-    random = np.random.default_rng(seed)
-    while num_blocks:
-        count = min(num_blocks, 2**18)
+    random, first = np.random.default_rng(seed), 0
+    while first < num_blocks:
+        count = min(num_blocks - first, 2**18)
         blocks = random.integers(0, 256, (count, 18), dtype=np.uint8)
         blocks[:, :2] = np.full(count, scale, np.float16).view(np.uint8).reshape(count, 2)
-        yield blocks.tobytes()
-        num_blocks -= count
+        yield _Blocks(first, blocks)
+        first += count
+
+
+def expected_rows(routing: Routing) -> Rows:
+    """[N, 24, 8] what the big model is to choose, ascending."""
+    layers = [
+        renumbered(layer)[routing.rows[:, layer % _LAYERS]].reshape(-1, TOP_K)
+        for layer in range(NUM_LAYERS)
+    ]
+    return np.sort(np.stack(layers, axis=1), axis=2)
 
 
 def statistics(rows: Rows, num_experts: int) -> dict[str, float]:
