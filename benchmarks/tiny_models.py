@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edge_moe.minimal_model import minimal_config
+from edge_moe.minimal_model import COMMON_CONFIG, minimal_config
 
 ROUTER_NAMES = ("gate.weight", "router.weight", "router.proj.weight")
 
@@ -36,12 +36,31 @@ def make_tiny_checkpoint(
     **config: Any,
 ) -> Path:
     """Write a random checkpoint of `family` to `folder`; keyword arguments override config keys."""
+    return _save_random(folder, family, minimal_config(family, width) | config, seed, dtype)
+
+
+def make_tiny_dense(
+    folder: Path,
+    model_type: str,
+    *,
+    width: int = 64,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    **config: Any,
+) -> Path:
+    """A random dense checkpoint, hidden_size and inner width both `width`."""
+    arguments = COMMON_CONFIG | {"hidden_size": width, "intermediate_size": width} | config
+    return _save_random(folder, model_type, arguments, seed, dtype)
+
+
+def _save_random(
+    folder: Path, model_type: str, arguments: dict[str, Any], seed: int, dtype: str
+) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    arguments = minimal_config(family, width) | config
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **arguments))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **arguments))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or name.endswith("sinks"):

@@ -45,7 +45,7 @@ class Checkpoint:
         config_path = folder / "config.json"
         config = read_config(config_path)
         spec = ModelSpec.from_config(config, source=str(config_path))
-        stored = _read_all_headers(folder) if tensors is None else tensors
+        stored = read_all_headers(folder) if tensors is None else tensors
         self.tensors = unpacked_tensors(stored, text_config(config), str(config_path))
         """By name; packed ones as what they stand for."""
         self.spec = spec.with_names_of(self.tensors)
@@ -120,12 +120,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over config.json, every header and sixteen 4 KiB samples of each weight file."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in sorted({path for info in self.tensors.values() for path in _paths(info)}):
-            digest.update(path.name.encode())
-            for piece in _samples(path):
-                digest.update(piece)
-        return digest.hexdigest()
+        return checkpoint_fingerprint(self.folder, self.tensors.values())
 
     def read(self, name: str) -> FloatArray:
         """Tensor `name` as float32. Memory: one tensor in its own dtype plus one in float32.
@@ -374,7 +369,23 @@ def _require_float(info: TensorInfo) -> None:
         )
 
 
-def _read_all_headers(folder: Path) -> dict[str, TensorInfo]:
+def checkpoint_fingerprint(folder: Path, tensors: Iterable[TensorInfo]) -> str:
+    """sha256 over config.json, every header and sixteen 4 KiB samples of each weight file."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted({path for info in tensors for path in _paths(info)}):
+        digest.update(path.name.encode())
+        for piece in _samples(path):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_all_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the safetensors files in `folder`, by name.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or contradicts itself.
+        InputError: `folder` holds an ONNX decoder.
+    """
     tensors: dict[str, TensorInfo] = {}
     for path in _weight_files(folder):
         tensors.update(read_header(path)[0])

@@ -6,7 +6,7 @@ from typing import Any
 
 from edge_moe.families import FAMILIES
 
-_COMMON: dict[str, Any] = {
+COMMON_CONFIG: dict[str, Any] = {
     "vocab_size": 320,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -24,7 +24,7 @@ def minimal_config(model_type: str, width: int = 64, num_experts: int = 8) -> di
     """config.json values: top-2 of `num_experts` experts whose rows all have `width` weights."""
     family = FAMILIES[model_type]
     return {
-        **_COMMON,
+        **COMMON_CONFIG,
         "hidden_size": width,
         family.num_experts_keys[0]: num_experts,
         family.top_k_keys[0]: 2,

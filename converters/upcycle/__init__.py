@@ -1,0 +1,1 @@
+"""Dense checkpoint -> mixture of experts: reading the one, naming and writing the other."""
