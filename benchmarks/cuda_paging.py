@@ -144,7 +144,7 @@ def token_ids(package: Path, text: Path, count: int) -> list[int]:
 
     Exits where it has too few.
     """
-    from edge_moe.runtime.session import load_tokenizer
+    from edge_moe.runtime.tokenizer import load_tokenizer
 
     ids: list[int] = load_tokenizer(package)(text.read_text(encoding="utf-8"))["input_ids"]
     if len(ids) < count:

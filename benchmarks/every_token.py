@@ -34,7 +34,7 @@ from edge_moe.files import write_text
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.runtime.heldout import heldout_windows
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.stats import ExpertStats
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -34,7 +34,7 @@ from edge_moe.problem import Problem, Solution
 from edge_moe.programs import BitForms, gemq, joint, pmq
 from edge_moe.rivals import name_forms
 from edge_moe.runtime.heldout import REPORT_PART, part_of_heldout
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "programs.json"
 SHARES = (0.14, 0.125)

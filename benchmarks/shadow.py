@@ -47,8 +47,9 @@ from edge_moe.plan import CalibrationOptions, Plan
 from edge_moe.runtime.expert_store import PackageStore
 from edge_moe.runtime.heldout import text_to_score
 from edge_moe.runtime.policy import Key
-from edge_moe.runtime.session import Session, load_tokenizer
+from edge_moe.runtime.session import Session
 from edge_moe.runtime.stalls import Stall, StallOptions
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.tasks import task_windows, windows_fingerprint
 from edge_moe.units import format_bytes, parse_bytes
 

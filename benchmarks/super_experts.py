@@ -39,7 +39,7 @@ from edge_moe.formats.base import ByteArray
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.runtime.heldout import heldout_windows
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.spec import ModelSpec
 from edge_moe.stats import ExpertStats
 from edge_moe.super_experts import SHARE_OF_LAYERS, find_super_experts

@@ -34,7 +34,7 @@ from edge_moe.formats import DROP
 from edge_moe.package import Package
 from edge_moe.plan import Plan
 from edge_moe.planner import make_plan
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.stats import ExpertStats
 
 TASK = "code"

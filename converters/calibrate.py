@@ -51,7 +51,7 @@ from edge_moe.formats import DROP
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gradient_stats import load_gradients
 from edge_moe.plan import CalibrationOptions
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.stats import ExpertStats, StatsInfo, require_unfinished
 from edge_moe.tasks import (
     task_windows,

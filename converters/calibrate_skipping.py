@@ -30,8 +30,8 @@ from edge_moe.files import require_free_disk, require_new_output, write_text
 from edge_moe.formats import DROP
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
-from edge_moe.runtime.session import load_tokenizer
 from edge_moe.runtime.skipping import median_ratio
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.skip_calibration import SkipCalibration
 from edge_moe.stats import STATS_VERSION, StatsInfo
 from edge_moe.tasks import task_label, task_windows, tokenizer_fingerprint, windows_fingerprint

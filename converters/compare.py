@@ -64,7 +64,7 @@ from edge_moe.planner import by_name, gather_evidence, gemq_cost
 from edge_moe.problem import Problem, smallest_bytes
 from edge_moe.rivals import name_forms
 from edge_moe.runtime.heldout import search_windows
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.search import PLAN_NAME, Evidence, search
 from edge_moe.spec import ModelSpec
 from edge_moe.tasks import windows_fingerprint

@@ -12,7 +12,7 @@ from edge_moe.converters.variants import PackedExperts, VariantScorer
 from edge_moe.plan import MemoryTerm, SearchRecord
 from edge_moe.problem import FloatArray
 from edge_moe.runtime.heldout import described_search, search_windows
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.stats import StatsInfo
 from edge_moe.trials import MAX_PASS_PROPOSALS, OnShare
 

@@ -39,7 +39,8 @@ from edge_moe.package import MANIFEST_NAME, Package
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
 from edge_moe.runtime.model import moe_blocks, verify_resident
-from edge_moe.runtime.session import Session, load_tokenizer
+from edge_moe.runtime.session import Session
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.tasks import task_label, windows_fingerprint
 from edge_moe.units import format_bytes
 

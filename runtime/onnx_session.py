@@ -29,8 +29,8 @@ from edge_moe.plan import Device, MemoryTerm, Plan
 from edge_moe.runtime.allotment import context_length
 from edge_moe.runtime.generate import FloatArray, Timing, TokenLoop
 from edge_moe.runtime.onnx_library import PROVIDERS, import_onnxruntime, require_provider
-from edge_moe.runtime.session import load_tokenizer
 from edge_moe.runtime.text_session import TextSession, Where
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.spec import ModelSpec
 from edge_moe.units import format_bytes, round_up_bytes
 

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.config_reader import CONFIG_NAME
 from edge_moe.errors import InputError
 from edge_moe.package import Package
 from edge_moe.plan import Device, MemoryTerm
@@ -47,7 +46,6 @@ from edge_moe.runtime.kernel_choice import Kernels, choose_kernels
 from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.linear_map import LinearGuess, LinearMap
 from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
-from edge_moe.runtime.model_config import load_config
 from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.runtime.paged_experts import Ranker, register_experts
 from edge_moe.runtime.policy import PagingStatistics
@@ -67,6 +65,7 @@ from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.stalls import EXACT, StallOptions
 from edge_moe.runtime.subset import RouterRows, Rows, SubsetStore, choose_rows
 from edge_moe.runtime.text_session import TextSession
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.runtime.torch_decoder import Decoder
 from edge_moe.runtime.trace import TraceInfo, TraceRecorder
 from edge_moe.spec import ModelSpec
@@ -483,46 +482,6 @@ class Session(TextSession):
 
     def _allot(self, store: ExpertStore, shadows: ExpertStore | None = None) -> Allotment:
         return allot_experts(self.spec, store, shadows, self._full_terms, self._limits)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies beside the weights.
-
-    Raises:
-        InputError: there is none that transformers can read.
-        SpecError: config.json is wrong, which transformers reads first.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        _without_cache(found)
-        return found
-    except Exception as error:  # the tokenizers library raises plain Exception
-        if (folder / CONFIG_NAME).is_file():
-            load_config(folder)
-        raise InputError(
-            f"{folder} holds no usable tokenizer ({_tokenizer_problem(folder, error)}): "
-            "copy the model's tokenizer files there again"
-        ) from None
-
-
-def _without_cache(tokenizer: Any) -> None:
-    """Remember no words: up to 3.4 MB, which tokenizers 0.23 keeps until the thread ends.
-
-    Prompts are read as fast without.
-    """
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    resize = getattr(model, "_resize_cache", None)
-    if resize is not None:
-        resize(0)
-
-
-def _tokenizer_problem(folder: Path, error: Exception) -> str:
-    """transformers' own text about missing files is long and names none of them."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return "neither tokenizer.json nor tokenizer.model is there"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _device(name: str | None) -> torch.device:

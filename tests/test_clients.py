@@ -20,7 +20,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import GGUF_NAME, build
 from edge_moe.formats import DROP
 from edge_moe.plan import Target
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 
 NUM_KEPT = 12
 MAX_TOKENS = 12

@@ -44,7 +44,7 @@ from edge_moe.metrics import Estimate
 from edge_moe.plan import Target
 from edge_moe.planner import build_problem
 from edge_moe.published import GEMQ_NAME, PMQ_NAME
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.saliency import CRITERIA, saliency
 from edge_moe.search import ROUNDS
 from edge_moe.super_experts import find_super_experts

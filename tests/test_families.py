@@ -29,7 +29,8 @@ from edge_moe.inspect import inspect_model
 from edge_moe.minimal_model import minimal_config
 from edge_moe.runtime import overhead
 from edge_moe.runtime.moe_block import MoeBlock
-from edge_moe.runtime.session import Session, load_tokenizer
+from edge_moe.runtime.session import Session
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.spec import ModelSpec
 from edge_moe.tasks import task_windows
 

@@ -19,7 +19,7 @@ from edge_moe.runtime.heldout import (
     search_windows,
     text_to_score,
 )
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -32,7 +32,8 @@ from edge_moe.converters.recover_train import BranchTraining, TrainSettings
 from edge_moe.errors import BudgetError, EdgeMoeError, InputError
 from edge_moe.package import Package
 from edge_moe.runtime.evaluate import evaluate
-from edge_moe.runtime.session import Session, load_tokenizer
+from edge_moe.runtime.session import Session
+from edge_moe.runtime.tokenizer import load_tokenizer
 
 TEXT = "def f(x):\n    return x + 1\n\nIt was the best of times, it was the worst of times.\n" * 15
 FEW_STEPS = TrainSettings(rank=8, steps=12, learning_rate=0.01, warmup_steps=2, num_judgements=3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_moe.runtime.session import load_tokenizer
+from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.tasks import load_task_texts
 
 
