@@ -72,6 +72,24 @@ class KernelChoice:
         return SlotProducts(spec, buffers, self.packed_forms)
 
 
+@dataclass(frozen=True)
+class KernelChoices:
+    """What was decided for all that a session computes."""
+
+    experts: KernelChoice
+    """In the slots."""
+    misses: KernelChoice | None = None
+    """On the CPU, where they may be computed there."""
+    shadows: KernelChoice | None = None
+    """Where they are asked for."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Those of the slots' experts first."""
+        found = [self.experts, self.misses, self.shadows]
+        return [text for choice in found if choice is not None for text in choice.warnings]
+
+
 def choose_kernels(kernels: Kernels, device: torch.device, forms: Iterable[str]) -> KernelChoice:
     """Decide for experts in `forms` on `device`.
 

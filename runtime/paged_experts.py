@@ -91,6 +91,13 @@ class ExpertPager:
         self._add_tokens(output, experts, layer, hidden, rows, weights)
         return output
 
+    def close(self) -> None:
+        """Free what C allocated; the cache is the caller's."""
+        for part in (self.packed, self.misses):
+            if part is not None:
+                part.close()
+        self.packed = self.misses = None  # they call the pager: slots would stay until a collection
+
     def _token(
         self, experts: Any, layer: int, hidden: Tensor, rows: list[int], weights: list[float]
     ) -> Tensor:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from edge_moe.errors import InputError
 from edge_moe.plan import Device
 from edge_moe.runtime.allotment import Slots, host_slots, record_sizes
 from edge_moe.runtime.cpu_misses import CpuMisses, HostExperts
 from edge_moe.runtime.dense_graphs import CudaCapture, DenseGraphs
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
-from edge_moe.runtime.fetch_choice import MissChooser, Misses
+from edge_moe.runtime.fetch_choice import MissChooser, Misses, check_misses
 from edge_moe.runtime.host_tier import HostTier
 from edge_moe.runtime.interleaved_trial import InterleavedTrial
-from edge_moe.runtime.kernel_choice import KernelChoice
+from edge_moe.runtime.kernel_choice import KernelChoice, KernelChoices, Kernels
 from edge_moe.runtime.linear_map import LinearMap
 from edge_moe.runtime.miss_prices import PriceProbe
 from edge_moe.runtime.model import compute_dtype
@@ -47,17 +49,19 @@ class PagingOptions:
     ram_bytes: int | None
     """On CUDA, packed experts kept in RAM between the disk and the GPU."""
     skip: SkipRule | None
-    kernels: KernelChoice
     misses: Misses = "fetch"
-    cpu_kernels: KernelChoice | None = None
-    """Whose kernels compute misses on the CPU."""
+    kernels: Kernels = "auto"
     graphs: bool | None = None
     """Whether to replay captured graphs on CUDA; None tries."""
     stall: StallOptions = EXACT
-    shadow_kernels: KernelChoice | None = None
-    """For the shadows' forms, where shadows are asked for."""
     predictors: tuple[str, ...] = DEFAULT_PREDICTORS
     linear: LinearMap | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what cannot be done."""
+        check_misses(self.misses, self.ram_bytes)
+        if self.graphs and self.kind != "cuda":
+            raise InputError(f"graphs are captured on CUDA, not on {self.kind}: leave --graphs out")
 
     @property
     def tier_bytes(self) -> int | None:
@@ -82,7 +86,9 @@ class Residency:
     pager: ExpertPager
     prefetcher: Prefetcher | None
     blocks: list[Any]
-    shadows: ShadowTier | None = None
+    shadows: ShadowTier | None
+    closing: ExitStack
+    """Closes what was opened, the last first."""
 
     @classmethod
     def open(
@@ -92,42 +98,59 @@ class Residency:
         store: ExpertStore,
         slots: Slots,
         options: PagingOptions,
+        kernels: KernelChoices,
         shadows: ExpertStore | None = None,
     ) -> Residency:
         """Fill the slots as far as they go and attach the pager; counting starts afterwards.
 
         With `shadows` those stay in memory beside the slots, and `store` is a `BodyStore`.
+
+        Raises:
+            PackageError, CheckpointError, OSError: an expert is damaged or cannot be read.
+            InputError: RAM for less than one expert.
         """
         device, sizes = options.device, record_sizes(store)
-        buffers = SlotBuffers(slots.counts, device)
-        streams = CudaStreams(device) if device.type == "cuda" else None
-        transfer = _transfer(streams, sizes)
-        host = None
-        if options.tier_bytes:
-            counts = host_slots(sizes, options.tier_bytes, options.kind)
-            host = _host_tier(counts, streams, transfer)
-        cache = ExpertCache(store, buffers, DEFAULT_POLICY, host=host, transfer=transfer)
-        cache.fill()
-        filling, cache.statistics = cache.statistics, PagingStatistics()
-        prefetcher = None
-        if options.prefetch is not False and slots.is_paging and shadows is None:
-            names, has_trial = options.predictors, options.prefetch is None
-            prefetcher = open_prefetcher(
-                *(spec, blocks, store, cache, names, options.skip, options.linear),
-                has_trial=has_trial,
-            )
-        pager = ExpertPager(spec, store, cache, prefetcher, options.skip)
-        products = options.kernels.new_products(spec, buffers)
-        if products is not None:
-            pager.packed = SlotExperts(store, cache, products, pager.unpacked_output)
-        if host is not None and slots.is_paging and options.misses != "fetch":
-            pager.misses = _cpu_misses(spec, blocks, pager, host, transfer, options)
-        tier = None
-        if shadows is not None and isinstance(store, BodyStore):
-            rate = options.stall.bytes_per_second or filling.page_in_rate
-            tier = ShadowTier.open(spec, store, shadows, (cache, transfer, pager), options, rate)
-        attach(blocks, pager)
-        return cls(store, slots, cache, transfer, host, pager, prefetcher, blocks, tier)
+        with ExitStack() as held:  # closed where opening fails
+            buffers = SlotBuffers(slots.counts, device)
+            streams = CudaStreams(device) if device.type == "cuda" else None
+            transfer = _transfer(streams, sizes)
+            held.callback(transfer.close)
+            host = None
+            if options.tier_bytes:
+                counts = host_slots(sizes, options.tier_bytes, options.kind)
+                host = _host_tier(counts, streams, transfer)
+            cache = ExpertCache(store, buffers, DEFAULT_POLICY, host=host, transfer=transfer)
+            cache.fill()
+            filling, cache.statistics = cache.statistics, PagingStatistics()
+            prefetcher = None
+            if options.prefetch is not False and slots.is_paging and shadows is None:
+                prefetcher = _prefetcher(spec, blocks, store, cache, options)
+            if prefetcher is not None:
+                held.callback(prefetcher.close)
+            pager = ExpertPager(spec, store, cache, prefetcher, options.skip)
+            held.callback(pager.close)
+            products = kernels.experts.new_products(spec, buffers)
+            if products is not None:
+                pager.packed = SlotExperts(store, cache, products, pager.unpacked_output)
+            if host is not None and slots.is_paging and options.misses != "fetch":
+                pager.misses = _cpu_misses(
+                    *(spec, blocks, pager, host, transfer, options, kernels.misses)
+                )
+            tier = None
+            if shadows is not None and isinstance(store, BodyStore):
+                rate = options.stall.bytes_per_second or filling.page_in_rate
+                tier = ShadowTier.open(
+                    *(spec, store, shadows, (cache, transfer, pager)),
+                    *(options, kernels.shadows, rate),
+                )
+                held.callback(tier.close)
+            attach(blocks, pager)
+            held.callback(detach, blocks)
+            closing = held.pop_all()
+        return cls(
+            *(store, slots, cache, transfer, host, pager, prefetcher, blocks, tier),
+            closing=closing,
+        )
 
     @property
     def miss_trial(self) -> InterleavedTrial | None:
@@ -136,18 +159,7 @@ class Residency:
 
     def close(self) -> None:
         """Stop reading ahead, and let the model forget the pager, so that its slots are freed."""
-        if self.prefetcher is not None:
-            self.prefetcher.close()
-        if self.shadows is not None:
-            self.shadows.close()
-        detach(self.blocks)
-        if self.pager.packed is not None:
-            self.pager.packed.close()
-            self.pager.packed = None  # it calls the pager: slots would stay until a collection
-        if self.pager.misses is not None:
-            self.pager.misses.close()
-            self.pager.misses = None
-        self.transfer.close()
+        self.closing.close()
 
 
 def dense_graphs(
@@ -184,6 +196,19 @@ def _host_tier(counts: Mapping[int, int], streams: Streams | None, transfer: Tra
     return HostTier(buffers, transfer.wait)
 
 
+def _prefetcher(
+    spec: ModelSpec,
+    blocks: Sequence[Any],
+    store: ExpertStore,
+    cache: ExpertCache,
+    options: PagingOptions,
+) -> Prefetcher | None:
+    names, has_trial = options.predictors, options.prefetch is None
+    return open_prefetcher(
+        *(spec, blocks, store, cache, names, options.skip, options.linear), has_trial=has_trial
+    )
+
+
 def _cpu_misses(
     spec: ModelSpec,
     blocks: Sequence[Any],
@@ -191,12 +216,13 @@ def _cpu_misses(
     host: HostTier,
     transfer: Transfer,
     options: PagingOptions,
+    kernels: KernelChoice | None,
 ) -> CpuMisses | None:
     """Measures what `auto` has to know; None where nothing is in RAM."""
     keys = host.keys()
     if not keys:
         return None
-    experts = HostExperts(spec, pager.store, host, options.cpu_kernels, pager.unpacked_output)
+    experts = HostExperts(spec, pager.store, host, kernels, pager.unpacked_output)
     prefetcher = pager.prefetcher
     misses = CpuMisses(
         pager.store,

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +15,40 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import InputError
 from edge_moe.package import Package
-from edge_moe.plan import Device, MemoryTerm
+from edge_moe.plan import MemoryTerm
 from edge_moe.runtime import memory
-from edge_moe.runtime.adapter import merge_adapter
 from edge_moe.runtime.allotment import (
-    allot,
-    context_length,
     dense_parameters,
-    dense_tensors,
     host_terms,
     open_source,
-    open_store,
     record_sizes,
     require_one_limit,
-    session_terms,
     source_fingerprint,
     with_slots,
 )
 from edge_moe.runtime.block_predictors import BlockInput
 from edge_moe.runtime.dense_graphs import DenseGraphs
 from edge_moe.runtime.expert_store import ExpertStore
-from edge_moe.runtime.fetch_choice import Misses, check_misses
+from edge_moe.runtime.fetch_choice import Misses
 from edge_moe.runtime.generate import Timing, check_prompt_length
 from edge_moe.runtime.interleaved_trial import FastestOf
-from edge_moe.runtime.kernel_choice import Kernels, choose_kernels
-from edge_moe.runtime.kv_cache import share_key_value_heads
+from edge_moe.runtime.kernel_choice import Kernels
 from edge_moe.runtime.linear_map import LinearGuess, LinearMap
-from edge_moe.runtime.model import build_model, held_bytes, moe_blocks, verify_resident
+from edge_moe.runtime.model import held_bytes, moe_blocks, verify_resident
 from edge_moe.runtime.moe_block import MoeBlock
-from edge_moe.runtime.paged_experts import Ranker, register_experts
+from edge_moe.runtime.paged_experts import Ranker
 from edge_moe.runtime.policy import PagingStatistics
 from edge_moe.runtime.predictor_choice import (
     DEFAULT_PREDICTORS,
-    linear_term,
-    predictor_terms,
     require_known,
-    require_linear,
 )
 from edge_moe.runtime.predictors import LINEAR_GUESSES, ROUTER_GUESSES
 from edge_moe.runtime.residency import PagingOptions, Residency, dense_graphs
-from edge_moe.runtime.shadow_allotment import Allotment, Limits, allot_experts
+from edge_moe.runtime.session_setup import Setup, find_device
+from edge_moe.runtime.shadow_allotment import Allotment, Limits
 from edge_moe.runtime.shadow_store import TERM_NAME as SHADOWS_TERM
-from edge_moe.runtime.shadow_store import ShadowStore, open_shadows
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.stalls import EXACT, StallOptions
 from edge_moe.runtime.subset import RouterRows, Rows, SubsetStore, choose_rows
@@ -75,35 +63,21 @@ from edge_moe.task_pattern import Match, TaskPattern, match_pattern
 class Session(TextSession):
     """A model that can be asked. Use `Session.open`, and close it or use it in a `with` block."""
 
-    def __init__(
-        self,
-        source: Package | Checkpoint,
-        model: Any,
-        tokenizer: Any,
-        store: ExpertStore,
-        terms: list[MemoryTerm],
-        context_tokens: int,
-        limits: Limits,
-        options: PagingOptions,
-    ) -> None:
-        self.spec: ModelSpec = source.spec
+    def __init__(self, setup: Setup, model: Any, tokenizer: Any) -> None:
+        self.spec: ModelSpec = setup.source.spec
         self.model = model
         self.tokenizer = tokenizer
-        self.context_tokens = context_tokens
-        self.device = options.device
+        self.context_tokens = setup.context_tokens
+        self.device = setup.options.device
         self.load_seconds = 0.0
         self.timing = Timing()
-        self._source = source
-        self._store = store
-        self._full_terms = terms
-        self._limits = limits
-        self._options = options
-        self._blocks = moe_blocks(model, source.spec)
+        self._setup = setup
+        self._options = setup.options
+        self._blocks = moe_blocks(model, self.spec)
         self._routers = RouterRows(self._blocks)
         self._experts: Residency | None = None
         self._graphs: DenseGraphs | None = None
-        self._terms = terms
-        self._shadows: ShadowStore | None = None
+        self._terms = setup.terms
 
     @classmethod
     def open(
@@ -171,65 +145,29 @@ class Session(TextSession):
         source = open_source(model)
         if isinstance(source, Package):
             verify_resident(source)
-        spec = source.spec
-        where = _device(device)
-        check_misses(misses, ram_bytes)
-        if graphs and where.type != "cuda":
-            raise InputError(
-                f"graphs are captured on CUDA, not on {where.type}: leave --graphs out"
-            )
-        if stall.uses_shadows:
-            misses = stall.only_fetching(misses)
-        kind: Device = "cuda" if where.type == "cuda" else "cpu"
-        context = context_length(spec, context_tokens)
-        store = open_store(source)
-        forms = {store.record(key).form for key in store.keys()}
-        chosen = choose_kernels(kernels, where, forms)
-        terms = session_terms(
-            *(source, store, context, kind),
-            has_budget=budget_bytes is not None,
-            scored_tokens=scored_tokens,
-        )
-        if linear is not None:
-            require_linear(linear, spec, source_fingerprint(source), store.kept)
-            terms.append(linear_term(linear))
-        names = () if prefetch is False else tuple(predictors)
-        terms += predictor_terms(names, [len(kept) for kept in store.kept])
-        share_key_value_heads(where)
-        limits = Limits(budget_bytes, num_slots)
-        shadows = open_shadows(source) if stall.uses_shadows else None
-        allot_experts(spec, store, shadows, terms, limits)  # refuse before loading
         options = PagingOptions(
-            *(where, prefetch, ram_bytes, skip, chosen, misses),
+            *(find_device(device), prefetch, ram_bytes, skip, stall.only_fetching(misses)),
+            kernels=kernels,
             stall=stall,
             graphs=graphs,
             predictors=tuple(predictors),
             linear=linear,
         )
-        if options.tier_bytes and misses != "fetch":
-            on_cpu: Kernels = "auto" if kernels == "triton" else kernels
-            cpu_kernels = choose_kernels(on_cpu, torch.device("cpu"), forms)
-            options = replace(options, cpu_kernels=cpu_kernels)
-        if shadows is not None:
-            shadow_forms = {shadows.record(key).form for key in shadows.keys()}
-            shadow_kernels = choose_kernels(kernels, where, shadow_forms)
-            options = replace(options, shadow_kernels=shadow_kernels)
-        host_terms(record_sizes(store), kind, options.tier_bytes)
-        tokenizer = load_tokenizer(model)
-        rows = [len(kept) for kept in store.kept]
-        register_experts()
-        network = build_model(spec, model, dense_tensors(source), rows, where)
-        if isinstance(source, Package):
-            merge_adapter(network, source)
-        memory.trim()
-        session = cls(source, network, tokenizer, store, terms, context, limits, options)
-        session._shadows = shadows
-        if match_first and not limits.has_any:
-            most = max(map(len, store.kept))
-            slots = allot(spec, record_sizes(store), terms, None, most)
-            session._reside(store, None, Allotment(slots, terms))
-        else:
-            session.use_pattern(pattern)
+        limits = Limits(budget_bytes, num_slots)
+        with ExitStack() as held:  # closed where opening fails
+            setup = Setup.open(
+                *(source, options, limits),
+                context_tokens=context_tokens,
+                scored_tokens=scored_tokens,
+            )
+            held.callback(setup.close)
+            tokenizer = load_tokenizer(model)
+            session = cls(setup, setup.load_network(), tokenizer)
+            if match_first and not limits.has_any:
+                session._reside(setup.store, None, setup.allot_one_layer())
+            else:
+                session.use_pattern(pattern)
+            held.pop_all()
         session.load_seconds = time.perf_counter() - start
         return session
 
@@ -243,7 +181,8 @@ class Session(TextSession):
         Raises:
             InputError: the pattern belongs to another model, or keeps too few experts.
         """
-        store, rows = self._store, None
+        setup = self._setup
+        store, rows = setup.store, None
         if pattern is not None:
             if pattern.model_fingerprint != self.fingerprint:
                 raise InputError(
@@ -251,13 +190,13 @@ class Session(TextSession):
                     f"({pattern.model_fingerprint[:12]}, not {self.fingerprint[:12]}): make one "
                     "for this model with `edge-moe patterns`"
                 )
-            room = self._allot(store).slots.num_bytes if self._limits.has_any else None
+            room = setup.allot(store).slots.num_bytes if setup.limits.has_any else None
             rows = choose_rows(pattern, store, self.spec, room)
             store = SubsetStore(store, rows)
-        shadows: ExpertStore | None = self._shadows
+        shadows: ExpertStore | None = setup.shadows
         if shadows is not None and rows is not None:
             shadows = SubsetStore(shadows, rows)
-        self._reside(store, rows, self._allot(store, shadows))
+        self._reside(store, rows, setup.allot(store, shadows))
 
     def _reside(self, store: ExpertStore, rows: Rows | None, allotment: Allotment) -> None:
         """Run with the experts of `store`, which are `rows` of the whole model's."""
@@ -268,7 +207,8 @@ class Session(TextSession):
         self._terms = allotment.terms
         bodies = allotment.bodies or store
         self._experts = Residency.open(
-            *(self.spec, self._blocks, bodies, allotment.slots, self._options, allotment.shadows)
+            *(self.spec, self._blocks, bodies, allotment.slots),
+            *(self._options, self._setup.kernels, allotment.shadows),
         )
         self._graphs = dense_graphs(
             self.model, self._experts.pager, self._blocks, self._options, self.context_tokens
@@ -370,7 +310,7 @@ class Session(TextSession):
     @property
     def fingerprint(self) -> str:
         """Of the checkpoint that this model is, or was built from."""
-        return source_fingerprint(self._source)
+        return source_fingerprint(self._setup.source)
 
     @property
     def kept(self) -> list[list[int]]:
@@ -385,12 +325,12 @@ class Session(TextSession):
     @property
     def num_experts(self) -> int:
         """Experts that the model's folder holds, over all MoE layers."""
-        return sum(map(len, self._store.kept))
+        return sum(map(len, self._setup.store.kept))
 
     @property
     def dense_parameters(self) -> int:
         """Number of weights outside routed experts: every token uses them."""
-        return dense_parameters(self._source)
+        return dense_parameters(self._setup.source)
 
     @property
     def is_paging(self) -> bool:
@@ -401,15 +341,13 @@ class Session(TextSession):
     def warnings(self) -> list[str]:
         """What the user should know about the slots and the kernels."""
         options = self._options
-        found = self._residency.slots.warnings() + options.kernels.warnings
+        found = self._residency.slots.warnings() + self._setup.kernels.warnings
         if options.ram_bytes and not options.tier_bytes:
             found.append(
                 "--ram is for experts beside a GPU: on a CPU it does nothing without --misses cpu; "
                 "leave it out, or raise --budget"
             )
-        for kernels in (options.cpu_kernels, options.shadow_kernels):
-            found += kernels.warnings if kernels is not None else []
-        if self._shadows is not None and self._residency.shadows is None:
+        if self._setup.shadows is not None and self._residency.shadows is None:
             found.append(
                 f"every expert is in memory: --stall {options.stall.mode} has nothing to do"
             )
@@ -418,7 +356,7 @@ class Session(TextSession):
     @property
     def kernels(self) -> str:
         """Whose kernels compute the experts: `ggml` or `triton`, `exact`, or both."""
-        return self._options.kernels.label
+        return self._setup.kernels.experts.label
 
     @property
     def measured_terms(self) -> dict[str, int]:
@@ -469,9 +407,7 @@ class Session(TextSession):
         """Stop reading ahead, close the files, and hand freed memory back."""
         if self._experts is not None:
             self._experts.close()
-        self._store.close()
-        if self._shadows is not None:
-            self._shadows.close()
+        self._setup.close()
         memory.trim()
 
     @property
@@ -479,14 +415,3 @@ class Session(TextSession):
         if self._experts is None:
             raise RuntimeError("the session holds no experts")
         return self._experts
-
-    def _allot(self, store: ExpertStore, shadows: ExpertStore | None = None) -> Allotment:
-        return allot_experts(self.spec, store, shadows, self._full_terms, self._limits)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch finds no CUDA GPU: use --device cpu")
-    return torch.device(name)

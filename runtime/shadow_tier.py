@@ -10,6 +10,7 @@ from edge_moe.runtime.allotment import record_sizes
 from edge_moe.runtime.body_reader import BodyReader
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.kernel_choice import KernelChoice
 from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.paged_experts import ExpertPager
 from edge_moe.runtime.policy import LeastRecentlyUsed
@@ -42,11 +43,12 @@ class ShadowTier:
         shadows: ExpertStore,
         bodies: Bodies,
         options: PagingOptions,
+        kernels: KernelChoice | None,
         bytes_per_second: float,
     ) -> ShadowTier:
         """Read all of `shadows`, and have the bodies' pager use them.
 
-        `bytes_per_second` is how fast bodies of `store` are read.
+        `kernels` compute the shadows; `bytes_per_second` is how fast bodies of `store` are read.
 
         Raises:
             PackageError, OSError: a shadow is damaged or cannot be read.
@@ -57,7 +59,6 @@ class ShadowTier:
         cache = ExpertCache(shadows, buffers, LeastRecentlyUsed, transfer=transfer)
         cache.fill()
         pager = ExpertPager(spec, shadows, cache, None)
-        kernels = options.shadow_kernels
         products = kernels.new_products(spec, buffers) if kernels is not None else None
         if products is not None:
             pager.packed = SlotExperts(shadows, cache, products, pager.unpacked_output)
@@ -68,5 +69,4 @@ class ShadowTier:
     def close(self) -> None:
         """Stop reading bodies, and free what C allocated."""
         self.reader.close()
-        if self.pager.packed is not None:
-            self.pager.packed.close()
+        self.pager.close()

@@ -56,11 +56,13 @@ class StallOptions:
         return self.mode != "exact"
 
     def only_fetching(self, misses: Misses) -> Misses:
-        """What `misses` comes to where shadows compute them: what is waited for is fetched.
+        """What `misses` comes to: where shadows compute them, what is waited for is fetched.
 
         Raises:
             InputError: misses are to be computed on the CPU.
         """
+        if not self.uses_shadows:
+            return misses
         if misses == "cpu":
             raise InputError(
                 f"misses are computed from shadows where stall is {self.mode}, or on the CPU: "

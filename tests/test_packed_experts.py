@@ -137,7 +137,7 @@ def test_a_failed_read_lets_go_of_every_slot(
 ) -> None:
     package = package_of(tiny_checkpoint("qwen3_moe"), ("q8_0",) * 8, tmp_path / "out")
     with Session.open(package, num_slots=3, prefetch=False) as session:
-        store, hidden = session._store, torch.randn(1, 64)
+        store, hidden = session._residency.store, torch.randn(1, 64)
         read = store.read_into
 
         def fail(key: tuple[int, int], buffer: memoryview) -> None:

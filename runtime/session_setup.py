@@ -1,0 +1,184 @@
+"""`Setup`: what a session of edge-moe's own runtime is made of, settled before weights are loaded.
+
+Everything here comes from headers, so that what cannot run is refused at once.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.errors import InputError
+from edge_moe.package import Package
+from edge_moe.plan import MemoryTerm
+from edge_moe.runtime import memory
+from edge_moe.runtime.adapter import merge_adapter
+from edge_moe.runtime.allotment import (
+    allot,
+    context_length,
+    dense_tensors,
+    host_terms,
+    open_store,
+    record_sizes,
+    session_terms,
+    source_fingerprint,
+)
+from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.kernel_choice import KernelChoices, Kernels, choose_kernels
+from edge_moe.runtime.kv_cache import share_key_value_heads
+from edge_moe.runtime.model import build_model
+from edge_moe.runtime.paged_experts import register_experts
+from edge_moe.runtime.predictor_choice import linear_term, predictor_terms, require_linear
+from edge_moe.runtime.residency import PagingOptions
+from edge_moe.runtime.shadow_allotment import Allotment, Limits, allot_experts
+from edge_moe.runtime.shadow_store import ShadowStore, open_shadows
+
+
+@dataclass(frozen=True)
+class Setup:
+    """See the module."""
+
+    source: Package | Checkpoint
+    store: ExpertStore
+    """Every expert that the folder holds."""
+    shadows: ShadowStore | None
+    """Where misses may be computed from them."""
+    context_tokens: int
+    limits: Limits
+    options: PagingOptions
+    kernels: KernelChoices
+    terms: list[MemoryTerm]
+    """The bill with every expert of `store` resident."""
+
+    @classmethod
+    def open(
+        cls,
+        source: Package | Checkpoint,
+        options: PagingOptions,
+        limits: Limits,
+        *,
+        context_tokens: int | None,
+        scored_tokens: int,
+    ) -> Setup:
+        """Open the stores, and settle the rest; the arguments are those of `Session.open`.
+
+        Raises:
+            BudgetError: the budget cannot hold the model even when paging.
+            InputError, CheckpointError, MissingExtraError: `source` cannot be run like this.
+        """
+        context = context_length(source.spec, context_tokens)
+        with ExitStack() as held:  # closed where opening fails
+            store = open_store(source)
+            held.callback(store.close)
+            shadows = open_shadows(source) if options.stall.uses_shadows else None
+            if shadows is not None:
+                held.callback(shadows.close)
+            kernels = _choose_kernels(options, store, shadows)
+            has_budget = limits.budget_bytes is not None
+            terms = _bill(
+                *(source, store, context, options),
+                has_budget=has_budget,
+                scored_tokens=scored_tokens,
+            )
+            setup = cls(source, store, shadows, context, limits, options, kernels, terms)
+            setup.require_room()
+            held.pop_all()
+        return setup
+
+    def require_room(self) -> None:
+        """Refuse limits before anything is loaded.
+
+        Raises:
+            BudgetError: the budget cannot hold the model even when paging.
+            InputError: fewer slots than top_k, or RAM for less than one expert.
+        """
+        self.allot(self.store, self.shadows)
+        host_terms(record_sizes(self.store), self.options.kind, self.options.tier_bytes)
+
+    def allot(self, store: ExpertStore, shadows: ExpertStore | None = None) -> Allotment:
+        """Slots within the limits for the experts of `store`, which are some or all of these."""
+        return allot_experts(self.source.spec, store, shadows, self.terms, self.limits)
+
+    def allot_one_layer(self) -> Allotment:
+        """Slots for the experts of the largest layer only."""
+        most = max(map(len, self.store.kept))
+        slots = allot(self.source.spec, record_sizes(self.store), self.terms, None, most)
+        return Allotment(slots, self.terms)
+
+    def load_network(self) -> Any:
+        """The transformers model with its dense weights, and experts yet to be attached.
+
+        Raises:
+            SpecError, CheckpointError, PackageError: as `build_model` and `merge_adapter`.
+        """
+        source, device = self.source, self.options.device
+        share_key_value_heads(device)
+        register_experts()
+        num_rows = [len(kept) for kept in self.store.kept]
+        network = build_model(source.spec, source.folder, dense_tensors(source), num_rows, device)
+        if isinstance(source, Package):
+            merge_adapter(network, source)
+        memory.trim()
+        return network
+
+    def close(self) -> None:
+        """Close the files."""
+        self.store.close()
+        if self.shadows is not None:
+            self.shadows.close()
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device called `name`; by default CUDA where there is any.
+
+    Raises:
+        InputError: CUDA, and torch finds none.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch finds no CUDA GPU: use --device cpu")
+    return torch.device(name)
+
+
+def _choose_kernels(
+    options: PagingOptions, store: ExpertStore, shadows: ExpertStore | None
+) -> KernelChoices:
+    kernels, device = options.kernels, options.device
+    experts, misses = choose_kernels(kernels, device, _forms(store)), None
+    if options.tier_bytes and options.misses != "fetch":
+        on_cpu: Kernels = "auto" if kernels == "triton" else kernels
+        misses = choose_kernels(on_cpu, torch.device("cpu"), _forms(store))
+    of_shadows = None if shadows is None else choose_kernels(kernels, device, _forms(shadows))
+    return KernelChoices(experts, misses, of_shadows)
+
+
+def _forms(store: ExpertStore) -> set[str]:
+    return {store.record(key).form for key in store.keys()}
+
+
+def _bill(
+    source: Package | Checkpoint,
+    store: ExpertStore,
+    context_tokens: int,
+    options: PagingOptions,
+    *,
+    has_budget: bool,
+    scored_tokens: int,
+) -> list[MemoryTerm]:
+    """With every expert of `store` resident, and what guesses the next ones."""
+    terms = session_terms(
+        *(source, store, context_tokens, options.kind),
+        has_budget=has_budget,
+        scored_tokens=scored_tokens,
+    )
+    linear = options.linear
+    if linear is not None:
+        require_linear(linear, source.spec, source_fingerprint(source), store.kept)
+        terms.append(linear_term(linear))
+    names = () if options.prefetch is False else options.predictors
+    return terms + predictor_terms(names, [len(kept) for kept in store.kept])
