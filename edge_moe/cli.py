@@ -24,6 +24,7 @@ from edge_moe.commands.compare import compare_command
 from edge_moe.commands.demo import demo_command
 from edge_moe.commands.evaluate import eval_command
 from edge_moe.commands.fit_guesses import fit_guesses_command
+from edge_moe.commands.fit_pre_gate import fit_pre_gate_command
 from edge_moe.commands.inspect import inspect_command
 from edge_moe.commands.patterns import patterns_command
 from edge_moe.commands.plan import plan_command
@@ -96,6 +97,7 @@ app.command("recover")(recover_command)
 app.command("run")(run_command)
 app.command("trace")(trace_command)
 app.command("fit-guesses")(fit_guesses_command)
+app.command("fit-pre-gate")(fit_pre_gate_command)
 app.command("simulate")(simulate_command)
 app.command("eval")(eval_command)
 app.command("compare")(compare_command)

@@ -110,6 +110,8 @@ def _rows(result: EvalResult) -> list[tuple[str, str]]:
         rows.append((f"recovery ({result.recovery_of})", f"{result.recovery} %"))
     if result.skipping is not None:
         rows += [("skipping rule", result.skipping.rule), *skipping_rows(result.skipping)]
+    if result.pre_gate:
+        rows.append(("pre-gate", result.pre_gate))
     if result.stall is not None:
         rows += _stall_rows(result.stall)
     return rows

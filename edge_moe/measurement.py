@@ -162,6 +162,8 @@ class RunMeasurement(_Record):
     """What was done with experts that had no slot, where some may have been computed elsewhere."""
     kernels: str = ""
     """Whose kernels computed the experts: `ggml`, `exact` or both; empty for other runtimes."""
+    pre_gate: str = ""
+    """What chose the experts in place of the routers, and how well it agrees with them."""
     text: str = ""
     """What was generated, to be looked at."""
 
@@ -233,6 +235,8 @@ class EvalResult(_Record):
     budget_bytes: int | None = None
     kernels: str = ""
     """Whose kernels computed the experts: `ggml`, `exact` or both; empty for other runtimes."""
+    pre_gate: str = ""
+    """What chose the experts in place of the routers, and how well it agrees with them."""
     window_tokens: int
     num_windows: int
     num_search_windows: int = 0

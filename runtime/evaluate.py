@@ -45,6 +45,7 @@ from edge_moe.runtime.skipping_cost import skipping_cost
 from edge_moe.runtime.stalls import EXACT, StallOptions, stall_cost
 
 if TYPE_CHECKING:
+    from edge_moe.runtime.pre_gate import PreGate
     from edge_moe.runtime.session import Session
 
 WINDOW_TOKENS = 256
@@ -115,11 +116,13 @@ def evaluate(
     skip: SkipRule | None = None,
     kernels: Kernels | None = None,
     stall: StallOptions | None = None,
+    pre_gate: PreGate | None = None,
 ) -> list[EvalResult]:
     """Evaluate `model` on the held-out text of every task, beside `against` when it is given.
 
     `budget_bytes` caps the memory of `model` only, `skip` leaves out experts of `model` only, and
-    `kernels` (else auto) compute those of `model` only: the reference is exact. Tasks that come
+    `kernels` (else auto) compute those of `model` only: the reference is exact. `pre_gate` chooses
+    the experts of `model` only, so that `model` itself `against` shows its cost. Tasks that come
     with problems to solve are scored by exact match too, on the first `max_problems` of them.
 
     With a `stall` that uses shadows, text is scored token by token, as if it were generated, since
@@ -145,6 +148,7 @@ def evaluate(
             skip=skip,
             kernels=kernels,
             stall=stall,
+            pre_gate=pre_gate,
         )
         stack.callback(tested.close)
         base = _open_reference(stack, against, context_tokens) if against else None
@@ -162,18 +166,25 @@ def open_model(
     skip: SkipRule | None = None,
     kernels: Kernels | None = None,
     stall: StallOptions | None = None,
+    pre_gate: PreGate | None = None,
 ) -> LanguageModel:
     """A native package or Hugging Face folder as a Session, others through their own programs.
 
     Raises:
         TargetError: a skipping rule for a .gguf file or an ONNX folder, which route themselves, or
-            kernels, which they have of their own, or shadows; a budget for a .gguf file.
+            kernels, which they have of their own, or shadows; a budget for a .gguf file; a
+            pre-gate for either.
         BudgetError: an ONNX folder that takes more than the budget.
     """
     if kernels is not None and model_kind(path) in ("onnx", "gguf"):
         raise TargetError(
             f"{path} does not run in edge-moe's own runtime: leave out --kernels, or use a native "
             "package or a Hugging Face folder"
+        )
+    if pre_gate is not None and model_kind(path) in ("onnx", "gguf"):
+        raise TargetError(
+            f"{path} routes by itself, outside edge-moe's own runtime: leave out --pre-gate, or "
+            "use a native package or a Hugging Face folder"
         )
     if stall is not None and model_kind(path) in ("onnx", "gguf"):
         raise TargetError(
@@ -217,6 +228,7 @@ def open_model(
         scored_tokens=context_tokens,
         kernels=kernels or "auto",
         stall=stall or EXACT,
+        pre_gate=pre_gate,
     )
 
 
@@ -338,6 +350,7 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
         in_task=is_in_task(pair.path, task),
         budget_bytes=pair.budget_bytes,
         kernels=str(getattr(pair.model, "kernels", "")),
+        pre_gate=str(getattr(pair.model, "pre_gate", "")),
         window_tokens=text.window_tokens,
         num_windows=len(windows),
         num_search_windows=text.num_search_windows,

@@ -78,6 +78,8 @@ class ExpertCache:
         self._entries: dict[Key, Entry] = {}
         self._free = {size: list(range(count)) for size, count in buffers.counts.items()}
         self.statistics = PagingStatistics()
+        self.expected: frozenset[Key] = frozenset()
+        """What is known to be asked for soon: others leave for a demand, while there are any."""
 
     @property
     def slot_bytes(self) -> int:
@@ -278,9 +280,10 @@ class ExpertCache:
             known = self._entries.get(key)
             if known is not None:
                 return known, False
-            entry = self._reserve(key, is_prefetched=False, keep=frozenset())
-            if entry is not None:
-                return entry, True
+            for keep in (self.expected, frozenset[Key]()) if self.expected else (self.expected,):
+                entry = self._reserve(key, is_prefetched=False, keep=keep)
+                if entry is not None:
+                    return entry, True
             self._lock.wait()  # every slot of this size is being filled: one will be ready soon
 
     def _reserve(self, key: Key, is_prefetched: bool, keep: frozenset[Key]) -> Entry | None:

@@ -91,9 +91,7 @@ class FittedKind:
                 f"float32 {list(shape)}; fit it again"
             )
         if not np.isfinite(array).all():
-            raise InputError(
-                f"{self.name} {path} is damaged: a value is no number; fit it again"
-            )
+            raise InputError(f"{self.name} {path} is damaged: a value is no number; fit it again")
 
     def require_model(
         self, info: FittedInfo, fingerprint: str, hidden_size: int, num_layers: int

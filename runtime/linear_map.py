@@ -21,9 +21,7 @@ from edge_moe.runtime.fitted_file import FittedInfo, FittedKind
 from edge_moe.runtime.predictors import Predictor, largest_logits
 
 LINEAR_MAP_VERSION = 1
-_KIND = FittedKind(
-    "linear map", "edge_moe_linear_map", "edge-moe fit-guesses", LINEAR_MAP_VERSION
-)
+_KIND = FittedKind("linear map", "edge_moe_linear_map", "edge-moe fit-guesses", LINEAR_MAP_VERSION)
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from edge_moe.formats import expert_packed_bytes
+from edge_moe.runtime.ahead_reader import AheadReader
 from edge_moe.runtime.allotment import record_sizes
 from edge_moe.runtime.cpu_misses import CpuMisses
 from edge_moe.runtime.expert_cache import ExpertCache
@@ -21,7 +22,7 @@ from edge_moe.runtime.kernels.unpack import unpack
 from edge_moe.runtime.model import EXPERTS_IMPLEMENTATION
 from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock, expert_output
 from edge_moe.runtime.packed_experts import SlotExperts
-from edge_moe.runtime.prefetch import Prefetcher
+from edge_moe.runtime.pre_gated_routing import PreGatedRouting
 from edge_moe.runtime.shadow_experts import ShadowExperts
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.trace import TraceRecorder
@@ -40,14 +41,16 @@ class ExpertPager:
         spec: ModelSpec,
         store: ExpertStore,
         cache: ExpertCache,
-        prefetcher: Prefetcher | None,
+        prefetcher: AheadReader | None,
         skip: SkipRule | None = None,
+        routing: PreGatedRouting | None = None,
     ) -> None:
         self._spec = spec
         self.store = store
         self.cache = cache
         self.prefetcher = prefetcher
         self._skip = skip
+        self._routing = routing
         self._sizes = [np.array(layer) for layer in record_sizes(store)]
         self.packed: SlotExperts | None = None
         """What computes experts without unpacking them, where it was chosen."""
@@ -72,6 +75,8 @@ class ExpertPager:
 
         Returns: [T, H]
         """
+        if self._routing is not None:
+            rows, weights = self._routing.choice(layer, rows, weights)
         rows, weights = self._chosen(layer, hidden, rows, weights)
         if self.shadowed is not None:
             return self.shadowed.forward(experts, layer, hidden, rows, weights)
@@ -114,7 +119,7 @@ class ExpertPager:
         return pending.add_to(output) if pending is not None else output
 
     def _read_ahead(
-        self, prefetcher: Prefetcher, layer: int, hidden: Tensor, rows: list[int]
+        self, prefetcher: AheadReader, layer: int, hidden: Tensor, rows: list[int]
     ) -> None:
         """For the next layer, given one token [1, H]."""
         asked = sorted(row for row in rows if row >= 0)

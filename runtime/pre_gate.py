@@ -66,8 +66,15 @@ class PreGate:
     def memory_term(self) -> MemoryTerm:
         """What it takes in memory."""
         note = "decides the experts of all layers but the first"
-        return MemoryTerm(
-            name=_KIND.name, num_bytes=self.num_bytes, source="formula", note=note
+        return MemoryTerm(name=_KIND.name, num_bytes=self.num_bytes, source="formula", note=note)
+
+    @property
+    def label(self) -> str:
+        """What it is, in words."""
+        shares = " ".join(f"{share:.0%}" for share in self.info.agreement)
+        return (
+            f"fitted on {self.info.num_tokens} tokens; chooses of what the routers would, by "
+            f"layer: {shares}"
         )
 
     def choose(self, hidden: Tensor, top_k: int) -> list[Tensor]:

@@ -6,13 +6,13 @@ prefetcher does not exist; what it does never changes a result.
 
 from __future__ import annotations
 
-import queue
 import threading
-import time
 from collections.abc import Sequence
 
 import torch
 
+from edge_moe.runtime.ahead_reader import AheadReader
+from edge_moe.runtime.background_reads import BackgroundReads, Read
 from edge_moe.runtime.block_predictors import BlockInput, NextChoice, NextRanking
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
@@ -28,7 +28,7 @@ from edge_moe.runtime.skipping import SkipRule
 from edge_moe.spec import ModelSpec
 
 
-class Prefetcher:
+class Prefetcher(AheadReader):
     """Predicts, admits and reads ahead. `observe` and `predict` belong to the model's thread."""
 
     def __init__(
@@ -39,16 +39,14 @@ class Prefetcher:
         cache: ExpertCache,
     ) -> None:
         """`block_input` is what the predictors of `read_ahead` look at."""
-        self.read_ahead = read_ahead
+        super().__init__(read_ahead)
+        self._read_ahead = read_ahead
         self._input = block_input
         self._store = store
         self._cache = cache
         self._guesses = Guesses()
-        self._queue: queue.SimpleQueue[tuple[Key, frozenset[Key]] | None] = queue.SimpleQueue()
-        self._queued_bytes = 0
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="edge-moe-prefetch", daemon=True)
-        self._thread.start()
+        self._reads = BackgroundReads(cache, self._learn)
 
     def observe(self, layer: int, rows: list[int]) -> None:
         """The router of `layer` chose `rows`: score the guess that was made for it."""
@@ -61,7 +59,7 @@ class Prefetcher:
         """
         following = layer + 1
         self._input.hidden = hidden
-        rows = self.read_ahead.guess(layer, current)
+        rows = self._read_ahead.guess(layer, current)
         self._input.hidden = None
         if not rows:
             return
@@ -74,34 +72,25 @@ class Prefetcher:
     @property
     def queued_bytes(self) -> int:
         """Guessed experts that are being read, or will be."""
-        return self._queued_bytes
+        return self._reads.queued_bytes
 
     def close(self) -> None:
         """Stop the thread; what is being read is finished first."""
-        self._queue.put(None)
-        self._thread.join()
+        self._reads.close()
 
     def _submit(self, key: Key, keep: frozenset[Key]) -> None:
         num_bytes = self._store.record(key).num_bytes
         with self._lock:
-            if not self._guesses.rule.admits(key[0], num_bytes, self._queued_bytes):
+            if not self._guesses.rule.admits(key[0], num_bytes, self.queued_bytes):
                 self._cache.statistics.prefetch_rejected += 1
                 return
-            self._queued_bytes += num_bytes
-        self._queue.put((key, keep))
+        self._reads.submit(Read(key, num_bytes, (keep,)))
 
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            key, keep = item
-            num_bytes = self._store.record(key).num_bytes
-            start, was_read = time.perf_counter(), False
-            try:
-                was_read = self._cache.prefetch(key, keep)
-            finally:
-                with self._lock:
-                    self._queued_bytes -= num_bytes
-                    if was_read:
-                        self._guesses.rule.learn_transfer(num_bytes, time.perf_counter() - start)
+    def _learn(self, read: Read, seconds: float | None) -> None:
+        if seconds is None:
+            return
+        with self._lock:
+            self._guesses.rule.learn_transfer(read.num_bytes, seconds)
 
 
 def open_prefetcher(

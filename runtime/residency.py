@@ -11,7 +11,9 @@ import torch
 
 from edge_moe.errors import InputError
 from edge_moe.plan import Device
+from edge_moe.runtime.ahead_reader import AheadReader
 from edge_moe.runtime.allotment import Slots, host_slots, record_sizes
+from edge_moe.runtime.certain_prefetch import CertainPrefetcher
 from edge_moe.runtime.cpu_misses import CpuMisses, HostExperts
 from edge_moe.runtime.dense_graphs import CudaCapture, DenseGraphs
 from edge_moe.runtime.expert_cache import ExpertCache
@@ -27,8 +29,10 @@ from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.paged_experts import ExpertPager, attach, detach
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import PagingStatistics
+from edge_moe.runtime.pre_gate import PreGate
+from edge_moe.runtime.pre_gated_routing import PreGatedRouting
 from edge_moe.runtime.predictor_choice import DEFAULT_PREDICTORS
-from edge_moe.runtime.prefetch import Prefetcher, open_prefetcher
+from edge_moe.runtime.prefetch import open_prefetcher
 from edge_moe.runtime.shadow_store import BodyStore
 from edge_moe.runtime.shadow_tier import ShadowTier
 from edge_moe.runtime.skipping import SkipRule
@@ -56,6 +60,8 @@ class PagingOptions:
     stall: StallOptions = EXACT
     predictors: tuple[str, ...] = DEFAULT_PREDICTORS
     linear: LinearMap | None = None
+    pre_gate: PreGate | None = None
+    """Chooses in the place of the routers."""
 
     def __post_init__(self) -> None:
         """Raises InputError for what cannot be done."""
@@ -84,7 +90,7 @@ class Residency:
     transfer: Transfer
     host: HostTier | None
     pager: ExpertPager
-    prefetcher: Prefetcher | None
+    prefetcher: AheadReader | None
     blocks: list[Any]
     shadows: ShadowTier | None
     closing: ExitStack
@@ -122,12 +128,17 @@ class Residency:
             cache = ExpertCache(store, buffers, DEFAULT_POLICY, host=host, transfer=transfer)
             cache.fill()
             filling, cache.statistics = cache.statistics, PagingStatistics()
+            routing = None
+            if options.pre_gate is not None:
+                gate = options.pre_gate.for_experts(store.kept).to(device)
+                routing = PreGatedRouting(gate, blocks, spec)
+                held.callback(routing.close)
             prefetcher = None
             if options.prefetch is not False and slots.is_paging and shadows is None:
-                prefetcher = _prefetcher(spec, blocks, store, cache, options)
+                prefetcher = _prefetcher(spec, blocks, store, cache, options, routing)
             if prefetcher is not None:
                 held.callback(prefetcher.close)
-            pager = ExpertPager(spec, store, cache, prefetcher, options.skip)
+            pager = ExpertPager(spec, store, cache, prefetcher, options.skip, routing)
             held.callback(pager.close)
             products = kernels.experts.new_products(spec, buffers)
             if products is not None:
@@ -171,6 +182,8 @@ def dense_graphs(
     reason = ""
     if options.graphs is False:
         reason = "--no-graphs"
+    elif options.pre_gate is not None:
+        reason = "a pre-gate chooses the experts between them"
     elif pager.shadowed is not None:
         reason = "experts may be computed from shadows, so that two runs of a token may differ"
     return DenseGraphs(
@@ -202,7 +215,10 @@ def _prefetcher(
     store: ExpertStore,
     cache: ExpertCache,
     options: PagingOptions,
-) -> Prefetcher | None:
+    routing: PreGatedRouting | None,
+) -> AheadReader | None:
+    if routing is not None:
+        return CertainPrefetcher(routing, store, cache)
     names, has_trial = options.predictors, options.prefetch is None
     return open_prefetcher(
         *(spec, blocks, store, cache, names, options.skip, options.linear), has_trial=has_trial

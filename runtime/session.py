@@ -40,10 +40,8 @@ from edge_moe.runtime.model import held_bytes, moe_blocks, verify_resident
 from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.runtime.paged_experts import Ranker
 from edge_moe.runtime.policy import PagingStatistics
-from edge_moe.runtime.predictor_choice import (
-    DEFAULT_PREDICTORS,
-    require_known,
-)
+from edge_moe.runtime.pre_gate import PreGate
+from edge_moe.runtime.predictor_choice import DEFAULT_PREDICTORS, require_known
 from edge_moe.runtime.predictors import LINEAR_GUESSES, ROUTER_GUESSES
 from edge_moe.runtime.residency import PagingOptions, Residency, dense_graphs
 from edge_moe.runtime.session_setup import Setup, find_device
@@ -100,6 +98,7 @@ class Session(TextSession):
         stall: StallOptions = EXACT,
         predictors: Sequence[str] = DEFAULT_PREDICTORS,
         linear: LinearMap | None = None,
+        pre_gate: PreGate | None = None,
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -132,6 +131,9 @@ class Session(TextSession):
                 `prefetch` brings in what was missed.
             predictors: names of `edge_moe.runtime.predictor_choice.PREDICTORS`.
             linear: what the predictor `linear` goes by; its guesses are traced, too.
+            pre_gate: chooses the experts of all MoE layers but the first, in the place of their
+                routers, which only weigh them. While paging, all that it has chosen for a token is
+                read ahead (unless `prefetch` is False), and predictors are not asked.
 
         Raises:
             BudgetError: the budget cannot hold the model even when paging.
@@ -152,6 +154,7 @@ class Session(TextSession):
             graphs=graphs,
             predictors=tuple(predictors),
             linear=linear,
+            pre_gate=pre_gate,
         )
         limits = Limits(budget_bytes, num_slots)
         with ExitStack() as held:  # closed where opening fails
@@ -377,7 +380,8 @@ class Session(TextSession):
     def prefetch_trial(self) -> FastestOf | None:
         """Whose guesses pay here, where that is being tried."""
         prefetcher = self._residency.prefetcher
-        return None if prefetcher is None else prefetcher.read_ahead.trial
+        read_ahead = None if prefetcher is None else prefetcher.read_ahead
+        return None if read_ahead is None else read_ahead.trial
 
     def memory(self) -> list[MemoryTerm]:
         """The planned bill at this budget, term by term."""
@@ -392,6 +396,12 @@ class Session(TextSession):
     def graphs(self) -> str:
         """Whether dense segments are replayed, and why not; empty on a CPU."""
         return self._graphs.label if self._graphs is not None else ""
+
+    @property
+    def pre_gate(self) -> str:
+        """Who chooses in the place of the routers, in words; empty where nobody does."""
+        gate = self._options.pre_gate
+        return gate.label if gate is not None else ""
 
     @property
     def misses(self) -> str:

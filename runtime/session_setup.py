@@ -32,6 +32,7 @@ from edge_moe.runtime.kernel_choice import KernelChoices, Kernels, choose_kernel
 from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.model import build_model
 from edge_moe.runtime.paged_experts import register_experts
+from edge_moe.runtime.pre_gated_routing import require_pre_gate
 from edge_moe.runtime.predictor_choice import linear_term, predictor_terms, require_linear
 from edge_moe.runtime.residency import PagingOptions
 from edge_moe.runtime.shadow_allotment import Allotment, Limits, allot_experts
@@ -180,5 +181,9 @@ def _bill(
     if linear is not None:
         require_linear(linear, source.spec, source_fingerprint(source), store.kept)
         terms.append(linear_term(linear))
+    gate = options.pre_gate
+    if gate is not None:
+        require_pre_gate(gate, source.spec, source_fingerprint(source), store.kept)
+        return [*terms, gate.memory_term]
     names = () if options.prefetch is False else options.predictors
     return terms + predictor_terms(names, [len(kept) for kept in store.kept])

@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
+from edge_moe.commands.opening import load_pre_gate
 from edge_moe.commands.options import (
     Budget,
     EvaluatedModel,
     Json,
     Kernels,
+    PreGateFile,
     Skip,
     SkipCalibrationFile,
     Stall,
@@ -45,6 +47,7 @@ def eval_command(
     stall: Stall = None,
     stall_seconds: StallSeconds = None,
     stall_rate: StallRate = None,
+    pre_gate: PreGateFile = None,
     record: Annotated[
         bool, typer.Option("--record", help="Keep the results inside MODEL, for the report.")
     ] = False,
@@ -70,6 +73,7 @@ def eval_command(
         skip=rule,
         kernels=kernels.value if kernels else None,
         stall=waiting,
+        pre_gate=load_pre_gate(pre_gate),
     )
     if record:
         folder = tested if tested.is_dir() else tested.parent

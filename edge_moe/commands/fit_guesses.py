@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,20 +16,51 @@ from edge_moe.files import require_file_output, require_suffix
 from edge_moe.open_model import is_gguf_file
 from edge_moe.units import parse_bytes
 
+if TYPE_CHECKING:
+    from edge_moe.runtime.session import Session
+
+
+FittedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Checkpoint folder, native package, or hub id such as Qwen/Qwen3-30B-A3B.",
+        show_default=False,
+    ),
+]
+FittedOutput = Annotated[
+    Path, typer.Option("--output", "-o", help="Where to write, a .safetensors file.")
+]
+
+
+@contextmanager
+def open_fittable(
+    model: str, revision: str | None, output: Path, common: CommonOptions, slots: int | None
+) -> Iterator[Session]:
+    """The model that something is to be fitted for and written to `output`.
+
+    Raises:
+        TargetError: a .gguf file or an ONNX folder, which routes by itself.
+        InputError: an output that cannot be written, or slots beside a budget.
+    """
+    path = runnable_path(model, revision)
+    require_file_output(output, ".safetensors")
+    require_suffix(output, ".safetensors")
+    if is_gguf_file(path):
+        raise TargetError(
+            f"{path} runs in llama.cpp: give the checkpoint or package that it was made from"
+        )
+    from edge_moe.runtime.session import Session
+
+    with open_traceable(path, common, slots) as session:
+        assert isinstance(session, Session)
+        yield session
+
 
 def fit_guesses_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Checkpoint folder, native package, or hub id such as Qwen/Qwen3-30B-A3B.",
-            show_default=False,
-        ),
-    ],
+    model: FittedModel,
     task: Tasks,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to write, a .safetensors file.")
-    ],
+    output: FittedOutput,
     window_tokens: Annotated[
         int, typer.Option(help="Tokens of text before a new sequence begins.")
     ] = 256,
@@ -54,21 +87,12 @@ def fit_guesses_command(
     revision: Revision = None,
 ) -> None:
     """Fit a map from each MoE layer's input to what the next router ranks by, on a task's text."""
-    path = runnable_path(model, revision)
-    require_file_output(output, ".safetensors")
-    require_suffix(output, ".safetensors")
-    if is_gguf_file(path):
-        raise TargetError(
-            f"{path} runs in llama.cpp: give the checkpoint or package that it was made from"
-        )
-    from edge_moe.runtime.evaluate import progress
-    from edge_moe.runtime.fit_linear import LIMIT_BYTES, fit_linear, passes, require_states
-    from edge_moe.runtime.session import Session
-    from edge_moe.tasks import task_windows
-
     common = CommonOptions(budget, window_tokens, None)
-    with open_traceable(path, common, slots) as session:
-        assert isinstance(session, Session)
+    with open_fittable(model, revision, output, common, slots) as session:
+        from edge_moe.runtime.evaluate import progress
+        from edge_moe.runtime.fit_linear import LIMIT_BYTES, fit_linear, passes, require_states
+        from edge_moe.tasks import task_windows
+
         require_states(session.spec)
         windows = task_windows(task, "calibration", session.tokenizer, window_tokens, max_windows)
         limit_bytes = memory or LIMIT_BYTES

@@ -113,6 +113,7 @@ def measure(
         kernels=_kernels(session),
         misses=str(getattr(session, "misses", "")),
         graphs=str(getattr(session, "graphs", "")),
+        pre_gate=str(getattr(session, "pre_gate", "")),
         text=text,
     )
 
@@ -169,6 +170,8 @@ def statistics_lines(measured: RunMeasurement) -> list[str]:
         lines.append(f"in RAM beside the slots: {held}")
     if measured.kernels:
         lines.append(f"kernels of the experts: {measured.kernels}")
+    if measured.pre_gate:
+        lines.append(f"pre-gate: {measured.pre_gate}")
     paging = measured.paging
     if paging.get("misses"):
         lines.append(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.kernel_choice import Kernels
     from edge_moe.runtime.linear_map import LinearMap
+    from edge_moe.runtime.pre_gate import PreGate
     from edge_moe.runtime.session import Session
     from edge_moe.runtime.stalls import StallOptions
     from edge_moe.task_pattern import TaskPattern
@@ -55,6 +56,7 @@ class PagingOptions:
     rearranged: bool | None = None
     stall: StallOptions | None = None
     graphs: bool | None = None
+    pre_gate: Path | None = None
 
     def refuse(self, path: Path, runs: str, names: tuple[str, ...]) -> None:
         """Raise `TargetError` where one of the options `names` was given.
@@ -77,6 +79,7 @@ class PagingOptions:
             "--rearranged": self.rearranged or None,
             "--stall": self.stall,
             "--graphs": self.graphs,
+            "--pre-gate": self.pre_gate,
         }
         given = [name for name in names if values[name] is not None]
         if given:
@@ -86,10 +89,15 @@ class PagingOptions:
             )
 
     def refuse_idle(self) -> None:
-        """Raise InputError where what reads ahead was asked for beside a --stall that never does.
+        """Raise InputError where what reads ahead was asked for beside something that never asks.
 
         A linear map may still be traced.
         """
+        if self.pre_gate is not None and (self.predictors or self.linear_map is not None):
+            raise InputError(
+                "--pre-gate has decided what --predictor and --linear-map would guess: leave out "
+                "one or the other"
+            )
         if self.stall is None or not self.stall.uses_shadows:
             return
         values = {
@@ -116,6 +124,7 @@ _ROUTING = (
     "--misses",
     "--stall",
     "--graphs",
+    "--pre-gate",
 )
 
 
@@ -191,6 +200,7 @@ def open_runnable(
         misses=paging.misses or "auto",
         stall=paging.stall or EXACT,
         graphs=paging.graphs,
+        pre_gate=load_pre_gate(paging.pre_gate),
     )
     return session, known
 
@@ -252,6 +262,15 @@ def load_linear(path: Path | None) -> LinearMap | None:
     from edge_moe.runtime.linear_map import LinearMap
 
     return LinearMap.load(path)
+
+
+def load_pre_gate(path: Path | None) -> PreGate | None:
+    """The pre-gate that --pre-gate names."""
+    if path is None:
+        return None
+    from edge_moe.runtime.pre_gate import PreGate
+
+    return PreGate.load(path)
 
 
 def open_traceable(

@@ -137,6 +137,16 @@ LinearMapFile = Annotated[
         show_default=False,
     ),
 ]
+PreGateFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--pre-gate",
+        metavar="FILE",
+        help="What chooses the experts of all layers but the first ahead, in place of their "
+        "routers, from `edge-moe fit-pre-gate`.",
+        show_default=False,
+    ),
+]
 Kernels = Annotated[
     KernelsName | None,
     typer.Option(

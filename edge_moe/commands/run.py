@@ -32,6 +32,7 @@ from edge_moe.commands.options import (
     Kernels,
     LinearMapFile,
     Misses,
+    PreGateFile,
     Revision,
     RunnableModel,
     Skip,
@@ -91,6 +92,7 @@ def run_command(
     prefetch: Prefetch = None,
     predictor: PredictorNames = None,
     linear_map: LinearMapFile = None,
+    pre_gate: PreGateFile = None,
     slots: NumSlots = None,
     task: TaskName = None,
     patterns: PatternsFolder = None,
@@ -126,6 +128,7 @@ def run_command(
         rearranged,
         stall_options(stall, stall_seconds),
         graphs,
+        pre_gate,
     )
     with _opened(path, common, paging, prompt or "", is_raw=raw) as session:
         if prompt is None:
