@@ -15,6 +15,7 @@ from edge_moe.errors import InputError
 from edge_moe.gguf_model import GgufModel
 from edge_moe.runtime.gguf_slices import Place, Slice, SliceFiles, expert_slices
 from edge_moe.runtime.guesses import Guesses
+from edge_moe.runtime.idle_link import IdleLink
 from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
 from edge_moe.runtime.read_queue import Read, ReadQueue
@@ -88,6 +89,9 @@ class GgufExperts:
         """By tensor: pages of experts that have just left."""
         self._queue = ReadQueue(self._files.read, READERS, "edge-moe-page-in")
         self._guesses = Guesses()
+        self._link = IdleLink()
+        self._failed: set[Key] = set()
+        """Guesses that did not come true, while they are still being read."""
 
     def num_bytes(self, key: Key) -> int:
         """What an expert takes in memory: whole pages."""
@@ -116,7 +120,9 @@ class GgufExperts:
             InputError: they do not fit together.
             CheckpointError: the file has changed.
         """
+        self._learn_link()
         self.settle()
+        self._link.begin()
         keys = [(layer, row) for row in rows]
         self._guesses.score(layer, rows, self.statistics)
         keep = frozenset(keys)
@@ -128,6 +134,7 @@ class GgufExperts:
             self._wait_for_room(self.num_bytes(key), keep)
             self._reserve(key, is_prefetched=False)
             self._policy.use(key)
+        self._give_back_spare()
         self._awaited = [key for key in keys if key in self._loading]
         for index in self._order[layer]:
             for key in self._awaited:
@@ -184,14 +191,26 @@ class GgufExperts:
         misses = [key for key in keys if key not in self._entries]
         self._guesses.remember(layer, (row for _, row in misses))
         keep = frozenset([*keys, *current])
-        for key in misses:
-            size = self.num_bytes(key)
-            if not self._guesses.rule.admits(layer, size, self._queued_bytes()):
-                self.statistics.prefetch_rejected += 1
-            elif self._make_room(size, keep):
+        spare_bytes = self._link.spare_bytes(is_reading=bool(self._awaited))
+        for at, key in enumerate(misses):
+            if self._slices[key][self._order[layer][0]].num_bytes > spare_bytes:
+                self.statistics.prefetch_rejected += len(misses) - at
+                break
+            if self._make_room(self.num_bytes(key), keep):
                 self._reserve(key, is_prefetched=True)
-                read = self._ask(key, self._order[layer][0], is_wanted=False)
-                self.statistics.prefetch_issued_bytes += read.piece.num_bytes
+                self._give_back_spare()
+                spare_bytes = self._read_ahead(key, spare_bytes)
+
+    def _read_ahead(self, key: Key, spare_bytes: int) -> int:
+        """Read a guess's tensors, in the order of their use, as far as they fit; what is left."""
+        for index in self._order[key[0]]:
+            num_bytes = self._slices[key][index].num_bytes
+            if num_bytes > spare_bytes:
+                break
+            self._ask(key, index, is_wanted=False)
+            self.statistics.prefetch_issued_bytes += num_bytes
+            spare_bytes -= num_bytes
+        return spare_bytes
 
     def fill(self) -> None:
         """Read experts in layer order as long as they fit."""
@@ -274,7 +293,10 @@ class GgufExperts:
 
     def settle(self) -> None:
         """Nobody waits any more: note what has arrived since; what could not be read is gone."""
+        self._link.forget()
         self._awaited = []
+        for key in [key for key in self._failed if not self._entries[key].is_loading]:
+            self._waste(key)
         for key in [key for key in self._loading if self._entries[key].is_whole]:
             reads = self._entries[key].asked
             if any(read.error is not None for read in reads):
@@ -287,7 +309,10 @@ class GgufExperts:
             seconds -= min(read.start_seconds for read in reads)
             self.statistics.page_in_bytes += size
             self.statistics.page_in_seconds += seconds
-            self._guesses.rule.learn_transfer(size, seconds)
+
+    def _learn_link(self) -> None:
+        reads = [read for key in self._awaited for read in self._entries[key].asked]
+        self._link.end(reads, sum(read.piece.num_bytes for read in reads))
 
     def _abandon(self, key: Key) -> None:
         """Give up an expert: its memory is free once nothing reads into it."""
@@ -341,7 +366,6 @@ class GgufExperts:
                 source = spare.pop()
                 if not self._region.move(source.own, each.own, each.own_bytes):
                     spare.append(source)
-        self._give_back_spare()
 
     def _give_back_spare(self) -> None:
         for spare in self._spare.values():
@@ -363,6 +387,7 @@ class GgufExperts:
         """Its pages are spare then."""
         del self._entries[key]
         self._loading.discard(key)
+        self._failed.discard(key)
         self._policy.forget(key)
         self._used_bytes -= self.num_bytes(key)
         for index, each in enumerate(self._slices[key]):
@@ -394,11 +419,22 @@ class GgufExperts:
     # ------------------------------------------------------------------ guesses
 
     def _drop_guesses(self, layer: int, chosen: frozenset[Key]) -> None:
-        """The router of `layer` has chosen otherwise: what was not begun is not read."""
+        """The router of `layer` has chosen otherwise: what was not read of guesses never is.
+
+        Their memory is for those that it chose.
+        """
+        self._failed -= chosen
         for key in [key for key in self._loading if key[0] == layer and key not in chosen]:
             self._cancel(key)
-            if not self._entries[key].asked:
-                self._drop(key)
+            if self._entries[key].is_loading:
+                self._failed.add(key)
+            else:
+                self._waste(key)
+
+    def _waste(self, key: Key) -> None:
+        """A part of an expert was read for nothing."""
+        self.statistics.prefetch_wasted_bytes += self._asked_bytes(key)
+        self._remove(key)
 
     def _cancel(self, key: Key) -> None:
         """What was not begun of a guess is not read."""
@@ -407,7 +443,3 @@ class GgufExperts:
             if read is not None and self._queue.cancel(read):
                 self.statistics.prefetch_issued_bytes -= read.piece.num_bytes
                 reads[index] = None
-
-    def _queued_bytes(self) -> int:
-        reads = (read for key in self._loading for read in self._entries[key].asked)
-        return sum(read.piece.num_bytes for read in reads if not read.is_done)

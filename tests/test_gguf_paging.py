@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -587,7 +586,7 @@ def test_what_a_router_chose_waits_for_guesses_that_hold_the_room(
     experts.settle()
     for key in list(experts._entries):
         experts._drop(key)
-    experts._guesses.rule.layer_seconds, experts._guesses.rule.busy = math.inf, 0.0
+    experts._link.bytes_per_second, experts._link.layer_seconds = 1e9, 1.0
     real, is_free, begun = experts._queue._read, threading.Event(), threading.Event()
 
     def slow(piece: Any) -> None:

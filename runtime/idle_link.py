@@ -1,0 +1,58 @@
+"""`IdleLink`: what can be read ahead without keeping anybody waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from edge_moe.runtime.read_queue import Read
+
+
+class IdleLink:
+    """How much the disk can read from a layer's last expert to the next router's choice.
+
+    What is wanted goes before what is guessed, so guesses that fit there delay nothing, whether
+    they come true or not. Means are exponential: threads, disks and contexts change.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self._decay = decay
+        self.bytes_per_second = 0.0
+        """Of the pieces of a layer together; 0 before any was read."""
+        self.idle_seconds = 0.0
+        """... from the last wanted piece's arrival to the next choice."""
+        self.layer_seconds = 0.0
+        """... from choice to choice, where nothing was wanted."""
+        self._start_seconds: float | None = None
+
+    def begin(self) -> None:
+        """A router has chosen."""
+        self._start_seconds = time.perf_counter()
+
+    def forget(self) -> None:
+        """What comes next is no router's choice."""
+        self._start_seconds = None
+
+    def end(self, reads: Sequence[Read[Any]], num_bytes: int) -> None:
+        """The next router has chosen; `reads`, of `num_bytes`, were wanted since `begin`."""
+        start, self._start_seconds = self._start_seconds, None
+        if start is None:
+            return
+        now = time.perf_counter()
+        if not reads:
+            self.layer_seconds = self._mean(self.layer_seconds, now - start)
+            return
+        first = min(read.start_seconds for read in reads)
+        last = max(read.end_seconds for read in reads)
+        self.idle_seconds = self._mean(self.idle_seconds, max(0.0, now - last))
+        if last > first:
+            self.bytes_per_second = self._mean(self.bytes_per_second, num_bytes / (last - first))
+
+    def spare_bytes(self, *, is_reading: bool) -> int:
+        """What a guess may read for the next layer; `is_reading`: this one waits for experts."""
+        seconds = self.idle_seconds if is_reading else self.layer_seconds or self.idle_seconds
+        return int(seconds * self.bytes_per_second)
+
+    def _mean(self, known: float, seen: float) -> float:
+        return self._decay * known + (1 - self._decay) * seen if known else seen
