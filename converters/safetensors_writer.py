@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +55,15 @@ class TensorEntry:
 
 
 def header(
-    entries: Sequence[TensorEntry], alignment_bytes: int = _DEFAULT_ALIGNMENT_BYTES
+    entries: Sequence[TensorEntry],
+    alignment_bytes: int = _DEFAULT_ALIGNMENT_BYTES,
+    metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """Everything before the data, padded so that the data starts aligned.
 
-    The metadata says `format: pt`, which transformers asks for.
+    The metadata says `format: pt`, which transformers asks for, and what `metadata` adds.
     """
-    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    described: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for entry in entries:
         begin, end = end, end + entry.num_bytes
@@ -91,11 +93,12 @@ class SafetensorsWriter:
         entries: Sequence[TensorEntry],
         alignment_bytes: int = _DEFAULT_ALIGNMENT_BYTES,
         with_sha256: bool = False,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._handle = handle
         self._remaining = list(reversed(entries))
         self._digest = hashlib.sha256() if with_sha256 else None
-        self._put(header(entries, alignment_bytes))
+        self._put(header(entries, alignment_bytes, metadata))
 
     @property
     def sha256(self) -> str:
@@ -137,11 +140,12 @@ def safetensors_file(
     entries: Sequence[TensorEntry],
     alignment_bytes: int = _DEFAULT_ALIGNMENT_BYTES,
     with_sha256: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> Iterator[SafetensorsWriter]:
     """Write `path` atomically: it appears complete when the block ends well, or not at all."""
     with atomic_path(path) as temporary:
         with temporary.open("wb") as handle:
-            writer = SafetensorsWriter(handle, entries, alignment_bytes, with_sha256)
+            writer = SafetensorsWriter(handle, entries, alignment_bytes, with_sha256, metadata)
             yield writer
             writer.check_complete()
 

@@ -21,6 +21,7 @@ from edge_moe.commands.build import build_command
 from edge_moe.commands.calibrate import calibrate_command
 from edge_moe.commands.calibrate_skipping import calibrate_skipping_command
 from edge_moe.commands.compare import compare_command
+from edge_moe.commands.delta import delta_command
 from edge_moe.commands.demo import demo_command
 from edge_moe.commands.evaluate import eval_command
 from edge_moe.commands.fit_guesses import fit_guesses_command
@@ -94,6 +95,7 @@ app.command("transform")(transform_command)
 app.command("plan")(plan_command)
 app.command("build")(build_command)
 app.command("recover")(recover_command)
+app.command("delta")(delta_command)
 app.command("run")(run_command)
 app.command("trace")(trace_command)
 app.command("fit-guesses")(fit_guesses_command)

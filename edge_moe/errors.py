@@ -45,6 +45,10 @@ class PackageError(EdgeMoeError):
     """A native package that is damaged or incomplete."""
 
 
+class DeltaError(EdgeMoeError):
+    """A task delta that is damaged, or that belongs to another model."""
+
+
 class TargetError(EdgeMoeError):
     """Something the chosen target (native, gguf, hf, onnx) cannot express."""
 

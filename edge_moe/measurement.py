@@ -232,6 +232,8 @@ class EvalResult(_Record):
     task: str
     in_task: bool | None
     """Whether the model was shrunken for this task; None when its plan is not known."""
+    delta: str | None = None
+    """The task delta that was added to the model."""
     budget_bytes: int | None = None
     kernels: str = ""
     """Whose kernels computed the experts: `ggml`, `exact` or both; empty for other runtimes."""

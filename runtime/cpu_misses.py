@@ -41,7 +41,9 @@ class HostExperts:
         self._host = host
         self._reference = reference
         self._packed = None
-        products = kernels.new_products(spec, host.buffers) if kernels is not None else None
+        products = None
+        if kernels is not None:
+            products = kernels.new_products(spec, host.buffers, store.tail)
         if products is not None:
             self._packed = SlotExperts(store, host, products, reference)
         self._modules: dict[int, Any] = {}

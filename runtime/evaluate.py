@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from edge_moe import metrics
+from edge_moe.delta_file import refuse_delta
 from edge_moe.demo import task_dir, task_names
 from edge_moe.demo.arithmetic import extract_answer
 from edge_moe.errors import InputError, TargetError
@@ -102,6 +103,7 @@ class _Pair:
     budget_bytes: int | None
     skip: SkipRule | None
     stall: StallOptions | None
+    delta: Path | None
 
 
 def evaluate(
@@ -117,13 +119,14 @@ def evaluate(
     kernels: Kernels | None = None,
     stall: StallOptions | None = None,
     pre_gate: PreGate | None = None,
+    delta: Path | None = None,
 ) -> list[EvalResult]:
     """Evaluate `model` on the held-out text of every task, beside `against` when it is given.
 
-    `budget_bytes` caps the memory of `model` only, `skip` leaves out experts of `model` only, and
-    `kernels` (else auto) compute those of `model` only: the reference is exact. `pre_gate` chooses
-    the experts of `model` only, so that `model` itself `against` shows its cost. Tasks that come
-    with problems to solve are scored by exact match too, on the first `max_problems` of them.
+    `delta` is added to `model` only, `budget_bytes` caps its memory, `skip` leaves out experts of
+    it, and `kernels` (else auto) compute them: the reference is exact, and as it is. `pre_gate`
+    chooses the experts of `model` only, so that `model` itself `against` shows its cost. Tasks that
+    come with problems to solve are scored by exact match too, on the first `max_problems` of them.
 
     With a `stall` that uses shadows, text is scored token by token, as if it were generated, since
     a prompt waits for all bodies. What such a model computes depends on which bodies have arrived,
@@ -149,12 +152,13 @@ def evaluate(
             kernels=kernels,
             stall=stall,
             pre_gate=pre_gate,
+            delta=delta,
         )
         stack.callback(tested.close)
         base = _open_reference(stack, against, context_tokens) if against else None
         if base is not None and against is not None:
             check_same_tokenizer({str(model): tested, str(against): base})
-        pair = _Pair(model, tested, against, base, budget_bytes, skip, stall)
+        pair = _Pair(model, tested, against, base, budget_bytes, skip, stall, delta)
         return [_evaluate_task(pair, task, settings) for task in tasks]
 
 
@@ -167,6 +171,7 @@ def open_model(
     kernels: Kernels | None = None,
     stall: StallOptions | None = None,
     pre_gate: PreGate | None = None,
+    delta: Path | None = None,
 ) -> LanguageModel:
     """A native package or Hugging Face folder as a Session, others through their own programs.
 
@@ -174,6 +179,8 @@ def open_model(
         TargetError: a skipping rule for a .gguf file or an ONNX folder, which route themselves, or
             kernels, which they have of their own, or shadows; a budget for a .gguf file; a
             pre-gate for either.
+            kernels, which they have of their own, or shadows, or a delta; a budget for a .gguf
+            file.
         BudgetError: an ONNX folder that takes more than the budget.
     """
     if kernels is not None and model_kind(path) in ("onnx", "gguf"):
@@ -191,6 +198,8 @@ def open_model(
             f"{path} holds no shadows to compute misses from: leave out --stall, or use a native "
             "package that was built with --shadow"
         )
+    if model_kind(path) in ("onnx", "gguf"):
+        refuse_delta(path, "llama.cpp" if model_kind(path) == "gguf" else "onnxruntime", delta)
     if model_kind(path) == "onnx":
         if skip is not None:
             raise TargetError(
@@ -229,6 +238,7 @@ def open_model(
         kernels=kernels or "auto",
         stall=stall or EXACT,
         pre_gate=pre_gate,
+        delta=delta,
     )
 
 
@@ -348,6 +358,7 @@ def _evaluate_task(pair: _Pair, task: str, settings: _Settings) -> EvalResult:
         against=str(pair.against) if pair.against else None,
         task=task,
         in_task=is_in_task(pair.path, task),
+        delta=str(pair.delta) if pair.delta else None,
         budget_bytes=pair.budget_bytes,
         kernels=str(getattr(pair.model, "kernels", "")),
         pre_gate=str(getattr(pair.model, "pre_gate", "")),

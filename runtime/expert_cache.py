@@ -407,7 +407,7 @@ class ExpertCache:
             entry.error, entry.state = error, State.FAILED
         seconds = time.perf_counter() - start
         with self._lock:
-            self.statistics.page_in_bytes += entry.record_bytes
+            self.statistics.page_in_bytes += self._store.read_bytes(key)
             self.statistics.page_in_seconds += seconds
             self.statistics.stall_seconds += seconds if is_demand else 0.0
             self._lock.notify_all()

@@ -20,6 +20,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import CheckpointError, PackageError
 from edge_moe.formats import expert_bytes, pack_expert
 from edge_moe.package import RECORD_ALIGNMENT_BYTES, ExpertRecord, Package
+from edge_moe.runtime.delta_tail import DeltaTail
 from edge_moe.runtime.policy import Key
 
 _FORM_OF_DTYPE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
@@ -29,7 +30,7 @@ _EXPONENTS = {"bf16": ("<u2", 0x7F80), "f16": ("<u2", 0x7C00), "f32": ("<u4", 0x
 
 @dataclass(frozen=True)
 class RecordInfo:
-    """One packed expert: gate_proj, up_proj, down_proj one after the other."""
+    """One packed expert: gate_proj, up_proj, down_proj one after the other, and the tail if any."""
 
     form: str
     num_bytes: int
@@ -40,6 +41,8 @@ class ExpertStore(ABC):
 
     kept: list[list[int]]
     """Per MoE layer, ids of the kept experts in router row order."""
+    tail: DeltaTail | None = None
+    """Of quantised experts: what a task delta puts behind their packed weights."""
 
     @abstractmethod
     def record(self, key: Key) -> RecordInfo:
@@ -53,6 +56,10 @@ class ExpertStore(ABC):
             PackageError: the bytes are not those that were written.
             OSError: the file cannot be read.
         """
+
+    def read_bytes(self, key: Key) -> int:
+        """What `read_into` reads from files."""
+        return self.record(key).num_bytes
 
     @abstractmethod
     def close(self) -> None:
@@ -108,7 +115,7 @@ def _state(descriptor: int) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-class _Files:
+class RecordFiles:
     """Open file descriptors and one aligned bounce buffer per thread."""
 
     def __init__(self, *, is_aligned: bool, largest_bytes: int = 0) -> None:
@@ -183,7 +190,7 @@ class PackageStore(ExpertStore):
     def __init__(self, package: Package) -> None:
         self._package = package
         sizes = [record.num_bytes for layer in package.manifest.layers for record in layer.experts]
-        self._files = _Files(is_aligned=True, largest_bytes=max(sizes, default=0))
+        self._files = RecordFiles(is_aligned=True, largest_bytes=max(sizes, default=0))
         self._verified: set[Key] = set()
         self.kept = [
             [record.expert_id for record in layer.experts] for layer in package.manifest.layers
@@ -227,7 +234,7 @@ class CheckpointStore(ExpertStore):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._files = _Files(is_aligned=False)
+        self._files = RecordFiles(is_aligned=False)
         spec = checkpoint.spec
         self._layer_ids = spec.moe_layer_ids
         self.kept = [list(range(spec.num_experts)) for _ in spec.moe_layer_ids]

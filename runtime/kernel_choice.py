@@ -23,6 +23,7 @@ from edge_moe.formats import split_form
 if TYPE_CHECKING:
     import torch
 
+    from edge_moe.runtime.delta_tail import DeltaTail
     from edge_moe.runtime.products import Products
     from edge_moe.runtime.slots import SlotBuffers
     from edge_moe.spec import ModelSpec
@@ -59,8 +60,13 @@ class KernelChoice:
             return self.packed_kernels
         return f"{self.packed_kernels}; exact: {', '.join(sorted(self.exact_forms))}"
 
-    def new_products(self, spec: ModelSpec, buffers: SlotBuffers) -> Products | None:
-        """What computes packed experts in `buffers`; None where all are exact."""
+    def new_products(
+        self, spec: ModelSpec, buffers: SlotBuffers, tail: DeltaTail | None = None
+    ) -> Products | None:
+        """What computes packed experts in `buffers`; None where all are exact.
+
+        Slots of quantised experts have a `tail`, if any, behind what is computed.
+        """
         if not self.packed_forms:
             return None
         if self.packed_kernels == "triton":
@@ -69,7 +75,7 @@ class KernelChoice:
             return TritonProducts(spec, buffers, self.packed_forms)
         from edge_moe.runtime.slot_products import SlotProducts
 
-        return SlotProducts(spec, buffers, self.packed_forms)
+        return SlotProducts(spec, buffers, self.packed_forms, tail)
 
 
 @dataclass(frozen=True)

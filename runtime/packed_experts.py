@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edge_moe.runtime.delta_products import DOWN, FIRST, delta_outputs
+from edge_moe.runtime.delta_tail import DeltaTail, is_plain
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.moe_block import add_down_bias, apply_gate
 from edge_moe.runtime.policy import Key
@@ -60,6 +62,7 @@ class SlotExperts:
         self._cache = cache
         self._products = products
         self._reference = reference
+        self._tail = store.tail
         self._plain: dict[int, bool] = {}
         self._forms = [
             [store.record((layer, row)).form for row in range(len(kept))]
@@ -175,6 +178,8 @@ class SlotExperts:
         )
         if self._products.batch(chosen.forms[0]) is None:
             return self._of_reference(experts, hidden, chosen, members, group)
+        if self._tail is not None and not is_plain(chosen.forms[0]):
+            return self._with_delta(experts, self._tail, hidden, chosen, members, group)
         if self._is_plain(experts):
             return self._products.gated(chosen, hidden)
         rows = torch.from_numpy(np.repeat([member.row for member in members], chosen.lengths))
@@ -182,15 +187,38 @@ class SlotExperts:
         inner = apply_gate(experts, self._products.gate_up(chosen, hidden), rows)
         return add_down_bias(experts, self._products.down(chosen, inner), rows)
 
+    def _with_delta(
+        self,
+        experts: Any,
+        tail: DeltaTail,
+        hidden: Tensor,
+        chosen: Chosen,
+        members: list[Member],
+        group: _Group,
+    ) -> Tensor:
+        """[R, H] of experts of one form, with the delta in their slots."""
+        inputs = _of_pairs(chosen, hidden)
+        records = [group.packed(member) for member in members]
+
+        def added(outputs: Tensor, index: int, inputs: Tensor) -> Tensor:
+            lengths = list(chosen.lengths)
+            pieces = zip(
+                records, torch.split(outputs, lengths), torch.split(inputs, lengths), strict=True
+            )
+            for record, output, piece in pieces:
+                output += delta_outputs(tail, record, index, piece)
+            return outputs
+
+        rows = torch.from_numpy(np.repeat([member.row for member in members], chosen.lengths))
+        gate_up = added(self._products.gate_up(chosen, hidden), FIRST, inputs)
+        inner = apply_gate(experts, gate_up, rows)
+        return add_down_bias(experts, added(self._products.down(chosen, inner), DOWN, inner), rows)
+
     def _of_reference(
         self, experts: Any, hidden: Tensor, chosen: Chosen, members: list[Member], group: _Group
     ) -> Tensor:
         """[R, H] of experts in a form that `products` does not take."""
-        if chosen.tokens is None:
-            inputs = hidden.expand(chosen.num_pairs, -1)
-        else:
-            inputs = hidden[chosen.tokens]
-        pieces = torch.split(inputs, list(chosen.lengths))
+        pieces = torch.split(_of_pairs(chosen, hidden), list(chosen.lengths))
         return torch.cat(
             [
                 self._reference(experts, form, group.packed(member), piece, member.row)
@@ -207,6 +235,13 @@ class SlotExperts:
         if known is None:
             known = self._plain[id(experts)] = _multiplies_silu(experts)
         return known
+
+
+def _of_pairs(chosen: Chosen, hidden: Tensor) -> Tensor:
+    """[R, H] the inputs of every pair."""
+    if chosen.tokens is None:
+        return hidden.expand(chosen.num_pairs, -1)
+    return hidden[chosen.tokens]
 
 
 def _multiplies_silu(experts: Any) -> bool:

@@ -16,6 +16,8 @@ from edge_moe.formats import expert_packed_bytes
 from edge_moe.runtime.ahead_reader import AheadReader
 from edge_moe.runtime.allotment import record_sizes
 from edge_moe.runtime.cpu_misses import CpuMisses
+from edge_moe.runtime.delta_products import DOWN, FIRST, add_delta
+from edge_moe.runtime.delta_tail import is_plain
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernels.unpack import unpack
@@ -225,14 +227,16 @@ class ExpertPager:
     def _unpack(self, form: str, packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(gate_up_proj [2I, H], down_proj [H, I])"""
         spec = self._spec
-        gate_bytes, up_bytes, _ = expert_packed_bytes(form, *spec.expert_shape)
+        gate_bytes, up_bytes, down_bytes = expert_packed_bytes(form, *spec.expert_shape)
         both = gate_bytes + up_bytes
-        gate_up = packed[:both].view(spec.inner_rows, -1)
-        down = packed[both:].view(spec.expert_hidden, -1)
-        return (
-            unpack(form, gate_up, spec.expert_hidden).to(dtype),
-            unpack(form, down, spec.expert_width).to(dtype),
-        )
+        packed_down = packed[both : both + down_bytes].view(spec.expert_hidden, -1)
+        gate_up = unpack(form, packed[:both].view(spec.inner_rows, -1), spec.expert_hidden)
+        down = unpack(form, packed_down, spec.expert_width)
+        tail = self.store.tail
+        if tail is not None and not is_plain(form):
+            add_delta(tail, packed, FIRST, gate_up)
+            add_delta(tail, packed, DOWN, down)
+        return gate_up.to(dtype), down.to(dtype)
 
 
 def attach(blocks: list[MoeBlock], pager: ExpertPager) -> None:

@@ -140,7 +140,7 @@ class Residency:
                 held.callback(prefetcher.close)
             pager = ExpertPager(spec, store, cache, prefetcher, options.skip, routing)
             held.callback(pager.close)
-            products = kernels.experts.new_products(spec, buffers)
+            products = kernels.experts.new_products(spec, buffers, store.tail)
             if products is not None:
                 pager.packed = SlotExperts(store, cache, products, pager.unpacked_output)
             if host is not None and slots.is_paging and options.misses != "fetch":

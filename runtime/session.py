@@ -99,6 +99,7 @@ class Session(TextSession):
         predictors: Sequence[str] = DEFAULT_PREDICTORS,
         linear: LinearMap | None = None,
         pre_gate: PreGate | None = None,
+        delta: Path | None = None,
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -134,8 +135,12 @@ class Session(TextSession):
             pre_gate: chooses the experts of all MoE layers but the first, in the place of their
                 routers, which only weigh them. While paging, all that it has chosen for a token is
                 read ahead (unless `prefetch` is False), and predictors are not asked.
+            delta: a task of `edge-moe delta`, added to dense weights now and to experts as they
+                are paged in. Quantised experts stay as they are, and the delta's products are
+                added to theirs.
 
         Raises:
+            DeltaError: a damaged delta, or one of another model.
             BudgetError: the budget cannot hold the model even when paging.
             PackageError, CheckpointError, SpecError, InputError: `model` cannot be used.
             MissingExtraError: kernels ggml without llama-cpp-python, or triton without triton.
@@ -162,6 +167,7 @@ class Session(TextSession):
                 *(source, options, limits),
                 context_tokens=context_tokens,
                 scored_tokens=scored_tokens,
+                delta=delta,
             )
             held.callback(setup.close)
             tokenizer = load_tokenizer(model)

@@ -6,7 +6,8 @@ Everything here comes from headers, so that what cannot run is refused at once.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from edge_moe.runtime.allotment import (
     session_terms,
     source_fingerprint,
 )
+from edge_moe.runtime.delta_dense import add_dense
+from edge_moe.runtime.delta_store import DeltaStore, kernels_beside, open_delta
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernel_choice import KernelChoices, Kernels, choose_kernels
 from edge_moe.runtime.kv_cache import share_key_value_heads
@@ -64,10 +67,12 @@ class Setup:
         *,
         context_tokens: int | None,
         scored_tokens: int,
+        delta: Path | None = None,
     ) -> Setup:
         """Open the stores, and settle the rest; the arguments are those of `Session.open`.
 
         Raises:
+            DeltaError: a damaged delta, or one of another model.
             BudgetError: the budget cannot hold the model even when paging.
             InputError, CheckpointError, MissingExtraError: `source` cannot be run like this.
         """
@@ -75,6 +80,10 @@ class Setup:
         with ExitStack() as held:  # closed where opening fails
             store = open_store(source)
             held.callback(store.close)
+            if delta is not None:
+                task = open_delta(delta, source_fingerprint(source), source.spec)
+                store = DeltaStore(store, task, source.spec)
+                options = replace(options, kernels=kernels_beside(store, options))
             shadows = open_shadows(source) if options.stall.uses_shadows else None
             if shadows is not None:
                 held.callback(shadows.close)
@@ -114,7 +123,8 @@ class Setup:
         """The transformers model with its dense weights, and experts yet to be attached.
 
         Raises:
-            SpecError, CheckpointError, PackageError: as `build_model` and `merge_adapter`.
+            SpecError, CheckpointError, PackageError, DeltaError: as `build_model`, `merge_adapter`
+                and `add_dense`.
         """
         source, device = self.source, self.options.device
         share_key_value_heads(device)
@@ -123,6 +133,8 @@ class Setup:
         network = build_model(source.spec, source.folder, dense_tensors(source), num_rows, device)
         if isinstance(source, Package):
             merge_adapter(network, source)
+        if isinstance(self.store, DeltaStore):
+            add_dense(network, self.store.delta, source.spec, self.store.kept)
         memory.trim()
         return network
 
@@ -177,6 +189,8 @@ def _bill(
         has_budget=has_budget,
         scored_tokens=scored_tokens,
     )
+    if isinstance(store, DeltaStore):
+        terms.append(store.term())
     linear = options.linear
     if linear is not None:
         require_linear(linear, source.spec, source_fingerprint(source), store.kept)

@@ -14,6 +14,7 @@ import torch
 from edge_moe.budget import PREFILL_CHUNK_TOKENS
 from edge_moe.formats import expert_packed_bytes, split_form
 from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME, GgmlType
+from edge_moe.runtime.delta_tail import DeltaTail, is_plain
 from edge_moe.runtime.kernels.ggml_products import (
     Backend,
     GatedProducts,
@@ -42,8 +43,18 @@ def can_compute(form: str) -> bool:
 class SlotProducts:
     """`Products` by libggml; one per session: the graphs of single tokens are kept, they recur."""
 
-    def __init__(self, spec: ModelSpec, buffers: SlotBuffers, forms: frozenset[str]) -> None:
-        """`forms` are the ones to compute, of those that `can_compute`."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        buffers: SlotBuffers,
+        forms: frozenset[str],
+        tail: DeltaTail | None = None,
+    ) -> None:
+        """`forms` are the ones to compute, of those that `can_compute`.
+
+        Slots of quantised experts end in a `tail`, where there is one.
+        """
+        self._tail = tail
         self._spec = spec
         self._forms = forms
         self._buffers = buffers
@@ -127,7 +138,8 @@ class SlotProducts:
         hidden, width, has_gate = self._spec.expert_shape
         sizes = expert_packed_bytes(form, hidden, width, has_gate)
         gate, up, down = (GGML_TYPES_BY_NAME[part.upper()] for part in split_form(form))
-        buffer = self._buffers.buffer(sum(sizes))
+        tail_bytes = 0 if self._tail is None or is_plain(form) else self._tail.num_bytes
+        buffer = self._buffers.buffer(sum(sizes) + tail_bytes)
 
         def stack(kind: GgmlType, rows: int, columns: int, offset_bytes: int) -> MatrixStack:
             return MatrixStack(buffer, kind, rows, columns, offset_bytes)

@@ -31,9 +31,13 @@ class SubsetStore(ExpertStore):
         self.kept = [
             [kept[row] for row in layer] for kept, layer in zip(store.kept, self._rows, strict=True)
         ]
+        self.tail = store.tail
 
     def record(self, key: Key) -> RecordInfo:
         return self._store.record(self._outer(key))
+
+    def read_bytes(self, key: Key) -> int:
+        return self._store.read_bytes(self._outer(key))
 
     def read_into(self, key: Key, buffer: memoryview) -> None:
         self._store.read_into(self._outer(key), buffer)

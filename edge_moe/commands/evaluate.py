@@ -9,6 +9,7 @@ import typer
 from edge_moe.commands.opening import load_pre_gate
 from edge_moe.commands.options import (
     Budget,
+    Delta,
     EvaluatedModel,
     Json,
     Kernels,
@@ -19,6 +20,7 @@ from edge_moe.commands.options import (
     StallRate,
     StallSeconds,
     Tasks,
+    check_delta,
     skip_rule,
     stall_options,
     stderr,
@@ -48,6 +50,7 @@ def eval_command(
     stall_seconds: StallSeconds = None,
     stall_rate: StallRate = None,
     pre_gate: PreGateFile = None,
+    delta: Delta = None,
     record: Annotated[
         bool, typer.Option("--record", help="Keep the results inside MODEL, for the report.")
     ] = False,
@@ -56,6 +59,7 @@ def eval_command(
     """Perplexity, KL divergence, same-top rate and exact match, with error bars, per task."""
     from edge_moe.hub import resolve_model
 
+    check_delta(delta, is_recorded=record)
     tested = resolve_model(model)
     reference = resolve_model(against) if against is not None else None
     rule = skip_rule(skip, skip_calibration, tested)
@@ -74,6 +78,7 @@ def eval_command(
         kernels=kernels.value if kernels else None,
         stall=waiting,
         pre_gate=load_pre_gate(pre_gate),
+        delta=delta,
     )
     if record:
         folder = tested if tested.is_dir() else tested.parent

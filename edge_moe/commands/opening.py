@@ -57,6 +57,7 @@ class PagingOptions:
     stall: StallOptions | None = None
     graphs: bool | None = None
     pre_gate: Path | None = None
+    delta: Path | None = None
 
     def refuse(self, path: Path, runs: str, names: tuple[str, ...]) -> None:
         """Raise `TargetError` where one of the options `names` was given.
@@ -81,6 +82,10 @@ class PagingOptions:
             "--graphs": self.graphs,
             "--pre-gate": self.pre_gate,
         }
+        if self.delta is not None:
+            from edge_moe.delta_file import refuse_delta
+
+            refuse_delta(path, runs.partition(",")[0], self.delta)
         given = [name for name in names if values[name] is not None]
         if given:
             raise TargetError(
@@ -201,6 +206,7 @@ def open_runnable(
         stall=paging.stall or EXACT,
         graphs=paging.graphs,
         pre_gate=load_pre_gate(paging.pre_gate),
+        delta=paging.delta,
     )
     return session, known
 

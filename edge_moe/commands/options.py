@@ -208,6 +208,16 @@ Misses = Annotated[
         show_default=False,
     ),
 ]
+Delta = Annotated[
+    Path | None,
+    typer.Option(
+        "--delta",
+        metavar="FILE",
+        help="A task to add to the model, from `edge-moe delta`; MODEL is the base that it was "
+        "made for, or a package built from it.",
+        show_default=False,
+    ),
+]
 SearchSeconds = Annotated[
     float,
     typer.Option(
@@ -284,6 +294,15 @@ def stall_options(
     from edge_moe.runtime.stalls import StallOptions
 
     return StallOptions(stall.value, seconds, rate, is_repeatable)
+
+
+def check_delta(delta: Path | None, *, is_recorded: bool) -> None:
+    """Raise InputError where a model with a delta would be recorded as the model itself."""
+    if delta is not None and is_recorded:
+        raise InputError(
+            f"--record keeps what MODEL does inside it, and with --delta {delta} it is another "
+            "model: leave out --record, and keep what --json prints"
+        )
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from edge_moe.commands.opening import (
 from edge_moe.commands.options import (
     Budget,
     ContextTokens,
+    Delta,
     Json,
     Kernels,
     LinearMapFile,
@@ -39,6 +40,7 @@ from edge_moe.commands.options import (
     SkipCalibrationFile,
     Stall,
     StallSeconds,
+    check_delta,
     stall_options,
     stderr,
 )
@@ -106,6 +108,7 @@ def run_command(
     stall: Stall = None,
     stall_seconds: StallSeconds = None,
     trace: TraceFile = None,
+    delta: Delta = None,
     record: Record = False,
     json: Json = False,
     revision: Revision = None,
@@ -114,6 +117,7 @@ def run_command(
     _check_prompt(prompt, is_needed=json or record, is_matched=task == AUTO)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     sampling.check()
+    check_delta(delta, is_recorded=record)
     if trace is not None:
         require_file_output(trace, ".safetensors")
     path = runnable_path(model, revision)
@@ -129,6 +133,7 @@ def run_command(
         stall_options(stall, stall_seconds),
         graphs,
         pre_gate,
+        delta,
     )
     with _opened(path, common, paging, prompt or "", is_raw=raw) as session:
         if prompt is None:

@@ -1,0 +1,373 @@
+"""`make_delta`: what a fine-tuned model adds to its base, as a sparse ternary file.
+
+Tensor by tensor; a killed run goes on behind the last finished layer.
+
+.NAME.parts/
+    lock, progress.json     as in `staging.BuildFolder`
+    output/dense.bin, ...   packed segments, and beside them dense.npy: their tables
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_moe import __version__
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.delta_checks import check_pair
+from edge_moe.converters.progress import Advance, byte_progress
+from edge_moe.converters.safetensors_writer import TensorEntry, safetensors_file
+from edge_moe.converters.source_bytes import read_float32
+from edge_moe.converters.sparsify import SEGMENT_DTYPE, Pieces, SparseTensor, sparsify
+from edge_moe.converters.staging import BuildFolder, locked
+from edge_moe.delta_file import (
+    DENSE_NAME,
+    INFO_KEY,
+    TABLES_KEY,
+    DeltaFile,
+    DeltaInfo,
+    DenseTensor,
+    layer_name,
+    tables_digest,
+)
+from edge_moe.errors import DeltaError, InputError
+from edge_moe.files import atomic_path, require_file_output, require_free_disk
+from edge_moe.packed_tensors import PackedInfo
+from edge_moe.sparse_signs import MOST_LENGTH, PACKING_BYTES, most_bytes
+from edge_moe.tensor_info import FloatArray, TensorInfo
+
+DEFAULT_DENSITY = 0.05
+_COPY_BYTES = 8 * 2**20
+_TABLE_BYTES_PER_SEGMENT = 64  # on disk, twice, and headers
+_SMALL_FILES_BYTES = 2**20
+_TENSOR_DTYPE = np.dtype([("scale", "<f4"), ("square", "<f8"), ("error", "<f8"), ("count", "<i8")])
+
+
+@dataclass(frozen=True)
+class DeltaReport:
+    """What was written."""
+
+    path: Path
+    num_bytes: int
+    entropy_bytes: float
+    """Least bytes for as many signs at random places."""
+    num_weights: int
+    num_kept: int
+    base_bytes: int
+    """What the tuned model takes as it is stored."""
+    explained: float
+    """1 - ||tau - scale s||^2 / ||tau||^2 over all tensors."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.num_bytes / self.num_weights
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tensors that are packed into one file."""
+
+    name: str
+    tensors: Sequence[Callable[[], Pieces]]
+    """Each gives its pieces; what it holds for that is freed with them."""
+    num_weights: Sequence[int]
+
+
+def make_delta(
+    base: Path,
+    tuned: Path,
+    output: Path,
+    *,
+    density: float = DEFAULT_DENSITY,
+    alpha: float | None = None,
+) -> DeltaReport:
+    """Write the delta from `base` to `tuned`, two checkpoints of one architecture, to `output`.
+
+    Memory: `peak_bytes`. Disk: twice the delta.
+
+    Raises:
+        InputError: a density outside (0, 1], an alpha that is not positive, models without any
+            difference, or an output that cannot be written.
+        DeltaError: models of different architectures, with what differs.
+        DiskSpaceError: too little space, before anything is written.
+        CheckpointError: weights that are damaged, NaN or infinite.
+    """
+    _check_settings(density, alpha)
+    require_file_output(output, ".delta")
+    source, target = Checkpoint(base), Checkpoint(tuned)
+    if source.fingerprint == target.fingerprint:
+        raise _no_difference(base, tuned)
+    check_pair(source, target)
+    info = _info(source, target, density, alpha)
+    parts = list(_parts(source, target))
+    needed_bytes = 2 * sum(_most_bytes(part, density) for part in parts) + _SMALL_FILES_BYTES
+    require_free_disk(output.absolute().parent, needed_bytes, f"delta {output.name}")
+    with _work_folder(output.absolute(), info) as work:
+        total_bytes = sum(sum(part.num_weights) for part in parts)
+        with byte_progress(f"delta {output.name}", total_bytes) as advance:
+            for part in parts:
+                _write_part(part, density, alpha, work, advance)
+        tables = [_load_tables(work, part) for part in parts]
+        if not any(int(segments["kept"].sum()) for _, segments in tables):
+            raise _no_difference(base, tuned)
+        _assemble(info, parts, tables, work, output.absolute())
+    return _report(output, tables, target)
+
+
+def peak_bytes(base: Path) -> int:
+    """Most memory that `make_delta` takes for weights: an expert of both models, a segment's work.
+
+    Two packed dense tensors (fp8) where those are larger.
+    """
+    checkpoint = Checkpoint(base)
+    packed = [info for info in checkpoint.dense_tensors if isinstance(info, PackedInfo)]
+    largest = max((_num_weights(info) for info in packed), default=0)
+    held = max(checkpoint.spec.expert_weights, largest)
+    return 3 * 4 * held + MOST_LENGTH * PACKING_BYTES
+
+
+def _check_settings(density: float, alpha: float | None) -> None:
+    if not 0 < density <= 1:
+        raise InputError(f"--density is {density}: give a share of the weights, such as 0.05")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise InputError(f"--alpha is {alpha}: give a positive number, or leave it out")
+
+
+def _no_difference(base: Path, tuned: Path) -> InputError:
+    return InputError(
+        f"{base} and {tuned} hold the same weights, so there is no delta to ship: give the base "
+        "and a model that was fine-tuned from it"
+    )
+
+
+def _info(base: Checkpoint, tuned: Checkpoint, density: float, alpha: float | None) -> DeltaInfo:
+    spec = base.spec
+    up, down = (spec.expert_width, spec.expert_hidden), (spec.expert_hidden, spec.expert_width)
+    return DeltaInfo(
+        edge_moe_version=__version__,
+        base=base.folder.absolute().name,
+        base_fingerprint=base.fingerprint,
+        tuned=tuned.folder.absolute().name,
+        tuned_fingerprint=tuned.fingerprint,
+        density=density,
+        alpha=alpha,
+        dense=tuple(DenseTensor(name=each.name, shape=each.shape) for each in _dense(base)),
+        moe_layer_ids=spec.moe_layer_ids,
+        num_experts=spec.num_experts,
+        expert_shapes=(up, up, down) if spec.has_gate else (up, down),
+    )
+
+
+def _dense(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """A tied lm_head is the embedding once more."""
+    is_tied = checkpoint.spec.tie_word_embeddings
+    return [
+        info for info in checkpoint.dense_tensors if not (is_tied and info.name == "lm_head.weight")
+    ]
+
+
+def _parts(base: Checkpoint, tuned: Checkpoint) -> Iterator[_Part]:
+    """The dense tensors, then layer after layer."""
+    dense = _dense(base)
+    pairs = [(info, tuned.tensors[info.name]) for info in dense]
+    yield _Part(
+        DENSE_NAME,
+        [lambda pair=pair: _dense_pieces(*pair) for pair in pairs],  # type: ignore[misc]
+        [_num_weights(info) for info in dense],
+    )
+    spec = base.spec
+    for layer_id in spec.moe_layer_ids:
+        tensors = _ExpertTensors(base, tuned, layer_id)
+        count = (2 + spec.has_gate) * spec.num_experts
+        one = spec.expert_width * spec.expert_hidden
+        yield _Part(
+            layer_name(layer_id),
+            [
+                lambda number=number, tensors=tensors: tensors.pieces(number)  # type: ignore[misc]
+                for number in range(count)
+            ],
+            [one] * count,
+        )
+
+
+class _ExpertTensors:
+    """The matrices of one layer, in order; holds those of one expert."""
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, layer_id: int) -> None:
+        self._pair = (base, tuned)
+        self._layer_id = layer_id
+        self._expert = -1
+        self._matrices: list[tuple[FloatArray, FloatArray]] = []
+
+    def pieces(self, number: int) -> Pieces:
+        """Of matrix `number` of the layer."""
+        expert, place = divmod(number, 2 + self._pair[0].spec.has_gate)
+        if expert != self._expert:
+            self._matrices.clear()
+            base, tuned = (each.expert(self._layer_id, expert) for each in self._pair)
+            self._matrices = [
+                (first, second) for first, second in zip(base, tuned, strict=True) if first.size
+            ]
+            self._expert = expert
+        first, second = self._matrices[place]
+        return _difference(first.reshape(-1), second.reshape(-1))
+
+
+def _difference(base: FloatArray, tuned: FloatArray) -> Pieces:
+    def pieces() -> Iterator[FloatArray]:
+        for start in range(0, len(base), MOST_LENGTH):
+            yield tuned[start : start + MOST_LENGTH] - base[start : start + MOST_LENGTH]
+
+    return pieces
+
+
+def _dense_pieces(base: TensorInfo, tuned: TensorInfo) -> Pieces:
+    """Read again for every pass; packed tensors are held."""
+    if isinstance(base, PackedInfo) or isinstance(tuned, PackedInfo):
+        return _difference(_values(base), _values(tuned))
+    num_weights = _num_weights(base)
+
+    def pieces() -> Iterator[FloatArray]:
+        for start in range(0, num_weights, MOST_LENGTH):
+            stop = min(start + MOST_LENGTH, num_weights)
+            yield read_float32(_part(tuned, start, stop)) - read_float32(_part(base, start, stop))
+
+    return pieces
+
+
+def _values(info: TensorInfo) -> FloatArray:
+    values = info.values() if isinstance(info, PackedInfo) else read_float32(info)
+    return np.ascontiguousarray(values).reshape(-1)
+
+
+def _part(info: TensorInfo, start: int, stop: int) -> TensorInfo:
+    """Entries of a plain tensor, counted over its rows."""
+    itemsize = info.num_bytes // _num_weights(info)
+    offset, num_bytes = info.offset + start * itemsize, (stop - start) * itemsize
+    return TensorInfo(info.name, info.path, info.dtype, (stop - start,), offset, num_bytes)
+
+
+def _num_weights(info: TensorInfo) -> int:
+    return int(np.prod(info.shape, dtype=np.int64))
+
+
+def _most_bytes(part: _Part, density: float) -> int:
+    """What a part takes on the disk at most."""
+    total = 0
+    for num_weights in part.num_weights:
+        num_kept = max(1, round(density * num_weights))
+        segments = -(-num_weights // MOST_LENGTH)
+        total += most_bytes(num_kept, num_weights) + _TABLE_BYTES_PER_SEGMENT * segments
+    return total
+
+
+@contextmanager
+def _work_folder(output: Path, info: DeltaInfo) -> Iterator[BuildFolder]:
+    """Stays where it is interrupted; is removed when the block ends well, or the input is wrong."""
+    folder = output.with_name(f".{output.name}.parts")
+    folder.mkdir(exist_ok=True)
+    identity = hashlib.sha256(info.model_dump_json().encode()).hexdigest()
+    busy = f"output {output} is being made by another process: wait for it to finish"
+    with locked(folder / "lock", busy):
+        work = BuildFolder(output, folder, identity)
+        try:
+            yield work
+        except (InputError, DeltaError):
+            shutil.rmtree(folder)
+            raise
+    shutil.rmtree(folder)
+
+
+def _write_part(
+    part: _Part, density: float, alpha: float | None, work: BuildFolder, advance: Advance
+) -> None:
+    name, tables = f"{part.name}.bin", f"{part.name}.npy"
+    if work.finished(name) is not None and work.finished(tables) is not None:
+        advance(sum(part.num_weights))
+        return
+    found = []
+    with atomic_path(work.path / name) as temporary, temporary.open("wb") as handle:
+        for new_pieces, num_weights in zip(part.tensors, part.num_weights, strict=True):
+            found.append(sparsify(new_pieces(), density, alpha, handle.write))
+            advance(num_weights)
+    _save_tables(work.path / tables, found)
+    work.add(name)
+    work.add(tables)
+
+
+def _save_tables(path: Path, found: Iterable[SparseTensor]) -> None:
+    tensors = [(each.scale, each.square, each.error, len(each.segments)) for each in found]
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        np.save(handle, np.array(tensors, _TENSOR_DTYPE), allow_pickle=False)
+        segments = np.concatenate([each.segments for each in found])
+        np.save(handle, segments, allow_pickle=False)
+
+
+def _load_tables(
+    work: BuildFolder, part: _Part
+) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
+    """(tensors, segments) as they were saved."""
+    with (work.path / f"{part.name}.npy").open("rb") as handle:
+        tensors = np.load(handle, allow_pickle=False)
+        segments = np.load(handle, allow_pickle=False)
+    assert tensors.dtype == _TENSOR_DTYPE and segments.dtype == SEGMENT_DTYPE
+    return tensors, segments
+
+
+def _assemble(
+    info: DeltaInfo,
+    parts: Sequence[_Part],
+    tables: Sequence[tuple[npt.NDArray[np.void], npt.NDArray[np.void]]],
+    work: BuildFolder,
+    output: Path,
+) -> None:
+    """Tables first, widest items first, then the parts."""
+    scales = np.concatenate([tensors["scale"] for tensors, _ in tables])
+    segments = np.concatenate([segments for _, segments in tables])
+    arrays = [("scales", "F32", scales)]
+    arrays += [(name, "I32", segments[name]) for name in ("kept", "sizes", "checksums")]
+    arrays.append(("coding", "U8", segments["coding"]))
+    entries = [TensorEntry(name, dtype, array.shape) for name, dtype, array in arrays]
+    files = [(part.name, work.path / f"{part.name}.bin") for part in parts]
+    entries += [TensorEntry(name, "U8", (path.stat().st_size,)) for name, path in files]
+    digest = tables_digest(array for _, _, array in arrays)
+    metadata = {INFO_KEY: info.model_dump_json(), TABLES_KEY: digest}
+    with safetensors_file(output, entries, metadata=metadata) as writer:
+        for name, _, array in arrays:
+            writer.write(name, [np.ascontiguousarray(array).tobytes()])
+        for name, path in files:
+            with path.open("rb") as handle:
+                writer.write(name, _chunks(handle))
+
+
+def _chunks(handle: BinaryIO) -> Iterator[bytes]:
+    while chunk := handle.read(_COPY_BYTES):
+        yield chunk
+
+
+def _report(
+    output: Path,
+    tables: Sequence[tuple[npt.NDArray[np.void], npt.NDArray[np.void]]],
+    tuned: Checkpoint,
+) -> DeltaReport:
+    written = DeltaFile(output)  # reads its own header again
+    square = sum(float(tensors["square"].sum()) for tensors, _ in tables)
+    error = sum(float(tensors["error"].sum()) for tensors, _ in tables)
+    loaded = [*_dense(tuned), *(tuned.tensors[name] for name in tuned.expert_tensors)]
+    return DeltaReport(
+        path=output,
+        num_bytes=written.num_bytes,
+        entropy_bytes=written.entropy_bytes,
+        num_weights=written.num_weights,
+        num_kept=written.num_kept,
+        base_bytes=sum(info.stored_bytes for info in loaded),
+        explained=1 - error / square,
+    )

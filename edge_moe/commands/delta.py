@@ -1,0 +1,72 @@
+"""`edge-moe delta`: a fine-tuned model as a small file beside its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edge_moe.commands.options import SourceModel, resumable, stderr
+from edge_moe.units import format_bytes
+
+if TYPE_CHECKING:
+    from edge_moe.converters.make_delta import DeltaReport
+
+
+def delta_command(
+    base: SourceModel,
+    tuned: Annotated[
+        str,
+        typer.Argument(
+            metavar="TUNED",
+            help="Folder of a model that was fine-tuned from it, all of its weights there.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write.", show_default=False)
+    ],
+    density: Annotated[
+        float,
+        typer.Option(
+            help="Share of every tensor's weights whose change is kept, the largest ones; of those "
+            "only the sign is."
+        ),
+    ] = 0.05,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale of a tensor's signs, times the standard deviation of all its changes, as "
+            "ComPEFT chooses on validation text. Else the scale of least squares: the mean "
+            "magnitude of the changes that are kept.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write what TUNED adds to its base, as sparse signs, for `run --delta`. Resumes if killed."""
+    from edge_moe.hub import resolve_model
+
+    folders = resolve_model(base), resolve_model(tuned)
+    from edge_moe.converters.make_delta import make_delta, peak_bytes
+
+    stderr().print(f"memory for weights: at most {format_bytes(peak_bytes(folders[0]))}")
+    with resumable():
+        report = make_delta(*folders, output, density=density, alpha=alpha)
+    _print_report(report)
+    stderr().print(f"next: edge-moe run {base} --delta {output}")
+
+
+def _print_report(report: DeltaReport) -> None:
+    console = stderr()
+    share = report.num_kept / report.num_weights
+    console.print(
+        f"{report.path}: {format_bytes(report.num_bytes)}, "
+        f"{report.base_bytes / report.num_bytes:.1f} times smaller than the model; "
+        f"{report.num_kept} of {report.num_weights} weights change ({share:.2%})"
+    )
+    bound = 8 * report.entropy_bytes / report.num_weights
+    console.print(
+        f"{report.bits_per_weight:.4f} bits per weight, of which the entropy of such signs at "
+        f"random places is {bound:.4f}; keeps {report.explained:.1%} of the squared change"
+    )

@@ -1,0 +1,380 @@
+"""`DeltaFile`: a task as a sparse ternary difference from a base model, one file of many.
+
+The task vector tau = tuned - base of every tensor keeps its entries of the largest magnitude, and
+of those only the sign: tau ~ scale * s with s in {-1, 0, 1}, one scale per tensor (ComPEFT,
+arXiv:2311.13171, algorithm 1). A safetensors file, without pickle:
+
+    __metadata__  edge_moe_delta: JSON of `DeltaInfo`; edge_moe_tables: sha256 of the five tables
+    scales        F32 [T]  per tensor
+    kept          I32 [S]  signs of every segment
+    sizes         I32 [S]  its bytes
+    checksums     I32 [S]  zlib.crc32 of them, as a signed number
+    coding        U8  [S]  low bits of a gap; 128 added where zeros are listed (`sparse_signs`)
+    dense         U8       segments of dense tensors, one after the other
+    layers.N      U8       those of the experts of layer N
+
+Tensors are counted thus: dense ones in the order of `DeltaInfo.dense`, then gate_proj (where there
+is one), up_proj and down_proj of every expert of every MoE layer. A tensor is packed in segments of
+2^20 entries of its rows one after the other; the last may be shorter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from edge_moe.errors import CheckpointError, DeltaError, FormError, TargetError
+from edge_moe.safetensors_header import read_header
+from edge_moe.sparse_signs import (
+    MOST_LENGTH,
+    MOST_RICE_BITS,
+    Flags,
+    PackedSigns,
+    Places,
+    entropy_bytes,
+    unpack_signs,
+)
+from edge_moe.tensor_info import TensorInfo, read_range
+
+DELTA_VERSION = 1
+INFO_KEY = "edge_moe_delta"
+TABLES_KEY = "edge_moe_tables"
+DENSE_NAME = "dense"
+LISTS_ZEROS = 128
+_REMEDY = "make it again with `edge-moe delta`, or copy it again"
+_TABLES = {"scales": "F32", "kept": "I32", "sizes": "I32", "checksums": "I32", "coding": "U8"}
+_NUMPY_DTYPES = {"F32": "<f4", "I32": "<i4", "U8": "u1"}
+
+Size = Annotated[int, Field(gt=0, lt=2**40)]
+IntArray = npt.NDArray[np.int64]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DenseTensor(_Model):
+    """A tensor that is no routed expert's."""
+
+    name: str
+    """As the checkpoint calls it."""
+    shape: tuple[Size, ...]
+
+
+class DeltaInfo(_Model):
+    """What a delta belongs to, and how it was made."""
+
+    version: int = DELTA_VERSION
+    edge_moe_version: str
+    base: str
+    """Name of the folder that it was made against."""
+    base_fingerprint: str
+    tuned: str
+    tuned_fingerprint: str
+    density: float = Field(gt=0, le=1)
+    """Share of a tensor's entries that is kept at most; those that did not change are not."""
+    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Scales are alpha times the standard deviation of tau; None: of least squares."""
+    dense: tuple[DenseTensor, ...]
+    moe_layer_ids: tuple[int, ...]
+    num_experts: Size
+    expert_shapes: tuple[tuple[Size, Size], ...] = Field(min_length=2, max_length=3)
+    """[rows, columns] of gate_proj where there is one, up_proj and down_proj."""
+
+    @property
+    def num_tensors(self) -> int:
+        experts = len(self.moe_layer_ids) * self.num_experts
+        return len(self.dense) + experts * len(self.expert_shapes)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a tensor, and where its packed signs lie."""
+
+    start: int
+    """Its first entry, counted over the tensor's rows."""
+    length: int
+    offset: int
+    """First byte in the file."""
+    num_bytes: int
+    num_kept: int
+    coding: int
+    checksum: int
+
+
+class DeltaTensor(NamedTuple):
+    """scale * s, to be added to a tensor of the base."""
+
+    shape: tuple[int, ...]
+    scale: float
+    segments: tuple[Segment, ...]
+
+    @property
+    def offset(self) -> int:
+        return self.segments[0].offset
+
+    @property
+    def num_bytes(self) -> int:
+        """Packed, one segment after the other."""
+        return sum(segment.num_bytes for segment in self.segments)
+
+    @property
+    def num_kept(self) -> int:
+        return sum(segment.num_kept for segment in self.segments)
+
+
+class DeltaFile:
+    """An opened and checked file. In memory: its tables, `table_bytes`."""
+
+    def __init__(self, path: Path) -> None:
+        """Read header and tables.
+
+        Raises:
+            DeltaError: missing, truncated, damaged, or of another version.
+        """
+        self.path = path
+        try:
+            tensors, metadata = read_header(path)
+        except CheckpointError as error:
+            raise DeltaError(f"delta {error}".replace("download", "copy")) from None
+        self.info = _read_info(path, metadata)
+        self._tables = {name: self._read_table(tensors, name) for name in _TABLES}
+        if tables_digest(self._tables.values()) != metadata.get(TABLES_KEY):
+            raise self._damaged("the checksum of its tables differs")
+        self._check_tables(tensors)
+        self._layers = {layer: index for index, layer in enumerate(self.info.moe_layer_ids)}
+
+    @property
+    def table_bytes(self) -> int:
+        """Memory that the opened file takes."""
+        arrays = (*self._tables.values(), self._starts, self._offsets)
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def num_kept(self) -> int:
+        """Signs of all tensors."""
+        return int(self._tables["kept"].sum(dtype=np.int64))
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of all tensors."""
+        return sum(map(math.prod, self._shapes()))
+
+    @property
+    def entropy_bytes(self) -> float:
+        """What the signs take at best, were they at random places."""
+        total = 0.0
+        for tensor in self.tensors():
+            total += sum(entropy_bytes(part.num_kept, part.length) for part in tensor.segments)
+        return total
+
+    def tensors(self) -> Iterator[DeltaTensor]:
+        """All of them, in order."""
+        for index, shape in enumerate(self._shapes()):
+            yield self._tensor(index, shape)
+
+    def dense(self) -> Iterator[tuple[str, DeltaTensor]]:
+        """(name, tensor) of everything but routed experts."""
+        for index, each in enumerate(self.info.dense):
+            yield each.name, self._tensor(index, each.shape)
+
+    def expert(self, layer_id: int, expert_id: int) -> tuple[DeltaTensor, ...]:
+        """gate_proj where there is one, up_proj, down_proj: they lie one after the other."""
+        shapes = self.info.expert_shapes
+        place = self._layers[layer_id] * self.info.num_experts + expert_id
+        first = len(self.info.dense) + place * len(shapes)
+        return tuple(self._tensor(first + number, shape) for number, shape in enumerate(shapes))
+
+    def most_kept(self) -> tuple[int, ...]:
+        """Most signs of gate_proj where there is one, up_proj and down_proj, over all experts."""
+        ends = np.concatenate([[0], np.cumsum(self._tables["kept"], dtype=np.int64)])
+        kept = np.diff(ends[self._starts])[len(self.info.dense) :]
+        return tuple(kept.reshape(-1, len(self.info.expert_shapes)).max(axis=0).tolist())
+
+    def most_expert_bytes(self) -> int:
+        """Packed bytes of the largest expert."""
+        first = self._starts[len(self.info.dense) :: len(self.info.expert_shapes)]
+        return int(np.diff(self._offsets[first]).max())
+
+    def require_base(self, fingerprint: str) -> None:
+        """Raise DeltaError unless the delta was made against this checkpoint."""
+        if self.info.base_fingerprint != fingerprint:
+            raise DeltaError(
+                f"delta {self.path} was made for {self.info.base} "
+                f"({self.info.base_fingerprint[:12]}), not for this model ({fingerprint[:12]}): "
+                "give that one or a package built from it, or make a delta from this one with "
+                "`edge-moe delta`"
+            )
+
+    # -- private ----------------------------------------------------------------------------------
+
+    def _shapes(self) -> Iterator[tuple[int, ...]]:
+        for each in self.info.dense:
+            yield each.shape
+        for _ in range(len(self.info.moe_layer_ids) * self.info.num_experts):
+            yield from self.info.expert_shapes
+
+    def _tensor(self, index: int, shape: tuple[int, ...]) -> DeltaTensor:
+        first, length = int(self._starts[index]), math.prod(shape)
+        segments = tuple(
+            Segment(
+                start,
+                min(MOST_LENGTH, length - start),
+                int(self._offsets[first + number]),
+                int(self._tables["sizes"][first + number]),
+                int(self._tables["kept"][first + number]),
+                int(self._tables["coding"][first + number]),
+                int(self._tables["checksums"][first + number]) & 0xFFFFFFFF,
+            )
+            for number, start in enumerate(range(0, length, MOST_LENGTH))
+        )
+        return DeltaTensor(shape, float(self._tables["scales"][index]), segments)
+
+    def _read_table(self, tensors: dict[str, TensorInfo], name: str) -> npt.NDArray[np.generic]:
+        info, dtype = tensors.get(name), _TABLES[name]
+        if info is None or info.dtype != dtype or len(info.shape) != 1:
+            raise self._damaged(f"no table {name!r} of {dtype}")
+        try:
+            raw = read_range(self.path, info.offset, info.num_bytes)
+        except CheckpointError as error:
+            raise self._damaged(str(error)) from None
+        return np.frombuffer(raw, _NUMPY_DTYPES[dtype])
+
+    def _check_tables(self, tensors: dict[str, TensorInfo]) -> None:
+        """Also finds where every tensor's segments start, and where every segment lies."""
+        info, tables = self.info, self._tables
+        if len(tables["scales"]) != info.num_tensors:
+            raise self._damaged(f"{len(tables['scales'])} scales for {info.num_tensors} tensors")
+        scales = tables["scales"].astype(np.float64)
+        if not (np.isfinite(scales).all() and (scales >= 0).all()):
+            raise self._damaged("a scale that is no positive number")
+        weights = [math.prod(shape) for shape in self._shapes()]
+        counts = list(map(num_segments, weights))
+        num_total = sum(counts)  # may be anything until it is compared
+        if any(len(tables[name]) != num_total for name in ("kept", "sizes", "checksums", "coding")):
+            raise self._damaged(f"tables that are not of {num_total} segments")
+        self._starts: IntArray = np.concatenate([[0], np.cumsum(counts)])
+        lengths = np.full(num_total, MOST_LENGTH)
+        lengths[self._starts[1:] - 1] = [(each - 1) % MOST_LENGTH + 1 for each in weights]
+        kept, coding = tables["kept"].astype(np.int64), tables["coding"].astype(np.int64)
+        is_wrong = (kept < 0) | (kept > lengths) | (coding % LISTS_ZEROS > MOST_RICE_BITS)
+        if is_wrong.any():
+            raise self._damaged(f"segment {int(is_wrong.argmax())} keeps more than it holds")
+        self._find_offsets(tensors)
+
+    def _find_offsets(self, tensors: dict[str, TensorInfo]) -> None:
+        info, sizes = self.info, self._tables["sizes"].astype(np.int64)
+        if (sizes < 0).any():
+            raise self._damaged("a segment of negative size")
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        per_layer = info.num_experts * len(info.expert_shapes)
+        parts = [(DENSE_NAME, 0, len(info.dense))]
+        for number, layer_id in enumerate(info.moe_layer_ids):
+            first = len(info.dense) + number * per_layer
+            parts.append((layer_name(layer_id), first, first + per_layer))
+        self._offsets: IntArray = np.empty(len(sizes) + 1, np.int64)
+        for name, first, stop in parts:
+            start, end = self._starts[first], self._starts[stop]
+            found, num_bytes = tensors.get(name), int(ends[end] - ends[start])
+            if found is None or found.dtype != "U8" or found.num_bytes != num_bytes:
+                raise self._damaged(f"no {name!r} of {num_bytes} bytes")
+            self._offsets[start : end + 1] = found.offset + ends[start : end + 1] - ends[start]
+
+    def _damaged(self, what: str) -> DeltaError:
+        return DeltaError(f"delta {self.path} is damaged ({what}): {_REMEDY}")
+
+
+def num_segments(num_weights: int) -> int:
+    """Of a tensor of so many entries."""
+    return -(-num_weights // MOST_LENGTH)
+
+
+def tables_digest(tables: Iterable[npt.NDArray[np.generic]]) -> str:
+    """sha256 of the tables in their order."""
+    digest = hashlib.sha256()
+    for table in tables:
+        digest.update(np.ascontiguousarray(table).tobytes())
+    return digest.hexdigest()
+
+
+def layer_name(layer_id: int) -> str:
+    """Of the tensor with the segments of a layer's experts."""
+    return f"layers.{layer_id}"
+
+
+def unpack_tensor(
+    tensor: DeltaTensor, raw: bytes | memoryview, what: str
+) -> Iterator[tuple[int, Places, Flags]]:
+    """(first entry, places after it, whether each is -1) of every segment, in order.
+
+    `raw` are the tensor's `num_bytes`, `what` is what messages call it.
+
+    Raises:
+        DeltaError: they are not what was written.
+    """
+    begin = 0
+    for part in tensor.segments:
+        data = bytes(raw[begin : begin + part.num_bytes])
+        begin += part.num_bytes
+        if zlib.crc32(data) != part.checksum:
+            raise DeltaError(f"{what} is damaged (its checksum differs): {_REMEDY}")
+        if not part.num_kept:
+            continue
+        lists_zeros = part.coding >= LISTS_ZEROS
+        packed = PackedSigns(part.num_kept, part.coding % LISTS_ZEROS, lists_zeros, data)
+        try:
+            places, is_negative = unpack_signs(packed, part.length)
+        except FormError as error:
+            raise DeltaError(f"{what} is damaged ({error}): {_REMEDY}") from None
+        yield part.start, places, is_negative
+
+
+def refuse_delta(model: Path, runs: str, delta: Path | None) -> None:
+    """Raise TargetError where a delta is given to a `model` that other programs run."""
+    if delta is not None:
+        raise TargetError(
+            f"{model} runs in {runs}, which has nothing for --delta {delta}: give the checkpoint "
+            "that it was made from, or build that with --target native (llama.cpp takes LoRA "
+            "adapters: `edge-moe recover --gguf-lora`)"
+        )
+
+
+def _read_info(path: Path, metadata: dict[str, str]) -> DeltaInfo:
+    if INFO_KEY not in metadata:
+        raise DeltaError(f"{path} is no task delta: make one with `edge-moe delta`")
+    try:
+        raw = json.loads(metadata[INFO_KEY])
+        found = raw.get("version") if isinstance(raw, dict) else None
+        if found != DELTA_VERSION:
+            raise DeltaError(
+                f"delta {path} has version {found}, this edge-moe reads {DELTA_VERSION}: make it "
+                "again with `edge-moe delta`"
+            )
+        info = DeltaInfo.model_validate(raw)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeltaError(f"delta {path} has a damaged header ({reason}): {_REMEDY}") from None
+    _check_info(path, info)
+    return info
+
+
+def _check_info(path: Path, info: DeltaInfo) -> None:
+    """Names are keys, so none may come twice."""
+    names: Sequence[object] = [each.name for each in info.dense]
+    for values in (names, info.moe_layer_ids):
+        if len(set(values)) != len(values):
+            raise DeltaError(f"delta {path} names a tensor or a layer twice: {_REMEDY}")
