@@ -187,9 +187,8 @@ def measure(base: Path, packed: Path, tuned: Path, task: Path, num_windows: int)
     weights = whole.total_parameters
     tuned_bytes = (tuned / "model.safetensors").stat().st_size
     full = 8 * tuned_bytes / weights
-    none = {"shipped_bytes": 0, "bits_per_weight": 0.0}
     rows = [
-        Row(name="base", perplexity=perplexity(base, windows), **none),
+        nothing_row("base", perplexity(base, windows)),
         Row(
             name="full fine-tune",
             shipped_bytes=tuned_bytes,
@@ -204,10 +203,6 @@ def measure(base: Path, packed: Path, tuned: Path, task: Path, num_windows: int)
     rows.append(best_alpha_row(base, tuned, task, seen, windows))
     path = task.with_name(f"{FORM_DENSITY:g}.delta")
     shipped = next(row for row in rows if row.name == f"delta, {FORM_DENSITY:.0%}")
-    bytes_of = {
-        "shipped_bytes": shipped.shipped_bytes,
-        "bits_per_weight": shipped.bits_per_weight,
-    }
     again = build(
         one_form_plan(added_to_packed(base, path, task.with_name("added")), FORM),
         task.with_name("again"),
@@ -215,16 +210,18 @@ def measure(base: Path, packed: Path, tuned: Path, task: Path, num_windows: int)
     whole_packed = build(one_form_plan(whole, FORM), task.with_name("whole"))
     packed_bytes = sum(each.stat().st_size for each in whole_packed.rglob("*.safetensors"))
     rows += [
-        Row(name=f"{FORM} base", perplexity=perplexity(packed, windows), **none),
-        Row(
-            name=f"{FORM} base, delta {FORM_DENSITY:.0%} beside",
-            perplexity=perplexity(packed, windows, path),
-            **bytes_of,
+        nothing_row(f"{FORM} base", perplexity(packed, windows)),
+        shipped.model_copy(
+            update={
+                "name": f"{FORM} base, delta {FORM_DENSITY:.0%} beside",
+                "perplexity": perplexity(packed, windows, path),
+            }
         ),
-        Row(
-            name=f"{FORM} base, delta {FORM_DENSITY:.0%} added and packed again",
-            perplexity=perplexity(again, windows),
-            **bytes_of,
+        shipped.model_copy(
+            update={
+                "name": f"{FORM} base, delta {FORM_DENSITY:.0%} added and packed again",
+                "perplexity": perplexity(again, windows),
+            }
         ),
         Row(
             name=f"{FORM} full fine-tune",
@@ -234,6 +231,11 @@ def measure(base: Path, packed: Path, tuned: Path, task: Path, num_windows: int)
         ),
     ]
     return rows
+
+
+def nothing_row(name: str, found: Estimate) -> Row:
+    """Of the base, which is there already."""
+    return Row(name=name, shipped_bytes=0, bits_per_weight=0.0, perplexity=found)
 
 
 def delta_row(name: str, report: DeltaReport, found: Estimate) -> Row:
@@ -281,7 +283,7 @@ def added_to_packed(base: Path, path: Path, output: Path) -> Checkpoint:
     for layer, layer_id in enumerate(spec.moe_layer_ids):
         for expert_id in range(spec.num_experts):
             record = np.empty(store.record((layer, expert_id)).num_bytes, np.uint8)
-            store.read_into((layer, expert_id), memoryview(record))
+            store.read_into((layer, expert_id), record.data)
             changed = unpack_expert("bf16", record, *spec.expert_shape)
             matrices = checkpoint.expert(layer_id, expert_id)
             rounded = unpack_expert(FORM, pack_expert(FORM, *matrices), *spec.expert_shape)

@@ -24,7 +24,7 @@ from edge_moe.errors import FormError
 MOST_LENGTH = 2**20
 """Entries that are packed at once."""
 MOST_RICE_BITS = 20
-PACKING_BYTES = 96
+PACKING_BYTES = 64
 """Memory per entry of a vector that is being packed, at most."""
 
 Places = npt.NDArray[np.int64]

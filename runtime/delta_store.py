@@ -119,7 +119,7 @@ class DeltaStore(ExpertStore):
             for first, places, is_negative in unpack_tensor(tensor, piece, what):
                 places += first
                 values = get_form(part).unpack(words[places].view(np.uint8), len(places))
-                values += np.where(is_negative, -tensor.scale, tensor.scale).astype(np.float32)
+                values += np.where(is_negative, np.float32(-tensor.scale), np.float32(tensor.scale))
                 words[places] = _packed(part, values, what)
             start, begin = start + size, begin + tensor.num_bytes
 

@@ -21,6 +21,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
 from edge_moe.converters.build import build
 from edge_moe.converters.make_delta import make_delta
+from edge_moe.converters.sparsify import sparsify
 from edge_moe.delta_file import DeltaFile
 from edge_moe.errors import BudgetError, DeltaError, InputError
 from edge_moe.formats import DROP, get_form, pack_expert, unpack_expert
@@ -29,6 +30,7 @@ from edge_moe.runtime.expert_store import CheckpointStore
 from edge_moe.runtime.kernel_choice import Kernels
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.stalls import StallOptions
+from edge_moe.sparse_signs import PACKING_BYTES
 
 PROMPT = list(range(5, 45))
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -291,3 +293,31 @@ def test_commands(
         arguments = [command[0], str(tmp_path / "model.gguf"), *command[1:], "--delta", str(path)]
         assert run(arguments) == 2
         assert "llama.cpp, which has nothing for --delta" in capsys.readouterr().err
+
+
+def test_misses_computed_where_they_lie_have_the_delta(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Experts in RAM beside the slots are packed in the same way, tail and all."""
+    folder, path = tiny_checkpoint("qwen3_moe", wide=True), tmp_path / "it.delta"
+    make_delta(folder, tuned_copy(folder, tmp_path / "tuned", noise), path, density=0.05)
+    package = build(hand_plan(Checkpoint(folder), [["q8_0"] * 8] * 2), tmp_path / "out")
+    with Session.open(package, delta=path, kernels="ggml") as session:
+        wanted = session.generate_ids(PROMPT, 12, stop_at_eos=False)
+    with Session.open(
+        package, delta=path, kernels="ggml", num_slots=4, ram_bytes=10**7, misses="cpu"
+    ) as session:
+        assert session.generate_ids(PROMPT, 12, stop_at_eos=False) == wanted
+        assert session.statistics().cpu_experts > 0
+
+
+def test_sparsifying_takes_the_memory_that_is_said() -> None:
+    generator = np.random.default_rng(0)
+    for density in (0.05, 0.5):
+        tau = generator.standard_normal(2**18, np.float32)
+        tracemalloc.start()
+        sparsify(lambda tau=tau: iter([tau]), density, None, lambda data: None)  # type: ignore[misc]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        histogram_bytes = 2 * 8 * 2**16 * 2
+        assert peak < PACKING_BYTES * len(tau) + histogram_bytes
