@@ -64,7 +64,59 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class LayerStream:
+class LayerRunner:
+    """Runs decoder layers of a transformers model one at a time, as its base model would."""
+
+    def __init__(self, base: Any, norm_attribute: str, location: Path) -> None:
+        """`base` has `layers`, and under `norm_attribute` what follows them.
+
+        `location` is where damaged weights come from.
+        """
+        self._base = base
+        self._layers: Any = base.layers
+        self._norm_attribute = norm_attribute
+        self._location = location
+        self._recorded: dict[int, list[_Recorder]] = {}
+
+    def run(self, layer_id: int, hidden: Tensor) -> Tensor:
+        """[1, W, H] -> [1, W, H] through the loaded layer `layer_id`; one window, no padding.
+
+        Raises:
+            CheckpointError: the result holds NaN or infinity.
+        """
+        call = self._recorders(hidden)[layer_id]
+        output: Tensor = self._layers[layer_id](hidden, *call.arguments, **call.named)
+        if not torch.isfinite(output).all():
+            raise CheckpointError(
+                f"{self._location}: layer {layer_id} computes NaN or infinity from finite "
+                "input; its weights are damaged: download it again"
+            )
+        return output
+
+    def _recorders(self, hidden: Tensor) -> list[_Recorder]:
+        """What every layer is called with for windows of this length."""
+        num_tokens = hidden.shape[1]
+        if num_tokens not in self._recorded:
+            self._recorded[num_tokens] = self._record(hidden)
+            for recorder in self._recorded[num_tokens]:
+                recorder.hidden = None
+        return self._recorded[num_tokens]
+
+    def _record(self, embedded: Tensor) -> list[_Recorder]:
+        """The base model's own way to its layers, which do nothing."""
+        recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
+        norm = getattr(self._base, self._norm_attribute)
+        setattr(self._base, self._norm_attribute, nn.Identity())
+        self._base.layers = recorders
+        try:
+            self._base(inputs_embeds=embedded, use_cache=False)
+        finally:
+            self._base.layers = self._layers
+            setattr(self._base, self._norm_attribute, norm)
+        return list(recorders)  # type: ignore[arg-type]
+
+
+class LayerStream(LayerRunner):
     """Decoder layers of `checkpoint`, loaded and run one at a time, in float32 on the CPU."""
 
     def __init__(self, checkpoint: LayerSource, experts_implementation: str) -> None:
@@ -76,12 +128,11 @@ class LayerStream:
             SpecError: transformers cannot build it.
         """
         model = meta_model(checkpoint.folder, torch.float32, experts_implementation)
+        norm = checkpoint.spec.module_name(checkpoint.spec.final_norm_name).split(".")[-2]
+        super().__init__(model.base_model, norm, checkpoint.folder)
         self._checkpoint = checkpoint
         self._model: nn.Module = model.eval().requires_grad_(False)
-        self._base: Any = model.base_model
         fill_buffers(self._model, torch.device("cpu"))
-        self._layers: Any = self._base.layers
-        self._recorded: dict[int, list[_Recorder]] = {}
         self._expert_buffers: tuple[Tensor, Tensor] | None = None
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
@@ -156,51 +207,9 @@ class LayerStream:
         norm.load_state_dict(state, assign=True)
         return norm
 
-    @property
-    def _norm_attribute(self) -> str:
-        spec = self._checkpoint.spec
-        return spec.module_name(spec.final_norm_name).split(".")[-2]
-
     def moe_block(self, layer_id: int) -> MoeBlock:
         """The MoE block of layer `layer_id`."""
         return MoeBlock(self._model, self._checkpoint.spec, layer_id)
-
-    def run(self, layer_id: int, hidden: Tensor) -> Tensor:
-        """[1, W, H] -> [1, W, H] through the loaded layer `layer_id`; one window, no padding.
-
-        Raises:
-            CheckpointError: the result holds NaN or infinity.
-        """
-        call = self._recorders(hidden)[layer_id]
-        output: Tensor = self._layers[layer_id](hidden, *call.arguments, **call.named)
-        if not torch.isfinite(output).all():
-            raise CheckpointError(
-                f"{self._checkpoint.folder}: layer {layer_id} computes NaN or infinity from finite "
-                "input; its weights are damaged: download it again"
-            )
-        return output
-
-    def _recorders(self, hidden: Tensor) -> list[_Recorder]:
-        """What every layer is called with for windows of this length."""
-        num_tokens = hidden.shape[1]
-        if num_tokens not in self._recorded:
-            self._recorded[num_tokens] = self._record(hidden)
-            for recorder in self._recorded[num_tokens]:
-                recorder.hidden = None
-        return self._recorded[num_tokens]
-
-    def _record(self, embedded: Tensor) -> list[_Recorder]:
-        """The base model's own way to its layers, which do nothing."""
-        recorders = nn.ModuleList(_Recorder(layer) for layer in self._layers)
-        norm = getattr(self._base, self._norm_attribute)
-        setattr(self._base, self._norm_attribute, nn.Identity())
-        self._base.layers = recorders
-        try:
-            self._base(inputs_embeds=embedded, use_cache=False)
-        finally:
-            self._base.layers = self._layers
-            setattr(self._base, self._norm_attribute, norm)
-        return list(recorders)  # type: ignore[arg-type]
 
     def _assign(self, layer: nn.Module, layer_id: int) -> None:
         spec = self._checkpoint.spec

@@ -11,11 +11,17 @@ from torch.nn import functional
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
+from edge_moe.converters.upcycle.split_layer import SplitLayer, choose, split_layer
+from edge_moe.converters.upcycle.split_neurons import (
+    DenseFfn,
+    NeuronSplit,
+    balanced_clusters,
+    split_neurons,
+)
+from edge_moe.converters.upcycle.split_router import NormalEquations, router_rows
 from smollm2.block import block_tensors
-from smollm2.fit import NormalEquations, router_rows
-from smollm2.layer import SplitLayer, choose, refit_down, split_layer
+from smollm2.layer import refit_down
 from smollm2.source import halves_first
-from smollm2.split import DenseFfn, NeuronSplit, balanced_clusters, split_neurons
 
 HIDDEN, WIDTH, SHARED, EXPERTS, EACH = 12, 32, 8, 4, 6
 

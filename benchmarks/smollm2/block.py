@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from smollm2.split import DenseFfn, NeuronSplit
+from edge_moe.converters.upcycle.split_neurons import DenseFfn, NeuronSplit
 
 ROUTER_SPREAD = 1e-3
 """Root mean square of the router's scores: p_e strays from 1 / E by about this much."""

@@ -34,6 +34,7 @@ from edge_moe.converters.safetensors_writer import (
     write_index,
 )
 from edge_moe.converters.staging import BuildFolder, build_folder
+from edge_moe.converters.upcycle.split_layer import split_layer
 from edge_moe.demo import task_names
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path, require_free_disk, write_text
@@ -41,7 +42,7 @@ from edge_moe.measurement import Provenance
 from edge_moe.safetensors_header import read_header
 from edge_moe.tasks import task_windows, windows_fingerprint
 from smollm2.block import ROUTER_SPREAD, block_tensors, moe_config
-from smollm2.layer import DenseLayer, refit_down, split_layer
+from smollm2.layer import DenseLayer, refit_down
 from smollm2.source import DenseModel
 
 RECORD_NAME = "conversion.json"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from edge_moe import metrics
+from edge_moe.converters.upcycle.split_neurons import NeuronSplit
 from edge_moe.metrics import Estimate, TokenScores
 from edge_moe.runtime.evaluate import progress
 from edge_moe.runtime.heldout import heldout_windows
 from smollm2.convert import NEURONS_NAME
 from smollm2.source import DenseModel
-from smollm2.split import NeuronSplit
 
 WINDOW_TOKENS = 256
 

@@ -64,6 +64,10 @@ class Target(ABC):
     shared_down_factor: ClassVar[float]
     """What the shared down_proj is stored times, so that the block adds it as it is."""
     fewest_experts: ClassVar[int] = 1
+    is_softmax: ClassVar[bool]
+    """Scores are a softmax over all experts; else a sigmoid each."""
+    needs_whole_shared: ClassVar[bool] = False
+    """The shared width is stated as a multiple of the experts'."""
 
     @property
     def architecture(self) -> str:
@@ -139,6 +143,7 @@ class Qwen2MoeTarget(Target):
     model_type = "qwen2_moe"
     shared_module = "shared_expert"
     shared_down_factor = 2.0
+    is_softmax = True
 
     def equal_weight(self, num_experts: int) -> float:
         return 1.0 / num_experts
@@ -166,6 +171,8 @@ class Glm4MoeTarget(Target):
     model_type = "glm4_moe"
     shared_module = "shared_experts"
     shared_down_factor = 1.0
+    is_softmax = False
+    needs_whole_shared = True
     fewest_experts = 2  # its router adds up the best two of a group
 
     def equal_weight(self, num_experts: int) -> float:

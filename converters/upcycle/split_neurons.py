@@ -12,6 +12,7 @@ E experts, I neurons per expert; F = S + E I.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,10 @@ class DenseFfn:
     def activations(self, inputs: Tensor) -> Tensor:
         """What down_proj is applied to, [T, F], of `inputs` [T, H]."""
         return functional.silu(inputs @ self.gate.T) * (inputs @ self.up.T)
+
+    def output(self, inputs: Tensor) -> Tensor:
+        """y, [..., H], of `inputs` [..., H]."""
+        return functional.linear(self.activations(inputs), self.down)
 
     def strengths(self, activations: Tensor) -> Tensor:
         """Norm of what each neuron adds to the output, [T, F]."""
@@ -85,7 +90,8 @@ def split_neurons(
     order = strengths.square().mean(0).argsort(descending=True)
     shared, rest = order[:num_shared].sort().values, order[num_shared:].sort().values
     strong = strengths[:, rest]
-    threshold = strong.quantile(0.85, dim=1, keepdim=True)
+    weakest = math.ceil(0.85 * (strong.shape[1] - 1))  # of those that fire, from below
+    threshold = strong.kthvalue(weakest + 1, dim=1, keepdim=True).values
     fires = (strong >= threshold).float().T  # [F - S, T]
     return NeuronSplit(shared, rest[balanced_clusters(fires, num_experts, generator)])
 

@@ -1,12 +1,13 @@
 """Closed-form fits: the router, and down_proj once the router decides what is missing.
 
 Both are ridge regressions from sums over tokens, so tokens may come in any portions. Letters as in
-`split`. The refit is the least-squares compensation known from pruning (SparseGPT, arXiv
+`split_neurons`. The refit is the least-squares compensation known from pruning (SparseGPT, arXiv
 2301.00774): the neurons that run make up for the experts that a token does not use.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,3 +63,39 @@ def router_rows(equations: NormalEquations, ridge: float, spread: float) -> Tens
     rows = equations.solve(ridge)
     rows = rows - rows.mean(0, keepdim=True)
     return rows * (spread / equations.spread(rows))
+
+
+def score_reach(rows: Tensor, norm_weight: Tensor, *, is_softmax: bool) -> float:
+    """The most by which scores can differ (softmax), or be other than 0 (sigmoid).
+
+    The router [E, H] reads an RMS norm with weight g [H], so |x / g| <= sqrt(H) for every input,
+    and |(r_e - r_f) x| <= |(r_e - r_f) * g| sqrt(H).
+    """
+    scaled = rows.double() * norm_weight.double()
+    if is_softmax:
+        lengths = torch.linalg.vector_norm(scaled[:, None] - scaled[None], dim=2)
+    else:
+        lengths = torch.linalg.vector_norm(scaled, dim=1)
+    return float(lengths.max()) * math.sqrt(rows.shape[1])
+
+
+def tilt_bound(rows: Tensor, norm_weight: Tensor, *, is_softmax: bool) -> float:
+    """How far an expert's weight can stray from that of equal scores, as a share of it.
+
+    With d = `score_reach`, every softmax weight lies between exp(-d) / E and exp(d) / E, every
+    sigmoid between (1 - tanh(d / 2)) / 2 and (1 + tanh(d / 2)) / 2.
+    """
+    reach = score_reach(rows, norm_weight, is_softmax=is_softmax)
+    return math.expm1(reach) if is_softmax else math.tanh(reach / 2)
+
+
+def bounded_rows(rows: Tensor, norm_weight: Tensor, max_tilt: float, *, is_softmax: bool) -> Tensor:
+    """`rows` times the factor for which `tilt_bound` is just below `max_tilt`; order is kept.
+
+    Rows that tell no experts apart stay. The result is exact in bfloat16.
+    """
+    reach = score_reach(rows, norm_weight, is_softmax=is_softmax)
+    if reach == 0:
+        return rows
+    wanted = math.log1p(max_tilt) if is_softmax else 2 * math.atanh(max_tilt)
+    return (rows * (0.99 * wanted / reach)).bfloat16().float()  # 1 % for rounding

@@ -1,0 +1,199 @@
+"""A dense model is split into experts that are parts of it: together they are what it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import make_tiny_dense
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.upcycle.dense_model import open_dense
+from edge_moe.converters.upcycle.split import RECORD_NAME, SplitSettings, split_dense
+from edge_moe.converters.upcycle.split_layer import SplitLayer, choose, split_layer
+from edge_moe.converters.upcycle.split_layers import split_block
+from edge_moe.converters.upcycle.split_neurons import DenseFfn, NeuronSplit
+from edge_moe.converters.upcycle.split_router import bounded_rows, score_reach, tilt_bound
+from edge_moe.converters.upcycle.split_shape import split_shape
+from edge_moe.converters.upcycle.target import Glm4MoeTarget, Qwen2MoeTarget, choose_target
+from edge_moe.errors import InputError
+from edge_moe.runtime.session import Session
+
+IDS = [(7 * i * i + 3 * i) % 250 + 1 for i in range(40)]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama tied float32": ("llama", {"tie_word_embeddings": True, "dtype": "float32"}),
+    "mistral float16": ("mistral", {"sliding_window": None, "dtype": "float16"}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    path.write_text("\n".join(f"line {n} of a text, {n * n}" for n in range(200)))
+    return path
+
+
+def logits(folder: Path, top_k: int | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
+    options = {} if top_k is None else {"num_experts_per_tok": top_k}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    with torch.inference_mode():
+        found: np.ndarray[Any, np.dtype[np.float32]] = (
+            model.eval()(torch.tensor([IDS])).logits[0].numpy()
+        )
+    return found
+
+
+def split_tiny(dense: Path, text: Path, output: Path, **options: Any) -> Any:
+    shape = {"num_experts": 4, "top_k": 2, "window_tokens": 64, "max_windows": 6}
+    return split_dense(dense, [str(text)], output, **shape | options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_experts_together_are_the_dense_model(case: str, text: Path, tmp_path: Path) -> None:
+    model_type, config = CASES[case]
+    dense = make_tiny_dense(tmp_path / "dense", model_type, **config)
+    expected = logits(dense)
+    exact = SplitSettings(max_tilt=1e-6)
+    record = split_tiny(dense, text, tmp_path / "exact", settings=exact)
+    np.testing.assert_allclose(logits(tmp_path / "exact", 4), expected, atol=2e-6 * 10, rtol=0)
+    assert all(0 < layer.tilt_bound <= 1e-6 for layer in record.layers)
+    # and with the default tilt, which orders experts better, within about a thousandth
+    record = split_tiny(dense, text, tmp_path / "moe")
+    assert all(5e-4 < layer.tilt_bound <= 1e-3 for layer in record.layers)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits(tmp_path / "moe", 4), expected, atol=2e-3 * scale, rtol=0)
+    # with fewer it is something else, the same in our own runtime as in transformers
+    some = logits(tmp_path / "moe")
+    assert np.abs(some - expected).max() > 0.01
+    with Session.open(tmp_path / "moe", num_slots=3) as session:
+        np.testing.assert_allclose(session.logits(IDS), some, atol=3e-5)
+
+
+def test_scores_by_hand() -> None:
+    rows, norm = torch.tensor([[3.0, 0], [0, 2], [0, 0]]), torch.tensor([1.0, 2])
+    # times the norm: (3, 0), (0, 4), (0, 0); the first two are 5 apart
+    assert score_reach(rows, norm, is_softmax=True) == pytest.approx(5 * math.sqrt(2))
+    assert score_reach(rows, norm, is_softmax=False) == pytest.approx(4 * math.sqrt(2))
+    assert tilt_bound(rows, norm, is_softmax=True) == pytest.approx(math.exp(5 * 2**0.5) - 1)
+    assert tilt_bound(rows, norm, is_softmax=False) == pytest.approx(math.tanh(2 * 2**0.5))
+    for is_softmax in (True, False):
+        found = bounded_rows(rows, norm, 1e-3, is_softmax=is_softmax)
+        assert 0.98e-3 < tilt_bound(found, norm, is_softmax=is_softmax) <= 1e-3
+        assert torch.equal(found, found.bfloat16().float())
+        zeros = torch.zeros(3, 2)
+        assert torch.equal(bounded_rows(zeros, norm, 1e-3, is_softmax=is_softmax), zeros)
+
+
+@pytest.mark.parametrize("is_softmax", [True, False])
+def test_no_input_tilts_further_than_the_bound(is_softmax: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.rand(8, generator=generator) + 0.5
+    rows = torch.randn(4, 8, generator=generator) * 0.05
+    bound = tilt_bound(rows, norm, is_softmax=is_softmax)
+    if is_softmax:
+        rows_apart = (rows[:, None] - rows[None]).flatten(0, 1) * norm
+        worst = rows_apart[rows_apart.norm(dim=1).argmax()]
+    else:
+        worst = (rows * norm)[(rows * norm).norm(dim=1).argmax()]
+    others = torch.randn(200, 8, generator=generator)
+    states = torch.cat([worst[None], -worst[None], others])
+    inputs = states / states.square().mean(dim=1, keepdim=True).sqrt() * norm
+    scores = inputs @ rows.T
+    weights = 4 * scores.softmax(dim=1) if is_softmax else 2 * scores.sigmoid()
+    tilts = (weights - 1).abs().amax(dim=1)
+    assert tilts.max() <= bound * (1 + 1e-6) + 1e-7
+    if not is_softmax:
+        assert tilts[0] == pytest.approx(bound, rel=1e-4)  # and one reaches it
+
+
+def test_chosen_experts_are_the_masked_dense_network() -> None:
+    """Every expert holds its neurons, and down_proj makes up for its weight."""
+    generator = torch.Generator().manual_seed(1)
+    gate, up = (torch.randn(10, 6, generator=generator) for _ in range(2))
+    ffn = DenseFfn(gate, up, torch.randn(6, 10, generator=generator))
+    split = NeuronSplit(torch.tensor([4, 9]), torch.tensor([[0, 7], [1, 3], [2, 8], [5, 6]]))
+    layer = SplitLayer(split, torch.randn(4, 6, generator=generator), recall=1.0)
+    arrays = tuple(each.numpy() for each in (gate, up, ffn.down))
+    block = split_block(lambda: arrays, "F32", layer, 4.0)  # type: ignore[arg-type, return-value]
+    inputs = torch.randn(5, 6, generator=generator)
+
+    def output(matrices: Any) -> Tensor:
+        return DenseFfn(*(torch.from_numpy(matrix.read()) for matrix in matrices)).output(inputs)
+
+    chosen = choose(layer.router, inputs, 2)
+    parts = torch.stack([output(expert) / 4 for expert in block.experts], dim=1)
+    found = output(block.shared) + parts.gather(1, chosen[:, :, None].expand(-1, -1, 6)).sum(dim=1)
+    expected = (ffn.activations(inputs) * split.mask(chosen)) @ ffn.down.T
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output(block.shared) + parts.sum(dim=1), ffn.output(inputs))
+
+
+def test_a_killed_split_goes_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_tiny_dense(tmp_path / "dense", "llama", num_hidden_layers=3)
+    split_tiny(dense, text, tmp_path / "whole")
+    calls: list[int] = []
+
+    def dying(*arguments: Any, **options: Any) -> SplitLayer:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return split_layer(*arguments, **options)
+
+    monkeypatch.setattr("edge_moe.converters.upcycle.split.split_layer", dying)
+    with pytest.raises(KeyboardInterrupt):
+        split_tiny(dense, text, tmp_path / "out")
+    split_tiny(dense, text, tmp_path / "out")
+    assert len(calls) == 2 + 2  # the first layer was not split again
+    for path in (tmp_path / "whole").iterdir():
+        if path.name != RECORD_NAME:
+            assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
+    assert [0 < layer["recall"] <= 1 for layer in record["layers"]] == [True] * 3
+    spec = Checkpoint(tmp_path / "out").spec
+    assert (spec.num_experts, spec.top_k, spec.expert_width) == (4, 2, record["expert_width"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_experts": 6}, "use 4, 8, 16"),
+        ({"num_experts": 1, "top_k": 1}, "at least 2"),
+        ({"top_k": 5}, "use 1 to 4"),
+        ({"expert_width": 16}, "leave none of 64 always on"),
+        ({"expert_width": 0}, "leave none of 64 always on"),
+        ({"window_tokens": 10_000}, "the model's context"),
+    ],
+)
+def test_shapes_that_cannot_be(
+    options: dict[str, Any], message: str, text: Path, tmp_path: Path
+) -> None:
+    dense = make_tiny_dense(tmp_path / "dense", "llama")
+    with pytest.raises(InputError, match=message):
+        split_tiny(dense, text, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_widths(tmp_path: Path) -> None:
+    llama = open_dense(make_tiny_dense(tmp_path / "a", "llama", intermediate_size=1536)).config
+    assert isinstance(choose_target(llama), Qwen2MoeTarget)
+    found = split_shape(llama, Qwen2MoeTarget(), 16, 4, None)
+    assert (found.expert_width, found.shared_width) == (64, 512)
+    found = split_shape(llama, Qwen2MoeTarget(), 4, 1, None)
+    assert (found.expert_width, found.shared_width) == (256, 512)
+    qwen = open_dense(make_tiny_dense(tmp_path / "b", "qwen3", intermediate_size=96)).config
+    found = split_shape(qwen, Glm4MoeTarget(), 8, 2, None)
+    assert found.shared_width % found.expert_width == 0 and found.shared_width >= 24
+    with pytest.raises(InputError, match="as a multiple of the experts', 9"):
+        split_shape(qwen, Glm4MoeTarget(), 8, 2, 9)
