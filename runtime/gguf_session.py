@@ -124,68 +124,39 @@ class GgufSession(TextSession):
         model = GgufModel(path)
         context = context_length(model.spec, context_tokens)
         require_gpu(path, gpu_layers)
-        if LINEAR_GUESSES in predictors:
-            raise InputError(
-                "a linear map guesses in edge-moe's own runtime, not for .gguf files: name "
-                f"another predictor, such as {ROUTER_GUESSES}"
-            )
-        require_known(predictors)
-        names = () if prefetch is False else tuple(predictors)
-        if gpu_layers:
-            names = tuple(name for name in names if name not in STATE_PREDICTORS)
+        names = _usable(predictors, prefetch, gpu_layers)
         has_budget = budget_bytes is not None
         terms = session_terms(model, context, has_budget=has_budget, gpu_layers=gpu_layers)
-        num_rows = [model.spec.num_experts] * model.spec.num_moe_layers
-        terms += predictor_terms(names, num_rows)
+        terms += predictor_terms(names, _num_rows(model))
         limit_bytes = expert_limit_bytes(model, terms, budget_bytes, num_slots)
         most_tokens = min(batch_tokens(model, limit_bytes), context)
         require_loadable(path, context, most_tokens, {})
-        with ExitStack() as held:  # given back where opening fails
+        with ExitStack() as held:  # closed where opening fails
             loaded = LoadedModel(model, gpu_layers)
             held.callback(loaded.close)
-            sizes = largest_expert_bytes(model)
-            cycle_bytes = token_cycle_bytes(sizes.values(), model.spec.top_k)
-            places: dict[str, Place] = {}
-            if rearranged is not None:
-                from edge_moe.runtime.rearranged_file import rearranged_places
-
-                places = rearranged_places(
-                    model, loaded.region, loaded.rearranger(), rearranged, on_bytes
-                )
+            places = _places(model, loaded, rearranged, on_bytes)
             experts = GgufExperts(model, loaded.region, limit_bytes, policy(), places)
             held.callback(experts.close)
             is_paging = experts.total_bytes > limit_bytes
             if not is_paging:
                 experts.fill()
             inputs = BlockInputs(loaded.api, model)
-            read_ahead = None
-            if is_paging and names:
-                guessers = {
-                    name: _predictor(name, inputs, num_rows, model.spec.top_k) for name in names
-                }
-                trial = FastestOf(names) if prefetch is None else None
-                read_ahead = ReadAhead(model.spec.num_moe_layers, guessers, trial)
             network = PagedContext(
-                model,
-                loaded,
-                experts,
+                *(model, loaded, experts),
                 context_tokens=context,
                 batch_tokens=most_tokens,
                 is_watched=is_paging or can_trace,
                 inputs=inputs,
-                read_ahead=read_ahead,
+                read_ahead=_read_ahead(names, inputs, model, prefetch) if is_paging else None,
                 may_cut=not model.spec.num_sliding_layers,
             )
+            held.callback(network.close)
+            session = cls(model, loaded, experts, network, terms, context)
             held.pop_all()
-        session = cls(model, loaded, experts, network, terms, context)
         if is_paging and gpu_layers and prefetch is not False:
             session.warnings += _left_out(predictors, names)
-        if is_paging and limit_bytes < cycle_bytes:
-            session.warnings.append(
-                f"experts have {format_bytes(limit_bytes)}, one token uses "
-                f"{format_bytes(cycle_bytes)}: nearly every expert is read anew for every token; "
-                "raise --budget if you can"
-            )
+        if is_paging:
+            session.warnings += _below_cycle(model, limit_bytes)
         session.load_seconds = time.perf_counter() - start
         return session
 
@@ -280,6 +251,23 @@ class GgufSession(TextSession):
         return _LlamaLoop(self._context, self.context_tokens, kept) if kept else self.new_loop()
 
 
+def _usable(predictors: Sequence[str], prefetch: bool | None, gpu_layers: int) -> tuple[str, ...]:
+    """Those of `predictors` that can guess here, if any are to.
+
+    Raises:
+        InputError: one that is unknown, or that no GGUF model can be guessed for by.
+    """
+    if LINEAR_GUESSES in predictors:
+        raise InputError(
+            "a linear map guesses in edge-moe's own runtime, not for .gguf files: name "
+            f"another predictor, such as {ROUTER_GUESSES}"
+        )
+    require_known(predictors)
+    if prefetch is False:
+        return ()
+    return tuple(name for name in predictors if not gpu_layers or name not in STATE_PREDICTORS)
+
+
 def _left_out(asked: Sequence[str], kept: Sequence[str]) -> list[str]:
     """What to say of predictors that cannot guess with layers on a GPU."""
     lost = [name for name in asked if name not in kept]
@@ -289,6 +277,43 @@ def _left_out(asked: Sequence[str], kept: Sequence[str]) -> list[str]:
     if not kept:
         return [f"experts are not read ahead: {where}; give --predictor transitions or token"]
     return [f"experts are read ahead by {', '.join(kept)}, not by {', '.join(lost)}: {where}"]
+
+
+def _below_cycle(model: GgufModel, limit_bytes: int) -> list[str]:
+    """What to say where not even one token's experts fit."""
+    cycle_bytes = token_cycle_bytes(largest_expert_bytes(model).values(), model.spec.top_k)
+    if limit_bytes >= cycle_bytes:
+        return []
+    return [
+        f"experts have {format_bytes(limit_bytes)}, one token uses {format_bytes(cycle_bytes)}: "
+        "nearly every expert is read anew for every token; raise --budget if you can"
+    ]
+
+
+def _places(
+    model: GgufModel, loaded: LoadedModel, folder: Path | None, on_bytes: OnBytes | None
+) -> dict[str, Place]:
+    """Where experts lie as the fastest kernels want them; none without a `folder` for that."""
+    if folder is None:
+        return {}
+    from edge_moe.runtime.rearranged_file import rearranged_places
+
+    return rearranged_places(model, loaded.region, loaded.rearranger(), folder, on_bytes)
+
+
+def _num_rows(model: GgufModel) -> list[int]:
+    """Experts of each layer."""
+    return [model.spec.num_experts] * model.spec.num_moe_layers
+
+
+def _read_ahead(
+    names: Sequence[str], inputs: BlockInputs, model: GgufModel, prefetch: bool | None
+) -> ReadAhead | None:
+    if not names:
+        return None
+    num_rows = _num_rows(model)
+    guessers = {name: _predictor(name, inputs, num_rows, model.spec.top_k) for name in names}
+    return ReadAhead(len(num_rows), guessers, FastestOf(names) if prefetch is None else None)
 
 
 def _predictor(name: str, inputs: BlockInputs, num_rows: Sequence[int], top_k: int) -> Predictor:
