@@ -20,14 +20,14 @@ import mmap
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from memory_cgroup import memory_cgroup, peak_bytes, run_in
 from paging_model import FACTS_NAME, TEXT_NAME
 from paging_worker import REARRANGED_FOLDER
 from rich.console import Console
@@ -38,7 +38,6 @@ from edge_moe.measurement import Provenance
 
 WORKER = Path(__file__).with_name("paging_worker.py")
 RESULT = Path(__file__).parent / "results" / "paging.json"
-GROUPS = Path("/sys/fs/cgroup/memory")
 ENGINES = ("edge-moe", "rearranged", "lru", "willneed", "random", "stock")
 UNCAPPED = ("ram", "edge-moe", "rearranged")
 PIECE_BYTES, PIECES, READERS = 180 * 4096, 400, 4
@@ -61,30 +60,18 @@ def run(
     """One run; `cap_bytes` None has no cap."""
     for file in (path, *path.parent.glob(f"{REARRANGED_FOLDER}/*")):
         drop_cached(file)
-    group = None if cap_bytes is None else GROUPS / f"edge-moe-{uuid.uuid4().hex[:8]}"
     command = [sys.executable, str(WORKER), engine, str(path), str(path.parent / TEXT_NAME)]
     command += [str(cap_bytes or 0), str(prompt_tokens), str(num_tokens)]
-    if group is not None:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(cap_bytes))
-
-    def enter() -> None:
-        if group is not None:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter)
+    with nullcontext() if cap_bytes is None else memory_cgroup(cap_bytes) as group:
+        done = run_in(group, command, timeout_seconds=None)
         if done.returncode:
             raise RuntimeError(f"{engine}: {done.stderr[-2000:]}")
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        if group is not None:
-            peak = int((group / "memory.max_usage_in_bytes").read_text())
+        if group is not None and cap_bytes is not None:
+            peak = peak_bytes(group)
             found |= {"cap_bytes": cap_bytes, "cgroup_peak_bytes": peak}
-            if cap_bytes is not None and peak > cap_bytes:
+            if peak > cap_bytes:
                 raise RuntimeError(f"{engine}: the cap of {cap_bytes} did not hold: {peak}")
-    finally:
-        if group is not None:
-            group.rmdir()
     return found
 
 

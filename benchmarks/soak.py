@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from memory_cgroup import enter, memory_cgroup, missing_reason
 from rich.console import Console
 from rich.table import Table
 from soak_faults import EXPECTED
@@ -38,7 +36,6 @@ from edge_moe.tasks import load_task_texts
 
 WORKER = Path(__file__).with_name("soak_worker.py")
 RESULTS = Path(__file__).parent / "results"
-GROUPS = Path("/sys/fs/cgroup/memory")
 CGROUP_MARGIN = 1.05
 ENGINES = ("gguf", "native")
 PLANNED_SHARE = 0.5
@@ -101,25 +98,6 @@ def write_prompts(path: Path) -> Path:
     return path
 
 
-@contextmanager
-def cgroup(limit_bytes: int) -> Iterator[Path | None]:
-    """A memory cgroup, or None where none can be made."""
-    group = GROUPS / f"edge-moe-{uuid.uuid4().hex[:8]}"
-    if not (GROUPS / "memory.limit_in_bytes").exists():
-        yield None
-        return
-    try:
-        group.mkdir()
-    except OSError:
-        yield None
-        return
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(limit_bytes))
-        yield group
-    finally:
-        group.rmdir()
-
-
 def soak(
     engine: str,
     model: Path,
@@ -137,7 +115,11 @@ def soak(
     budget_bytes += int(RESIDENT_SHARE * total_bytes)
     limit_bytes = int(CGROUP_MARGIN * budget_bytes)
     found: dict[str, list[Any]] = {"sample": [], "fault": [], "ending": []}
-    with TemporaryDirectory(prefix="edge-moe-soak-") as folder, cgroup(limit_bytes) as group:
+    can_limit = missing_reason() is None
+    with (
+        TemporaryDirectory(prefix="edge-moe-soak-") as folder,
+        memory_cgroup(limit_bytes) if can_limit else nullcontext() as group,
+    ):
         numbers = (budget_bytes, context_tokens, seconds, every_seconds)
         command = [sys.executable, worker, engine, model, text, folder, *numbers]
         errors = Path(folder) / "stderr"
@@ -147,7 +129,7 @@ def soak(
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                preexec_fn=lambda: _enter(group),
+                preexec_fn=lambda: enter(group),
             )
             for line in process.stdout or ():
                 for kind, content in json.loads(line).items():
@@ -169,11 +151,6 @@ def soak(
         ending=None if failure else next((Ending(**each) for each in found["ending"]), None),
         failure=failure,
     )
-
-
-def _enter(group: Path | None) -> None:
-    if group is not None:
-        (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def table(found: list[Verdict]) -> Table:

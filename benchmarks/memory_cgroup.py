@@ -37,14 +37,25 @@ def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
         group.rmdir()
 
 
-def run_in(
-    group: Path, command: Sequence[str], timeout_seconds: int = 300
-) -> subprocess.CompletedProcess[str]:
-    """Run `command` inside the cgroup."""
+def peak_bytes(group: Path) -> int:
+    """The most that its processes took, pages that they cached included."""
+    return int((group / "memory.max_usage_in_bytes").read_text())
 
-    def enter() -> None:
+
+def enter(group: Path | None) -> None:
+    """Move this process there, unless there is no group."""
+    if group is not None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
+
+def run_in(
+    group: Path | None, command: Sequence[str], timeout_seconds: int | None = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run `command` inside the cgroup, if there is one."""
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout_seconds, preexec_fn=enter
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout_seconds,
+        preexec_fn=lambda: enter(group),
     )
