@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edge_moe.commands.opening import CommonOptions, open_traceable, runnable_path
-from edge_moe.commands.options import Budget, Revision, Tasks, stderr
+from edge_moe.commands.options import (
+    Budget,
+    MaxSequences,
+    NumSlots,
+    Revision,
+    SafetensorsOutput,
+    Tasks,
+    TextWindowTokens,
+    stderr,
+)
 from edge_moe.errors import TargetError
 from edge_moe.files import require_file_output, require_suffix
 from edge_moe.open_model import is_gguf_file
@@ -27,9 +36,6 @@ FittedModel = Annotated[
         help="Checkpoint folder, native package, or hub id such as Qwen/Qwen3-30B-A3B.",
         show_default=False,
     ),
-]
-FittedOutput = Annotated[
-    Path, typer.Option("--output", "-o", help="Where to write, a .safetensors file.")
 ]
 
 
@@ -60,11 +66,9 @@ def open_fittable(
 def fit_guesses_command(
     model: FittedModel,
     task: Tasks,
-    output: FittedOutput,
-    window_tokens: Annotated[
-        int, typer.Option(help="Tokens of text before a new sequence begins.")
-    ] = 256,
-    max_windows: Annotated[int, typer.Option(help="Sequences in all, of all tasks by turns.")] = 64,
+    output: SafetensorsOutput,
+    window_tokens: TextWindowTokens = 256,
+    max_windows: MaxSequences = 64,
     ridge: Annotated[
         float,
         typer.Option(help="Weight of the penalty, as a share of the inputs' variance.", min=0),
@@ -80,10 +84,7 @@ def fit_guesses_command(
         ),
     ] = None,
     budget: Budget = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
-    ] = None,
+    slots: NumSlots = None,
     revision: Revision = None,
 ) -> None:
     """Fit a map from each MoE layer's input to what the next router ranks by, on a task's text."""

@@ -6,19 +6,25 @@ from typing import Annotated
 
 import typer
 
-from edge_moe.commands.fit_guesses import FittedModel, FittedOutput, open_fittable
+from edge_moe.commands.fit_guesses import FittedModel, open_fittable
 from edge_moe.commands.opening import CommonOptions
-from edge_moe.commands.options import Budget, Revision, Tasks, stderr
+from edge_moe.commands.options import (
+    Budget,
+    NumSlots,
+    Revision,
+    SafetensorsOutput,
+    Tasks,
+    TextWindowTokens,
+    stderr,
+)
 from edge_moe.units import parse_bytes
 
 
 def fit_pre_gate_command(
     model: FittedModel,
     task: Tasks,
-    output: FittedOutput,
-    window_tokens: Annotated[
-        int, typer.Option(help="Tokens of text before a new sequence begins.")
-    ] = 256,
+    output: SafetensorsOutput,
+    window_tokens: TextWindowTokens = 256,
     max_windows: Annotated[
         int, typer.Option(help="Sequences in all, of all tasks by turns; an eighth judges.")
     ] = 256,
@@ -36,10 +42,7 @@ def fit_pre_gate_command(
         ),
     ] = None,
     budget: Budget = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
-    ] = None,
+    slots: NumSlots = None,
     revision: Revision = None,
 ) -> None:
     """Train, on a task's text, what chooses all layers' experts from the first one's input."""

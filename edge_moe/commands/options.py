@@ -100,6 +100,12 @@ Budget = Annotated[
         show_default=False,
     ),
 ]
+NumSlots = Annotated[
+    int | None,
+    typer.Option(
+        "--slots", help="Experts in memory at once, instead of a budget.", show_default=False
+    ),
+]
 ContextTokens = Annotated[
     int | None,
     typer.Option(
@@ -226,6 +232,15 @@ SearchSeconds = Annotated[
 ]
 DEFAULT_SEARCH_SECONDS = 240.0
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+SafetensorsOutput = Annotated[
+    Path, typer.Option("--output", "-o", help="Where to write, a .safetensors file.")
+]
+TextWindowTokens = Annotated[
+    int, typer.Option("--window-tokens", help="Tokens of text before a new sequence begins.")
+]
+MaxSequences = Annotated[
+    int, typer.Option("--max-windows", help="Sequences in all, of all tasks by turns.")
+]
 
 
 def stdout() -> Console:

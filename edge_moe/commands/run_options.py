@@ -70,12 +70,6 @@ PredictorNames = Annotated[
         show_default=False,
     ),
 ]
-NumSlots = Annotated[
-    int | None,
-    typer.Option(
-        "--slots", help="Experts in memory at once, instead of a budget.", show_default=False
-    ),
-]
 TaskName = Annotated[
     str | None,
     typer.Option(

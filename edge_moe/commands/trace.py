@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edge_moe.commands.opening import CommonOptions, open_traceable, runnable_path, tracing
-from edge_moe.commands.options import Budget, LinearMapFile, Revision, Tasks, stderr
+from edge_moe.commands.options import (
+    Budget,
+    LinearMapFile,
+    MaxSequences,
+    NumSlots,
+    Revision,
+    SafetensorsOutput,
+    Tasks,
+    TextWindowTokens,
+    stderr,
+)
 from edge_moe.files import require_file_output, require_suffix
 
 
@@ -23,21 +32,14 @@ def trace_command(
         ),
     ],
     task: Tasks,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to write, a .safetensors file.")
-    ],
-    window_tokens: Annotated[
-        int, typer.Option(help="Tokens of text before a new sequence begins.")
-    ] = 256,
+    output: SafetensorsOutput,
+    window_tokens: TextWindowTokens = 256,
     prompt_tokens: Annotated[
         int, typer.Option(help="Of which so many are a prompt, read at once.")
     ] = 32,
-    max_windows: Annotated[int, typer.Option(help="Sequences in all, of all tasks by turns.")] = 16,
+    max_windows: MaxSequences = 16,
     budget: Budget = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(help="Experts in memory at once, instead of a budget.", show_default=False),
-    ] = None,
+    slots: NumSlots = None,
     linear_map: LinearMapFile = None,
     revision: Revision = None,
 ) -> None:
