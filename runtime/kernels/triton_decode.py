@@ -20,9 +20,9 @@ from edge_moe.runtime.kernels.triton_forms import (
     columns,
     num_chunks,
     num_planes,
-    row_bytes,
     weights,
 )
+from edge_moe.runtime.kernels.triton_tiles import matrix_rows, row_pointers, store_products
 
 Tensor = torch.Tensor
 
@@ -88,7 +88,6 @@ def decode_kernel(
     token = tl.load(table + pair)
     address = tl.load(table + num_pairs + pair)
     number = tl.load(table + 2 * num_pairs + pair)
-    row = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     asked = matrix_rows(tl.program_id(1), NUM_ROWS, IS_GATED, TILE_ROWS)
     products = tl.zeros(asked.shape, tl.float32)
     for position in tl.static_range(len(FORMS)):
@@ -96,36 +95,8 @@ def decode_kernel(
             products = _dots(
                 inputs + token * WIDTH, address, asked, WIDTH, FORMS[position], STEP_BYTES
             )
-    if IS_GATED:
-        gate, up = tl.split(products.reshape(TILE_ROWS, 2))
-        products = gate * tl.sigmoid(gate) * up
-    places = outputs + pair * NUM_ROWS + row
-    tl.store(places, products.to(outputs.dtype.element_ty), mask=row < NUM_ROWS)
-
-
-@triton.jit
-def matrix_rows(
-    tile: tl.tensor, NUM_ROWS: tl.constexpr, IS_GATED: tl.constexpr, TILE_ROWS: tl.constexpr
-) -> tl.tensor:
-    """Rows of the matrix that a tile of outputs needs; those of gate_proj and up_proj take turns.
-
-    Rows beyond the matrix become its last one, which is read but not written.
-    """
-    if IS_GATED:
-        turn = tl.arange(0, 2 * TILE_ROWS)
-        row = tl.minimum(tile * TILE_ROWS + turn // 2, NUM_ROWS - 1) + turn % 2 * NUM_ROWS
-    else:
-        row = tl.minimum(tile * TILE_ROWS + tl.arange(0, TILE_ROWS), NUM_ROWS - 1)
-    return row
-
-
-@triton.jit
-def row_pointers(
-    address: tl.tensor, row: tl.tensor, WIDTH: tl.constexpr, FORM: tl.constexpr
-) -> tl.tensor:
-    """uint8 pointers to where rows [N] of a matrix start, even."""
-    start = address + row.to(tl.int64) * row_bytes(FORM, WIDTH)
-    return tl.multiple_of(start.to(tl.pointer_type(tl.uint8)), [2])
+    row = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    store_products(outputs + pair * NUM_ROWS + row, products, row < NUM_ROWS, IS_GATED)
 
 
 @triton.jit

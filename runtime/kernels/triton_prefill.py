@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from edge_moe.runtime.kernels.triton_decode import matrix_rows, row_pointers
 from edge_moe.runtime.kernels.triton_forms import (
     chunk_bytes,
     columns,
@@ -25,6 +24,7 @@ from edge_moe.runtime.kernels.triton_forms import (
     num_planes,
     weights,
 )
+from edge_moe.runtime.kernels.triton_tiles import matrix_rows, row_pointers, store_products
 
 Tensor = torch.Tensor
 
@@ -105,13 +105,10 @@ def prefill_kernel(
     for position in tl.static_range(len(FORMS)):
         if number == position:
             products = _products(lines, is_pair, address, asked, WIDTH, FORMS[position], STEP_BYTES)
-    if IS_GATED:
-        gate, up = tl.split(products.reshape(TILE_PAIRS, TILE_ROWS, 2))
-        products = gate * tl.sigmoid(gate) * up
     row = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     places = outputs + pair[:, None] * NUM_ROWS + row[None, :]
     is_inside = is_pair[:, None] & (row < NUM_ROWS)[None, :]
-    tl.store(places, products.to(outputs.dtype.element_ty), mask=is_inside)
+    store_products(places, products, is_inside, IS_GATED)
 
 
 @triton.jit
