@@ -78,7 +78,9 @@ class FittedKind:
     ) -> None:
         """Raise InputError unless these are the arrays, float32 and finite."""
         if arrays.keys() != shapes.keys():
-            raise InputError(f"{self.name} {path} is damaged: its layers are not complete")
+            raise InputError(
+                f"{self.name} {path} is damaged: its layers are not complete; fit it again"
+            )
         for name, shape in shapes.items():
             self._check_array(path, arrays[name], shape)
 

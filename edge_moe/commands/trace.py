@@ -11,6 +11,7 @@ from edge_moe.commands.options import (
     Budget,
     LinearMapFile,
     MaxSequences,
+    Model,
     NumSlots,
     Revision,
     SafetensorsOutput,
@@ -22,15 +23,7 @@ from edge_moe.files import require_file_output, require_suffix
 
 
 def trace_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Checkpoint folder, native package, .gguf file, or hub id such as "
-            "Qwen/Qwen3-30B-A3B.",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     task: Tasks,
     output: SafetensorsOutput,
     window_tokens: TextWindowTokens = 256,
