@@ -11,6 +11,7 @@ from edge_moe.errors import BudgetError
 from edge_moe.plan import MemoryTerm
 from edge_moe.profile import DeviceProfile
 from edge_moe.runtime.belady import Belady
+from edge_moe.runtime.foresight import ForesightResult, WorthOfForesight
 from edge_moe.runtime.known_predictors import Maker, lacking, predictor_makers
 from edge_moe.runtime.limit import Limit, limit
 from edge_moe.runtime.policy import EvictionPolicy
@@ -72,8 +73,9 @@ class SizeResult(_Model):
     cycle_bytes: int
     is_below_cycle: bool
     policies: tuple[PolicyResult, ...]
+    foresight: ForesightResult | None
+    """Beside the first policy, as what follows; None where it was not asked for."""
     limit: Limit | None
-    """Of the first policy, as what follows."""
     predictors: tuple[PredictorScore, ...]
     not_scored: tuple[str, ...]
     """Predictors that the trace cannot feed, and why."""
@@ -103,6 +105,7 @@ class Question:
     """`device` is the machine at hand."""
     compute_seconds: float | None = None
     """Of a token that finds every expert, measured."""
+    has_foresight: bool = False
 
 
 class WhatIf:
@@ -115,6 +118,11 @@ class WhatIf:
         self._bills: dict[int, list[MemoryTerm]] = {}
         self.replay = Replay(question.trace, self._sizes)
         self._uniform = Replay(with_uniform_router(question.trace, question.seed), self._sizes)
+        self._foresight = (
+            WorthOfForesight(self.replay, question.policies[0], question.seed)
+            if question.has_foresight
+            else None
+        )
 
     def size(
         self,
@@ -122,7 +130,7 @@ class WhatIf:
         num_slots: int | None,
         advance: Callable[[], None] = lambda: None,
     ) -> SizeResult:
-        """Everything about one size; `advance` is called after each replay of a policy.
+        """Everything about one size; `advance` is called after each replay of a policy or oracle.
 
         Raises:
             BudgetError: too small even when paging.
@@ -144,6 +152,7 @@ class WhatIf:
             cycle_bytes=cycle,
             is_below_cycle=room.num_bytes < min(cycle, every),
             policies=tuple(_policy_results(found)),
+            foresight=self._foresight.result(room, advance) if self._foresight else None,
             limit=term,
             predictors=tuple(self._scores(room)),
             not_scored=tuple(lacking(ask.trace, ask.model.never_guessed))

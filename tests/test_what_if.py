@@ -378,7 +378,7 @@ def test_command_line(traced: tuple[Path, Path], capsys: pytest.CaptureFixture[s
     spec = Checkpoint(traced[1]).spec
     every = spec.num_experts * spec.num_moe_layers
     arguments = ["simulate", *map(str, traced), "--slots", "3", "--slots", str(every)]
-    arguments += ["--device", "rtx-3060", "--predictors", "--ctx", "64"]
+    arguments += ["--device", "rtx-3060", "--predictors", "--ctx", "64", "--foresight"]
     capsys.readouterr()
     assert run([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -394,6 +394,10 @@ def test_command_line(traced: tuple[Path, Path], capsys: pytest.CaptureFixture[s
         assert each["page_in_bytes"] == each["misses"] * 2 * spec.expert_weights
     assert {each["hit_rate"] for each in whole["policies"]} == {1.0}
     assert whole["limit"]["page_in_seconds"] == 0 < small["limit"]["page_in_seconds"]
+    seen = small["foresight"]["seen"]
+    assert [each["num_steps"] for each in seen] == [0, 1, 2, 4, 8, 16]
+    assert seen[0]["hits"] == small["policies"][0]["hits"] < seen[2]["hits"]
+    assert seen[-1]["belady_share"] <= 1
     assert [each["predictor"] for each in small["predictors"]][-1] == "exact"
     scores = {each["predictor"]: each for each in small["predictors"]}
     assert {"next router 2", "next router 4", "token prior 2", "token prior 4"} <= scores.keys()
@@ -404,7 +408,13 @@ def test_command_line(traced: tuple[Path, Path], capsys: pytest.CaptureFixture[s
     assert [each["predictor"] for each in small["timelines"]][0] == "none"
     assert run(arguments) == 0
     printed = capsys.readouterr().out
-    for words in ("of Belady's hits", "3 experts are below it", "uniform router", "page-in beside"):
+    for words in (
+        "of Belady's hits",
+        "3 experts are below it",
+        "uniform router",
+        "page-in beside",
+        "the next token",
+    ):
         assert words in printed
 
 

@@ -123,7 +123,10 @@ def simulate_command(
     predictors: Annotated[
         bool, typer.Option("--predictors", help="Score guesses of the next layer on misses.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the uniform router.")] = 0,
+    foresight: Annotated[
+        bool, typer.Option("--foresight", help="How many tokens must be known to hit as Belady's.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of uniform routers and shuffled tokens.")] = 0,
     skip: Skip = None,
     skip_calibration: SkipCalibrationFile = None,
     json: Json = False,
@@ -132,6 +135,7 @@ def simulate_command(
     """Replay a trace through the engines' own eviction policies, without weights or torch."""
     from edge_moe.commands.opening import runnable_path
     from edge_moe.runtime.evaluate import progress
+    from edge_moe.runtime.foresight import SEEN_STEPS
     from edge_moe.runtime.trace import Trace
     from edge_moe.runtime.traced_model import open_traced
     from edge_moe.runtime.what_if import Question, WhatIf
@@ -157,9 +161,11 @@ def simulate_command(
             seed=seed,
             is_here=device == THIS,
             compute_seconds=compute_seconds,
+            has_foresight=foresight,
         )
     )
-    with progress("replays", len(sizes) * (len(orders) + 1)) as advance:
+    oracles = len(SEEN_STEPS) if foresight else 0
+    with progress("replays", len(sizes) * (len(orders) + 1 + oracles)) as advance:
         results = [what_if.size(*size, advance) for size in sizes]
     skipped = [] if rule is None else _skipped(recorded, traced, what_if, rule, sizes, orders[0])
     _print(recorded, results, skipped, profile, is_json=json)

@@ -14,6 +14,7 @@ from edge_moe.units import format_bytes
 if TYPE_CHECKING:
     from edge_moe.measurement import SkippingCost
     from edge_moe.profile import DeviceProfile
+    from edge_moe.runtime.foresight import ForesightResult
     from edge_moe.runtime.limit import Limit
     from edge_moe.runtime.score_predictors import LayerScore, PredictorScore
     from edge_moe.runtime.simulate import Simulation
@@ -118,6 +119,8 @@ def lacking_lines(results: Sequence[SizeResult]) -> Iterator[str]:
 def more_tables(result: SizeResult, profile: DeviceProfile | None) -> Iterator[Table]:
     """What was asked for besides: limit, guesses, reading ahead, splits; for the first policy."""
     of = f"{result.num_slots} experts, {result.policies[0].policy}"
+    if result.foresight is not None:
+        yield _foresight_table(result.foresight, result.policies[0].policy, of)
     if result.limit is not None and profile is not None:
         yield _limit_table(result.limit, f"at best on {profile.label}: {of}")
     if result.predictors:
@@ -159,6 +162,28 @@ def _table(title: str, first: str, *columns: str) -> Table:
     for name in columns:
         table.add_column(name, justify="right")
     return table
+
+
+def _foresight_table(found: ForesightResult, policy: str, of: str) -> Table:
+    table = _table(f"what foreknowledge is worth: {of}", "knows", "hit rate", "of Belady's hits")
+    for each in found.seen:
+        table.add_row(_known(each.num_steps), f"{each.hit_rate:.1%}", f"{each.belady_share:.1%}")
+    table.add_section()
+    forgetful = found.forgetful
+    table.add_row("every layer's tokens shuffled:", "", "")
+    for name, rate in (
+        (policy, forgetful.policy),
+        ("the most frequent, kept", forgetful.fixed),
+        ("Belady's rule", forgetful.belady),
+    ):
+        share = rate / forgetful.belady if forgetful.belady else 1.0
+        table.add_row(f"  {name}", f"{rate:.1%}", f"{share:.1%}")
+    return table
+
+
+def _known(num_steps: int) -> str:
+    names = {0: "nothing", 1: "the next token"}
+    return names.get(num_steps, f"the next {num_steps} tokens")
 
 
 def _limit_table(limit: Limit, title: str) -> Table:
