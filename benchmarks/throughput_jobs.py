@@ -31,7 +31,6 @@ from edge_moe.converters.transform_record import TransformRecord
 from edge_moe.converters.transform_request import TextLimits
 from edge_moe.converters.transforms import get_method
 from edge_moe.formats import DROP
-from edge_moe.package import Package
 from edge_moe.plan import Plan
 from edge_moe.planner import make_plan
 from edge_moe.runtime.tokenizer import load_tokenizer
@@ -224,7 +223,8 @@ class Bench:
 
     def _training_text(self, package: Path) -> TrainText:
         return split_text(
-            *([TASK], load_tokenizer(package), Package(package), WINDOW_TOKENS),
+            *([TASK], load_tokenizer(package), self.checkpoint.spec.max_position_embeddings),
+            WINDOW_TOKENS,
             self.windows * 512 // WINDOW_TOKENS,
         )
 

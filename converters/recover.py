@@ -29,9 +29,10 @@ from edge_moe.converters.recover_router import RouterFit, calibrate_routers
 from edge_moe.converters.recover_student import Branch, add_branches, load_student
 from edge_moe.converters.recover_teacher import TeacherCache, cache_bytes
 from edge_moe.converters.recover_text import TrainText, split_text
-from edge_moe.converters.recover_train import BranchTraining, LossRow, TrainSettings
+from edge_moe.converters.recover_train import BranchTraining, TrainSettings
 from edge_moe.converters.recover_write import RECOVERY_NAME, write_recovered
 from edge_moe.converters.staging import BuildFolder, build_folder
+from edge_moe.converters.window_training import LossRow
 from edge_moe.errors import InputError, PackageError
 from edge_moe.files import require_free_disk, require_new_output
 from edge_moe.measurement import Provenance
@@ -124,7 +125,8 @@ def recover(
     _check_origin(shrunken, original)
     original.spec.require_plain_blocks("recovery")
     verify_resident(shrunken)
-    text = split_text(tasks, load_tokenizer(package), shrunken, window_tokens, max_windows)
+    limit = shrunken.spec.max_position_embeddings
+    text = split_text(tasks, load_tokenizer(package), limit, window_tokens, max_windows)
     chosen = (settings or TrainSettings()) if branches else None
     job = _Job(
         package=shrunken,
@@ -181,7 +183,7 @@ def _train(
         raise ValueError("no settings to train with")
     windows = job.text.windows
     teacher = TeacherCache(scratch / "original")
-    missing = teacher.missing(len(windows))
+    missing = teacher.missing(range(len(windows)))
     if missing:
         num_tokens = sum(len(windows[index]) for index in missing)
         require_free_disk(scratch, cache_bytes(num_tokens), "the original's predictions")

@@ -8,9 +8,10 @@ put together (data-processing inequality).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,16 @@ from torch import Tensor
 
 from edge_moe.errors import CheckpointError, InputError
 from edge_moe.files import atomic_path
-from edge_moe.runtime.session import Session
 
 NUM_CANDIDATES = 64
 _NO_MASS = -1e4  # logarithm of "nothing left", finite in float16
+
+
+class Predictor(Protocol):
+    """A model that reads a window."""
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """[W, V]"""
 
 
 @dataclass(frozen=True)
@@ -47,23 +54,24 @@ class TeacherCache:
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
 
-    def missing(self, num_windows: int) -> list[int]:
-        """Windows that are not there yet."""
-        return [index for index in range(num_windows) if not self._path(index).exists()]
+    def missing(self, indices: Iterable[int]) -> list[int]:
+        """Those of `indices` that are not there yet."""
+        return [index for index in indices if not self._path(index).exists()]
 
     def fill(
         self,
-        session: Session,
+        original: Predictor,
         windows: Sequence[Sequence[int]],
         advance: Callable[[], None] = lambda: None,
+        indices: Iterable[int] | None = None,
     ) -> None:
-        """Let the original read every missing window.
+        """Let the original read every window that is missing, or those of `indices` alone.
 
         Raises:
             CheckpointError: logits that are not finite.
         """
-        for index in self.missing(len(windows)):
-            logits = session.logits(windows[index])
+        for index in self.missing(range(len(windows)) if indices is None else indices):
+            logits = original.logits(windows[index])
             if not np.isfinite(logits).all():
                 raise CheckpointError(
                     "the original model computes logits that are not finite: it is damaged"

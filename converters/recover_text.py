@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_moe.errors import InputError
-from edge_moe.package import Package
 from edge_moe.tasks import Tokenizer, load_task_texts, token_windows
 
 _HELDOUT_EVERY = 8  # one document in so many judges
@@ -26,21 +25,21 @@ class TrainText:
 def split_text(
     tasks: Sequence[str],
     tokenizer: Tokenizer,
-    package: Package,
+    context_tokens: int,
     window_tokens: int,
     max_windows: int | None,
 ) -> TrainText:
     """Windows of every task's calibration text; an eighth of each judges.
 
-    `max_windows` is shared out among the tasks; each gets two at least.
+    `context_tokens` is what the model can read. `max_windows` is shared out among the tasks; each
+    gets two at least.
 
     Raises:
         InputError: no task, text that is too short, or windows that the model cannot read.
     """
-    limit = package.spec.max_position_embeddings
-    if window_tokens > limit:
+    if window_tokens > context_tokens:
         raise InputError(
-            f"windows of {window_tokens} tokens exceed the model's context of {limit}: "
+            f"windows of {window_tokens} tokens exceed the model's context of {context_tokens}: "
             "use a smaller --window-tokens"
         )
     if not tasks:

@@ -36,6 +36,7 @@ from edge_moe.commands.simulate import simulate_command
 from edge_moe.commands.stats import stats_app
 from edge_moe.commands.trace import trace_command
 from edge_moe.commands.transform import transform_command
+from edge_moe.commands.upcycle import upcycle_command
 from edge_moe.errors import EdgeMoeError, install_command
 from edge_moe.files import os_problem
 
@@ -96,6 +97,7 @@ app.command("plan")(plan_command)
 app.command("build")(build_command)
 app.command("recover")(recover_command)
 app.command("delta")(delta_command)
+app.command("upcycle")(upcycle_command)
 app.command("run")(run_command)
 app.command("trace")(trace_command)
 app.command("fit-guesses")(fit_guesses_command)

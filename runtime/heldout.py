@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edge_moe.errors import InputError
 from edge_moe.gguf_split import is_gguf_name
 from edge_moe.package import PLAN_NAME
 from edge_moe.plan import Plan, SearchRecord
 from edge_moe.tasks import load_task_texts, task_argument, task_label, token_windows
+
+T = TypeVar("T")
 
 WINDOW_TOKENS = 256
 LEAST_SEARCH_WINDOWS, MOST_SEARCH_WINDOWS = 16, 48
@@ -44,7 +46,7 @@ def heldout_windows(
         InputError: the task has fewer than three tokens of held-out text.
     """
     windows = token_windows(load_task_texts(task, "heldout", tokenizer), tokenizer, window_tokens)
-    windows = _spread(windows, max_windows)
+    windows = spread(windows, max_windows)
     if sum(len(window) - 1 for window in windows) < 2:
         raise InputError(f"task {task!r} has too little held-out text: give at least 3 tokens")
     return windows
@@ -78,7 +80,7 @@ def part_of_heldout(
     for task in tasks:
         half = _half(heldout_windows(task, tokenizer, WINDOW_TOKENS, None), part)
         limit = len(half) if max_windows is None else max(1, max_windows // len(tasks))
-        found += _spread(half, limit)
+        found += spread(half, limit)
     return found
 
 
@@ -113,7 +115,7 @@ def text_to_score(
     pieces = [
         window[start : start + size] for window in kept for start in range(0, len(window), size)
     ]
-    windows = _spread([piece for piece in pieces if len(piece) > 1], max_windows)
+    windows = spread([piece for piece in pieces if len(piece) > 1], max_windows)
     return ScoredText(windows, size, len(whole) - len(kept))
 
 
@@ -134,8 +136,8 @@ def _half(windows: list[list[int]], part: int) -> list[list[int]]:
     return windows[part::2] or windows
 
 
-def _spread(windows: list[list[int]], max_windows: int | None) -> list[list[int]]:
-    """At most `max_windows`, evenly spread."""
-    if max_windows is None or len(windows) <= max_windows:
-        return windows
-    return [windows[index * len(windows) // max_windows] for index in range(max_windows)]
+def spread(items: list[T], most: int | None) -> list[T]:
+    """At most so many of `items`, evenly spread."""
+    if most is None or len(items) <= most:
+        return items
+    return [items[index * len(items) // most] for index in range(most)]

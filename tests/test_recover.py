@@ -141,7 +141,7 @@ def test_documents_that_judge_are_not_learned_from(pair: Any, tmp_path: Path) ->
         "".join(json.dumps({"text": f"{index} " * 60}) + "\n" for index in range(100, 117))
     )
     tokenizer = load_tokenizer(package)
-    text = split_text([str(path)], tokenizer, Package(package), 64, None)
+    text = split_text([str(path)], tokenizer, 512, 64, None)
     seen = {True: set[str](), False: set[str]()}
     for window, flag in zip(text.windows, text.is_training, strict=True):
         seen[flag] |= set(tokenizer.decode(window).replace("<|endoftext|>", " ").split())
@@ -156,7 +156,7 @@ def test_a_limit_on_windows_is_shared_out(pair: Any, task: str) -> None:
     tokenizer = load_tokenizer(package)
 
     def counts(tasks: list[str], max_windows: int) -> tuple[int, int]:
-        text = split_text(tasks, tokenizer, Package(package), 16, max_windows)
+        text = split_text(tasks, tokenizer, 512, 16, max_windows)
         return len(text.indices(True)), len(text.indices(False))
 
     assert counts([task], 16) == (14, 2)
@@ -174,7 +174,7 @@ class Killed(Exception):
 
 def training(pair: Any, task: str, folder: Path) -> BranchTraining:
     source, package = pair
-    text = split_text([task], load_tokenizer(package), Package(package), 64, None)
+    text = split_text([task], load_tokenizer(package), 512, 64, None)
     teacher = TeacherCache(folder / "original")
     with Session.open(source, context_tokens=64) as session:
         teacher.fill(session, text.windows)

@@ -85,10 +85,10 @@ def test_filling_goes_on_where_it_stopped(tmp_path: Path) -> None:
     (tmp_path / "cache" / ".000002.safetensors.1.tmp").write_text("killed here")
     second: Any = FakeSession(50)
     cache = TeacherCache(tmp_path / "cache")
-    assert cache.missing(3) == [2]
+    assert cache.missing(range(3)) == [2]
     cache.fill(second, WINDOWS)
     assert second.asked == [tuple(WINDOWS[2])]
-    assert cache.missing(3) == []
+    assert cache.missing(range(3)) == []
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
+from edge_moe.converters.upcycle.balance import switch_loss
 from edge_moe.demo.corpus import DEFAULT_WORK, DOMAINS
 from edge_moe.demo.model import new_model, save_model
 from edge_moe.demo.tokenizer import fingerprint, read_tokens
@@ -126,14 +127,11 @@ def result_weights(tokens: Tensor, equals_id: int, weight: float) -> Tensor:
 
 
 def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
-    """Switch load-balancing loss, per layer and then averaged: E * sum_e(share_e * prob_e)."""
+    """Switch load-balancing loss, per layer and then averaged."""
     total = torch.zeros(())
     for logits in router_logits:
         probabilities = logits.float().softmax(-1)  # [T, E]
-        num_experts = probabilities.shape[-1]
-        chosen = probabilities.topk(top_k, -1).indices.reshape(-1)
-        shares = torch.bincount(chosen, minlength=num_experts) / chosen.numel()
-        total = total + num_experts * (shares * probabilities.mean(0)).sum()
+        total = total + switch_loss(probabilities, probabilities.topk(top_k, -1).indices)
     return total / len(router_logits)
 
 

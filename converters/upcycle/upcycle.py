@@ -1,0 +1,292 @@
+"""`upcycle`: a dense checkpoint gets routed experts that learn on top of it.
+
+The dense feed-forward layer stays as the shared expert that every token uses. Routed experts start
+as copies of it whose output is scaled by 0, so that the model is the dense one at first, and learn
+from text: in full precision, or ternary (MoTE, arXiv:2506.14435). A killed run goes on when the
+same call is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+
+from edge_moe import __version__
+from edge_moe.converters.calibration_memory import state_and_require_memory
+from edge_moe.converters.recover_teacher import TeacherCache, cache_bytes, divergence
+from edge_moe.converters.recover_text import TrainText
+from edge_moe.converters.sidecar import CARD_NAME
+from edge_moe.converters.staging import BuildFolder, build_folder
+from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
+from edge_moe.converters.upcycle.memory import student_terms
+from edge_moe.converters.upcycle.student import Student, UpcycleSettings
+from edge_moe.converters.upcycle.target import MoeShape, Target, choose_target
+from edge_moe.converters.upcycle.train_text import read_train_text
+from edge_moe.converters.upcycle.trained_layers import (
+    require_rows,
+    routed_dtype,
+    ternary_forms,
+    trained_layers,
+)
+from edge_moe.converters.upcycle.write_moe import write_moe
+from edge_moe.converters.window_training import Losses, LossRow, WindowTraining, windows_read
+from edge_moe.errors import InputError
+from edge_moe.files import require_free_disk, require_new_output, write_text
+from edge_moe.formats import expert_bytes
+from edge_moe.measurement import Provenance
+from edge_moe.plan import MemoryTerm
+from edge_moe.runtime.evaluate import progress
+from edge_moe.tasks import task_label, windows_fingerprint
+
+RECORD_NAME = "upcycle.json"
+LOG_NAME = "upcycle_log.jsonl"
+_STATE_NAME = "training.safetensors"
+_SAVE_SECONDS = 60.0
+_STATE_COPIES = 4  # value, best value, two moments
+_REMEDY = "use --checkpointing, a smaller --seq, fewer --experts, or a machine with more memory"
+
+
+class UpcycleRecord(BaseModel):
+    """upcycle.json: what was done, and what it did on windows that only judged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    provenance: Provenance
+    source: str
+    source_fingerprint: str
+    architecture: str
+    num_experts: int
+    top_k: int
+    settings: UpcycleSettings
+    data: list[str]
+    window_tokens: int
+    num_training_windows: int
+    num_judging_windows: int
+    losses: list[LossRow]
+    """The first one, of step 0, is the dense model's."""
+    kept_step: int
+    """0: no step was better than the dense model, which is what the experts add nothing to."""
+    memory_terms: list[MemoryTerm]
+    total_bytes: int
+    """All weight files."""
+    routed_bytes: int
+    """Routed experts as they are stored here."""
+    packed_bytes: dict[str, int]
+    """Routed experts packed without loss; empty where they are not ternary."""
+
+    def row(self, step: int) -> LossRow | None:
+        """The judgement at `step`."""
+        return next((row for row in self.losses if row.step == step), None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One upcycling: which model, into what, on which text."""
+
+    dense: DenseModel
+    target: Target
+    shape: MoeShape
+    settings: UpcycleSettings
+    text: TrainText | None
+    window_tokens: int
+    keep_tied: bool
+
+
+def upcycle(
+    model: Path,
+    data: Sequence[str],
+    output: Path,
+    *,
+    num_experts: int = 4,
+    top_k: int = 1,
+    settings: UpcycleSettings | None = None,
+    window_tokens: int = 256,
+    max_windows: int | None = None,
+    keep_tied: bool = False,
+    name: str | None = None,
+) -> UpcycleRecord:
+    """Write the MoE made of the dense checkpoint `model` to the new folder `output`.
+
+    `data` are texts as tasks are named. With no steps there is nothing to read, and the result
+    computes what the dense model does. Memory: `memory.student_terms`, stated on stderr.
+
+    Raises:
+        InputError: a model, text, setting or output that cannot be used.
+        BudgetError, DiskSpaceError: not enough memory or disk.
+        SpecError, CheckpointError: damaged files.
+    """
+    require_new_output(output)
+    chosen = settings or UpcycleSettings()
+    dense = open_dense(model)
+    width = dense.config.ffn_width
+    if chosen.is_ternary:
+        require_rows(dense.config.hidden_size, width, chosen.group)
+    if chosen.steps and not data:
+        raise InputError("no text is given: name at least one with --data, or use --steps 0")
+    shape = MoeShape(num_experts, top_k, expert_width=width, shared_width=width)
+    target = choose_target(dense.config)
+    target.check(shape)
+    text = read_train_text(dense, data, window_tokens, max_windows) if chosen.steps else None
+    job = _Job(dense, target, shape, chosen, text, window_tokens, keep_tied)
+    terms = student_terms(dense, shape, chosen, window_tokens)
+    state_and_require_memory(_subject(job), terms, _REMEDY)
+    with build_folder(output, _fingerprint(job)) as work:
+        return _upcycle(job, work, terms, [task_label(each) for each in data], name or str(model))
+
+
+def _upcycle(
+    job: _Job, work: BuildFolder, terms: list[MemoryTerm], labels: list[str], name: str
+) -> UpcycleRecord:
+    student = Student(job.dense, job.target, job.shape, job.settings)
+    training = _train(job, student, work)
+    layers = trained_layers(student, job.dense, job.shape, job.settings)
+    total_bytes = write_moe(job.dense, job.target, job.shape, layers, work, keep_tied=job.keep_tied)
+    text = job.text or TrainText([], [])
+    record = UpcycleRecord(
+        provenance=Provenance.here(seed=job.settings.seed),
+        source=name,
+        source_fingerprint=job.dense.fingerprint,
+        architecture=job.target.architecture,
+        num_experts=job.shape.num_experts,
+        top_k=job.shape.top_k,
+        settings=job.settings,
+        data=labels,
+        window_tokens=job.window_tokens,
+        num_training_windows=len(text.indices(True)),
+        num_judging_windows=len(text.indices(False)),
+        losses=training.log if training else [],
+        kept_step=training.best_row.step if training else 0,
+        memory_terms=terms,
+        total_bytes=total_bytes,
+        routed_bytes=_routed_bytes(job, routed_dtype(job.dense, job.settings).lower()),
+        packed_bytes={
+            form: _routed_bytes(job, form)
+            for form in (ternary_forms(job.settings.group) if job.settings.is_ternary else [])
+        },
+    )
+    write_text(work.path / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
+    write_text(work.path / CARD_NAME, _card(record))
+    return record
+
+
+class _OnText:
+    """The student on windows of text, beside what the dense model predicts there."""
+
+    def __init__(self, student: Student, job: _Job, text: TrainText, teacher: TeacherCache) -> None:
+        self._student = student
+        self._text = text
+        self._teacher = teacher if job.settings.kl_weight else None
+        self._balance_weight = job.settings.balance_weight
+
+    def begin(self) -> None:
+        """Used weights follow the trained ones."""
+        self._student.begin_step()
+
+    def end(self) -> None:
+        """Straight through the rounding."""
+        self._student.end_step()
+
+    def losses(self, index: int) -> Losses:
+        """Of window `index`, in nats per token."""
+        ids = self._text.windows[index]
+        logits, balance = self._student.run(ids)
+        against = torch.zeros(())
+        if self._teacher is not None:
+            against = divergence(logits, self._teacher.read(index))
+        wanted = torch.tensor(list(ids[1:]))
+        lm_loss = F.cross_entropy(logits[:-1].float(), wanted)
+        return Losses(against, lm_loss, self._balance_weight * balance)
+
+
+def _train(job: _Job, student: Student, work: BuildFolder) -> WindowTraining | None:
+    """Train to the end; the student then holds the state that judged best."""
+    settings, text, scratch = job.settings, job.text, work.path.parent
+    if text is None:
+        return None
+    teacher = TeacherCache(scratch / "original")
+    indices = windows_read(text, settings) if settings.kl_weight else []
+    missing = teacher.missing(indices)
+    num_tokens = sum(len(text.windows[index]) for index in missing)
+    trained = sum(value.numel() for value in student.parameters.values())
+    needed_bytes = cache_bytes(num_tokens) + 4 * _STATE_COPIES * trained
+    require_free_disk(scratch, needed_bytes, "the state of the training")
+    with progress("the dense model predicts", len(missing)) as advance:
+        teacher.fill(student, text.windows, advance, indices)  # nothing is learned yet
+    training = WindowTraining(
+        student.parameters,
+        _OnText(student, job, text, teacher),
+        text,
+        settings,
+        scratch / _STATE_NAME,
+        work.path / LOG_NAME,
+    )
+    with progress("training experts", settings.steps - training.step) as advance:
+        training.run(advance, save_seconds=_SAVE_SECONDS)
+    return training
+
+
+def _subject(job: _Job) -> str:
+    num_tokens = sum(map(len, job.text.windows)) if job.text else 0
+    tied = ""
+    if job.dense.config.is_tied and not job.keep_tied:
+        copied = math.prod((job.dense.config.vocab_size, job.dense.config.hidden_size))
+        tied = f", an output matrix of its own ({copied / 1e6:.1f} M weights; --tied leaves it out)"
+    return (
+        f"{job.target.architecture} of {job.shape.num_experts} experts beside the dense layer"
+        f"{tied}, {job.settings.steps} steps on {num_tokens} tokens"
+    )
+
+
+def _routed_bytes(job: _Job, form: str) -> int:
+    config, shape = job.dense.config, job.shape
+    one = expert_bytes(form, config.hidden_size, shape.expert_width)
+    return config.num_layers * shape.num_experts * one
+
+
+def _fingerprint(job: _Job) -> str:
+    """Equal for runs that may go on with one another's state."""
+    text = job.text
+    parts = (
+        __version__,
+        job.dense.fingerprint,
+        f"{job.shape} {job.keep_tied}",
+        windows_fingerprint(text.windows) if text else "",
+        "".join("01"[flag] for flag in text.is_training) if text else "",
+        job.settings.model_dump_json(),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _card(record: UpcycleRecord) -> str:
+    """README.md of the folder."""
+    first, kept = record.row(0), record.row(record.kept_step)
+    kind = "ternary" if record.settings.is_ternary else "full-precision"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags:",
+        "- edge-moe",
+        "---",
+        f"# {record.architecture} upcycled from {record.source}",
+        "",
+        f"The dense model, whose feed-forward layers are shared experts here, and {kind} routed "
+        f"experts beside them ({record.num_experts} per layer, top-{record.top_k}), made with "
+        f"edge-moe {record.provenance.edge_moe_version}.",
+        "",
+    ]
+    if first and kept:
+        lines.append(
+            f"Trained on {', '.join(record.data)}: next-token loss on windows that were held out "
+            f"{first.heldout_lm_loss:.4f} (dense) -> {kept.heldout_lm_loss:.4f} nats per token."
+        )
+    for form, num_bytes in record.packed_bytes.items():
+        lines.append(f"Routed experts pack into {form} without loss: {num_bytes} bytes.")
+    lines.append(f"`{RECORD_NAME}` has the settings and losses, `{LOG_NAME}` every step.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,161 @@
+"""`edge-moe upcycle`: a dense model becomes a mixture of experts."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edge_moe.commands.opening import runnable_path
+from edge_moe.commands.options import Revision, resumable, stderr
+from edge_moe.units import format_bytes
+
+if TYPE_CHECKING:
+    from edge_moe.converters.upcycle.upcycle import UpcycleRecord
+
+
+class ActivationsName(StrEnum):
+    """What experts' inputs are rounded to in training."""
+
+    FLOAT = "float"
+    INT8 = "int8"
+
+
+class TrainName(StrEnum):
+    """What learns."""
+
+    ROUTED = "routed"
+    ALL_MOE = "all-moe"
+
+
+def upcycle_command(
+    dense: Annotated[
+        str,
+        typer.Argument(
+            metavar="DENSE",
+            help="Llama-, Mistral-, Qwen2- or Qwen3-style checkpoint folder, .gguf file, or hub id "
+            "such as HuggingFaceTB/SmolLM2-135M.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="New folder to write.", show_default=False)
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="Text to learn from: a shipped task, or a .jsonl or .txt file, a fifth of which "
+            "is held out. Repeat for several.",
+            show_default=False,
+        ),
+    ] = None,
+    experts: Annotated[int, typer.Option(min=1, help="Routed experts per layer.")] = 4,
+    top_k: Annotated[int, typer.Option(min=1, help="Routed experts per token.")] = 1,
+    ternary: Annotated[
+        bool,
+        typer.Option(
+            "--ternary",
+            help="Train experts of -1, 0 and 1 that pack without loss; else full-precision ones.",
+        ),
+    ] = False,
+    group: Annotated[
+        int,
+        typer.Option(min=1, help="Weights per ternary scale: 256 packs into tq1_0, 64 into q2_0."),
+    ] = 256,
+    activations: Annotated[
+        ActivationsName,
+        typer.Option(help="Round experts' inputs, as engines that multiply integers do."),
+    ] = ActivationsName.FLOAT,
+    train: Annotated[
+        TrainName,
+        typer.Option(help="Routed experts and routers, or shared experts too."),
+    ] = TrainName.ROUTED,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Optimiser steps; 0 writes the dense model as a MoE.")
+    ] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 4,
+    seq: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    max_windows: Annotated[
+        int | None, typer.Option(min=2, help="Use at most this many windows.", show_default=False)
+    ] = None,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 1e-3,
+    kl_weight: Annotated[
+        float, typer.Option(help="Weight of the divergence from the dense model.")
+    ] = 0.0,
+    lm_weight: Annotated[float, typer.Option(help="Weight of the next-token loss.")] = 1.0,
+    balance_weight: Annotated[
+        float, typer.Option(help="Weight of the penalty for an uneven choice of experts.")
+    ] = 0.01,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Less memory for a third more time.")
+    ] = False,
+    tied: Annotated[
+        bool,
+        typer.Option(
+            "--tied",
+            help="Keep a tied output matrix tied. Smaller; llama.cpp's own converter then writes a "
+            "file that it cannot load, `edge-moe build --target gguf` one that it can.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Start of the routers, order of the text.")] = 0,
+    revision: Revision = None,
+) -> None:
+    """Add routed experts to a dense model, which stays as the shared expert. Resumes after a kill.
+
+    transformers, llama.cpp and every command here take the folder like any other Qwen2-MoE (or
+    GLM-4-MoE, where queries and keys are normalised).
+    """
+    from edge_moe.converters.upcycle.student import UpcycleSettings
+    from edge_moe.converters.upcycle.upcycle import upcycle
+    from edge_moe.converters.window_training import checked_settings
+
+    settings = checked_settings(
+        UpcycleSettings,
+        steps=steps,
+        batch_windows=batch,
+        learning_rate=learning_rate,
+        kl_weight=kl_weight,
+        lm_weight=lm_weight,
+        balance_weight=balance_weight,
+        is_ternary=ternary,
+        group=group,
+        has_int8_activations=activations is ActivationsName.INT8,
+        trains_shared=train is TrainName.ALL_MOE,
+        is_checkpointing=checkpointing,
+        seed=seed,
+    )
+    with resumable():
+        record = upcycle(
+            runnable_path(dense, revision),
+            data or [],
+            output,
+            num_experts=experts,
+            top_k=top_k,
+            settings=settings,
+            window_tokens=seq,
+            max_windows=max_windows,
+            keep_tied=tied,
+            name=dense,
+        )
+    _print_record(record, output)
+
+
+def _print_record(record: UpcycleRecord, output: Path) -> None:
+    console = stderr()
+    first, kept = record.row(0), record.row(record.kept_step)
+    if first and kept:
+        console.print(
+            f"next-token loss on windows held out from training: {first.heldout_lm_loss:.4f} "
+            f"(dense) -> {kept.heldout_lm_loss:.4f} nats per token, kept step {kept.step}"
+        )
+    if first and not record.kept_step:
+        console.print("nothing was gained: the experts add nothing to the dense model")
+    for form, num_bytes in record.packed_bytes.items():
+        console.print(
+            f"routed experts: {format_bytes(record.routed_bytes)} here, "
+            f"{format_bytes(num_bytes)} packed as {form} without loss"
+        )
+    console.print(f"next: edge-moe plan {output} --help")

@@ -1,0 +1,463 @@
+"""Training of upcycled experts: gradients by hand, packing, resuming, and what comes out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hand_plan import edit_config, tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import make_tiny_dense
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.cli import run
+from edge_moe.converters.upcycle import upcycle as upcycling
+from edge_moe.converters.upcycle.balance import switch_loss
+from edge_moe.converters.upcycle.dense_model import open_dense
+from edge_moe.converters.upcycle.memory import student_terms
+from edge_moe.converters.upcycle.routed_weights import Quantiser, RoutedMatrix, round_to_int8
+from edge_moe.converters.upcycle.student import Student, UpcycleSettings
+from edge_moe.converters.upcycle.target import MoeShape, choose_target
+from edge_moe.converters.upcycle.train_text import read_train_text
+from edge_moe.converters.upcycle.trained_layers import require_rows, ternary_forms
+from edge_moe.converters.upcycle.upcycle import LOG_NAME, UpcycleRecord, upcycle
+from edge_moe.converters.window_training import LossLog
+from edge_moe.errors import InputError
+from edge_moe.formats import get_form, pack_expert, unpack_expert
+from edge_moe.stats import ExpertStats
+
+IDS = [(7 * i * i + 3 * i) % 250 + 1 for i in range(40)]
+FEW = UpcycleSettings(
+    steps=12, learning_rate=3e-3, warmup_steps=2, num_judgements=3, is_ternary=True
+)
+Upcycled = Callable[..., tuple[Path, UpcycleRecord]]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twenty made-up words in rows that follow a rule: something to learn."""
+    words = [f"{'abcdefgh'[i % 8]}{'ijklm'[i % 5]}{i}" for i in range(20)]
+    rows = [" ".join(words[i * j % 20] for j in range(12)) for i in range(200)]
+    path = tmp_path_factory.mktemp("text") / "rows.txt"
+    path.write_text("\n".join(rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2-style, rows of 256."""
+    return make_tiny_dense(tmp_path_factory.mktemp("dense"), "qwen2", width=256)
+
+
+@pytest.fixture(scope="module")
+def ternary(
+    dense: Path, text: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, UpcycleRecord]:
+    output = tmp_path_factory.mktemp("ternary") / "moe"
+    return output, make(dense, text, output, FEW)
+
+
+def make(dense: Path, text: str, output: Path, chosen: UpcycleSettings = FEW) -> UpcycleRecord:
+    return upcycle(dense, [text], output, settings=chosen, window_tokens=64, max_windows=40)
+
+
+def logits(folder: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+def mean_loss(folder: Path, windows: list[list[int]]) -> float:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        losses = [
+            float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss) for ids in windows
+        ]
+    return sum(losses) / len(losses)
+
+
+# ---------------------------------------------------------------------------- arithmetic
+
+
+def test_the_straight_through_gradient_by_hand() -> None:
+    quantiser = Quantiser(group=4, is_ternary=True)
+    weight = torch.tensor([[1.0, -3.0, 0.2, 3.8]])  # mean magnitude 2
+    scale = torch.tensor([[0.5]])
+    assert quantiser.codes(weight)[0].flatten().tolist() == [0, -1, 0, 1]  # 0.5 rounds to even, 0
+    assert quantiser.used(weight, scale).tolist() == [[0, -0.5, 0, 0.5]]
+    of_weight, of_scale = quantiser.pull(weight, scale, torch.tensor([[1.0, 2.0, 3.0, 5.0]]))
+    assert of_weight.tolist() == [[0.25, 0.5, 0.75, 1.25]]  # s / gamma = 1/4
+    assert of_scale.tolist() == [[3.0]]  # -2 + 5
+
+
+def test_the_full_precision_gradient_is_the_true_one() -> None:
+    """With gamma as a constant, autograd gives the same."""
+    torch.manual_seed(0)
+    quantiser = Quantiser(group=8, is_ternary=False)
+    weight, scale = torch.randn(3, 16, requires_grad=True), torch.randn(3, 2, requires_grad=True)
+    upstream = torch.randn(3, 16)
+    gamma = weight.detach().reshape(3, 2, 8).abs().mean(-1, keepdim=True)
+    used = (weight.reshape(3, 2, 8) / gamma * scale[..., None]).flatten(-2)
+    torch.testing.assert_close(quantiser.used(weight, scale), used)
+    torch.autograd.backward(used, upstream)
+    found = quantiser.pull(weight.detach(), scale.detach(), upstream)
+    torch.testing.assert_close(found, (weight.grad, scale.grad))
+
+
+def test_a_run_of_zeros_stays_finite() -> None:
+    quantiser = Quantiser(group=4, is_ternary=True)
+    zeros, scale = torch.zeros(1, 4), torch.ones(1, 1)
+    assert quantiser.used(zeros, scale).tolist() == [[0, 0, 0, 0]]
+    assert quantiser.fitted_scale(zeros).tolist() == [[0]]
+    of_weight, of_scale = quantiser.pull(zeros, scale, torch.ones(1, 4))
+    assert (of_weight.tolist(), of_scale.tolist()) == ([[0, 0, 0, 0]], [[0]])
+
+
+def test_experts_start_as_the_dense_layer_and_down_proj_at_zero() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(4, 16)
+    exact = RoutedMatrix(matrix, 2, Quantiser(16, is_ternary=False), is_zero=False)
+    torch.testing.assert_close(torch.stack(exact.used), matrix.expand(2, 4, 16))
+    silent = RoutedMatrix(matrix, 2, Quantiser(16, is_ternary=True), is_zero=True)
+    assert not torch.stack(silent.used).any()
+
+
+def test_gradients_gather_over_windows() -> None:
+    matrix = RoutedMatrix(torch.tensor([[2.0, -2.0]]), 2, Quantiser(2, True), is_zero=False)
+    assert matrix.used[0].tolist() == [[2, -2]]
+    for factor in (1.0, 3.0):
+        torch.autograd.backward((matrix.used[0] * factor).sum())
+    matrix.end_step()
+    assert matrix.weight.grad is not None and matrix.scale.grad is not None
+    assert matrix.weight.grad.tolist() == [[[4, 4]], [[0, 0]]]  # s / gamma = 1; expert 1 unused
+    assert matrix.scale.grad.tolist() == [[[0]], [[0]]]  # 4 - 4
+    matrix.begin_step()
+    assert matrix.used[0].grad is not None and not matrix.used[0].grad.any()
+
+
+def test_activations_as_int8_by_hand() -> None:
+    values = torch.tensor([[127.0, -0.4, 0.6, 2.5]], requires_grad=True)
+    rounded = round_to_int8(values)
+    assert rounded.tolist() == [[127, 0, 1, 2]]
+    torch.autograd.backward(rounded.sum())
+    assert values.grad is not None and values.grad.tolist() == [[1, 1, 1, 1]]
+    assert round_to_int8(torch.zeros(1, 3)).tolist() == [[0, 0, 0]]
+
+
+def test_balance_loss_by_hand() -> None:
+    probabilities = torch.tensor([[0.75, 0.25], [0.75, 0.25]])
+    assert float(switch_loss(probabilities, torch.tensor([[0], [0]]))) == 1.5  # 2 x (1 x 0.75)
+    assert float(switch_loss(probabilities, torch.tensor([[0], [1]]))) == 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    magnitude=st.floats(-14, 6),
+    share_of_zeros=st.floats(0, 1),
+    group=st.sampled_from([256, 64, 32]),
+)
+def test_used_weights_pack_and_store_without_loss(
+    seed: int, magnitude: float, share_of_zeros: float, group: int
+) -> None:
+    """Whatever was learned: bit for bit through 16 bits of either kind and every ternary form."""
+    generator = np.random.default_rng(seed)
+    weight = generator.normal(size=(3, 512)).astype(np.float32)
+    weight[generator.random((3, 512)) < share_of_zeros] = 0
+    scale = (generator.normal(size=(3, 512 // group)) * 2.0**magnitude).astype(np.float32)
+    quantiser = Quantiser(group, is_ternary=True)
+    used = quantiser.used(torch.from_numpy(weight), torch.from_numpy(scale)).numpy()
+    for name in (*ternary_forms(group), "f16", "bf16"):
+        form = get_form(name)
+        again = form.unpack(form.pack(used), 512) + np.float32(0)  # q2_0 has a zero below zero
+        assert np.array_equal(again.view(np.uint32), used.view(np.uint32)), name
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+
+def test_training_lowers_the_loss(ternary: tuple[Path, UpcycleRecord]) -> None:
+    _, record = ternary
+    first, kept = record.row(0), record.row(record.kept_step)
+    assert first and kept and record.kept_step > 0
+    assert kept.heldout_lm_loss < first.heldout_lm_loss - 0.5
+    assert record.packed_bytes["tq1_0"] == 2 * 4 * 3 * 256 * 54
+    assert record.routed_bytes == 2 * 4 * 3 * 256 * 256 * 2
+
+
+def test_the_folder_computes_what_was_judged(
+    ternary: tuple[Path, UpcycleRecord], dense: Path, text: str
+) -> None:
+    output, record = ternary
+    found = read_train_text(open_dense(dense), [text], 64, 40)
+    windows = [list(found.windows[index]) for index in found.indices(False)]
+    kept, first = record.row(record.kept_step), record.row(0)
+    assert kept and first
+    assert mean_loss(output, windows) == pytest.approx(kept.heldout_lm_loss, rel=1e-5)
+    assert mean_loss(dense, windows) == pytest.approx(first.heldout_lm_loss, rel=1e-5)
+
+
+def test_trained_experts_pack_to_the_same_bits(ternary: tuple[Path, UpcycleRecord]) -> None:
+    checkpoint = Checkpoint(ternary[0])
+    for layer_id in checkpoint.spec.moe_layer_ids:
+        for expert_id in range(4):
+            matrices = checkpoint.expert(layer_id, expert_id)
+            for form in ("tq1_0", "tq2_0"):
+                again = unpack_expert(form, pack_expert(form, *matrices), 256, 256)
+                for old, new in zip(matrices, again, strict=True):
+                    np.testing.assert_array_equal(old, new)
+            assert len({float(value) for value in np.abs(matrices[2][0])}) <= 2
+
+
+def test_a_plan_finds_nothing_lost(
+    ternary: tuple[Path, UpcycleRecord], text: str, tmp_path: Path
+) -> None:
+    output, _ = ternary
+    stats = tmp_path / "stats"
+    command = ["calibrate", str(output), "--task", text, "-o", str(stats)]
+    assert run([*command, "--forms", "tq1_0,tq2_0", "--window-tokens", "64"]) == 0
+    found = ExpertStats.load(stats)
+    losses = found.form_loss.values()
+    for form in ("tq1_0", "tq2_0"):
+        assert not losses[..., found.form_index(form)].any()
+    assert losses[..., found.form_index("drop")].all()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_without_steps_it_is_the_dense_model(model_type: str, tmp_path: Path) -> None:
+    source = make_tiny_dense(tmp_path / "dense", model_type, width=256, head_dim=64)
+    arguments = ["upcycle", str(source), "--ternary", "--steps", "0", "-o", str(tmp_path / "moe")]
+    assert run(arguments) == 0
+    np.testing.assert_array_equal(logits(tmp_path / "moe"), logits(source))
+    assert (tmp_path / "moe/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"is_ternary": False},
+        {"has_int8_activations": True},
+        {"trains_shared": True},
+        {"kl_weight": 0.5},
+    ],
+)
+def test_every_way_of_training_learns(
+    changes: dict[str, Any], dense: Path, text: str, tmp_path: Path
+) -> None:
+    record = make(dense, text, tmp_path / "moe", FEW.model_copy(update=changes))
+    first, kept = record.row(0), record.row(record.kept_step)
+    assert first and kept and kept.heldout_lm_loss < first.heldout_lm_loss - 0.5
+    if "kl_weight" in changes:
+        assert first.heldout_divergence == pytest.approx(0, abs=1e-4)  # it is the dense model
+        assert kept.heldout_divergence > 0
+    checkpoint, original = Checkpoint(tmp_path / "moe"), open_dense(dense)
+    shared = checkpoint.read("model.layers.0.mlp.shared_expert.down_proj.weight") / 2
+    is_same = np.array_equal(shared, original.ffn(0)[2].read())
+    assert is_same != ("trains_shared" in changes)
+
+
+def test_glm_learns_as_well(text: str, tmp_path: Path) -> None:
+    source = make_tiny_dense(tmp_path / "dense", "qwen3", width=256, head_dim=64)
+    record = make(source, text, tmp_path / "moe")
+    first, kept = record.row(0), record.row(record.kept_step)
+    assert record.architecture == "Glm4MoeForCausalLM"
+    assert first and kept and kept.heldout_lm_loss < first.heldout_lm_loss - 0.5
+
+
+def test_the_log_has_every_step_and_judgement(ternary: tuple[Path, UpcycleRecord]) -> None:
+    output, record = ternary
+    lines = [json.loads(line) for line in (output / LOG_NAME).read_text().splitlines()]
+    assert [line["step"] for line in lines if "lm_loss" in line] == list(range(1, 13))
+    judged = [line for line in lines if "heldout_loss" in line]
+    assert [line["step"] for line in judged] == [row.step for row in record.losses]
+    assert all(line["penalty"] > 0 for line in lines if "lm_loss" in line)
+
+
+def test_a_log_forgets_what_a_killed_run_wrote_too_much(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = LossLog(path)
+    for step in (1, 2, 3):
+        log.add(step=step, loss=1.0)
+    with path.open("a") as handle:
+        handle.write('{"step": 4, "lo')
+    log.keep_until(2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def student(dense: Path, chosen: UpcycleSettings) -> Student:
+    model = open_dense(dense)
+    shape = MoeShape(4, 2, model.config.ffn_width, model.config.ffn_width)
+    return Student(model, choose_target(model.config), shape, chosen)
+
+
+def gradients(dense: Path, chosen: UpcycleSettings) -> dict[str, Tensor]:
+    found = student(dense, chosen)
+    for layer_id in (0, 1):  # a branch that is open, so that everything has a gradient
+        torch.nn.init.constant_(found.experts(layer_id).matrix("down_proj").scale, 0.05)
+    found.begin_step()
+    values, balance = found.run(IDS)
+    torch.autograd.backward(values.square().mean() + balance)
+    found.end_step()
+    return {name: value.grad for name, value in found.parameters.items() if value.grad is not None}
+
+
+def test_checkpointing_changes_no_gradient(dense: Path) -> None:
+    kept = gradients(dense, FEW)
+    again = gradients(dense, FEW.model_copy(update={"is_checkpointing": True}))
+    assert kept.keys() == again.keys()
+    assert len(kept) == 2 * 7
+    for name, value in kept.items():
+        assert value.any(), name
+        torch.testing.assert_close(again[name], value, msg=name)
+
+
+@contextmanager
+def stopping_at(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The rename onto `name` that has this number is not reached."""
+    replace_file, renames = os.replace, itertools.count()
+
+    def stopping(source: Any, target: Any) -> None:
+        if Path(target).name == name and next(renames) == count:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopping)
+        yield
+
+
+def test_a_killed_run_ends_where_an_unbroken_one_ends(
+    dense: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upcycling, "_SAVE_SECONDS", 0.0)
+    chosen = FEW.model_copy(update={"steps": 6, "kl_weight": 0.1})
+    make(dense, text, tmp_path / "whole", chosen)
+    for name, count in (
+        ("000016.safetensors", 0),  # what the dense model predicts
+        ("training.safetensors", 0),  # nothing was saved
+        ("training.safetensors", 1),  # the second state is lost
+        ("config.json", 0),
+        ("README.md", 0),
+    ):
+        with stopping_at(name, count, monkeypatch), pytest.raises(KeyboardInterrupt):
+            make(dense, text, tmp_path / "broken", chosen)
+    make(dense, text, tmp_path / "broken", chosen)
+    whole, broken = tree(tmp_path / "whole"), tree(tmp_path / "broken")
+    assert whole.keys() == broken.keys()
+    assert whole["model.safetensors"] == broken["model.safetensors"]
+
+
+def test_the_bill_grows_with_what_is_trained(dense: Path) -> None:
+    model = open_dense(dense)
+    shape = MoeShape(4, 1, 256, 256)
+
+    def terms(**changes: Any) -> dict[str, int]:
+        found = student_terms(model, shape, FEW.model_copy(update=changes), 64)
+        return {term.name: term.num_bytes for term in found}
+
+    ffn = 2 * 3 * 256 * 256
+    assert terms()["trained"] == 4 * 6 * 4 * (ffn + 2 * (3 * 256 + 256)) * 13 // 12
+    assert terms(trains_shared=True)["trained"] - terms()["trained"] == 4 * 4 * ffn * 13 // 12
+    assert terms(is_checkpointing=True)["activations"] < terms()["activations"]
+
+
+@pytest.mark.slow
+def test_peak_memory_stays_below_what_was_stated(text: str, tmp_path: Path) -> None:
+    source = make_tiny_dense(
+        tmp_path / "dense", "llama", width=512, num_hidden_layers=6, intermediate_size=1024
+    )
+    code = (
+        "import sys; from pathlib import Path; import transformers, torch;"
+        "from edge_moe.converters.upcycle.upcycle import *;"
+        "from edge_moe.runtime.memory import peak_memory_bytes, resident_memory_bytes;"
+        "start = resident_memory_bytes(); source, out = map(Path, sys.argv[2:]);"
+        "upcycle(source, [sys.argv[1]], out, max_windows=8, window_tokens=256,"
+        "settings=UpcycleSettings(steps=2, is_ternary=True));"
+        "print(peak_memory_bytes() - start)"
+    )
+    arguments = [text, str(source), str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parent.parent,
+    )
+    record = UpcycleRecord.model_validate_json((tmp_path / "out/upcycle.json").read_bytes())
+    stated, peak = sum(term.num_bytes for term in record.memory_terms), int(done.stdout)
+    assert peak < stated < 3 * peak
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("sizes", "group", "message"),
+    [
+        (
+            (576, 1536),
+            256,
+            r"rows of 576 .* and 1536 .* use --group 64, which packs as q2_0 \(2.25",
+        ),
+        ((96, 256), 256, r"use --group 32, which packs as int2_b32"),
+        ((100, 256), 256, r"no block of 256, 64, 32 divides both: leave --ternary away"),
+        ((256, 256), 40, r"--group is 40, and no ternary form"),
+    ],
+)
+def test_rows_that_no_ternary_block_fits(sizes: tuple[int, int], group: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        require_rows(*sizes, group)
+    require_rows(512, 256, 256)
+    require_rows(576, 1536, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ternary"], "use --group 64"),
+        (["--steps", "5"], "no text is given"),
+        (["--top-k", "5", "--steps", "0"], "top_k is 5 of 4 experts"),
+        (["--lr", "0", "--steps", "0"], "learning_rate is 0.0"),
+        (["--data", "nosuch.txt"], "neither a shipped task"),
+    ],
+)
+def test_bad_options_are_named(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_tiny_dense(tmp_path / "dense", "llama")
+    assert run(["upcycle", str(source), *arguments, "-o", str(tmp_path / "moe")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_mixture_of_experts_is_no_dense_model(
+    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["upcycle", str(demo_model), "-o", str(tmp_path / "moe")]) == 2
+    assert "is a mixture of experts already" in capsys.readouterr().err
+
+
+def test_a_changed_source_does_not_go_on_with_old_state(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upcycling, "_SAVE_SECONDS", 0.0)
+    source = make_tiny_dense(tmp_path / "dense", "llama", width=256)
+    chosen = FEW.model_copy(update={"steps": 4})
+    with stopping_at("config.json", 0, monkeypatch), pytest.raises(KeyboardInterrupt):
+        make(source, text, tmp_path / "moe", chosen)
+    edit_config(source, rms_norm_eps=1e-3)
+    with pytest.raises(InputError, match="unfinished build of another"):
+        make(source, text, tmp_path / "moe", chosen)
