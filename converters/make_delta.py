@@ -48,7 +48,16 @@ DEFAULT_DENSITY = 0.05
 _COPY_BYTES = 8 * 2**20
 _TABLE_BYTES_PER_SEGMENT = 64  # on disk, twice, and headers
 _SMALL_FILES_BYTES = 2**20
-_TENSOR_DTYPE = np.dtype([("scale", "<f4"), ("square", "<f8"), ("error", "<f8"), ("count", "<i8")])
+_TENSOR_FIELDS = ("num_kept", "kept_magnitude", "deviation", "square")
+_TENSOR_DTYPE = np.dtype([(name, "<f8") for name in _TENSOR_FIELDS])
+ALPHAS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
+"""What is tried where text chooses."""
+Score = Callable[[Path], float]
+"""Loss of the base with a delta file, on text that chooses."""
+
+
+_Tables = tuple[npt.NDArray[np.void], npt.NDArray[np.void]]
+"""Of a part's tensors, and of their segments."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class DeltaReport:
     """What the tuned model takes as it is stored."""
     explained: float
     """1 - ||tau - scale s||^2 / ||tau||^2 over all tensors."""
+    alpha: float | None
+    """None: scales of least squares."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -88,38 +99,49 @@ def make_delta(
     *,
     density: float = DEFAULT_DENSITY,
     alpha: float | None = None,
+    score: Score | None = None,
 ) -> DeltaReport:
     """Write the delta from `base` to `tuned`, two checkpoints of one architecture, to `output`.
 
-    Memory: `peak_bytes`. Disk: twice the delta.
+    A tensor's scale is `alpha` times the standard deviation of its tau, or without alpha the mean
+    magnitude of what is kept of it, which minimises the squared error. With `score` the least of
+    its losses chooses between that and `ALPHAS`, in their order, up to the first that is worse.
+
+    Memory: `peak_bytes`. Disk: three times the delta, at most.
 
     Raises:
         InputError: a density outside (0, 1], an alpha that is not positive, models without any
             difference, or an output that cannot be written.
         DeltaError: models of different architectures, with what differs.
+        ValueError: both an alpha and a score.
         DiskSpaceError: too little space, before anything is written.
         CheckpointError: weights that are damaged, NaN or infinite.
     """
+    if alpha is not None and score is not None:
+        raise ValueError("an alpha that is given is not chosen")
     _check_settings(density, alpha)
     require_file_output(output, ".delta")
     source, target = Checkpoint(base), Checkpoint(tuned)
     if source.fingerprint == target.fingerprint:
         raise _no_difference(base, tuned)
     check_pair(source, target)
-    info = _info(source, target, density, alpha)
+    info = _info(source, target, density)
     parts = list(_parts(source, target))
-    needed_bytes = 2 * sum(_most_bytes(part, density) for part in parts) + _SMALL_FILES_BYTES
+    needed_bytes = 3 * sum(_most_bytes(part, density) for part in parts) + _SMALL_FILES_BYTES
     require_free_disk(output.absolute().parent, needed_bytes, f"delta {output.name}")
     with _work_folder(output.absolute(), info) as work:
         total_bytes = sum(sum(part.num_weights) for part in parts)
         with byte_progress(f"delta {output.name}", total_bytes) as advance:
             for part in parts:
-                _write_part(part, density, alpha, work, advance)
+                _write_part(part, density, work, advance)
         tables = [_load_tables(work, part) for part in parts]
         if not any(int(segments["kept"].sum()) for _, segments in tables):
             raise _no_difference(base, tuned)
-        _assemble(info, parts, tables, work, output.absolute())
-    return _report(output, tables, target)
+        draft = _Draft(info, parts, tables, work)
+        if score is not None:
+            alpha = _choose(draft, work.path / "tried.delta", score)
+        draft.write(output.absolute(), alpha)
+    return _report(output, tables, target, alpha)
 
 
 def peak_bytes(base: Path) -> int:
@@ -148,7 +170,7 @@ def _no_difference(base: Path, tuned: Path) -> InputError:
     )
 
 
-def _info(base: Checkpoint, tuned: Checkpoint, density: float, alpha: float | None) -> DeltaInfo:
+def _info(base: Checkpoint, tuned: Checkpoint, density: float) -> DeltaInfo:
     spec = base.spec
     up, down = (spec.expert_width, spec.expert_hidden), (spec.expert_hidden, spec.expert_width)
     return DeltaInfo(
@@ -158,7 +180,6 @@ def _info(base: Checkpoint, tuned: Checkpoint, density: float, alpha: float | No
         tuned=tuned.folder.absolute().name,
         tuned_fingerprint=tuned.fingerprint,
         density=density,
-        alpha=alpha,
         dense=tuple(DenseTensor(name=each.name, shape=each.shape) for each in _dense(base)),
         moe_layer_ids=spec.moe_layer_ids,
         num_experts=spec.num_experts,
@@ -286,9 +307,7 @@ def _work_folder(output: Path, info: DeltaInfo) -> Iterator[BuildFolder]:
     shutil.rmtree(folder)
 
 
-def _write_part(
-    part: _Part, density: float, alpha: float | None, work: BuildFolder, advance: Advance
-) -> None:
+def _write_part(part: _Part, density: float, work: BuildFolder, advance: Advance) -> None:
     name, tables = f"{part.name}.bin", f"{part.name}.npy"
     if work.finished(name) is not None and work.finished(tables) is not None:
         advance(sum(part.num_weights))
@@ -296,7 +315,7 @@ def _write_part(
     found = []
     with atomic_path(work.path / name) as temporary, temporary.open("wb") as handle:
         for new_pieces, num_weights in zip(part.tensors, part.num_weights, strict=True):
-            found.append(sparsify(new_pieces(), density, alpha, handle.write))
+            found.append(sparsify(new_pieces(), density, handle.write))
             advance(num_weights)
     _save_tables(work.path / tables, found)
     work.add(name)
@@ -304,16 +323,14 @@ def _write_part(
 
 
 def _save_tables(path: Path, found: Iterable[SparseTensor]) -> None:
-    tensors = [(each.scale, each.square, each.error, len(each.segments)) for each in found]
+    tensors = [tuple(getattr(each, name) for name in _TENSOR_FIELDS) for each in found]
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
         np.save(handle, np.array(tensors, _TENSOR_DTYPE), allow_pickle=False)
         segments = np.concatenate([each.segments for each in found])
         np.save(handle, segments, allow_pickle=False)
 
 
-def _load_tables(
-    work: BuildFolder, part: _Part
-) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
+def _load_tables(work: BuildFolder, part: _Part) -> _Tables:
     """(tensors, segments) as they were saved."""
     with (work.path / f"{part.name}.npy").open("rb") as handle:
         tensors = np.load(handle, allow_pickle=False)
@@ -322,30 +339,60 @@ def _load_tables(
     return tensors, segments
 
 
-def _assemble(
-    info: DeltaInfo,
-    parts: Sequence[_Part],
-    tables: Sequence[tuple[npt.NDArray[np.void], npt.NDArray[np.void]]],
-    work: BuildFolder,
-    output: Path,
-) -> None:
-    """Tables first, widest items first, then the parts."""
-    scales = np.concatenate([tensors["scale"] for tensors, _ in tables])
-    segments = np.concatenate([segments for _, segments in tables])
-    arrays = [("scales", "F32", scales)]
-    arrays += [(name, "I32", segments[name]) for name in ("kept", "sizes", "checksums")]
-    arrays.append(("coding", "U8", segments["coding"]))
-    entries = [TensorEntry(name, dtype, array.shape) for name, dtype, array in arrays]
-    files = [(part.name, work.path / f"{part.name}.bin") for part in parts]
-    entries += [TensorEntry(name, "U8", (path.stat().st_size,)) for name, path in files]
-    digest = tables_digest(array for _, _, array in arrays)
-    metadata = {INFO_KEY: info.model_dump_json(), TABLES_KEY: digest}
-    with safetensors_file(output, entries, metadata=metadata) as writer:
-        for name, _, array in arrays:
-            writer.write(name, [np.ascontiguousarray(array).tobytes()])
-        for name, path in files:
-            with path.open("rb") as handle:
-                writer.write(name, _chunks(handle))
+def _scales(tensors: npt.NDArray[np.void], alpha: float | None) -> npt.NDArray[np.float32]:
+    """Per tensor; 0 where nothing is kept."""
+    kept = tensors["num_kept"]
+    if alpha is None:
+        scales = tensors["kept_magnitude"] / np.maximum(kept, 1)
+    else:
+        scales = np.where(kept > 0, alpha * tensors["deviation"], 0.0)
+    return np.asarray(scales, "<f4")
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """All that is in a delta but the scales."""
+
+    info: DeltaInfo
+    parts: Sequence[_Part]
+    tables: Sequence[_Tables]
+    work: BuildFolder
+
+    def write(self, output: Path, alpha: float | None) -> None:
+        """Tables first, widest items first, then the parts."""
+        segments = np.concatenate([segments for _, segments in self.tables])
+        scales = np.concatenate([_scales(tensors, alpha) for tensors, _ in self.tables])
+        arrays: list[tuple[str, str, npt.NDArray[np.generic]]] = [("scales", "F32", scales)]
+        arrays += [(name, "I32", segments[name]) for name in ("kept", "sizes", "checksums")]
+        arrays.append(("coding", "U8", segments["coding"]))
+        entries = [TensorEntry(name, dtype, array.shape) for name, dtype, array in arrays]
+        files = [(part.name, self.work.path / f"{part.name}.bin") for part in self.parts]
+        entries += [TensorEntry(name, "U8", (path.stat().st_size,)) for name, path in files]
+        info = self.info.model_copy(update={"alpha": alpha})
+        digest = tables_digest(array for _, _, array in arrays)
+        metadata = {INFO_KEY: info.model_dump_json(), TABLES_KEY: digest}
+        with safetensors_file(output, entries, metadata=metadata) as writer:
+            for name, _, array in arrays:
+                writer.write(name, [np.ascontiguousarray(array).tobytes()])
+            for name, path in files:
+                with path.open("rb") as handle:
+                    writer.write(name, _chunks(handle))
+
+
+def _choose(draft: _Draft, path: Path, score: Score) -> float | None:
+    """The best of least squares and `ALPHAS`, each tried as the file at `path`."""
+    draft.write(path, None)
+    best, chosen, last = score(path), None, float("inf")
+    for alpha in ALPHAS:
+        draft.write(path, alpha)
+        loss = score(path)
+        if loss < best:
+            best, chosen = loss, alpha
+        if loss > last:
+            break
+        last = loss
+    path.unlink()
+    return chosen
 
 
 def _chunks(handle: BinaryIO) -> Iterator[bytes]:
@@ -355,12 +402,13 @@ def _chunks(handle: BinaryIO) -> Iterator[bytes]:
 
 def _report(
     output: Path,
-    tables: Sequence[tuple[npt.NDArray[np.void], npt.NDArray[np.void]]],
+    tables: Sequence[_Tables],
     tuned: Checkpoint,
+    alpha: float | None,
 ) -> DeltaReport:
     written = DeltaFile(output)  # reads its own header again
     square = sum(float(tensors["square"].sum()) for tensors, _ in tables)
-    error = sum(float(tensors["error"].sum()) for tensors, _ in tables)
+    error = sum(_error(tensors, _scales(tensors, alpha)) for tensors, _ in tables)
     loaded = [*_dense(tuned), *(tuned.tensors[name] for name in tuned.expert_tensors)]
     return DeltaReport(
         path=output,
@@ -370,4 +418,12 @@ def _report(
         num_kept=written.num_kept,
         base_bytes=sum(info.stored_bytes for info in loaded),
         explained=1 - error / square,
+        alpha=alpha,
     )
+
+
+def _error(tensors: npt.NDArray[np.void], scales: npt.NDArray[np.float32]) -> float:
+    """Sum of (tau - scale * s) squared."""
+    scale = scales.astype(np.float64)
+    errors = tensors["square"] - 2 * scale * tensors["kept_magnitude"]
+    return float((errors + tensors["num_kept"] * scale**2).sum())

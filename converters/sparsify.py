@@ -35,13 +35,14 @@ class SparseTensor:
 
     num_weights: int
     num_kept: int
-    scale: float
-    segments: npt.NDArray[np.void]
-    """`SEGMENT_DTYPE` [segments]"""
+    kept_magnitude: float
+    """Sum of |tau| where it is kept."""
+    deviation: float
+    """Standard deviation of tau."""
     square: float
     """Sum of tau squared."""
-    error: float
-    """Sum of (tau - scale * s) squared."""
+    segments: npt.NDArray[np.void]
+    """`SEGMENT_DTYPE` [segments]"""
 
 
 @dataclass
@@ -64,14 +65,10 @@ class _Threshold:
     num_equal: int
 
 
-def sparsify(
-    pieces: Pieces, density: float, alpha: float | None, write: Callable[[bytes], object]
-) -> SparseTensor:
+def sparsify(pieces: Pieces, density: float, write: Callable[[bytes], object]) -> SparseTensor:
     """Keep the `density` of a tensor's entries of the largest magnitude; write its segments.
 
-    At least one entry is kept, but never a zero; of equal magnitudes the first. The scale is
-    `alpha` times the standard deviation of all entries, or without alpha their mean magnitude where
-    they are kept, which minimises the squared error.
+    At least one entry is kept, but never a zero; of equal magnitudes the first.
     """
     sums = _Sums()
     threshold = _find_threshold(pieces, density, sums)
@@ -88,19 +85,15 @@ def sparsify(
         signed = checksum - 2**32 if checksum >= 2**31 else checksum
         sums.segments.append((packed.num_kept, len(packed.data), signed, coding))
         write(packed.data)
-    scale = float(np.float32(_scale(sums, alpha)))
-    error = sums.square - 2 * scale * sums.kept_magnitude + sums.num_kept * scale**2
-    segments = np.array(sums.segments, SEGMENT_DTYPE)
-    return SparseTensor(sums.count, sums.num_kept, scale, segments, sums.square, max(error, 0.0))
-
-
-def _scale(sums: _Sums, alpha: float | None) -> float:
-    if not sums.num_kept:
-        return 0.0
-    if alpha is None:
-        return sums.kept_magnitude / sums.num_kept
     mean = sums.total / sums.count
-    return alpha * math.sqrt(max(sums.square / sums.count - mean**2, 0.0))
+    return SparseTensor(
+        num_weights=sums.count,
+        num_kept=sums.num_kept,
+        kept_magnitude=sums.kept_magnitude,
+        deviation=math.sqrt(max(sums.square / sums.count - mean**2, 0.0)),
+        square=sums.square,
+        segments=np.array(sums.segments, SEGMENT_DTYPE),
+    )
 
 
 def _find_threshold(pieces: Pieces, density: float, sums: _Sums) -> _Threshold:

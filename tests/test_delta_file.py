@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,15 +47,11 @@ def expected(tau: FloatArray, density: float, alpha: float | None) -> FloatArray
 def test_threshold_scale_and_error_by_hand() -> None:
     """Half of 3, -1, 0, 1, -4, 1 is 3, -4 and the first of the ones; their mean is 8/3."""
     tau = np.array([3, -1, 0, 1, -4, 1], np.float32)
-    found = sparsify(lambda: iter([tau[:4], tau[4:]]), 0.5, None, lambda data: None)
+    found = sparsify(lambda: iter([tau[:4], tau[4:]]), 0.5, lambda data: None)
     assert (found.num_kept, found.num_weights) == (3, 6)
     assert found.segments["kept"].tolist() == [2, 1]
-    assert found.scale == pytest.approx(8 / 3)
-    assert found.square == 28
-    residual = (3 - 8 / 3) ** 2 + (1 - 8 / 3) ** 2 + (4 - 8 / 3) ** 2 + 1 + 1
-    assert found.error == pytest.approx(residual)
-    by_alpha = sparsify(lambda: iter([tau]), 0.5, 2.0, lambda data: None)
-    assert by_alpha.scale == pytest.approx(2 * math.sqrt(28 / 6))
+    assert (found.kept_magnitude, found.square) == (8, 28)
+    assert found.deviation == pytest.approx(math.sqrt(28 / 6))
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -140,6 +137,24 @@ def test_stopped_run_goes_on_and_gives_the_same_file(
     assert (tmp_path / "it.delta").read_bytes() == (tmp_path / "whole.delta").read_bytes()
 
 
+def test_text_chooses_the_scale(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """Losses that fall up to alpha 6: 12 is not tried, and the file is that of --alpha 6."""
+    folder, tried = tiny_checkpoint("qwen3_moe"), list[float | None]()
+    tuned = tuned_copy(folder, tmp_path / "tuned", noise)
+
+    def score(path: Path) -> float:
+        alpha = DeltaFile(path).info.alpha
+        tried.append(alpha)
+        return abs((2.0 if alpha is None else alpha) - 6)
+
+    report = make_delta(folder, tuned, tmp_path / "chosen.delta", score=score)
+    assert tried == [None, 1, 2, 3, 4, 6, 8] and report.alpha == 6
+    make_delta(folder, tuned, tmp_path / "given.delta", alpha=6)
+    assert (tmp_path / "chosen.delta").read_bytes() == (tmp_path / "given.delta").read_bytes()
+    make_delta(folder, tuned, tmp_path / "least.delta", score=lambda path: 1.0)
+    assert DeltaFile(tmp_path / "least.delta").info.alpha is None
+
+
 def test_models_without_a_difference(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint("qwen3_moe")
     with pytest.raises(InputError, match="hold the same weights"):
@@ -174,7 +189,7 @@ def test_other_architectures_are_refused(tiny_checkpoint: TinyCheckpoint, tmp_pa
     [({"density": 0.0}, "--density is 0.0"), ({"density": 1.5}, "1.5"), ({"alpha": -1.0}, "alpha")],
 )
 def test_bad_settings(
-    options: dict[str, float], message: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+    options: dict[str, Any], message: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint("qwen3_moe")
     with pytest.raises(InputError, match=message):

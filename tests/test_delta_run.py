@@ -272,8 +272,14 @@ def test_commands(
     assert run(["delta", str(folder), str(tuned), "-o", str(path), "--density", "0.2"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "times smaller than the model" in said and "bits per weight" in said
+    assert "scales of least squares" in said
     task = tmp_path / "task.txt"
     task.write_text("one two three four five six seven " * 40)
+    chosen = ["delta", str(folder), str(tuned), "-o", str(tmp_path / "chosen.delta")]
+    assert run([*chosen, "--task", str(task), "--alpha", "2"]) == 2
+    assert run([*chosen, "--budget", "1GB"]) == 2
+    assert run([*chosen, "--task", str(task)]) == 0
+    assert "scales" in capsys.readouterr().err
     arguments = ["--task", str(task), "--window-tokens", "32", "--max-windows", "4", "--json"]
     results = []
     for options in ([], ["--delta", str(path)]):
@@ -316,7 +322,7 @@ def test_sparsifying_takes_the_memory_that_is_said() -> None:
     for density in (0.05, 0.5):
         tau = generator.standard_normal(2**18, np.float32)
         tracemalloc.start()
-        sparsify(lambda tau=tau: iter([tau]), density, None, lambda data: None)  # type: ignore[misc]
+        sparsify(lambda tau=tau: iter([tau]), density, lambda data: None)  # type: ignore[misc]
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         histogram_bytes = 2 * 8 * 2**16 * 2

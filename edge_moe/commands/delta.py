@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_moe.commands.options import SourceModel, resumable, stderr
+from edge_moe.commands.options import Budget, SourceModel, resumable, stderr
+from edge_moe.errors import InputError
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -37,22 +38,41 @@ def delta_command(
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="Scale of a tensor's signs, times the standard deviation of all its changes, as "
-            "ComPEFT chooses on validation text. Else the scale of least squares: the mean "
-            "magnitude of the changes that are kept.",
+            help="Scale of a tensor's signs, times the standard deviation of all its changes. Else "
+            "--task chooses it, or it is that of least squares: the mean magnitude of the changes "
+            "that are kept, which is mostly too small.",
             show_default=False,
         ),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="Choose the scale on this text, as ComPEFT does: a shipped task, or a .jsonl or "
+            ".txt file, a fifth of which is left out. Repeat for several.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Budget = None,
 ) -> None:
     """Write what TUNED adds to its base, as sparse signs, for `run --delta`. Resumes if killed."""
     from edge_moe.hub import resolve_model
 
+    if alpha is not None and task:
+        raise InputError("--task chooses what --alpha says: leave one of the two out")
+    if budget is not None and not task:
+        raise InputError("--budget is for running the base, which only --task does: leave it out")
     folders = resolve_model(base), resolve_model(tuned)
     from edge_moe.converters.make_delta import make_delta, peak_bytes
 
     stderr().print(f"memory for weights: at most {format_bytes(peak_bytes(folders[0]))}")
+    score = None
+    if task:
+        from edge_moe.converters.delta_score import text_score
+
+        score = text_score(folders[0], task, budget_bytes=budget)
     with resumable():
-        report = make_delta(*folders, output, density=density, alpha=alpha)
+        report = make_delta(*folders, output, density=density, alpha=alpha, score=score)
     _print_report(report)
     stderr().print(f"next: edge-moe run {base} --delta {output}")
 
@@ -68,5 +88,9 @@ def _print_report(report: DeltaReport) -> None:
     bound = 8 * report.entropy_bytes / report.num_weights
     console.print(
         f"{report.bits_per_weight:.4f} bits per weight, of which the entropy of such signs at "
-        f"random places is {bound:.4f}; keeps {report.explained:.1%} of the squared change"
+        f"random places is {bound:.4f}"
     )
+    if report.alpha is None:
+        console.print(f"scales of least squares, which keep {report.explained:.1%} of the change")
+    else:
+        console.print(f"scales: {report.alpha:g} times the standard deviation of the changes")
