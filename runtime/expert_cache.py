@@ -74,7 +74,8 @@ class ExpertCache:
         self._transfer = transfer or DirectTransfer()
         self._used_until: dict[tuple[int, int], Mark] = {}
         """By size and slot: the last use of what it held before."""
-        self._lock = threading.Condition()
+        self._lock = threading.RLock()  # left in C: Ctrl-C cannot come before it is let go of
+        self._changed = threading.Condition(self._lock)
         self._entries: dict[Key, Entry] = {}
         self._free = {size: list(range(count)) for size, count in buffers.counts.items()}
         self.statistics = PagingStatistics()
@@ -103,27 +104,29 @@ class ExpertCache:
         None where the policy would evict one of `held` for it, which the caller has acquired: let
         go of them first. With nothing held there is always a slot.
         """
-        with self._lock:
-            if held and self._would_evict(key, held):
-                return None
-            entry, is_mine = self._find_or_reserve(key)
-            entry.pins += 1
-            self._count_use(key, entry, is_mine)
+        entry: Entry | None = None
+        is_mine = False
         try:
+            with self._lock:
+                if held and self._would_evict(key, held):
+                    return None
+                self._wait_for_slot(key)
+                entry, is_mine = self._pin(key)
             if is_mine:
                 self._load(key, entry, is_demand=True)
             else:
                 self._wait(entry)
             if entry.error is not None:
                 raise entry.error
+            self._require([entry])
+            return entry.slot
         except BaseException as error:  # Ctrl-C may come at any line: leave no pin behind
-            if is_mine and entry.state is State.LOADING:
-                entry.error, entry.state = error, State.FAILED
-                entry.ready.set()
+            if entry is None:
+                raise
+            if is_mine:
+                self._fail(entry, error)
             self.release(key)
             raise
-        self._require([entry])
-        return entry.slot
 
     def acquire_residents(self, keys: Sequence[Key]) -> list[int] | None:
         """Slots of all of `keys`, pinned like `acquire`; None, and nothing done, if one is absent.
@@ -152,7 +155,7 @@ class ExpertCache:
                 entry.pins -= 1
                 entry.last_use = used
             self.statistics.stall_seconds += self._transfer.stalled_seconds()
-            self._lock.notify_all()
+            self._changed.notify_all()
 
     def arrived(self, keys: Sequence[Key]) -> list[Key]:
         """Those of `keys` that nobody would have to wait for. None is pinned, or counts as used."""
@@ -167,14 +170,18 @@ class ExpertCache:
         body would hardly be used. It counts as used just now, anyway. Whoever claims it must call
         `fill_claimed`, which another thread may do.
         """
-        with self._lock:
-            if key in self._entries:
-                return None
-            try:
-                return self._claim(key)
-            except BaseException:  # Ctrl-C may come at any line: leave nothing half claimed
-                self._unclaim(key)
-                raise
+        entry = None
+        try:
+            with self._lock:
+                if key in self._entries:
+                    return None
+                entry = self._claim(key)
+            return entry
+        except BaseException as error:  # Ctrl-C may come at any line: nobody would fill it
+            if entry is not None:
+                self._fail(entry, error)
+                self._drop_failed(key, entry)
+            raise
 
     def fill_claimed(self, key: Key, entry: Entry) -> BaseException | None:
         """Read a claimed expert into its slot; what went wrong, if something did.
@@ -202,7 +209,7 @@ class ExpertCache:
             self.statistics.stall_seconds += self._transfer.stalled_seconds()
             if entry.state is State.FAILED and entry.pins == 0:
                 self._remove(key, entry)
-            self._lock.notify_all()
+            self._changed.notify_all()
 
     def is_resident(self, key: Key) -> bool:
         """Whether `key` has a slot, loaded or loading."""
@@ -234,13 +241,19 @@ class ExpertCache:
         self._drop_failed(key, entry)
         return True
 
+    def _fail(self, entry: Entry, error: BaseException) -> None:
+        """Whoever waits for what was not read is told; what was read before `error` stays."""
+        if entry.state is State.LOADING:
+            entry.error, entry.state = error, State.FAILED
+        entry.ready.set()
+
     def _drop_failed(self, key: Key, entry: Entry) -> None:
         if entry.state is not State.FAILED:
             return
         with self._lock:
             if entry.pins == 0 and self._entries.get(key) is entry:  # else `release` did it
                 self._remove(key, entry)
-            self._lock.notify_all()
+            self._changed.notify_all()
 
     def fill(self) -> None:
         """Load every expert for which there is a slot, in layer order: the state to start from.
@@ -274,28 +287,56 @@ class ExpertCache:
 
     # -- under the lock ---------------------------------------------------------------------------
 
-    def _find_or_reserve(self, key: Key) -> tuple[Entry, bool]:
-        """(entry, whether it is new and the caller must load it); waits for a slot if need be."""
-        while True:
-            known = self._entries.get(key)
-            if known is not None:
-                return known, False
-            for keep in (self.expected, frozenset[Key]()) if self.expected else (self.expected,):
-                entry = self._reserve(key, is_prefetched=False, keep=keep)
-                if entry is not None:
-                    return entry, True
-            self._lock.wait()  # every slot of this size is being filled: one will be ready soon
+    def _wait_for_slot(self, key: Key) -> None:
+        """Until there is an entry, or a slot to take."""
+        size = self._store.record(key).num_bytes
+        while key not in self._entries:
+            if self._make_room(size, self.expected) or self._make_room(size, frozenset()):
+                return
+            self._changed.wait()  # every slot of this size is being filled: one is ready soon
+
+    def _pin(self, key: Key) -> tuple[Entry, bool]:
+        """(entry, whether it is new and the caller must load it), for which there is a slot."""
+        known = self._entries.get(key)
+        pins = 0 if known is None else known.pins
+        try:
+            entry = self._admit(key, is_prefetched=False) if known is None else known
+            self._count_use(key, entry, known is None)
+            entry.pins += 1
+            return entry, known is None
+        except BaseException:  # Ctrl-C may come at any line: leave all as it was
+            if known is None:
+                self._give_up(key, self._entries.get(key))
+            else:
+                known.pins = pins
+            raise
 
     def _reserve(self, key: Key, is_prefetched: bool, keep: frozenset[Key]) -> Entry | None:
-        size = self._store.record(key).num_bytes
-        if not self._free[size] and not self._evict_one(size, keep):
+        if not self._make_room(self._store.record(key).num_bytes, keep):
             return None
-        entry = Entry(size, self._free[size].pop(), State.LOADING, is_prefetched)
-        self._entries[key] = entry
-        self._policies[size].admit(key)
+        return self._admit(key, is_prefetched)
+
+    def _admit(self, key: Key, is_prefetched: bool) -> Entry:
+        entry = self._take_slot(key, is_prefetched)
+        self._policies[entry.record_bytes].admit(key)
+        return entry
+
+    def _take_slot(self, key: Key, is_prefetched: bool) -> Entry:
+        """A new entry in a slot that is free."""
+        size = self._store.record(key).num_bytes
+        free = self._free[size]
+        self._entries[key] = entry = Entry(size, free[-1], State.LOADING, is_prefetched)
+        free.pop()  # only now: a slot that neither is free nor has an entry would be lost
         return entry
 
     def _claim(self, key: Key) -> Entry | None:
+        try:
+            return self._claim_slot(key)
+        except BaseException:  # Ctrl-C may come at any line: leave nothing half claimed
+            self._give_up(key, self._entries.get(key))
+            raise
+
+    def _claim_slot(self, key: Key) -> Entry | None:
         size = self._store.record(key).num_bytes
         policy = self._policies[size]
         policy.admit(key)
@@ -306,15 +347,15 @@ class ExpertCache:
                 policy.forget(key)
                 return None
             self._evict(victim)
-        entry = Entry(size, self._free[size].pop(), State.LOADING, is_prefetched=True)
-        self._entries[key] = entry
+        entry = self._take_slot(key, is_prefetched=True)
         self.statistics.prefetch_issued_bytes += size
         return entry
 
-    def _unclaim(self, key: Key) -> None:
-        """Nobody will fill it, and a policy that knew it without an entry would offer it."""
-        entry, size = self._entries.pop(key, None), self._store.record(key).num_bytes
-        if entry is not None:
+    def _give_up(self, key: Key, entry: Entry | None) -> None:
+        """Leave nothing of `key`, however much was there: nobody would fill its slot or free it."""
+        size = self._store.record(key).num_bytes
+        self._entries.pop(key, None)
+        if entry is not None and entry.slot not in self._free[size]:
             self._free[size].append(entry.slot)
         with suppress(LookupError):  # not admitted yet, or forgotten already
             self._policies[size].forget(key)
@@ -329,7 +370,10 @@ class ExpertCache:
         )
         return victim is not None and victim in held
 
-    def _evict_one(self, size: int, keep: frozenset[Key]) -> bool:
+    def _make_room(self, size: int, keep: frozenset[Key]) -> bool:
+        """Whether a slot is free, if need be because something has left it."""
+        if self._free[size]:
+            return True
         victim = self._policies[size].victim(lambda key: key not in keep and self._may_evict(key))
         if victim is None:
             return False
@@ -348,12 +392,16 @@ class ExpertCache:
         self._remove(victim, entry)
 
     def _remove(self, key: Key, entry: Entry) -> None:
-        del self._entries[key]
         entry.error = None  # its traceback leads here: slots would stay until a collection
         if entry.last_use is not None:  # else what is known of the slot stays true
             self._used_until[entry.record_bytes, entry.slot] = entry.last_use
-        self._policies[entry.record_bytes].forget(key)
-        self._free[entry.record_bytes].append(entry.slot)
+        try:
+            del self._entries[key]
+            self._policies[entry.record_bytes].forget(key)
+            self._free[entry.record_bytes].append(entry.slot)
+        except BaseException:  # Ctrl-C may come at any line: go through with it
+            self._give_up(key, entry)
+            raise
 
     def _count_use(self, key: Key, entry: Entry, is_miss: bool) -> None:
         self._policies[entry.record_bytes].use(key)
@@ -410,7 +458,7 @@ class ExpertCache:
             self.statistics.page_in_bytes += self._store.read_bytes(key)
             self.statistics.page_in_seconds += seconds
             self.statistics.stall_seconds += seconds if is_demand else 0.0
-            self._lock.notify_all()
+            self._changed.notify_all()
         entry.ready.set()
         return arrival
 

@@ -77,6 +77,13 @@ class RankedPolicy(EvictionPolicy):
         del self._rank[key]
 
     def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
+        try:
+            return self._find_victim(may_evict)
+        except BaseException:  # Ctrl-C may come at any line: what is in no heap would never leave
+            self._renew_heap()
+            raise
+
+    def _find_victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
         looked_at, found = [], None
         while self._heap and found is None:
             item = heapq.heappop(self._heap)
@@ -91,11 +98,16 @@ class RankedPolicy(EvictionPolicy):
 
     def _place(self, key: Key, *rank: int) -> None:
         """Of equals the smallest key leaves first."""
-        self._rank[key] = rank
         heapq.heappush(self._heap, (rank, key))
+        self._rank[key] = rank  # last: after Ctrl-C the one before holds, in the heap as well
         if len(self._heap) > 4 * len(self._rank) + 64:
-            self._heap = [(rank, known) for known, rank in self._rank.items()]
-            heapq.heapify(self._heap)
+            self._renew_heap()
+
+    def _renew_heap(self) -> None:
+        """Of the residents' ranks, and no others."""
+        heap = [(rank, key) for key, rank in self._rank.items()]
+        heapq.heapify(heap)
+        self._heap = heap
 
 
 class LeastFrequentlyUsed(RankedPolicy):

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+import torch
 from conftest import TinyCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +22,7 @@ from edge_moe.errors import BudgetError, InputError
 from edge_moe.runtime.allotment import allot
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
-from edge_moe.runtime.policy import Key, LeastRecentlyUsed
+from edge_moe.runtime.policy import EvictionPolicy, Key, LeastFrequentlyUsed, LeastRecentlyUsed
 from edge_moe.runtime.slots import (
     SlotBuffers,
     allot_by_bytes,
@@ -51,8 +59,6 @@ class MemoryStore(ExpertStore):
 
 
 def make_cache(store: MemoryStore, slots: dict[int, int]) -> ExpertCache:
-    import torch
-
     return ExpertCache(store, SlotBuffers(slots, torch.device("cpu")), LeastRecentlyUsed)
 
 
@@ -200,6 +206,75 @@ def test_an_interrupted_acquire_leaves_no_pin() -> None:
     cache._store = store
     cache.check_integrity()
     read(cache, store, (0, 2))
+
+
+@contextmanager
+def interrupted_at(line: int) -> Iterator[None]:
+    """Raises KeyboardInterrupt before the cache or its policy runs their `line`-th line."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if Path(frame.f_code.co_filename).name not in ("expert_cache.py", "policy.py"):
+            return None
+        left -= event == "line"
+        if left == 0:
+            raise KeyboardInterrupt  # Python stops tracing then
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def acquire(cache: ExpertCache, key: Key) -> Callable[[], object]:
+    assert cache.acquire_beside(key, ()) is not None
+    return partial(cache.release, key)
+
+
+def claim(cache: ExpertCache, key: Key) -> Callable[[], object]:
+    entry = cache.claim(key)
+    return partial(cache.fill_claimed, key, entry) if entry is not None else lambda: None
+
+
+def require_every_slot(cache: ExpertCache, store: MemoryStore, held: int) -> None:
+    """All of a layer's experts, of which `held` of either size fit, are there at once."""
+    for layer in (0, 1):
+        keys = [(layer, row) for row in range(2 * held)]
+        for key in keys:
+            assert set(cache.acquire(key).tolist()) == {store.number(key)}
+        for key in keys:
+            cache.release(key)
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("policy", [LeastRecentlyUsed, LeastFrequentlyUsed])
+@pytest.mark.parametrize("begin", [acquire, claim])
+def test_an_interrupt_at_any_line_loses_no_slot(
+    begin: Callable[[ExpertCache, Key], Callable[[], object]], policy: type[EvictionPolicy]
+) -> None:
+    """A hit, a slot that is free, and slots that others leave."""
+    store, line, is_over = MemoryStore(num_rows=6), 0, False
+    while not is_over:
+        line += 1
+        cache = ExpertCache(store, SlotBuffers({4: 3, 8: 3}, torch.device("cpu")), policy)
+        for key in ((0, 0), (0, 2), (0, 4), (0, 1)):
+            read(cache, store, key)
+        ends: list[Callable[[], object]] = []
+        try:
+            with interrupted_at(line):
+                for key in ((0, 0), (0, 3), (1, 0), (1, 2)):
+                    ends.append(begin(cache, key))
+            is_over = True
+        except KeyboardInterrupt:
+            cache.check_integrity()
+        for end in ends:
+            end()
+        require_every_slot(cache, store, held=3)
+    assert line > 50
 
 
 def test_who_holds_an_expert_is_told_when_it_is_in_the_way() -> None:
