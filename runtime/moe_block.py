@@ -118,7 +118,7 @@ class MoeBlock:
 
     def choose_more(self, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """(ids, weights) of the router's choice of one expert more, given its `arguments`."""
-        holder, name = _top_k_holder(self.router)
+        holder, name = top_k_holder(self.router)
         top_k = getattr(holder, name)
         setattr(holder, name, top_k + 1)
         try:
@@ -132,8 +132,8 @@ class MoeBlock:
         return self.module.get_submodule(path), leaf
 
 
-def _top_k_holder(router: Any) -> tuple[Any, str]:
-    """Where a router reads its top_k at every call."""
+def top_k_holder(router: Any) -> tuple[Any, str]:
+    """(object, attribute): where a router reads its top_k at every call."""
     if hasattr(router, "top_k"):
         return router, "top_k"
     return router.config, "top_k_experts"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tiny_models import make_tiny_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,7 @@ from edge_moe.converters.upcycle.split_layers import split_block
 from edge_moe.converters.upcycle.split_neurons import DenseFfn, NeuronSplit
 from edge_moe.converters.upcycle.split_router import bounded_rows, score_reach, tilt_bound
 from edge_moe.converters.upcycle.split_shape import split_shape
+from edge_moe.converters.upcycle.split_student import DistilSettings, SplitStudent
 from edge_moe.converters.upcycle.target import Glm4MoeTarget, Qwen2MoeTarget, choose_target
 from edge_moe.errors import InputError
 from edge_moe.runtime.session import Session
@@ -197,3 +199,39 @@ def test_widths(tmp_path: Path) -> None:
     assert found.shared_width % found.expert_width == 0 and found.shared_width >= 24
     with pytest.raises(InputError, match="as a multiple of the experts', 9"):
         split_shape(qwen, Glm4MoeTarget(), 8, 2, 9)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_distillation(case: str, text: Path, tmp_path: Path) -> None:
+    """It comes nearer to the dense model, and what is stored is what was judged."""
+    model_type, config = CASES[case]
+    dense = make_tiny_dense(tmp_path / "dense", model_type, dtype="float32", **config)
+    learn = DistilSettings(steps=40, batch_windows=1, learning_rate=3e-3, num_judgements=2)
+    record = split_tiny(dense, text, tmp_path / "moe", distil=learn)
+    first, kept = record.losses[0], min(record.losses, key=lambda row: row.heldout_loss)
+    assert kept.step == record.kept_step > 0
+    assert kept.heldout_divergence < 0.95 * first.heldout_divergence
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
+    # routers alone leave every other weight as it was
+    alone = learn.model_copy(update={"trains": "routers", "steps": 6})
+    split_tiny(dense, text, tmp_path / "routers", distil=alone)
+    split_tiny(dense, text, tmp_path / "plain")
+    changed = {
+        name
+        for name, values in load_file(tmp_path / "plain" / "model.safetensors").items()
+        if not np.array_equal(values, load_file(tmp_path / "routers" / "model.safetensors")[name])
+    }
+    assert all(name.endswith("mlp.gate.weight") for name in changed)
+
+
+def test_the_student_starts_as_the_dense_model(text: Path, tmp_path: Path) -> None:
+    dense = make_tiny_dense(tmp_path / "dense", "llama", dtype="float32")
+    split_tiny(dense, text, tmp_path / "moe", settings=SplitSettings(max_tilt=1e-6))
+    student = SplitStudent(tmp_path / "moe", "all")
+    np.testing.assert_allclose(student.logits(IDS), logits(dense), atol=2e-5)
+    with torch.no_grad():
+        np.testing.assert_allclose(student.run(IDS).numpy(), logits(tmp_path / "moe"), atol=1e-5)
+    student.begin()  # routers are the trained ones times a factor
+    with torch.no_grad():
+        np.testing.assert_allclose(student.run(IDS).numpy(), logits(tmp_path / "moe"), atol=1e-4)
+    assert {name.split(".")[-1] for name in student.parameters if "model" not in name} == {"router"}

@@ -10,6 +10,7 @@ what the dense model does, but for the bounded tilt of the router's weights.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 
 from edge_moe import __version__
 from edge_moe.converters.calibration_memory import state_and_require_memory
+from edge_moe.converters.recover_teacher import TeacherCache, cache_bytes
+from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import build_folder
 from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
@@ -31,16 +34,26 @@ from edge_moe.converters.upcycle.split_layers import split_layers
 from edge_moe.converters.upcycle.split_neurons import NeuronSplit
 from edge_moe.converters.upcycle.split_router import bounded_rows, tilt_bound
 from edge_moe.converters.upcycle.split_shape import split_shape
-from edge_moe.converters.upcycle.target import MoeShape, Target, choose_target
+from edge_moe.converters.upcycle.split_student import (
+    DistilSettings,
+    SplitOnText,
+    SplitStudent,
+    trained_weights,
+)
+from edge_moe.converters.upcycle.target import MoeLayer, MoeShape, Target, choose_target
+from edge_moe.converters.upcycle.train_text import read_train_text
 from edge_moe.converters.upcycle.write_moe import write_moe
+from edge_moe.converters.window_training import LossRow, WindowTraining, windows_read
 from edge_moe.errors import InputError
-from edge_moe.files import atomic_path, require_new_output, write_text
+from edge_moe.files import atomic_path, require_free_disk, require_new_output, write_text
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
 from edge_moe.tasks import task_label, task_windows, windows_fingerprint
 
 RECORD_NAME = "split.json"
+_STATE_NAME = "distillation.safetensors"
+_SAVE_SECONDS = 60.0
 _ROUTER_SPREAD = 1.0  # any: rows are scaled by their bound afterwards
 _ALLOWANCE_BYTES = 100_000_000
 
@@ -86,6 +99,10 @@ class SplitRecord(BaseModel):
     num_tokens: int
     """Of calibration text."""
     layers: list[LayerRecord]
+    distillation: DistilSettings
+    losses: list[LossRow]
+    """Of the distillation, on windows that only judged; step 0 is the split as it is."""
+    kept_step: int
     memory_terms: list[MemoryTerm]
     total_bytes: int
     """All weight files."""
@@ -100,6 +117,9 @@ class _Job:
     shape: MoeShape
     settings: SplitSettings
     windows: Sequence[Sequence[int]]
+    distil: DistilSettings
+    text: TrainText | None
+    keep_tied: bool
 
 
 def split_dense(
@@ -111,14 +131,16 @@ def split_dense(
     top_k: int = 4,
     expert_width: int | None = None,
     settings: SplitSettings | None = None,
+    distil: DistilSettings | None = None,
     window_tokens: int = 256,
     max_windows: int = 64,
     keep_tied: bool = False,
 ) -> SplitRecord:
     """Write the dense checkpoint `model`, split into experts, to the new folder `output`.
 
-    `data` are texts as tasks are named. Memory is stated on stderr. A killed run goes on at the
-    layer where it stopped when the same call is made again.
+    `data` are texts as tasks are named; `max_windows` of them are calibrated on. With steps to
+    `distil`, the result then learns from the dense model on all of the text. Memory is stated on
+    stderr. A killed run goes on where it stopped when the same call is made again.
 
     Raises:
         InputError: a model, text, shape or output that cannot be used.
@@ -135,19 +157,26 @@ def split_dense(
             f"windows of {window_tokens} tokens: use 1 to {limit}, the model's context"
         )
     windows = task_windows(data, "calibration", dense_tokenizer(dense), window_tokens, max_windows)
-    job = _Job(dense, target, shape, settings or SplitSettings(), windows)
-    terms = split_terms(dense, shape, sum(map(len, windows)))
+    distil = distil or DistilSettings()
+    text = read_train_text(dense, data, window_tokens, None) if distil.steps else None
+    job = _Job(dense, target, shape, settings or SplitSettings(), windows, distil, text, keep_tied)
+    phases = [split_terms(dense, shape, sum(map(len, windows)))]
+    if distil.steps:
+        phases.append(distil_terms(dense, shape, distil, window_tokens))
+    terms = max(phases, key=lambda phase: sum(term.num_bytes for term in phase))
     state_and_require_memory(
         f"splitting {dense.config.num_layers} layers of {dense.config.ffn_width} neurons into "
         f"{shape.shared_width} always on and {num_experts} experts of {shape.expert_width}",
         terms,
     )
-    with build_folder(output, _fingerprint(job, keep_tied)) as work, torch.no_grad():
-        layers = _split_all(job, work.path.parent)
-        total_bytes = write_moe(
-            *(dense, target, shape, split_layers(dense, target, shape, layers), work),
-            keep_tied=keep_tied,
-        )
+    with build_folder(output, _fingerprint(job)) as work:
+        scratch = work.path.parent
+        layers = _split_all(job, scratch)
+        blocks, training = split_layers(dense, target, shape, layers), None
+        if job.text is not None:
+            student, training = _distil(job, job.text, blocks, scratch)
+            dense, blocks = student.outside(dense), student.layers(dense, target, shape)
+        total_bytes = write_moe(dense, target, shape, blocks, work, keep_tied=keep_tied)
         record = SplitRecord(
             provenance=Provenance.here(seed=job.settings.seed),
             source=dense.location.name,
@@ -161,9 +190,19 @@ def split_dense(
             data=[task_label(task) for task in data],
             num_tokens=sum(map(len, windows)),
             layers=[
-                LayerRecord(recall=layer.recall, tilt_bound=_tilt(job, layer_id, layer))
+                LayerRecord(
+                    recall=layer.recall,
+                    tilt_bound=tilt_bound(
+                        torch.from_numpy(blocks[layer_id].router.read()),
+                        _norm_weight(dense, layer_id),
+                        is_softmax=target.is_softmax,
+                    ),
+                )
                 for layer_id, layer in enumerate(layers)
             ],
+            distillation=job.distil,
+            losses=training.log if training else [],
+            kept_step=training.best_row.step if training else 0,
             memory_terms=terms,
             total_bytes=total_bytes,
         )
@@ -199,6 +238,59 @@ def split_terms(dense: DenseModel, shape: MoeShape, num_tokens: int) -> list[Mem
     ]
 
 
+def distil_terms(
+    dense: DenseModel, shape: MoeShape, settings: DistilSettings, window_tokens: int
+) -> list[MemoryTerm]:
+    """What distillation takes at most; letters as in `split_terms`, L layers, N heads, W tokens.
+
+    weights      4 bytes x every weight, an output matrix of its own included
+    trained      4 bytes x 5 x every weight that learns: value, gradient, two moments, the best
+    activations  4 W x (L (14 H + 4 Q + 8 F) + 8 V), Q the width of queries, and the attention's
+                 scores, 12 L N W**2
+    """
+    config = dense.config
+    weights = sum(math.prod(tensor.shape) for tensor in dense.tensors.values())
+    weights += config.num_layers * (shape.num_experts + 1) * config.hidden_size
+    weights += config.vocab_size * config.hidden_size if config.is_tied else 0
+    queries = config.num_heads * config.head_width
+    row = config.num_layers * (14 * config.hidden_size + 4 * queries + 8 * config.ffn_width)
+    activations = 4 * window_tokens * (row + 8 * config.vocab_size)
+    terms = {
+        "weights": 4 * weights,
+        "trained": 20 * trained_weights(dense, shape, settings.trains),
+        "activations": activations + 12 * config.num_layers * config.num_heads * window_tokens**2,
+        "allowance": _ALLOWANCE_BYTES,
+    }
+    return [
+        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
+    ]
+
+
+def _distil(
+    job: _Job, text: TrainText, blocks: Sequence[MoeLayer], scratch: Path
+) -> tuple[SplitStudent, WindowTraining]:
+    """The student in its best state. It is written out once as it is, and read as one model."""
+    untrained = scratch / "untrained"
+    if not untrained.exists():
+        with build_folder(untrained, "split") as plain:
+            write_moe(*(job.dense, job.target, job.shape, blocks, plain), keep_tied=job.keep_tied)
+    student = SplitStudent(untrained, job.distil.trains)
+    teacher = TeacherCache(scratch / "original")
+    missing = teacher.missing(windows_read(text, job.distil))
+    num_tokens = sum(len(text.windows[index]) for index in missing)
+    require_free_disk(scratch, cache_bytes(num_tokens), "the dense model's predictions")
+    with progress("the dense model predicts", len(missing)) as advance:
+        teacher.fill(student, text.windows, advance, missing)  # nothing is learned yet
+    training = WindowTraining(
+        *(student.parameters, SplitOnText(student, text, teacher), text, job.distil),
+        scratch / _STATE_NAME,
+    )
+    with progress("distilling", job.distil.steps - training.step) as advance:
+        training.run(advance, save_seconds=_SAVE_SECONDS)
+    return student, training
+
+
+@torch.no_grad()
 def _split_all(job: _Job, scratch: Path) -> list[SplitLayer]:
     """Layer after layer, on what the dense model gives it; those that are on disk are read."""
     stream = DenseStream(job.dense, job.target, job.shape)
@@ -236,7 +328,7 @@ def _split_one(
         )
     rows = bounded_rows(
         layer.router,
-        _norm_weight(job, layer_id),
+        _norm_weight(job.dense, layer_id),
         settings.max_tilt,
         is_softmax=job.target.is_softmax,
     )
@@ -256,24 +348,20 @@ def _load(path: Path) -> SplitLayer:
         raise InputError(f"{path} is damaged ({error}): remove it and start again") from None
 
 
-def _norm_weight(job: _Job, layer_id: int) -> torch.Tensor:
+def _norm_weight(dense: DenseModel, layer_id: int) -> torch.Tensor:
     name = f"model.layers.{layer_id}.post_attention_layernorm.weight"
-    return torch.from_numpy(job.dense.tensors[name].read())
+    return torch.from_numpy(dense.tensors[name].read())
 
 
-def _tilt(job: _Job, layer_id: int, layer: SplitLayer) -> float:
-    weight = _norm_weight(job, layer_id)
-    return tilt_bound(layer.router, weight, is_softmax=job.target.is_softmax)
-
-
-def _fingerprint(job: _Job, keep_tied: bool) -> str:
+def _fingerprint(job: _Job) -> str:
     """Equal for runs that may go on with one another's state."""
     parts = (
         __version__,
         job.dense.fingerprint,
-        f"{job.shape} {keep_tied}",
+        f"{job.shape} {job.keep_tied}",
         windows_fingerprint(job.windows),
         job.settings.model_dump_json(),
+        job.distil.model_dump_json(),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -282,6 +370,19 @@ def _card(record: SplitRecord) -> str:
     """README.md of the folder."""
     recall = sum(layer.recall for layer in record.layers) / len(record.layers)
     tilt = max(layer.tilt_bound for layer in record.layers)
+    first = record.losses[0] if record.losses else None
+    kept = next((row for row in record.losses if row.step == record.kept_step), None)
+    if first is None or kept is None:
+        learned = (
+            f"With num_experts_per_tok = {record.num_experts} it computes what the dense model "
+            f"does, but for weights of experts that stray by at most {tilt:.2g} of themselves."
+        )
+    else:
+        learned = (
+            f"Distilled from the dense model for {record.distillation.steps} steps: divergence on "
+            f"windows held out from training {first.heldout_divergence:.4f} -> "
+            f"{kept.heldout_divergence:.4f} nats per token."
+        )
     return f"""---
 library_name: transformers
 tags:
@@ -292,8 +393,7 @@ tags:
 The neurons of the dense model's feed-forward layers: {record.shared_width} per layer are always on,
 {record.num_experts} experts have {record.expert_width} each, of which {record.top_k} are chosen
 per token. Made with edge-moe {record.provenance.edge_moe_version} from {record.num_tokens} tokens
-of {", ".join(record.data)}. With num_experts_per_tok = {record.num_experts} it computes what the
-dense model does, but for weights of experts that stray by at most {tilt:.2g} of themselves. Routers
-find {recall:.0%} of the experts that matter most on that text.
+of {", ".join(record.data)}. Routers find {recall:.0%} of the experts that matter most on that text.
+{learned}
 `{RECORD_NAME}` has the settings and every layer.
 """

@@ -1,0 +1,208 @@
+"""The split model in training, and what its weights become when they are stored.
+
+It starts as the folder that the split wrote; with all experts chosen that is the dense model, which
+is what it learns from: no other model is loaded. Chosen experts that are too little for a token
+make the loss; gradients reach a router through the weights of the experts that it chose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.recover_teacher import TeacherCache, divergence
+from edge_moe.converters.recover_text import TrainText
+from edge_moe.converters.safetensors_writer import TensorEntry
+from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
+from edge_moe.converters.upcycle.stored_tensor import StoredTensor, from_values
+from edge_moe.converters.upcycle.target import Matrices, MoeLayer, MoeShape, Target
+from edge_moe.converters.window_training import Losses, WindowSettings
+from edge_moe.runtime.moe_block import MoeBlock, top_k_holder
+from edge_moe.tensor_info import FloatArray
+
+_ROUTER_SIZE = 0.05
+"""Root mean square of a router's rows in training: about that of other weights, so that one rate
+suits all. Adam does not see the factor."""
+
+
+class DistilSettings(WindowSettings):
+    """How a split model learns from the dense one."""
+
+    steps: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
+    trains: Literal["routers", "all"] = "all"
+    """`all`: routers, norms, experts and shared experts."""
+
+
+class SplitStudent:
+    """transformers' model of the split folder in float32, and the parameters that learn."""
+
+    def __init__(self, folder: Path, trains: Literal["routers", "all"]) -> None:
+        """Memory: `distil_terms`."""
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
+        )
+        self.model.eval().requires_grad_(False)
+        spec = Checkpoint(folder).spec
+        self._blocks = [MoeBlock(self.model, spec, layer_id) for layer_id in spec.moe_layer_ids]
+        self._num_experts = spec.num_experts
+        self._factors: list[float] = []
+        self.parameters: dict[str, Tensor] = {}
+        for layer_id, block in enumerate(self._blocks):
+            rows = block.router.weight
+            size = float(rows.square().mean().sqrt())
+            self._factors.append(size / _ROUTER_SIZE if size else 1.0)
+            self.parameters[f"{layer_id}.router"] = rows.detach() / self._factors[-1]
+            rows.requires_grad_()
+        if trains == "all":
+            self._train_more()
+
+    def begin(self) -> None:
+        """Routers follow what is trained."""
+        with torch.no_grad():
+            for layer_id, factor in enumerate(self._factors):
+                scaled = self.parameters[f"{layer_id}.router"] * factor
+                self._blocks[layer_id].router.weight.copy_(scaled)
+
+    def end(self) -> None:
+        """What is trained of routers gets their gradients."""
+        for layer_id, block in enumerate(self._blocks):
+            weight = block.router.weight
+            self.parameters[f"{layer_id}.router"].grad = weight.grad
+            weight.grad = None
+
+    def run(self, token_ids: Sequence[int]) -> Tensor:
+        """[W, V] of one window."""
+        logits: Tensor = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+        return logits
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """[W, V] with all experts chosen: the dense model's, as long as nothing has learned."""
+        with torch.no_grad(), self._all_experts():
+            found: npt.NDArray[np.float32] = self.run(token_ids).numpy()
+        return found
+
+    @contextmanager
+    def _all_experts(self) -> Iterator[None]:
+        holders = [top_k_holder(block.router) for block in self._blocks]
+        before = [getattr(holder, name) for holder, name in holders]
+        try:
+            for holder, name in holders:
+                setattr(holder, name, self._num_experts)
+            yield
+        finally:
+            for (holder, name), top_k in zip(holders, before, strict=True):
+                setattr(holder, name, top_k)
+
+    def _train_more(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            is_norm = parameter.ndim == 1 and "norm" in name
+            is_ffn = ".mlp." in name and not name.endswith("gate.weight")
+            if is_norm or is_ffn:
+                self.parameters[name] = parameter.requires_grad_()
+
+    def layers(self, dense: DenseModel, target: Target, shape: MoeShape) -> list[MoeLayer]:
+        """Every MoE block as it is now, read when it is written."""
+        return [
+            self._layer(layer_id, dense, target, shape) for layer_id in range(len(self._blocks))
+        ]
+
+    def outside(self, dense: DenseModel) -> DenseModel:
+        """`dense` with the norms that were trained."""
+        changed = {
+            name: from_values(name, dense.tensors[name].dtype, _array(value))
+            for name, value in self.parameters.items()
+            if name in dense.tensors and value.ndim == 1
+        }
+        return replace(dense, tensors={**dense.tensors, **changed})
+
+    def _layer(self, layer_id: int, dense: DenseModel, target: Target, shape: MoeShape) -> MoeLayer:
+        block = self._blocks[layer_id]
+        shared = block.module.get_submodule(target.shared_module)
+
+        def of_shared(name: str) -> FloatArray:
+            values = _array(shared.get_submodule(name).weight)
+            factor = target.shared_down_factor if name == PROJECTIONS[-1] else 1.0
+            return values / np.float32(factor)
+
+        def of_expert(expert_id: int, name: str) -> FloatArray:
+            if name == PROJECTIONS[-1]:
+                return _array(block.experts.down_proj[expert_id])
+            both = _array(block.experts.gate_up_proj[expert_id])
+            width = shape.expert_width
+            return both[:width] if name == PROJECTIONS[0] else both[width:]
+
+        def matrices(read: Any, width: int) -> Matrices:
+            hidden, dtype = dense.config.hidden_size, dense.dtype
+            wide, tall = (width, hidden), (hidden, width)
+            gate, up, down = (
+                StoredTensor(TensorEntry("", dtype, size), partial(read, name))
+                for name, size in zip(PROJECTIONS, (wide, wide, tall), strict=True)
+            )
+            return gate, up, down
+
+        experts = [
+            matrices(partial(of_expert, expert_id), shape.expert_width)
+            for expert_id in range(shape.num_experts)
+        ]
+        router = from_values("", "F32", _array(block.router.weight))
+        return MoeLayer(router, matrices(of_shared, shape.shared_width), experts)
+
+
+class SplitOnText:
+    """The student on windows of text, beside what the dense model predicts there."""
+
+    def __init__(self, student: SplitStudent, text: TrainText, teacher: TeacherCache) -> None:
+        self._student = student
+        self._text = text
+        self._teacher = teacher
+
+    def begin(self) -> None:
+        """Routers follow what is trained."""
+        self._student.begin()
+
+    def end(self) -> None:
+        """What is trained of routers gets their gradients."""
+        self._student.end()
+
+    def losses(self, index: int) -> Losses:
+        """Of window `index`, in nats per token."""
+        ids = self._text.windows[index]
+        logits = self._student.run(ids)
+        lm_loss = F.cross_entropy(logits[:-1].float(), torch.tensor(list(ids[1:])))
+        return Losses(divergence(logits, self._teacher.read(index)), lm_loss, torch.zeros(()))
+
+
+def trained_weights(dense: DenseModel, shape: MoeShape, trains: str) -> int:
+    """How many weights learn."""
+    config = dense.config
+    routers = config.num_layers * shape.num_experts * config.hidden_size
+    if trains == "routers":
+        return routers
+    ffn = sum(
+        math.prod(matrix.shape)
+        for layer_id in range(config.num_layers)
+        for matrix in dense.ffn(layer_id)
+    )
+    norms = sum(tensor.shape[0] for tensor in dense.tensors.values() if len(tensor.shape) == 1)
+    return routers + ffn + norms
+
+
+def _array(values: Tensor) -> FloatArray:
+    found: FloatArray = values.detach().numpy()
+    return found
