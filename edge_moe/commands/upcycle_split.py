@@ -1,0 +1,92 @@
+"""`edge-moe upcycle --split`: experts are parts of the dense feed-forward layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_moe.commands.options import resumable, stderr
+from edge_moe.errors import InputError
+
+if TYPE_CHECKING:
+    from edge_moe.converters.upcycle.split import SplitRecord
+
+_CALIBRATION_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """What `upcycle --split` takes; None where nothing was said."""
+
+    experts: int
+    top_k: int
+    expert_width: int | None
+    steps: int | None
+    batch: int
+    seq: int
+    max_windows: int | None
+    learning_rate: float | None
+    routers_only: bool
+    seed: int
+    tied: bool
+
+
+def split_command(path: Path, data: Sequence[str], output: Path, options: SplitOptions) -> None:
+    """Split the dense model in `path`, and say what came of it.
+
+    Raises:
+        InputError: no text to calibrate on, or what `split_dense` refuses.
+    """
+    if not data:
+        raise InputError("--split needs text to see which neurons fire together: give --data")
+    from edge_moe.converters.upcycle.split import SplitSettings, split_dense
+    from edge_moe.converters.upcycle.split_student import DistilSettings
+    from edge_moe.converters.window_training import checked_settings
+
+    given = {"steps": options.steps, "learning_rate": options.learning_rate}
+    distil = checked_settings(
+        DistilSettings,
+        batch_windows=options.batch,
+        trains="routers" if options.routers_only else "all",
+        seed=options.seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    with resumable():
+        record = split_dense(
+            path,
+            data,
+            output,
+            num_experts=options.experts,
+            top_k=options.top_k,
+            expert_width=options.expert_width,
+            settings=SplitSettings(seed=options.seed),
+            distil=distil,
+            window_tokens=options.seq,
+            max_windows=options.max_windows or _CALIBRATION_WINDOWS,
+            keep_tied=options.tied,
+        )
+    _print_record(record, output)
+
+
+def _print_record(record: SplitRecord, output: Path) -> None:
+    console = stderr()
+    active = record.shared_width + record.top_k * record.expert_width
+    whole = record.shared_width + record.num_experts * record.expert_width
+    recall = sum(layer.recall for layer in record.layers) / len(record.layers)
+    console.print(
+        f"{record.shared_width} neurons always on, {record.num_experts} experts of "
+        f"{record.expert_width}: a token uses {active / whole:.0%} of a feed-forward layer; "
+        f"routers find {recall:.0%} of the experts that matter most "
+        f"(chance {record.top_k / record.num_experts:.0%})"
+    )
+    if record.losses:
+        first = record.losses[0]
+        kept = next(row for row in record.losses if row.step == record.kept_step)
+        console.print(
+            f"divergence from the dense model on windows held out from training: "
+            f"{first.heldout_divergence:.4f} -> {kept.heldout_divergence:.4f} nats per token, "
+            f"kept step {kept.step}"
+        )
+    console.print(f"next: edge-moe fit-pre-gate {output} --help, edge-moe plan {output} --help")
