@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.cli import run
 from edge_moe.converters.upcycle.dense_model import open_dense
 from edge_moe.converters.upcycle.split import RECORD_NAME, SplitSettings, split_dense
 from edge_moe.converters.upcycle.split_layer import SplitLayer, choose, split_layer
@@ -235,3 +236,27 @@ def test_the_student_starts_as_the_dense_model(text: Path, tmp_path: Path) -> No
     with torch.no_grad():
         np.testing.assert_allclose(student.run(IDS).numpy(), logits(tmp_path / "moe"), atol=1e-4)
     assert {name.split(".")[-1] for name in student.parameters if "model" not in name} == {"router"}
+
+
+def test_command_line(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = make_tiny_dense(tmp_path / "dense", "llama")
+    asked = ["upcycle", str(dense), "--split", "--data", str(text), "--top-k", "2", "--seq", "64"]
+    assert run([*asked, "-o", str(tmp_path / "moe"), "--expert-width", "12"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "16 neurons always on, 4 experts of 12: a token uses 62% of" in said
+    record = json.loads((tmp_path / "moe" / RECORD_NAME).read_text())
+    assert record["losses"] == [] and record["expert_width"] == 12
+    learning = ["--steps", "2", "--batch", "1", "--max-windows", "6", "--train", "routers"]
+    assert run([*asked, "-o", str(tmp_path / "learned"), *learning]) == 0
+    assert "nats per token, kept step" in " ".join(capsys.readouterr().err.split())
+    for options, message in [
+        (["--ternary", "--lm-weight", "0.5"], "leave out --ternary, --lm-weight"),
+        (["--train", "routed"], "leave out --train routed"),
+        (["--experts", "6"], "use 4, 8, 16"),
+    ]:
+        assert run([*asked, "-o", str(tmp_path / "bad"), *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert run([*asked[:3], "-o", str(tmp_path / "bad")]) == 2
+    assert "give --data" in " ".join(capsys.readouterr().err.split())
+    assert run(["upcycle", str(dense), "-o", str(tmp_path / "bad"), "--expert-width", "8"]) == 2
+    assert "are for --split" in " ".join(capsys.readouterr().err.split())

@@ -28,7 +28,6 @@ from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import build_folder
 from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
 from edge_moe.converters.upcycle.dense_stream import DenseStream
-from edge_moe.converters.upcycle.dense_tokenizer import dense_tokenizer
 from edge_moe.converters.upcycle.split_layer import SplitLayer, split_layer
 from edge_moe.converters.upcycle.split_layers import split_layers
 from edge_moe.converters.upcycle.split_neurons import NeuronSplit
@@ -41,7 +40,7 @@ from edge_moe.converters.upcycle.split_student import (
     trained_weights,
 )
 from edge_moe.converters.upcycle.target import MoeLayer, MoeShape, Target, choose_target
-from edge_moe.converters.upcycle.train_text import read_train_text
+from edge_moe.converters.upcycle.train_text import dense_tokenizer, read_train_text
 from edge_moe.converters.upcycle.write_moe import write_moe
 from edge_moe.converters.window_training import LossRow, WindowTraining, windows_read
 from edge_moe.errors import InputError
@@ -55,6 +54,7 @@ RECORD_NAME = "split.json"
 _STATE_NAME = "distillation.safetensors"
 _SAVE_SECONDS = 60.0
 _ROUTER_SPREAD = 1.0  # any: rows are scaled by their bound afterwards
+_CALIBRATION_WINDOWS = 64
 _ALLOWANCE_BYTES = 100_000_000
 
 
@@ -133,13 +133,13 @@ def split_dense(
     settings: SplitSettings | None = None,
     distil: DistilSettings | None = None,
     window_tokens: int = 256,
-    max_windows: int = 64,
+    max_windows: int | None = None,
     keep_tied: bool = False,
 ) -> SplitRecord:
     """Write the dense checkpoint `model`, split into experts, to the new folder `output`.
 
-    `data` are texts as tasks are named; `max_windows` of them are calibrated on. With steps to
-    `distil`, the result then learns from the dense model on all of the text. Memory is stated on
+    `data` are texts as tasks are named, of which at most `max_windows` are read, and 64 calibrated
+    on. With steps to `distil`, the result then learns from the dense model. Memory is stated on
     stderr. A killed run goes on where it stopped when the same call is made again.
 
     Raises:
@@ -156,9 +156,10 @@ def split_dense(
         raise InputError(
             f"windows of {window_tokens} tokens: use 1 to {limit}, the model's context"
         )
-    windows = task_windows(data, "calibration", dense_tokenizer(dense), window_tokens, max_windows)
+    most = min(_CALIBRATION_WINDOWS, max_windows or _CALIBRATION_WINDOWS)
+    windows = task_windows(data, "calibration", dense_tokenizer(dense), window_tokens, most)
     distil = distil or DistilSettings()
-    text = read_train_text(dense, data, window_tokens, None) if distil.steps else None
+    text = read_train_text(dense, data, window_tokens, max_windows) if distil.steps else None
     job = _Job(dense, target, shape, settings or SplitSettings(), windows, distil, text, keep_tied)
     phases = [split_terms(dense, shape, sum(map(len, windows)))]
     if distil.steps:

@@ -10,6 +10,8 @@ import typer
 
 from edge_moe.commands.opening import runnable_path
 from edge_moe.commands.options import Revision, resumable, stderr
+from edge_moe.commands.upcycle_split import SplitOptions, split_command
+from edge_moe.errors import InputError
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -28,9 +30,18 @@ class TrainName(StrEnum):
 
     ROUTED = "routed"
     ALL_MOE = "all-moe"
+    ROUTERS = "routers"
+
+
+_ADDING = (
+    *("ternary", "group", "activations", "kl_weight", "lm_weight", "balance_weight"),
+    "checkpointing",
+)
+"""Options, as the function calls them, that --split has nothing for."""
 
 
 def upcycle_command(
+    context: typer.Context,
     dense: Annotated[
         str,
         typer.Argument(
@@ -49,6 +60,21 @@ def upcycle_command(
             "--data",
             help="Text to learn from: a shipped task, or a .jsonl or .txt file, a fifth of which "
             "is held out. Repeat for several.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        bool,
+        typer.Option(
+            "--split",
+            help="No new weights: the dense layer's neurons become a shared expert of those that "
+            "matter most and experts of what fires together.",
+        ),
+    ] = False,
+    expert_width: Annotated[
+        int | None,
+        typer.Option(
+            help="With --split: neurons of an expert; else a quarter is left to the shared one.",
             show_default=False,
         ),
     ] = None,
@@ -71,17 +97,23 @@ def upcycle_command(
     ] = ActivationsName.FLOAT,
     train: Annotated[
         TrainName,
-        typer.Option(help="Routed experts and routers, or shared experts too."),
+        typer.Option(
+            help="Routed experts and routers, or shared experts too. With --split routers alone, "
+            "or (default) all, norms as well."
+        ),
     ] = TrainName.ROUTED,
     steps: Annotated[
-        int, typer.Option(min=0, help="Optimiser steps; 0 writes the dense model as a MoE.")
+        int,
+        typer.Option(min=0, help="Optimiser steps; 0 (--split: the default) learns nothing."),
     ] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 4,
     seq: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     max_windows: Annotated[
         int | None, typer.Option(min=2, help="Use at most this many windows.", show_default=False)
     ] = None,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 1e-3,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", help="Peak learning rate, for --split 3e-4.")
+    ] = 1e-3,
     kl_weight: Annotated[
         float, typer.Option(help="Weight of the divergence from the dense model.")
     ] = 0.0,
@@ -105,9 +137,24 @@ def upcycle_command(
 ) -> None:
     """Add routed experts to a dense model, which stays as the shared expert. Resumes after a kill.
 
+    With --split its feed-forward layers are taken apart instead, and it learns again what it was.
     transformers, llama.cpp and every command here take the folder like any other Qwen2-MoE (or
     GLM-4-MoE, where queries and keys are normalised).
     """
+    given = {name for name in context.params if _is_given(context, name)}
+    if split:
+        _require_split(given, train)
+        options = SplitOptions(
+            *(experts, top_k, expert_width, steps if "steps" in given else None, batch, seq),
+            *(max_windows, learning_rate if "learning_rate" in given else None),
+            routers_only=train is TrainName.ROUTERS,
+            seed=seed,
+            tied=tied,
+        )
+        split_command(runnable_path(dense, revision), data or [], output, options)
+        return
+    if expert_width is not None or train is TrainName.ROUTERS:
+        raise InputError("--expert-width and --train routers are for --split: add it")
     from edge_moe.converters.upcycle.student import UpcycleSettings
     from edge_moe.converters.upcycle.upcycle import upcycle
     from edge_moe.converters.window_training import checked_settings
@@ -141,6 +188,27 @@ def upcycle_command(
             name=dense,
         )
     _print_record(record, output)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _require_split(given: set[str], train: TrainName) -> None:
+    """Refuse what --split has nothing for.
+
+    Raises:
+        InputError: names the options.
+    """
+    found = [f"--{name.replace('_', '-')}" for name in _ADDING if name in given]
+    if "train" in given and train is TrainName.ROUTED:
+        found.append("--train routed")
+    if found:
+        raise InputError(
+            f"--split adds no experts, but takes the dense layers apart: leave out "
+            f"{', '.join(found)}"
+        )
 
 
 def _print_record(record: UpcycleRecord, output: Path) -> None:

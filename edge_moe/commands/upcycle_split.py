@@ -13,8 +13,6 @@ from edge_moe.errors import InputError
 if TYPE_CHECKING:
     from edge_moe.converters.upcycle.split import SplitRecord
 
-_CALIBRATION_WINDOWS = 64
-
 
 @dataclass(frozen=True)
 class SplitOptions:
@@ -64,7 +62,7 @@ def split_command(path: Path, data: Sequence[str], output: Path, options: SplitO
             settings=SplitSettings(seed=options.seed),
             distil=distil,
             window_tokens=options.seq,
-            max_windows=options.max_windows or _CALIBRATION_WINDOWS,
+            max_windows=options.max_windows,
             keep_tied=options.tied,
         )
     _print_record(record, output)
