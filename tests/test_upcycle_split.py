@@ -26,6 +26,7 @@ from edge_moe.converters.upcycle.split_router import bounded_rows, score_reach, 
 from edge_moe.converters.upcycle.split_shape import split_shape
 from edge_moe.converters.upcycle.split_student import DistilSettings, SplitStudent
 from edge_moe.converters.upcycle.target import Glm4MoeTarget, Qwen2MoeTarget, choose_target
+from edge_moe.converters.window_training import WindowTraining
 from edge_moe.errors import InputError
 from edge_moe.runtime.session import Session
 
@@ -260,3 +261,28 @@ def test_command_line(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "give --data" in " ".join(capsys.readouterr().err.split())
     assert run(["upcycle", str(dense), "-o", str(tmp_path / "bad"), "--expert-width", "8"]) == 2
     assert "are for --split" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_killed_distillation_goes_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_tiny_dense(tmp_path / "dense", "llama")
+    learn = DistilSettings(steps=4, batch_windows=1, num_judgements=2)
+    split_tiny(dense, text, tmp_path / "whole", distil=learn)
+    take_step = WindowTraining._take_step
+
+    def dying(training: WindowTraining) -> None:
+        if training.step == 2:  # the state of step 2 is on disk, it was judged
+            raise KeyboardInterrupt
+        take_step(training)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WindowTraining, "_take_step", dying)
+        patched.setattr("edge_moe.converters.upcycle.split._SAVE_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            split_tiny(dense, text, tmp_path / "out", distil=learn)
+    split_tiny(dense, text, tmp_path / "out", distil=learn)
+    names = [path.name for path in (tmp_path / "whole").glob("*.safetensors")]
+    assert names
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

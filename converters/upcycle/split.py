@@ -220,7 +220,7 @@ def split_terms(dense: DenseModel, shape: MoeShape, num_tokens: int) -> list[Mem
     embedding   4 V H, while the text is embedded
     one layer   16 x F H
     states      4 T x 3 H: hidden states, and what the FFN is given, while windows are joined
-    neurons     4 T x 3 F: activations, strengths, and their squares
+    neurons     4 T x 4 F: activations, strengths, and those in the order of experts, squared
     clusters    12 (E I)**2 for the assignment, and 4 x 4 x T / 3 x F for what fires
     """
     config = dense.config
@@ -230,7 +230,7 @@ def split_terms(dense: DenseModel, shape: MoeShape, num_tokens: int) -> list[Mem
         "embedding": 4 * config.vocab_size * hidden,
         "one layer": 16 * width * hidden,
         "states": 12 * num_tokens * hidden,
-        "neurons": 12 * num_tokens * width,
+        "neurons": 16 * num_tokens * width,
         "clusters": 12 * clustered**2 + 6 * num_tokens * width,
         "allowance": _ALLOWANCE_BYTES,
     }
