@@ -5,10 +5,11 @@
 The demo model is fine-tuned, all weights, on two tasks that it was not trained on and that every
 Python brings along: `reference`, the texts of pydoc's topics, and `unicode`, lines such as
 `U+00E9 LATIN SMALL LETTER E WITH ACUTE`. A fifth of the documents is held out. Rows: the base, the
-full fine-tune, and the base with `edge-moe delta` at five densities; at two of them, too, with the
-alpha that is best on text that the fine-tune has seen. Then experts in q4_k: the base, the base
-with the delta beside the packed weights (what `run --delta` does), with the delta added and packed
-again, and the full fine-tune. Writes benchmarks/results/delta.json.
+full fine-tune, and the base with `edge-moe delta` at five densities, by scales of least squares
+and by l1, the default; at two of them, too, with the alpha that is best on text that the fine-tune
+has seen. Then experts in q4_k: the base, the base with the delta beside the packed weights (what
+`run --delta` does), with the delta added and packed again, and the full fine-tune; those deltas by
+least squares. Writes benchmarks/results/delta.json.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from safetensors.numpy import save_file
 from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
-from edge_moe.converters.make_delta import DeltaReport, make_delta
+from edge_moe.converters.make_delta import DeltaReport, Scaling, make_delta
+from edge_moe.delta_file import ScaleRule
 from edge_moe.demo import demo_model_dir
 from edge_moe.demo.model import save_model
 from edge_moe.files import write_text
@@ -55,6 +57,7 @@ DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5)
 FORM, FORM_DENSITY = "q4_k", 0.05
 WINDOW_TOKENS = 256
 BATCH = 4
+RULES: dict[ScaleRule, str] = {"l1": ", l1", "least-squares": ""}
 ALPHAS = {0.05: (4.0, 8.0, 12.0, 16.0), 0.2: (2.0, 4.0, 6.0, 8.0)}
 """By density, what is tried; least squares comes to about 2.3 and 1.4."""
 ALPHA_WINDOWS = 4
@@ -75,7 +78,7 @@ class Row(BaseModel):
     alpha: float | None = None
     """Where the scale is not that of least squares."""
     explained: float | None = None
-    """Share of the squared change that the delta keeps."""
+    """Share of the squared change that lies in the signs' direction."""
     perplexity: Estimate
 
 
@@ -199,8 +202,10 @@ def measure(base: Path, packed: Path, tuned: Path, task: Path, num_windows: int)
     ]
     for density in DENSITIES:
         path = task.with_name(f"{density:g}.delta")
-        report = make_delta(base, tuned, path, density=density)
-        rows.append(delta_row(f"delta, {density:.0%}", report, perplexity(base, windows, path)))
+        for rule, name in RULES.items():
+            report = make_delta(base, tuned, path, density=density, scaling=Scaling(rule))
+            found = perplexity(base, windows, path)
+            rows.append(delta_row(f"delta, {density:.0%}{name}", report, found))
         if density in ALPHAS:
             rows.append(best_alpha_row(base, tuned, task, density, seen, windows))
     path = task.with_name(f"{FORM_DENSITY:g}.delta")
@@ -263,7 +268,7 @@ def best_alpha_row(
     found = []
     for alpha in ALPHAS[density]:
         path = task.with_name(f"{density:g}-{alpha:g}.delta")
-        report = make_delta(base, tuned, path, density=density, alpha=alpha)
+        report = make_delta(base, tuned, path, density=density, scaling=Scaling("alpha", alpha))
         found.append((perplexity(base, seen, path).value, alpha, report))
     _, alpha, report = min(found, key=lambda each: each[0])
     name = f"delta, {density:.0%}, alpha"

@@ -35,6 +35,7 @@ from edge_moe.delta_file import (
     DeltaFile,
     DeltaInfo,
     DenseTensor,
+    ScaleRule,
     layer_name,
     tables_digest,
 )
@@ -48,7 +49,7 @@ DEFAULT_DENSITY = 0.05
 _COPY_BYTES = 8 * 2**20
 _TABLE_BYTES_PER_SEGMENT = 64  # on disk, twice, and headers
 _SMALL_FILES_BYTES = 2**20
-_TENSOR_FIELDS = ("num_kept", "kept_magnitude", "deviation", "square")
+_TENSOR_FIELDS = ("num_kept", "magnitude", "kept_magnitude", "deviation", "square")
 _TENSOR_DTYPE = np.dtype([(name, "<f8") for name in _TENSOR_FIELDS])
 ALPHAS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 """What is tried where text chooses."""
@@ -58,6 +59,22 @@ Score = Callable[[Path], float]
 
 _Tables = tuple[npt.NDArray[np.void], npt.NDArray[np.void]]
 """Of a part's tensors, and of their segments."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a tensor's signs are multiplied by."""
+
+    rule: ScaleRule = "l1"
+    alpha: float | None = None
+    """Of the rule `alpha`."""
+
+    def check(self) -> None:
+        """Raise InputError where rule and alpha do not belong together."""
+        if (self.alpha is None) == (self.rule == "alpha"):
+            raise InputError("--alpha is a rule of its own: leave out --scale")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise InputError(f"--alpha is {self.alpha}: give a positive number, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -73,9 +90,9 @@ class DeltaReport:
     base_bytes: int
     """What the tuned model takes as it is stored."""
     explained: float
-    """1 - ||tau - scale s||^2 / ||tau||^2 over all tensors."""
-    alpha: float | None
-    """None: scales of least squares."""
+    """Share of ||tau||^2 that lies in the signs' direction, over all tensors: with scales of least
+    squares 1 - ||tau - scale s||^2 / ||tau||^2."""
+    scaling: Scaling
 
     @property
     def bits_per_weight(self) -> float:
@@ -98,28 +115,31 @@ def make_delta(
     output: Path,
     *,
     density: float = DEFAULT_DENSITY,
-    alpha: float | None = None,
+    scaling: Scaling | None = None,
     score: Score | None = None,
 ) -> DeltaReport:
     """Write the delta from `base` to `tuned`, two checkpoints of one architecture, to `output`.
 
-    A tensor's scale is `alpha` times the standard deviation of its tau, or without alpha the mean
-    magnitude of what is kept of it, which minimises the squared error. With `score` the least of
-    its losses chooses between that and `ALPHAS`, in their order, up to the first that is worse.
+    Without `scaling` signs and scale have the L1 norm of tau: what is kept stands for what is not.
+    With `score` the least of its losses chooses between that and `ALPHAS`, in their order, up to
+    the first that is worse.
 
     Memory: `peak_bytes`. Disk: three times the delta, at most.
 
     Raises:
-        InputError: a density outside (0, 1], an alpha that is not positive, models without any
+        InputError: a density outside (0, 1], a scaling that means nothing, models without any
             difference, or an output that cannot be written.
         DeltaError: models of different architectures, with what differs.
-        ValueError: both an alpha and a score.
+        ValueError: both a scaling and a score.
         DiskSpaceError: too little space, before anything is written.
         CheckpointError: weights that are damaged, NaN or infinite.
     """
-    if alpha is not None and score is not None:
-        raise ValueError("an alpha that is given is not chosen")
-    _check_settings(density, alpha)
+    if scaling is not None and score is not None:
+        raise ValueError("a scaling that is given is not chosen")
+    scaling = scaling or Scaling()
+    scaling.check()
+    if not 0 < density <= 1:
+        raise InputError(f"--density is {density}: give a share of the weights, such as 0.05")
     require_file_output(output, ".delta")
     source, target = Checkpoint(base), Checkpoint(tuned)
     if source.fingerprint == target.fingerprint:
@@ -139,9 +159,9 @@ def make_delta(
             raise _no_difference(base, tuned)
         draft = _Draft(info, parts, tables, work)
         if score is not None:
-            alpha = _choose(draft, work.path / "tried.delta", score)
-        draft.write(output.absolute(), alpha)
-    return _report(output, tables, target, alpha)
+            scaling = _choose(draft, work.path / "tried.delta", score)
+        draft.write(output.absolute(), scaling)
+    return _report(output, tables, target, scaling)
 
 
 def peak_bytes(base: Path) -> int:
@@ -154,13 +174,6 @@ def peak_bytes(base: Path) -> int:
     largest = max((_num_weights(info) for info in packed), default=0)
     held = max(checkpoint.spec.expert_weights, largest)
     return 3 * 4 * held + MOST_LENGTH * PACKING_BYTES
-
-
-def _check_settings(density: float, alpha: float | None) -> None:
-    if not 0 < density <= 1:
-        raise InputError(f"--density is {density}: give a share of the weights, such as 0.05")
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise InputError(f"--alpha is {alpha}: give a positive number, or leave it out")
 
 
 def _no_difference(base: Path, tuned: Path) -> InputError:
@@ -180,6 +193,7 @@ def _info(base: Checkpoint, tuned: Checkpoint, density: float) -> DeltaInfo:
         tuned=tuned.folder.absolute().name,
         tuned_fingerprint=tuned.fingerprint,
         density=density,
+        scale_rule="l1",
         dense=tuple(DenseTensor(name=each.name, shape=each.shape) for each in _dense(base)),
         moe_layer_ids=spec.moe_layer_ids,
         num_experts=spec.num_experts,
@@ -339,14 +353,12 @@ def _load_tables(work: BuildFolder, part: _Part) -> _Tables:
     return tensors, segments
 
 
-def _scales(tensors: npt.NDArray[np.void], alpha: float | None) -> npt.NDArray[np.float32]:
-    """Per tensor; 0 where nothing is kept."""
-    kept = tensors["num_kept"]
-    if alpha is None:
-        scales = tensors["kept_magnitude"] / np.maximum(kept, 1)
-    else:
-        scales = np.where(kept > 0, alpha * tensors["deviation"], 0.0)
-    return np.asarray(scales, "<f4")
+def _scales(tensors: npt.NDArray[np.void], scaling: Scaling) -> npt.NDArray[np.float32]:
+    """Per tensor; 0 where nothing is kept, for nothing differs there."""
+    if scaling.alpha is not None:
+        return np.asarray(scaling.alpha * tensors["deviation"], "<f4")
+    magnitude = tensors["magnitude" if scaling.rule == "l1" else "kept_magnitude"]
+    return np.asarray(magnitude / np.maximum(tensors["num_kept"], 1), "<f4")
 
 
 @dataclass(frozen=True)
@@ -358,17 +370,18 @@ class _Draft:
     tables: Sequence[_Tables]
     work: BuildFolder
 
-    def write(self, output: Path, alpha: float | None) -> None:
+    def write(self, output: Path, scaling: Scaling) -> None:
         """Tables first, widest items first, then the parts."""
         segments = np.concatenate([segments for _, segments in self.tables])
-        scales = np.concatenate([_scales(tensors, alpha) for tensors, _ in self.tables])
+        scales = np.concatenate([_scales(tensors, scaling) for tensors, _ in self.tables])
         arrays: list[tuple[str, str, npt.NDArray[np.generic]]] = [("scales", "F32", scales)]
         arrays += [(name, "I32", segments[name]) for name in ("kept", "sizes", "checksums")]
         arrays.append(("coding", "U8", segments["coding"]))
         entries = [TensorEntry(name, dtype, array.shape) for name, dtype, array in arrays]
         files = [(part.name, self.work.path / f"{part.name}.bin") for part in self.parts]
         entries += [TensorEntry(name, "U8", (path.stat().st_size,)) for name, path in files]
-        info = self.info.model_copy(update={"alpha": alpha})
+        update = {"scale_rule": scaling.rule, "alpha": scaling.alpha}
+        info = self.info.model_copy(update=update)
         digest = tables_digest(array for _, _, array in arrays)
         metadata = {INFO_KEY: info.model_dump_json(), TABLES_KEY: digest}
         with safetensors_file(output, entries, metadata=metadata) as writer:
@@ -379,15 +392,17 @@ class _Draft:
                     writer.write(name, _chunks(handle))
 
 
-def _choose(draft: _Draft, path: Path, score: Score) -> float | None:
-    """The best of least squares and `ALPHAS`, each tried as the file at `path`."""
-    draft.write(path, None)
-    best, chosen, last = score(path), None, float("inf")
+def _choose(draft: _Draft, path: Path, score: Score) -> Scaling:
+    """The best of `l1` and `ALPHAS`, each tried as the file at `path`."""
+    chosen = Scaling()
+    draft.write(path, chosen)
+    best, last = score(path), float("inf")
     for alpha in ALPHAS:
-        draft.write(path, alpha)
+        scaling = Scaling("alpha", alpha)
+        draft.write(path, scaling)
         loss = score(path)
         if loss < best:
-            best, chosen = loss, alpha
+            best, chosen = loss, scaling
         if loss > last:
             break
         last = loss
@@ -404,11 +419,11 @@ def _report(
     output: Path,
     tables: Sequence[_Tables],
     tuned: Checkpoint,
-    alpha: float | None,
+    scaling: Scaling,
 ) -> DeltaReport:
     written = DeltaFile(output)  # reads its own header again
     square = sum(float(tensors["square"].sum()) for tensors, _ in tables)
-    error = sum(_error(tensors, _scales(tensors, alpha)) for tensors, _ in tables)
+    along = sum(_square_along(tensors) for tensors, _ in tables)
     loaded = [*_dense(tuned), *(tuned.tensors[name] for name in tuned.expert_tensors)]
     return DeltaReport(
         path=output,
@@ -417,13 +432,11 @@ def _report(
         num_weights=written.num_weights,
         num_kept=written.num_kept,
         base_bytes=sum(info.stored_bytes for info in loaded),
-        explained=1 - error / square,
-        alpha=alpha,
+        explained=along / square,
+        scaling=scaling,
     )
 
 
-def _error(tensors: npt.NDArray[np.void], scales: npt.NDArray[np.float32]) -> float:
-    """Sum of (tau - scale * s) squared."""
-    scale = scales.astype(np.float64)
-    errors = tensors["square"] - 2 * scale * tensors["kept_magnitude"]
-    return float((errors + tensors["num_kept"] * scale**2).sum())
+def _square_along(tensors: npt.NDArray[np.void]) -> float:
+    """Sum over tensors of (tau s)^2 / ||s||^2."""
+    return float((tensors["kept_magnitude"] ** 2 / np.maximum(tensors["num_kept"], 1)).sum())

@@ -35,6 +35,8 @@ class SparseTensor:
 
     num_weights: int
     num_kept: int
+    magnitude: float
+    """Sum of |tau|."""
     kept_magnitude: float
     """Sum of |tau| where it is kept."""
     deviation: float
@@ -51,6 +53,7 @@ class _Sums:
 
     count: int = 0
     total: float = 0.0
+    magnitude: float = 0.0
     square: float = 0.0
     num_kept: int = 0
     kept_magnitude: float = 0.0
@@ -89,6 +92,7 @@ def sparsify(pieces: Pieces, density: float, write: Callable[[bytes], object]) -
     return SparseTensor(
         num_weights=sums.count,
         num_kept=sums.num_kept,
+        magnitude=sums.magnitude,
         kept_magnitude=sums.kept_magnitude,
         deviation=math.sqrt(max(sums.square / sums.count - mean**2, 0.0)),
         square=sums.square,
@@ -103,6 +107,7 @@ def _find_threshold(pieces: Pieces, density: float, sums: _Sums) -> _Threshold:
     for piece in pieces():
         sums.count += len(piece)
         sums.total += float(piece.sum(dtype=np.float64))
+        sums.magnitude += float(np.abs(piece).sum(dtype=np.float64))
         sums.square += float(np.square(piece, dtype=np.float64).sum())
         bits = _magnitude_bits(piece)
         num_zeros += len(piece) - int(np.count_nonzero(bits))

@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,9 @@ _REMEDY = "make it again with `edge-moe delta`, or copy it again"
 _TABLES = {"scales": "F32", "kept": "I32", "sizes": "I32", "checksums": "I32", "coding": "U8"}
 _NUMPY_DTYPES = {"F32": "<f4", "I32": "<i4", "U8": "u1"}
 
+ScaleRule = Literal["l1", "least-squares", "alpha"]
+"""How a tensor's scale was chosen. `l1`: signs and scale have the L1 norm of tau; `least-squares`:
+the mean magnitude of what is kept, nearest to tau; `alpha` times the standard deviation of tau."""
 Size = Annotated[int, Field(gt=0, lt=2**40)]
 IntArray = npt.NDArray[np.int64]
 
@@ -83,8 +86,9 @@ class DeltaInfo(_Model):
     tuned_fingerprint: str
     density: float = Field(gt=0, le=1)
     """Share of a tensor's entries that is kept at most; those that did not change are not."""
+    scale_rule: ScaleRule
     alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Scales are alpha times the standard deviation of tau; None: of least squares."""
+    """Of the rule `alpha`."""
     dense: tuple[DenseTensor, ...]
     moe_layer_ids: tuple[int, ...]
     num_experts: Size

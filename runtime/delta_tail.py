@@ -1,8 +1,12 @@
 """A task delta in the slot of a quantised expert: signs behind its packed weights.
 
-Adding a delta to quantised weights and rounding them again would lose it: a step of 4 bits is many
-times as large as what fine-tuning changes, and the sum rounds back to where it was. So the packed
-weights stay as they are and the products of both are added: y = W x + scale * s x.
+Adding a delta to quantised weights and packing them again would lose much of it: a step of 4 bits
+is many times as large as what fine-tuning changes, and most sums round back to where they were. So
+the packed weights stay as they are and the products of both are added: y = W x + scale * s x. (The
+demo model in q4_k with 5 % of two fine-tunes, perplexity 69.1 and 171 without: 60.2 and 106 beside,
+65.1 and 134 packed again; `benchmarks/delta.py`.) The signs are unpacked once, when the expert is
+paged in: for 4.7 M weights at 5 % that takes 7 ms of one core, the products of a token 0.5 ms, the
+slot 0.82 bits per weight.
 
 Behind the expert's own bytes, for gate_proj over up_proj and then for down_proj:
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tuned_models import noise, tuned_copy
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.make_delta import make_delta
+from edge_moe.converters.make_delta import Scaling, make_delta
 from edge_moe.converters.sparsify import sparsify
 from edge_moe.delta_file import DeltaFile, DeltaTensor, unpack_tensor
 from edge_moe.errors import DeltaError, InputError
@@ -32,43 +32,50 @@ def values_of(delta: DeltaFile, tensor: DeltaTensor) -> FloatArray:
     return flat.reshape(tensor.shape)
 
 
-def expected(tau: FloatArray, density: float, alpha: float | None) -> FloatArray:
+def expected(tau: FloatArray, density: float, scaling: Scaling) -> FloatArray:
     """By sorting the whole tensor."""
     flat = tau.reshape(-1).astype(np.float64)
     wanted = min(max(1, round(density * flat.size)), int((flat != 0).sum()))
     kept = np.argsort(-np.abs(flat), kind="stable")[:wanted]
     found = np.zeros(flat.size)
     if wanted:
-        scale = np.abs(flat[kept]).mean() if alpha is None else alpha * flat.std()
-        found[kept] = np.sign(flat[kept]) * scale
+        scales = {
+            "l1": np.abs(flat).sum() / wanted,
+            "least-squares": np.abs(flat[kept]).mean(),
+            "alpha": (scaling.alpha or 0.0) * flat.std(),
+        }
+        found[kept] = np.sign(flat[kept]) * scales[scaling.rule]
     return found.reshape(tau.shape).astype(np.float32)
 
 
 def test_threshold_scale_and_error_by_hand() -> None:
-    """Half of 3, -1, 0, 1, -4, 1 is 3, -4 and the first of the ones; their mean is 8/3."""
+    """Half of 3, -1, 0, 1, -4, 1 is 3, -4 and the first of the ones."""
     tau = np.array([3, -1, 0, 1, -4, 1], np.float32)
     found = sparsify(lambda: iter([tau[:4], tau[4:]]), 0.5, lambda data: None)
     assert (found.num_kept, found.num_weights) == (3, 6)
     assert found.segments["kept"].tolist() == [2, 1]
-    assert (found.kept_magnitude, found.square) == (8, 28)
+    assert (found.magnitude, found.kept_magnitude, found.square) == (10, 8, 28)
     assert found.deviation == pytest.approx(math.sqrt(28 / 6))
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize(("density", "alpha"), [(0.05, None), (0.4, 1.5)])
+@pytest.mark.parametrize(
+    ("density", "scaling"),
+    [(0.05, Scaling()), (0.2, Scaling("least-squares")), (0.4, Scaling("alpha", 1.5))],
+)
 def test_every_tensor_is_that_of_a_sort(
     family: str,
     density: float,
-    alpha: float | None,
+    scaling: Scaling,
     tiny_checkpoint: TinyCheckpoint,
     tmp_path: Path,
 ) -> None:
     folder = tiny_checkpoint(family)
     tuned = tuned_copy(folder, tmp_path / "tuned", noise)
-    report = make_delta(folder, tuned, tmp_path / "it.delta", density=density, alpha=alpha)
+    report = make_delta(folder, tuned, tmp_path / "it.delta", density=density, scaling=scaling)
     base, other = Checkpoint(folder), Checkpoint(tuned)
     delta = DeltaFile(tmp_path / "it.delta")
-    kept = square = error = 0.0
+    kept = square = along = 0.0
     pairs = []
     for name, tensor in delta.dense():
         pairs.append((tensor, other.read(name) - base.read(name)))
@@ -83,12 +90,14 @@ def test_every_tensor_is_that_of_a_sort(
             pairs += [(tensor, second - first) for tensor, first, second in matrices]
     for tensor, tau in pairs:
         found = values_of(delta, tensor)
-        np.testing.assert_allclose(found, expected(tau, density, alpha), rtol=1e-6)
+        np.testing.assert_allclose(found, expected(tau, density, scaling), rtol=1e-6)
         kept += np.count_nonzero(found)
         square += float((tau.astype(np.float64) ** 2).sum())
-        error += float(((tau - found).astype(np.float64) ** 2).sum())
+        signs = np.sign(found.astype(np.float64))
+        along += float((tau * signs).sum() ** 2 / np.abs(signs).sum())
     assert (report.num_kept, report.num_weights) == (kept, sum(tau.size for _, tau in pairs))
-    assert report.explained == pytest.approx(1 - error / square, rel=1e-4)
+    assert report.explained == pytest.approx(along / square, rel=1e-6)
+    assert (report.scaling, delta.info.scale_rule) == (scaling, scaling.rule)
     assert report.num_bytes == (tmp_path / "it.delta").stat().st_size
     assert not list(tmp_path.glob(".*"))
 
@@ -139,7 +148,8 @@ def test_stopped_run_goes_on_and_gives_the_same_file(
 
 def test_text_chooses_the_scale(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     """Losses that fall up to alpha 6: 12 is not tried, and the file is that of --alpha 6."""
-    folder, tried = tiny_checkpoint("qwen3_moe"), list[float | None]()
+    folder = tiny_checkpoint("qwen3_moe")
+    tried: list[float | None] = []
     tuned = tuned_copy(folder, tmp_path / "tuned", noise)
 
     def score(path: Path) -> float:
@@ -148,11 +158,11 @@ def test_text_chooses_the_scale(tiny_checkpoint: TinyCheckpoint, tmp_path: Path)
         return abs((2.0 if alpha is None else alpha) - 6)
 
     report = make_delta(folder, tuned, tmp_path / "chosen.delta", score=score)
-    assert tried == [None, 1, 2, 3, 4, 6, 8] and report.alpha == 6
-    make_delta(folder, tuned, tmp_path / "given.delta", alpha=6)
+    assert tried == [None, 1, 2, 3, 4, 6, 8] and report.scaling == Scaling("alpha", 6)
+    make_delta(folder, tuned, tmp_path / "given.delta", scaling=Scaling("alpha", 6))
     assert (tmp_path / "chosen.delta").read_bytes() == (tmp_path / "given.delta").read_bytes()
-    make_delta(folder, tuned, tmp_path / "least.delta", score=lambda path: 1.0)
-    assert DeltaFile(tmp_path / "least.delta").info.alpha is None
+    make_delta(folder, tuned, tmp_path / "equal.delta", score=lambda path: 1.0)
+    assert DeltaFile(tmp_path / "equal.delta").info.scale_rule == "l1"
 
 
 def test_models_without_a_difference(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
@@ -186,7 +196,13 @@ def test_other_architectures_are_refused(tiny_checkpoint: TinyCheckpoint, tmp_pa
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"density": 0.0}, "--density is 0.0"), ({"density": 1.5}, "1.5"), ({"alpha": -1.0}, "alpha")],
+    [
+        ({"density": 0.0}, "--density is 0.0"),
+        ({"density": 1.5}, "1.5"),
+        ({"scaling": Scaling("alpha", -1.0)}, "--alpha is -1"),
+        ({"scaling": Scaling("alpha")}, "a rule of its own"),
+        ({"scaling": Scaling("l1", 2.0)}, "a rule of its own"),
+    ],
 )
 def test_bad_settings(
     options: dict[str, Any], message: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
@@ -237,6 +253,7 @@ def rewritten(made: bytes, path: Path, **changes: object) -> Path:
         ({"moe_layer_ids": [0, 0]}, "twice"),
         ({"moe_layer_ids": [0, 5]}, "no 'layers.5'"),
         ({"expert_shapes": [[2**30, 2**30]] * 3}, "tables that are not of"),
+        ({"scale_rule": "other"}, "damaged header"),
         ({"extra": 1}, "damaged header"),
     ],
 )

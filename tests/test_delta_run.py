@@ -20,7 +20,7 @@ from tuned_models import noise, tuned_copy
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
 from edge_moe.converters.build import build
-from edge_moe.converters.make_delta import make_delta
+from edge_moe.converters.make_delta import Scaling, make_delta
 from edge_moe.converters.sparsify import sparsify
 from edge_moe.delta_file import DeltaFile
 from edge_moe.errors import BudgetError, DeltaError, InputError
@@ -131,7 +131,8 @@ def test_quantised_experts_keep_their_bytes_and_get_the_product_beside(
     that differs from this one in the delta alone.
     """
     folder, path = tiny_checkpoint("qwen3_moe", wide=True), tmp_path / "it.delta"
-    make_delta(folder, tuned_copy(folder, tmp_path / "tuned", noise), path, density=0.05)
+    tuned = tuned_copy(folder, tmp_path / "tuned", noise)
+    make_delta(folder, tuned, path, density=0.05, scaling=Scaling("least-squares"))
     row = ["q4_k", "q8_0", "q2_k", "bf16", "q4_k", "tq1_0", "q4_0", DROP]
     package = build(hand_plan(Checkpoint(folder), [row, row]), tmp_path / "out")
     found = logits(package, delta=path, kernels=kernels)
@@ -170,7 +171,8 @@ def beside(base: Path, delta: DeltaFile, row: list[str], output: Path) -> Path:
 def test_decoding_one_by_one_is_the_prompt(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     """A token's experts in one group, and a prompt's: the same products."""
     folder, path = tiny_checkpoint("qwen3_moe", wide=True), tmp_path / "it.delta"
-    make_delta(folder, tuned_copy(folder, tmp_path / "tuned", noise), path, density=0.05)
+    tuned = tuned_copy(folder, tmp_path / "tuned", noise)
+    make_delta(folder, tuned, path, density=0.05, scaling=Scaling("least-squares"))
     package = build(hand_plan(Checkpoint(folder), [["q8_0"] * 8] * 2), tmp_path / "out")
     for kernels in ("exact", "ggml"):
         with Session.open(package, delta=path, kernels=kernels, num_slots=3) as session:
@@ -272,11 +274,12 @@ def test_commands(
     assert run(["delta", str(folder), str(tuned), "-o", str(path), "--density", "0.2"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "times smaller than the model" in said and "bits per weight" in said
-    assert "scales of least squares" in said
+    assert "scales: l1;" in said
     task = tmp_path / "task.txt"
     task.write_text("one two three four five six seven " * 40)
     chosen = ["delta", str(folder), str(tuned), "-o", str(tmp_path / "chosen.delta")]
     assert run([*chosen, "--task", str(task), "--alpha", "2"]) == 2
+    assert run([*chosen, "--scale", "l1", "--alpha", "2"]) == 2
     assert run([*chosen, "--budget", "1GB"]) == 2
     assert run([*chosen, "--task", str(task)]) == 0
     assert "scales" in capsys.readouterr().err

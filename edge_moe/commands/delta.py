@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,13 @@ from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
     from edge_moe.converters.make_delta import DeltaReport
+
+
+class ScaleName(StrEnum):
+    """Values of `edge_moe.delta_file.ScaleRule` that need no number."""
+
+    L1 = "l1"
+    LEAST_SQUARES = "least-squares"
 
 
 def delta_command(
@@ -35,12 +43,20 @@ def delta_command(
             "only the sign is."
         ),
     ] = 0.05,
+    scale: Annotated[
+        ScaleName | None,
+        typer.Option(
+            help="What a tensor's signs are multiplied by: l1 (default) gives them the L1 norm of "
+            "all its changes; least-squares is the mean magnitude of those that are kept, which "
+            "is nearest to them, and mostly too small.",
+            show_default=False,
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="Scale of a tensor's signs, times the standard deviation of all its changes. Else "
-            "--task chooses it, or it is that of least squares: the mean magnitude of the changes "
-            "that are kept, which is mostly too small.",
+            help="Instead of --scale: so many times the standard deviation of the tensor's "
+            "changes, as ComPEFT has it.",
             show_default=False,
         ),
     ] = None,
@@ -48,8 +64,8 @@ def delta_command(
         list[str] | None,
         typer.Option(
             "--task",
-            help="Choose the scale on this text, as ComPEFT does: a shipped task, or a .jsonl or "
-            ".txt file, a fifth of which is left out. Repeat for several.",
+            help="Choose between l1 and values of --alpha on this text: a shipped task, or a "
+            ".jsonl or .txt file, a fifth of which is left out. Repeat for several.",
             show_default=False,
         ),
     ] = None,
@@ -58,21 +74,28 @@ def delta_command(
     """Write what TUNED adds to its base, as sparse signs, for `run --delta`. Resumes if killed."""
     from edge_moe.hub import resolve_model
 
-    if alpha is not None and task:
-        raise InputError("--task chooses what --alpha says: leave one of the two out")
+    if task and (alpha is not None or scale is not None):
+        raise InputError("--task chooses what --scale and --alpha say: leave it out, or those")
+    if alpha is not None and scale is not None:
+        raise InputError("--alpha and --scale are two ways to say the same: give one of them")
     if budget is not None and not task:
         raise InputError("--budget is for running the base, which only --task does: leave it out")
     folders = resolve_model(base), resolve_model(tuned)
-    from edge_moe.converters.make_delta import make_delta, peak_bytes
+    from edge_moe.converters.make_delta import Scaling, make_delta, peak_bytes
 
     stderr().print(f"memory for weights: at most {format_bytes(peak_bytes(folders[0]))}")
+    scaling = None
+    if alpha is not None:
+        scaling = Scaling("alpha", alpha)
+    elif scale is not None:
+        scaling = Scaling(scale.value)
     score = None
     if task:
         from edge_moe.converters.delta_score import text_score
 
         score = text_score(folders[0], task, budget_bytes=budget)
     with resumable():
-        report = make_delta(*folders, output, density=density, alpha=alpha, score=score)
+        report = make_delta(*folders, output, density=density, scaling=scaling, score=score)
     _print_report(report)
     stderr().print(f"next: edge-moe run {base} --delta {output}")
 
@@ -90,7 +113,6 @@ def _print_report(report: DeltaReport) -> None:
         f"{report.bits_per_weight:.4f} bits per weight, of which the entropy of such signs at "
         f"random places is {bound:.4f}"
     )
-    if report.alpha is None:
-        console.print(f"scales of least squares, which keep {report.explained:.1%} of the change")
-    else:
-        console.print(f"scales: {report.alpha:g} times the standard deviation of the changes")
+    scaling = report.scaling
+    name = scaling.rule if scaling.alpha is None else f"alpha {scaling.alpha:g}"
+    console.print(f"scales: {name}; {report.explained:.1%} of the squared change lies in the signs")
