@@ -41,6 +41,7 @@ from edge_moe.delta_file import (
 )
 from edge_moe.errors import DeltaError, InputError
 from edge_moe.files import atomic_path, require_file_output, require_free_disk
+from edge_moe.package import is_package
 from edge_moe.packed_tensors import PackedInfo
 from edge_moe.sparse_signs import MOST_LENGTH, PACKING_BYTES, most_bytes
 from edge_moe.tensor_info import FloatArray, TensorInfo
@@ -141,7 +142,7 @@ def make_delta(
     if not 0 < density <= 1:
         raise InputError(f"--density is {density}: give a share of the weights, such as 0.05")
     require_file_output(output, ".delta")
-    source, target = Checkpoint(base), Checkpoint(tuned)
+    source, target = _open(base), _open(tuned)
     if source.fingerprint == target.fingerprint:
         raise _no_difference(base, tuned)
     check_pair(source, target)
@@ -169,11 +170,20 @@ def peak_bytes(base: Path) -> int:
 
     Two packed dense tensors (fp8) where those are larger.
     """
-    checkpoint = Checkpoint(base)
+    checkpoint = _open(base)
     packed = [info for info in checkpoint.dense_tensors if isinstance(info, PackedInfo)]
     largest = max((_num_weights(info) for info in packed), default=0)
     held = max(checkpoint.spec.expert_weights, largest)
     return 3 * 4 * held + MOST_LENGTH * PACKING_BYTES
+
+
+def _open(folder: Path) -> Checkpoint:
+    if is_package(folder):
+        raise InputError(
+            f"{folder} is a package, whose experts may be rounded or gone: give the checkpoint "
+            "that it was built from; its delta fits the package, too"
+        )
+    return Checkpoint(folder)
 
 
 def _no_difference(base: Path, tuned: Path) -> InputError:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint
-from hand_plan import edit_config
+from hand_plan import edit_config, fused_copy, hand_plan
 from safetensors.torch import load_file, save_file
 from tuned_models import noise, tuned_copy
 
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.build import build
 from edge_moe.converters.make_delta import Scaling, make_delta
 from edge_moe.converters.sparsify import sparsify
 from edge_moe.delta_file import DeltaFile, DeltaTensor, unpack_tensor
@@ -281,6 +282,29 @@ def test_changed_bytes_are_never_taken_for_others(made: bytes, tmp_path: Path) -
             continue
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_stacked_experts_are_the_same_experts(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """One model stores them one by one, the other stacked."""
+    folder = tiny_checkpoint("qwen3_moe")
+    tuned = tuned_copy(folder, tmp_path / "tuned", noise)
+    stacked = fused_copy(tuned, tmp_path / "stacked")
+    found = []
+    for each in (tuned, stacked):
+        make_delta(folder, each, tmp_path / f"{each.name}.delta", density=0.1)
+        delta = DeltaFile(tmp_path / f"{each.name}.delta")
+        found.append([values_of(delta, tensor) for tensor in delta.tensors()])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_packages_are_no_bases(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint("qwen3_moe")
+    package = build(hand_plan(Checkpoint(folder), [["q8_0"] * 8] * 2), tmp_path / "out")
+    with pytest.raises(InputError, match="is a package.*its delta fits the package"):
+        make_delta(package, folder, tmp_path / "it.delta")
 
 
 def test_other_safetensors_files_are_no_delta(

@@ -15,6 +15,7 @@ from conftest import FAMILY_NAMES, TinyCheckpoint
 from hand_plan import hand_plan
 from safetensors.torch import load_file, save_file
 from test_delta_file import values_of
+from test_packed_tensors import make_fp8
 from tuned_models import noise, tuned_copy
 
 from edge_moe.checkpoint import Checkpoint
@@ -318,6 +319,27 @@ def test_misses_computed_where_they_lie_have_the_delta(
     ) as session:
         assert session.generate_ids(PROMPT, 12, stop_at_eos=False) == wanted
         assert session.statistics().cpu_experts > 0
+
+
+def test_base_in_fp8_and_a_tuned_model_in_bf16(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Packed weights of the base count as what they stand for, dense ones and experts."""
+    folder, path = tiny_checkpoint("qwen3_moe"), tmp_path / "it.delta"
+    base = make_fp8(folder, tmp_path / "fp8")
+    tuned = tuned_copy(folder, tmp_path / "tuned", noise)
+    make_delta(base, tuned, path, density=1.0, scaling=Scaling("least-squares"))
+    delta, packed, whole = DeltaFile(path), Checkpoint(base), Checkpoint(tuned)
+    for name, tensor in delta.dense():
+        tau = whole.read(name) - packed.read(name)
+        np.testing.assert_array_equal(np.sign(values_of(delta, tensor)), np.sign(tau))
+    for tensor, first, second in zip(
+        delta.expert(1, 3), packed.expert(1, 3), whole.expert(1, 3), strict=True
+    ):
+        np.testing.assert_array_equal(np.sign(values_of(delta, tensor)), np.sign(second - first))
+    found = logits(base, delta=path)
+    assert np.abs(found - logits(base)).max() > 0.01
+    np.testing.assert_array_equal(found, logits(base, delta=path, num_slots=3))
 
 
 def test_sparsifying_takes_the_memory_that_is_said() -> None:
