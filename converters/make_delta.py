@@ -21,22 +21,22 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe import __version__
+from edge_moe.budget import num_weights
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.delta_checks import check_pair
+from edge_moe.converters.delta_tensors import DeltaPart, delta_parts, shipped_dense
 from edge_moe.converters.progress import Advance, byte_progress
 from edge_moe.converters.safetensors_writer import TensorEntry, safetensors_file
-from edge_moe.converters.source_bytes import read_float32
-from edge_moe.converters.sparsify import SEGMENT_DTYPE, Pieces, SparseTensor, sparsify
+from edge_moe.converters.sparsify import SEGMENT_DTYPE, SparseTensor, sparsify
 from edge_moe.converters.staging import BuildFolder, locked
 from edge_moe.delta_file import (
-    DENSE_NAME,
     INFO_KEY,
     TABLES_KEY,
     DeltaFile,
     DeltaInfo,
     DenseTensor,
     ScaleRule,
-    layer_name,
+    num_segments,
     tables_digest,
 )
 from edge_moe.errors import DeltaError, InputError
@@ -44,7 +44,6 @@ from edge_moe.files import atomic_path, require_file_output, require_free_disk
 from edge_moe.package import is_package
 from edge_moe.packed_tensors import PackedInfo
 from edge_moe.sparse_signs import MOST_LENGTH, PACKING_BYTES, most_bytes
-from edge_moe.tensor_info import FloatArray, TensorInfo
 
 DEFAULT_DENSITY = 0.05
 _COPY_BYTES = 8 * 2**20
@@ -100,16 +99,6 @@ class DeltaReport:
         return 8 * self.num_bytes / self.num_weights
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Tensors that are packed into one file."""
-
-    name: str
-    tensors: Sequence[Callable[[], Pieces]]
-    """Each gives its pieces; what it holds for that is freed with them."""
-    num_weights: Sequence[int]
-
-
 def make_delta(
     base: Path,
     tuned: Path,
@@ -147,7 +136,7 @@ def make_delta(
         raise _no_difference(base, tuned)
     check_pair(source, target)
     info = _info(source, target, density)
-    parts = list(_parts(source, target))
+    parts = list(delta_parts(source, target))
     needed_bytes = 3 * sum(_most_bytes(part, density) for part in parts) + _SMALL_FILES_BYTES
     require_free_disk(output.absolute().parent, needed_bytes, f"delta {output.name}")
     with _work_folder(output.absolute(), info) as work:
@@ -172,7 +161,7 @@ def peak_bytes(base: Path) -> int:
     """
     checkpoint = _open(base)
     packed = [info for info in checkpoint.dense_tensors if isinstance(info, PackedInfo)]
-    largest = max((_num_weights(info) for info in packed), default=0)
+    largest = max((num_weights(info) for info in packed), default=0)
     held = max(checkpoint.spec.expert_weights, largest)
     return 3 * 4 * held + MOST_LENGTH * PACKING_BYTES
 
@@ -204,113 +193,19 @@ def _info(base: Checkpoint, tuned: Checkpoint, density: float) -> DeltaInfo:
         tuned_fingerprint=tuned.fingerprint,
         density=density,
         scale_rule="l1",
-        dense=tuple(DenseTensor(name=each.name, shape=each.shape) for each in _dense(base)),
+        dense=tuple(DenseTensor(name=each.name, shape=each.shape) for each in shipped_dense(base)),
         moe_layer_ids=spec.moe_layer_ids,
         num_experts=spec.num_experts,
         expert_shapes=(up, up, down) if spec.has_gate else (up, down),
     )
 
 
-def _dense(checkpoint: Checkpoint) -> list[TensorInfo]:
-    """A tied lm_head is the embedding once more."""
-    is_tied = checkpoint.spec.tie_word_embeddings
-    return [
-        info for info in checkpoint.dense_tensors if not (is_tied and info.name == "lm_head.weight")
-    ]
-
-
-def _parts(base: Checkpoint, tuned: Checkpoint) -> Iterator[_Part]:
-    """The dense tensors, then layer after layer."""
-    dense = _dense(base)
-    pairs = [(info, tuned.tensors[info.name]) for info in dense]
-    yield _Part(
-        DENSE_NAME,
-        [lambda pair=pair: _dense_pieces(*pair) for pair in pairs],  # type: ignore[misc]
-        [_num_weights(info) for info in dense],
-    )
-    spec = base.spec
-    for layer_id in spec.moe_layer_ids:
-        tensors = _ExpertTensors(base, tuned, layer_id)
-        count = (2 + spec.has_gate) * spec.num_experts
-        one = spec.expert_width * spec.expert_hidden
-        yield _Part(
-            layer_name(layer_id),
-            [
-                lambda number=number, tensors=tensors: tensors.pieces(number)  # type: ignore[misc]
-                for number in range(count)
-            ],
-            [one] * count,
-        )
-
-
-class _ExpertTensors:
-    """The matrices of one layer, in order; holds those of one expert."""
-
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, layer_id: int) -> None:
-        self._pair = (base, tuned)
-        self._layer_id = layer_id
-        self._expert = -1
-        self._matrices: list[tuple[FloatArray, FloatArray]] = []
-
-    def pieces(self, number: int) -> Pieces:
-        """Of matrix `number` of the layer."""
-        expert, place = divmod(number, 2 + self._pair[0].spec.has_gate)
-        if expert != self._expert:
-            self._matrices.clear()
-            base, tuned = (each.expert(self._layer_id, expert) for each in self._pair)
-            self._matrices = [
-                (first, second) for first, second in zip(base, tuned, strict=True) if first.size
-            ]
-            self._expert = expert
-        first, second = self._matrices[place]
-        return _difference(first.reshape(-1), second.reshape(-1))
-
-
-def _difference(base: FloatArray, tuned: FloatArray) -> Pieces:
-    def pieces() -> Iterator[FloatArray]:
-        for start in range(0, len(base), MOST_LENGTH):
-            yield tuned[start : start + MOST_LENGTH] - base[start : start + MOST_LENGTH]
-
-    return pieces
-
-
-def _dense_pieces(base: TensorInfo, tuned: TensorInfo) -> Pieces:
-    """Read again for every pass; packed tensors are held."""
-    if isinstance(base, PackedInfo) or isinstance(tuned, PackedInfo):
-        return _difference(_values(base), _values(tuned))
-    num_weights = _num_weights(base)
-
-    def pieces() -> Iterator[FloatArray]:
-        for start in range(0, num_weights, MOST_LENGTH):
-            stop = min(start + MOST_LENGTH, num_weights)
-            yield read_float32(_part(tuned, start, stop)) - read_float32(_part(base, start, stop))
-
-    return pieces
-
-
-def _values(info: TensorInfo) -> FloatArray:
-    values = info.values() if isinstance(info, PackedInfo) else read_float32(info)
-    return np.ascontiguousarray(values).reshape(-1)
-
-
-def _part(info: TensorInfo, start: int, stop: int) -> TensorInfo:
-    """Entries of a plain tensor, counted over its rows."""
-    itemsize = info.num_bytes // _num_weights(info)
-    offset, num_bytes = info.offset + start * itemsize, (stop - start) * itemsize
-    return TensorInfo(info.name, info.path, info.dtype, (stop - start,), offset, num_bytes)
-
-
-def _num_weights(info: TensorInfo) -> int:
-    return int(np.prod(info.shape, dtype=np.int64))
-
-
-def _most_bytes(part: _Part, density: float) -> int:
+def _most_bytes(part: DeltaPart, density: float) -> int:
     """What a part takes on the disk at most."""
     total = 0
-    for num_weights in part.num_weights:
-        num_kept = max(1, round(density * num_weights))
-        segments = -(-num_weights // MOST_LENGTH)
-        total += most_bytes(num_kept, num_weights) + _TABLE_BYTES_PER_SEGMENT * segments
+    for length in part.num_weights:
+        num_kept = max(1, round(density * length))
+        total += most_bytes(num_kept, length) + _TABLE_BYTES_PER_SEGMENT * num_segments(length)
     return total
 
 
@@ -331,16 +226,16 @@ def _work_folder(output: Path, info: DeltaInfo) -> Iterator[BuildFolder]:
     shutil.rmtree(folder)
 
 
-def _write_part(part: _Part, density: float, work: BuildFolder, advance: Advance) -> None:
+def _write_part(part: DeltaPart, density: float, work: BuildFolder, advance: Advance) -> None:
     name, tables = f"{part.name}.bin", f"{part.name}.npy"
     if work.finished(name) is not None and work.finished(tables) is not None:
         advance(sum(part.num_weights))
         return
     found = []
     with atomic_path(work.path / name) as temporary, temporary.open("wb") as handle:
-        for new_pieces, num_weights in zip(part.tensors, part.num_weights, strict=True):
+        for new_pieces, length in zip(part.tensors, part.num_weights, strict=True):
             found.append(sparsify(new_pieces(), density, handle.write))
-            advance(num_weights)
+            advance(length)
     _save_tables(work.path / tables, found)
     work.add(name)
     work.add(tables)
@@ -354,7 +249,7 @@ def _save_tables(path: Path, found: Iterable[SparseTensor]) -> None:
         np.save(handle, segments, allow_pickle=False)
 
 
-def _load_tables(work: BuildFolder, part: _Part) -> _Tables:
+def _load_tables(work: BuildFolder, part: DeltaPart) -> _Tables:
     """(tensors, segments) as they were saved."""
     with (work.path / f"{part.name}.npy").open("rb") as handle:
         tensors = np.load(handle, allow_pickle=False)
@@ -376,7 +271,7 @@ class _Draft:
     """All that is in a delta but the scales."""
 
     info: DeltaInfo
-    parts: Sequence[_Part]
+    parts: Sequence[DeltaPart]
     tables: Sequence[_Tables]
     work: BuildFolder
 
@@ -434,7 +329,7 @@ def _report(
     written = DeltaFile(output)  # reads its own header again
     square = sum(float(tensors["square"].sum()) for tensors, _ in tables)
     along = sum(_square_along(tensors) for tensors, _ in tables)
-    loaded = [*_dense(tuned), *(tuned.tensors[name] for name in tuned.expert_tensors)]
+    loaded = [*shipped_dense(tuned), *(tuned.tensors[name] for name in tuned.expert_tensors)]
     return DeltaReport(
         path=output,
         num_bytes=written.num_bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tuned_models import noise, tuned_copy
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
+from edge_moe.converters.delta_tensors import delta_parts
 from edge_moe.converters.make_delta import Scaling, make_delta
 from edge_moe.converters.sparsify import sparsify
 from edge_moe.delta_file import DeltaFile, DeltaTensor, unpack_tensor
@@ -112,7 +114,7 @@ def test_segments_are_packed_one_by_one(
     make_delta(folder, tuned, tmp_path / "whole.delta", density=0.1)
     whole = DeltaFile(tmp_path / "whole.delta")
     wanted = [values_of(whole, tensor) for tensor in whole.tensors()]
-    for name in ("delta_file", "converters.make_delta"):
+    for name in ("delta_file", "converters.delta_tensors"):
         monkeypatch.setattr(f"edge_moe.{name}.MOST_LENGTH", 1000)
     make_delta(folder, tuned, tmp_path / "parts.delta", density=0.1)
     parts = DeltaFile(tmp_path / "parts.delta")
@@ -298,6 +300,24 @@ def test_stacked_experts_are_the_same_experts(
         found.append([values_of(delta, tensor) for tensor in delta.tensors()])
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_one_expert_of_both_models_is_held(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """Whatever the number of layers is."""
+    folder = tiny_checkpoint("qwen3_moe", wide=True)
+    base, tuned = Checkpoint(folder), Checkpoint(tuned_copy(folder, tmp_path / "tuned", noise))
+    parts = list(delta_parts(base, tuned))
+    assert len(parts) == 3
+    tracemalloc.start()
+    for part in parts:
+        for new_pieces in part.tensors:
+            for _ in new_pieces()():
+                pass
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    pair_bytes = 2 * 4 * base.spec.expert_weights
+    assert pair_bytes <= held < 1.5 * pair_bytes  # and the last piece
+    assert peak < 12 * base.spec.expert_weights + 4 * 2 * base.spec.expert_weights
 
 
 def test_packages_are_no_bases(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
