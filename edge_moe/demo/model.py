@@ -1,4 +1,4 @@
-"""The demo network: a Qwen3-MoE of 14.4 M parameters, built, saved and loaded.
+"""The demo network: a Qwen3-MoE of 14.4 M parameters, built, saved and loaded; and a dense one.
 
 Hidden size and expert size are both 256 on purpose: ggml's K-quants and ternary forms need rows
 that are multiples of 256.
@@ -10,10 +10,17 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from edge_moe.demo.tokenizer import MODEL_MAX_LENGTH, VOCAB_SIZE
 
@@ -45,15 +52,47 @@ def demo_config() -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**settings)
 
 
+def dense_config() -> LlamaConfig:
+    """A dense model to upcycle, 4.2 M parameters: as wide and deep, one feed-forward layer of 768
+    in the place of the experts."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 768,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": MODEL_MAX_LENGTH,
+        "rope_theta": 10000.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return LlamaConfig(**settings)
+
+
 def new_model(experts_implementation: str) -> Qwen3MoeForCausalLM:
-    """A freshly initialised model; what enters the residual stream is scaled by its depth."""
+    """A freshly initialised mixture of experts."""
     config = demo_config()
     config._experts_implementation = experts_implementation
-    model = Qwen3MoeForCausalLM(config)
-    scale = 1 / math.sqrt(2 * config.num_hidden_layers)
+    return _initialised(Qwen3MoeForCausalLM(config))
+
+
+def new_dense_model() -> LlamaForCausalLM:
+    """A freshly initialised dense model."""
+    return _initialised(LlamaForCausalLM(dense_config()))
+
+
+M = TypeVar("M", bound=PreTrainedModel)
+
+
+def _initialised(model: M) -> M:
+    """What enters the residual stream is scaled by the model's depth."""
+    scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj")):
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
                 parameter.mul_(scale)
             elif name.endswith("mlp.gate.weight"):
                 parameter.normal_(0, 0.02)
@@ -63,12 +102,14 @@ def new_model(experts_implementation: str) -> Qwen3MoeForCausalLM:
 def _add_expert_count(config_path: Path) -> None:
     """Writes the number of experts under both names that readers of config.json look for."""
     config = json.loads(config_path.read_text())
-    count = config.get("num_experts") or config["num_local_experts"]
+    count = config.get("num_experts") or config.get("num_local_experts")
+    if not count:
+        return
     config["num_experts"] = config["num_local_experts"] = count
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_model(model: Qwen3MoeForCausalLM, tokenizer_dir: Path, out: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer_dir: Path, out: Path) -> None:
     """Saves `model` (which becomes bf16) and the tokenizer as a Hugging Face checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
     defaults = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "max_new_tokens": 64}

@@ -1,4 +1,4 @@
-"""Trains the demo model from scratch on the CPU.
+"""Trains the demo model from scratch on the CPU; with --dense the dense one that is upcycled.
 
     python -m edge_moe.demo.corpus    --work DIR
     python -m edge_moe.demo.tokenizer --work DIR
@@ -8,6 +8,9 @@ The learning rate warms up, stays constant and decays linearly over the last ste
 made longer or shorter while it goes on: stop it and start it again with other numbers. A stopped
 run resumes from its last checkpoint; when the schedule changed after the decay had begun, from the
 checkpoint before the decay. The data of a step depends only on (seed, step).
+
+The dense model has its checkpoints in DIR/dense: 4,500 steps, 9 M tokens, in under an hour of two
+cores.
 """
 
 from __future__ import annotations
@@ -33,11 +36,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 
 from edge_moe.converters.upcycle.balance import switch_loss
 from edge_moe.demo.corpus import DEFAULT_WORK, DOMAINS
-from edge_moe.demo.model import new_model, save_model
+from edge_moe.demo.model import new_dense_model, new_model, save_model
 from edge_moe.demo.tokenizer import fingerprint, read_tokens
 from edge_moe.errors import InputError
 
@@ -70,6 +73,7 @@ class Recipe:
     balance_weight: float = 0.01
     result_weight: float = 6.0  # of the tokens that follow "=" in the arithmetic domain
     experts_implementation: str = "grouped_mm"
+    is_dense: bool = False
 
     def learning_rate_at(self, step: int) -> float:
         """Warm-up, plateau, linear decay; `step` counts from 0."""
@@ -135,7 +139,7 @@ def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
     return total / len(router_logits)
 
 
-def new_optimizer(model: Qwen3MoeForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
+def new_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; norms are not decayed."""
     parameters = list(model.parameters())
     groups = [
@@ -153,6 +157,7 @@ class Trainer:
     def __init__(self, work: Path, recipe: Recipe, shares: dict[str, float]) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
+        self.folder = state_folder(work, recipe.is_dense)
         self.work = work
         self.shares = shares
         self.data = Data(work, shares)
@@ -161,7 +166,9 @@ class Trainer:
         if equals_id is None:
             raise InputError("the tokenizer has no token for an equals sign after a space")
         self.equals_id = equals_id
-        self.model = new_model(recipe.experts_implementation)
+        self.model: Any = (
+            new_dense_model() if recipe.is_dense else new_model(recipe.experts_implementation)
+        )
         self.optimizer = new_optimizer(self.model, recipe)
         self.step = 0
         self.seconds = 0.0
@@ -180,13 +187,13 @@ class Trainer:
             "losses": self.losses,
             "recipe": asdict(self.recipe),
         }
-        partial = self.work / (name + ".partial")
+        partial = self.folder / (name + ".partial")
         torch.save(state, partial)
-        partial.replace(self.work / name)
+        partial.replace(self.folder / name)
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None for a new run."""
-        latest = self.work / LATEST
+        latest = self.folder / LATEST
         if not latest.exists():
             return None
         state: dict[str, Any] = torch.load(latest, weights_only=True)
@@ -195,7 +202,7 @@ class Trainer:
             state["recipe"]["steps"] != self.recipe.steps
         )
         if is_changed and state["step"] > decay_start:
-            state = torch.load(self.work / BEFORE_DECAY, weights_only=True)
+            state = torch.load(self.folder / BEFORE_DECAY, weights_only=True)
         return state
 
     def resume(self) -> None:
@@ -211,7 +218,7 @@ class Trainer:
     def log(self, entry: dict[str, Any]) -> None:
         line = json.dumps({"step": self.step, "seconds": round(self.seconds), **entry})
         print(line, flush=True)
-        with (self.work / "training_log.jsonl").open("a") as out:
+        with (self.folder / "training_log.jsonl").open("a") as out:
             out.write(line + "\n")
 
     # -- the loop -------------------------------------------------------------------------------
@@ -222,7 +229,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(self.step)
         tokens, names = self.data.batch(recipe, self.step)
-        output = self.model(input_ids=tokens, output_router_logits=True)
+        extra = {} if recipe.is_dense else {"output_router_logits": True}
+        output = self.model(input_ids=tokens, **extra)
         logits = output.logits[:, :-1].flatten(0, 1)
         per_token = F.cross_entropy(logits, tokens[:, 1:].reshape(-1), reduction="none")
         per_token = per_token.view(tokens.shape[0], -1)
@@ -230,7 +238,9 @@ class Trainer:
         for row, name in enumerate(names):
             if name == "arithmetic":
                 weights[row] = result_weights(tokens[row], self.equals_id, recipe.result_weight)
-        balance = balance_loss(output.router_logits, self.model.config.num_experts_per_tok)
+        balance = torch.zeros(())
+        if not recipe.is_dense:
+            balance = balance_loss(output.router_logits, self.model.config.num_experts_per_tok)
         torch.autograd.backward((per_token * weights).mean() + recipe.balance_weight * balance)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -286,7 +296,7 @@ class Trainer:
         per_step = self.recipe.sequences * self.recipe.sequence_tokens
         return {
             "recipe": asdict(self.recipe),
-            "history": recipe_history(self.work),
+            "history": recipe_history(self.folder),
             "shares": self.shares,
             "tokens": self.step * per_step,
             "step": self.step,
@@ -299,9 +309,16 @@ class Trainer:
         }
 
 
-def recipe_history(work: Path) -> list[dict[str, Any]]:
+def state_folder(work: Path, is_dense: bool) -> Path:
+    """Where checkpoints and log of a run lie."""
+    folder = work / "dense" if is_dense else work
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def recipe_history(folder: Path) -> list[dict[str, Any]]:
     """The recipes of a run that was stopped and resumed, each with the step it began at."""
-    with (work / "training_log.jsonl").open() as lines:
+    with (folder / "training_log.jsonl").open() as lines:
         entries = [json.loads(line) for line in lines]
     return [entry for entry in entries if "recipe" in entry]
 
@@ -319,6 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="cache folder")
     parser.add_argument("--out", type=Path, required=True, help="where the finished model goes")
+    parser.add_argument("--dense", action="store_true", help="train the dense model")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--decay-steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
@@ -328,7 +346,11 @@ def main() -> None:
     parser.add_argument("--checkpoint-seconds", type=float, default=300)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(args.steps, args.decay_steps, args.seed, experts_implementation=args.experts)
+    recipe = Recipe(
+        *(args.steps, args.decay_steps, args.seed),
+        experts_implementation=args.experts,
+        is_dense=args.dense,
+    )
     trainer = Trainer(args.work, recipe, parse_shares(args.shares))
     trainer.resume()
     signal.signal(signal.SIGTERM, trainer.stop)
@@ -338,7 +360,7 @@ def main() -> None:
         return
     summary = trainer.summary()
     trainer.log({"summary": summary})
-    (args.work / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (trainer.folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     save_model(trainer.model, args.work / "tokenizer", args.out)
 
 
