@@ -35,9 +35,10 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate
 from edge_moe.converters.upcycle.dense_model import open_dense
+from edge_moe.converters.upcycle.record import RECORD_NAME, UpcycleRecord
 from edge_moe.converters.upcycle.student import UpcycleSettings
 from edge_moe.converters.upcycle.trained_layers import ternary_forms
-from edge_moe.converters.upcycle.upcycle import RECORD_NAME, UpcycleRecord, upcycle
+from edge_moe.converters.upcycle.upcycle import upcycle
 from edge_moe.converters.window_training import checked_settings
 from edge_moe.demo import task_names
 from edge_moe.demo.corpus import DOMAINS, corpus_path

@@ -28,12 +28,13 @@ from edge_moe.converters.upcycle import upcycle as upcycling
 from edge_moe.converters.upcycle.balance import switch_loss
 from edge_moe.converters.upcycle.dense_model import open_dense
 from edge_moe.converters.upcycle.memory import student_terms
+from edge_moe.converters.upcycle.record import LOG_NAME, UpcycleRecord
 from edge_moe.converters.upcycle.routed_weights import Quantiser, RoutedMatrix, round_to_int8
 from edge_moe.converters.upcycle.student import Student, UpcycleSettings
 from edge_moe.converters.upcycle.target import MoeShape, choose_target
 from edge_moe.converters.upcycle.train_text import read_train_text
 from edge_moe.converters.upcycle.trained_layers import require_rows, ternary_forms
-from edge_moe.converters.upcycle.upcycle import LOG_NAME, UpcycleRecord, upcycle
+from edge_moe.converters.upcycle.upcycle import upcycle
 from edge_moe.converters.window_training import LossLog
 from edge_moe.errors import InputError
 from edge_moe.formats import get_form, pack_expert, unpack_expert
@@ -270,10 +271,16 @@ def test_every_way_of_training_learns(
 
 
 def test_glm_learns_as_well(text: str, tmp_path: Path) -> None:
-    source = make_tiny_dense(tmp_path / "dense", "qwen3", width=256, head_dim=64)
+    source = make_tiny_dense(
+        tmp_path / "dense", "qwen3", width=256, head_dim=64, tie_word_embeddings=True
+    )
+    licence = "---\nlicense: mit\n---\n# dense\n"
+    (source / "README.md").write_text(licence)
     record = make(source, text, tmp_path / "moe")
     first, kept = record.row(0), record.row(record.kept_step)
     assert record.architecture == "Glm4MoeForCausalLM"
+    card = (tmp_path / "moe/README.md").read_text()
+    assert card.startswith('---\nbase_model: "dense"\nlicense: mit\n')
     assert first and kept and kept.heldout_lm_loss < first.heldout_lm_loss - 0.5
 
 

@@ -199,7 +199,8 @@ def _frozen_model(dense: DenseModel, target: Target, shape: MoeShape) -> tuple[A
     """transformers' model with all weights but routed experts and routers, float32."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    values = target.config(dense, shape, is_tied=False)
+    is_tied = dense.config.is_tied
+    values = target.config(dense, shape, is_tied=is_tied)
     spec = ModelSpec.from_config(values, source=str(dense.location))
     config = CONFIG_MAPPING[target.model_type].from_dict(values)
     with torch.device("meta"):
@@ -208,13 +209,15 @@ def _frozen_model(dense: DenseModel, target: Target, shape: MoeShape) -> tuple[A
     fill_buffers(model, cpu)
     empty = from_values("", "F32", np.zeros((shape.num_experts, dense.config.hidden_size), "f4"))
     layers = [MoeLayer(empty, dense.ffn(layer), []) for layer in range(dense.config.num_layers)]
-    for tensor in moe_tensors(dense, target, shape, layers):
+    for tensor in moe_tensors(dense, target, shape, layers, keep_tied=is_tied):
         parent, _, leaf = tensor.name.rpartition(".")
         module, values_of = model.get_submodule(parent), torch.from_numpy(tensor.read())
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(values_of, requires_grad=False)
         else:
             module._buffers[leaf] = values_of
+    if is_tied:
+        model.lm_head.weight = model.get_input_embeddings().weight
     return model.eval(), spec
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
 
 from edge_moe import __version__
 from edge_moe.converters.calibration_memory import state_and_require_memory
@@ -26,6 +25,12 @@ from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
 from edge_moe.converters.upcycle.memory import student_terms
+from edge_moe.converters.upcycle.record import (
+    LOG_NAME,
+    RECORD_NAME,
+    UpcycleRecord,
+    upcycle_card,
+)
 from edge_moe.converters.upcycle.student import Student, UpcycleSettings
 from edge_moe.converters.upcycle.target import MoeShape, Target, choose_target
 from edge_moe.converters.upcycle.train_text import read_train_text
@@ -36,7 +41,7 @@ from edge_moe.converters.upcycle.trained_layers import (
     trained_layers,
 )
 from edge_moe.converters.upcycle.write_moe import write_moe
-from edge_moe.converters.window_training import Losses, LossRow, WindowTraining, windows_read
+from edge_moe.converters.window_training import Losses, WindowTraining, windows_read
 from edge_moe.errors import InputError
 from edge_moe.files import require_free_disk, require_new_output, write_text
 from edge_moe.formats import expert_bytes
@@ -45,45 +50,10 @@ from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
 from edge_moe.tasks import task_label, windows_fingerprint
 
-RECORD_NAME = "upcycle.json"
-LOG_NAME = "upcycle_log.jsonl"
 _STATE_NAME = "training.safetensors"
 _SAVE_SECONDS = 60.0
 _STATE_COPIES = 4  # value, best value, two moments
 _REMEDY = "use --checkpointing, a smaller --seq, fewer --experts, or a machine with more memory"
-
-
-class UpcycleRecord(BaseModel):
-    """upcycle.json: what was done, and what it did on windows that only judged."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    provenance: Provenance
-    source: str
-    source_fingerprint: str
-    architecture: str
-    num_experts: int
-    top_k: int
-    settings: UpcycleSettings
-    data: list[str]
-    window_tokens: int
-    num_training_windows: int
-    num_judging_windows: int
-    losses: list[LossRow]
-    """The first one, of step 0, is the dense model's."""
-    kept_step: int
-    """0: no step was better than the dense model, which is what the experts add nothing to."""
-    memory_terms: list[MemoryTerm]
-    total_bytes: int
-    """All weight files."""
-    routed_bytes: int
-    """Routed experts as they are stored here."""
-    packed_bytes: dict[str, int]
-    """Routed experts packed without loss; empty where they are not ternary."""
-
-    def row(self, step: int) -> LossRow | None:
-        """The judgement at `step`."""
-        return next((row for row in self.losses if row.step == step), None)
 
 
 @dataclass(frozen=True)
@@ -172,7 +142,7 @@ def _upcycle(
         },
     )
     write_text(work.path / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
-    write_text(work.path / CARD_NAME, _card(record))
+    write_text(work.path / CARD_NAME, upcycle_card(record, job.dense.location, work.output.name))
     return record
 
 
@@ -262,31 +232,3 @@ def _fingerprint(job: _Job) -> str:
         job.settings.model_dump_json(),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _card(record: UpcycleRecord) -> str:
-    """README.md of the folder."""
-    first, kept = record.row(0), record.row(record.kept_step)
-    kind = "ternary" if record.settings.is_ternary else "full-precision"
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags:",
-        "- edge-moe",
-        "---",
-        f"# {record.architecture} upcycled from {record.source}",
-        "",
-        f"The dense model, whose feed-forward layers are shared experts here, and {kind} routed "
-        f"experts beside them ({record.num_experts} per layer, top-{record.top_k}), made with "
-        f"edge-moe {record.provenance.edge_moe_version}.",
-        "",
-    ]
-    if first and kept:
-        lines.append(
-            f"Trained on {', '.join(record.data)}: next-token loss on windows that were held out "
-            f"{first.heldout_lm_loss:.4f} (dense) -> {kept.heldout_lm_loss:.4f} nats per token."
-        )
-    for form, num_bytes in record.packed_bytes.items():
-        lines.append(f"Routed experts pack into {form} without loss: {num_bytes} bytes.")
-    lines.append(f"`{RECORD_NAME}` has the settings and losses, `{LOG_NAME}` every step.")
-    return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from edge_moe.errors import InputError
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
-    from edge_moe.converters.upcycle.upcycle import UpcycleRecord
+    from edge_moe.converters.upcycle.record import UpcycleRecord
 
 
 class ActivationsName(StrEnum):
