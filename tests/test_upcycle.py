@@ -33,7 +33,12 @@ from edge_moe.converters.upcycle.routed_weights import Quantiser, RoutedMatrix, 
 from edge_moe.converters.upcycle.student import Student, UpcycleSettings
 from edge_moe.converters.upcycle.target import MoeShape, choose_target
 from edge_moe.converters.upcycle.train_text import read_train_text
-from edge_moe.converters.upcycle.trained_layers import require_rows, ternary_forms
+from edge_moe.converters.upcycle.trained_layers import (
+    require_rows,
+    ternary_forms,
+    trained_layers,
+    untrained_layers,
+)
 from edge_moe.converters.upcycle.upcycle import upcycle
 from edge_moe.converters.window_training import LossLog
 from edge_moe.errors import InputError
@@ -319,6 +324,19 @@ def gradients(dense: Path, chosen: UpcycleSettings) -> dict[str, Tensor]:
     torch.autograd.backward(values.square().mean() + balance)
     found.end_step()
     return {name: value.grad for name, value in found.parameters.items() if value.grad is not None}
+
+
+@pytest.mark.parametrize("is_ternary", [True, False])
+def test_untrained_layers_are_what_training_starts_from(dense: Path, is_ternary: bool) -> None:
+    chosen = FEW.model_copy(update={"is_ternary": is_ternary})
+    model, shape = open_dense(dense), MoeShape(4, 2, 256, 256)
+    started = trained_layers(student(dense, chosen), model, shape, chosen)
+    for one, other in zip(started, untrained_layers(model, shape, chosen), strict=True):
+        np.testing.assert_array_equal(one.router.read(), other.router.read())
+        for left, right in zip(one.experts, other.experts, strict=True):
+            for a, b in zip(left, right, strict=True):
+                assert a.entry == b.entry
+                np.testing.assert_array_equal(a.read(), b.read())
 
 
 def test_checkpointing_changes_no_gradient(dense: Path) -> None:

@@ -53,6 +53,16 @@ def student_terms(
         "activations": 4 * (activations + scores),
         "allowance": _ALLOWANCE_BYTES,
     }
+    return _named(terms)
+
+
+def untrained_terms(dense: DenseModel) -> list[MemoryTerm]:
+    """While nothing is trained: 20 bytes x the largest tensor, read, rounded and packed."""
+    largest = max(math.prod(tensor.shape) for tensor in dense.tensors.values())
+    return _named({"one matrix": 20 * largest, "allowance": _ALLOWANCE_BYTES})
+
+
+def _named(terms: dict[str, int]) -> list[MemoryTerm]:
     return [
         MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
     ]

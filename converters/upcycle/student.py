@@ -55,6 +55,12 @@ class UpcycleSettings(WindowSettings):
         return self.group if self.is_ternary else columns
 
 
+def new_router(num_experts: int, hidden: int, layer_id: int, seed: int) -> npt.NDArray[np.float32]:
+    """[E, H] small random rows: experts, which are all alike, differ by the tokens they get."""
+    drawn = np.random.default_rng([seed, layer_id]).normal(size=(num_experts, hidden))
+    return (_ROUTER_SPREAD * drawn).astype(np.float32)
+
+
 class RoutedExperts(nn.Module):
     """All routed experts of a layer; called as transformers calls its own."""
 
@@ -112,20 +118,20 @@ class Student:
         self._is_softmax = spec.router.score_function == "softmax"
         self._balance: list[Tensor] | None = None
         self.parameters: dict[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(settings.seed)
         for layer_id, block in enumerate(self._blocks):
-            self._start_layer(layer_id, block, generator)
+            self._start_layer(layer_id, block)
         if settings.is_checkpointing:
             _checkpoint_layers(self.model)
 
-    def _start_layer(self, layer_id: int, block: MoeBlock, generator: torch.Generator) -> None:
+    def _start_layer(self, layer_id: int, block: MoeBlock) -> None:
         settings, shape = self._settings, self._shape
         dense = [torch.from_numpy(matrix.read()) for matrix in self._dense.ffn(layer_id)]
         experts = RoutedExperts(dense, shape.num_experts, settings)
         block.module.experts = block.experts = experts
-        hidden = self._dense.config.hidden_size
-        rows = torch.randn(shape.num_experts, hidden, generator=generator) * _ROUTER_SPREAD
-        block.router.weight = nn.Parameter(rows)
+        rows = new_router(
+            shape.num_experts, self._dense.config.hidden_size, layer_id, settings.seed
+        )
+        block.router.weight = nn.Parameter(torch.from_numpy(rows))
         block.router.register_forward_hook(lambda *call: self._hear(*call[2]))
         trained = {"router": block.router.weight}
         for projection in PROJECTIONS:

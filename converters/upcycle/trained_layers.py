@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import torch
 
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.slicing import FORM_OF_DTYPE
 from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
+from edge_moe.converters.upcycle.routed_weights import Quantiser
 from edge_moe.converters.upcycle.stored_tensor import StoredTensor, from_values
-from edge_moe.converters.upcycle.student import Student, UpcycleSettings
+from edge_moe.converters.upcycle.student import Student, UpcycleSettings, new_router
 from edge_moe.converters.upcycle.target import Matrices, MoeLayer, MoeShape
 from edge_moe.errors import InputError
 from edge_moe.formats import form_bits, get_form
@@ -59,6 +61,33 @@ def trained_layers(
         _layer(student, dense, shape, settings, layer_id)
         for layer_id in range(dense.config.num_layers)
     ]
+
+
+def untrained_layers(
+    dense: DenseModel, shape: MoeShape, settings: UpcycleSettings
+) -> list[MoeLayer]:
+    """What `trained_layers` starts from, without a student: one matrix in memory."""
+    dtype, hidden = routed_dtype(dense, settings), dense.config.hidden_size
+
+    def matrix(source: StoredTensor, is_down: bool) -> StoredTensor:
+        def read() -> FloatArray:
+            values = torch.from_numpy(source.read())
+            quantiser = Quantiser(settings.group_of(values.shape[1]), settings.is_ternary)
+            scale = quantiser.fitted_scale(values)
+            used = quantiser.used(values, torch.zeros_like(scale) if is_down else scale)
+            found: FloatArray = used.numpy()
+            return found
+
+        return StoredTensor(TensorEntry("", dtype, source.shape), read)
+
+    layers = []
+    for layer_id in range(dense.config.num_layers):
+        gate, up, down = dense.ffn(layer_id)
+        expert = matrix(gate, False), matrix(up, False), matrix(down, True)
+        rows = new_router(shape.num_experts, hidden, layer_id, settings.seed)
+        router = from_values("", "F32", rows)
+        layers.append(MoeLayer(router, (gate, up, down), [expert] * shape.num_experts))
+    return layers
 
 
 def routed_dtype(dense: DenseModel, settings: UpcycleSettings) -> str:

@@ -24,7 +24,7 @@ from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
-from edge_moe.converters.upcycle.memory import student_terms
+from edge_moe.converters.upcycle.memory import student_terms, untrained_terms
 from edge_moe.converters.upcycle.record import (
     LOG_NAME,
     RECORD_NAME,
@@ -39,6 +39,7 @@ from edge_moe.converters.upcycle.trained_layers import (
     routed_dtype,
     ternary_forms,
     trained_layers,
+    untrained_layers,
 )
 from edge_moe.converters.upcycle.write_moe import write_moe
 from edge_moe.converters.window_training import Losses, WindowTraining, windows_read
@@ -105,7 +106,9 @@ def upcycle(
     target.check(shape)
     text = read_train_text(dense, data, window_tokens, max_windows) if chosen.steps else None
     job = _Job(dense, target, shape, chosen, text, window_tokens, keep_tied)
-    terms = student_terms(dense, shape, chosen, window_tokens)
+    terms = untrained_terms(dense)
+    if text is not None:
+        terms = student_terms(dense, shape, chosen, window_tokens)
     state_and_require_memory(_subject(job), terms, _REMEDY)
     with build_folder(output, _fingerprint(job)) as work:
         return _upcycle(job, work, terms, [task_label(each) for each in data], name or str(model))
@@ -114,9 +117,13 @@ def upcycle(
 def _upcycle(
     job: _Job, work: BuildFolder, terms: list[MemoryTerm], labels: list[str], name: str
 ) -> UpcycleRecord:
-    student = Student(job.dense, job.target, job.shape, job.settings)
-    training = _train(job, student, work)
-    layers = trained_layers(student, job.dense, job.shape, job.settings)
+    training = None
+    if job.text is None:
+        layers = untrained_layers(job.dense, job.shape, job.settings)
+    else:
+        student = Student(job.dense, job.target, job.shape, job.settings)
+        training = _train(job, student, job.text, work)
+        layers = trained_layers(student, job.dense, job.shape, job.settings)
     total_bytes = write_moe(job.dense, job.target, job.shape, layers, work, keep_tied=job.keep_tied)
     text = job.text or TrainText([], [])
     record = UpcycleRecord(
@@ -175,11 +182,9 @@ class _OnText:
         return Losses(against, lm_loss, self._balance_weight * balance)
 
 
-def _train(job: _Job, student: Student, work: BuildFolder) -> WindowTraining | None:
+def _train(job: _Job, student: Student, text: TrainText, work: BuildFolder) -> WindowTraining:
     """Train to the end; the student then holds the state that judged best."""
-    settings, text, scratch = job.settings, job.text, work.path.parent
-    if text is None:
-        return None
+    settings, scratch = job.settings, work.path.parent
     teacher = TeacherCache(scratch / "original")
     indices = windows_read(text, settings) if settings.kl_weight else []
     missing = teacher.missing(indices)
@@ -208,9 +213,10 @@ def _subject(job: _Job) -> str:
     if job.dense.config.is_tied and not job.keep_tied:
         copied = math.prod((job.dense.config.vocab_size, job.dense.config.hidden_size))
         tied = f", an output matrix of its own ({copied / 1e6:.1f} M weights; --tied leaves it out)"
+    learned = f"{job.settings.steps} steps on {num_tokens} tokens" if job.text else "not trained"
     return (
         f"{job.target.architecture} of {job.shape.num_experts} experts beside the dense layer"
-        f"{tied}, {job.settings.steps} steps on {num_tokens} tokens"
+        f"{tied}, {learned}"
     )
 
 
