@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from edge_moe.converters.recover_text import TrainText, split_text
 from edge_moe.converters.upcycle.dense_model import DenseModel
-from edge_moe.converters.upcycle.dense_tokenizer import dense_tokenizer
 from edge_moe.runtime.heldout import spread
+from edge_moe.runtime.tokenizer import load_tokenizer
 
 _JUDGING_WINDOWS = 16
 """Of each text at most: they are read again at every judgement."""
@@ -37,3 +40,16 @@ def read_train_text(
         windows += [array("i", part.windows[index]) for index in kept]
         is_training += [part.is_training[index] for index in kept]
     return TrainText(windows, is_training)
+
+
+def dense_tokenizer(dense: DenseModel) -> Any:
+    """The tokenizer of a dense model.
+
+    Raises:
+        InputError: there is none that transformers can read.
+    """
+    if dense.location.is_dir():
+        return load_tokenizer(dense.location)
+    with TemporaryDirectory(prefix="edge-moe-tokenizer-") as folder:
+        dense.copy_sidecar(Path(folder))
+        return load_tokenizer(Path(folder))
