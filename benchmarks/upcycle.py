@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -207,9 +208,8 @@ def contenders(job: Job) -> tuple[dict[str, Contender], list[Training]]:
         "MoTE, not packed": Contender(mote, stored),
     }
     for form in forms:
-        package = built(
-            job.work / f"mote-{form}", lambda form=form: one_form_plan(Checkpoint(mote), form), mote
-        )
+        make = partial(one_form_plan, Checkpoint(mote), form)
+        package = built(job.work / f"mote-{form}", make, mote)
         found[f"MoTE, {form}"] = Contender(package, form, "MoTE, not packed")
     least = forms[0]
     after = built(job.work / "after", lambda: one_form_plan(Checkpoint(full), least), full)

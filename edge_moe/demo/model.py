@@ -10,14 +10,14 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -76,27 +76,28 @@ def new_model(experts_implementation: str) -> Qwen3MoeForCausalLM:
     """A freshly initialised mixture of experts."""
     config = demo_config()
     config._experts_implementation = experts_implementation
-    return _initialised(Qwen3MoeForCausalLM(config))
+    model = Qwen3MoeForCausalLM(config)
+    _initialise(model, config.num_hidden_layers)
+    return model
 
 
 def new_dense_model() -> LlamaForCausalLM:
     """A freshly initialised dense model."""
-    return _initialised(LlamaForCausalLM(dense_config()))
+    config = dense_config()
+    model = LlamaForCausalLM(config)
+    _initialise(model, config.num_hidden_layers)
+    return model
 
 
-M = TypeVar("M", bound=PreTrainedModel)
-
-
-def _initialised(model: M) -> M:
+def _initialise(model: nn.Module, num_layers: int) -> None:
     """What enters the residual stream is scaled by the model's depth."""
-    scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
+    scale = 1 / math.sqrt(2 * num_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
                 parameter.mul_(scale)
             elif name.endswith("mlp.gate.weight"):
                 parameter.normal_(0, 0.02)
-    return model
 
 
 def _add_expert_count(config_path: Path) -> None:
@@ -109,7 +110,7 @@ def _add_expert_count(config_path: Path) -> None:
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_model(model: PreTrainedModel, tokenizer_dir: Path, out: Path) -> None:
+def save_model(model: Any, tokenizer_dir: Path, out: Path) -> None:
     """Saves `model` (which becomes bf16) and the tokenizer as a Hugging Face checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
     defaults = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "max_new_tokens": 64}

@@ -35,8 +35,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from edge_moe.converters.upcycle.balance import switch_loss
 from edge_moe.demo.corpus import DEFAULT_WORK, DOMAINS
@@ -139,7 +138,7 @@ def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
     return total / len(router_logits)
 
 
-def new_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
+def new_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; norms are not decayed."""
     parameters = list(model.parameters())
     groups = [
