@@ -53,7 +53,7 @@ from edge_moe.tasks import task_label, windows_fingerprint
 
 _STATE_NAME = "training.safetensors"
 _SAVE_SECONDS = 60.0
-_STATE_COPIES = 4  # value, best value, two moments
+_STATE_COPIES = 8  # value, best value, two moments; while it is written the last one is there too
 _REMEDY = "use --checkpointing, a smaller --seq, fewer --experts, or a machine with more memory"
 
 
