@@ -228,7 +228,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(self.step)
         tokens, names = self.data.batch(recipe, self.step)
-        extra = {} if recipe.is_dense else {"output_router_logits": True}
+        extra: dict[str, bool] = {} if recipe.is_dense else {"output_router_logits": True}
         output = self.model(input_ids=tokens, **extra)
         logits = output.logits[:, :-1].flatten(0, 1)
         per_token = F.cross_entropy(logits, tokens[:, 1:].reshape(-1), reduction="none")
