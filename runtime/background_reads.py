@@ -54,6 +54,7 @@ class BackgroundReads:
         """Stop the thread; what is being read is finished first."""
         self._queue.put(None)
         self._thread.join()
+        self._on_done = _nobody  # who listens holds this, and the slots would wait for a collection
 
     def _run(self) -> None:
         while (read := self._queue.get()) is not None:
@@ -65,3 +66,7 @@ class BackgroundReads:
                 with self._lock:
                     self._queued_bytes -= read.num_bytes
                 self._on_done(read, time.perf_counter() - start if was_read else None)
+
+
+def _nobody(_read: Read, _seconds: float | None) -> None:
+    """Listens no more."""

@@ -130,8 +130,8 @@ class GgufExperts:
         missing = [key for key in keys if not self._use(key)]
         if missing or self._is_changed:
             self.require_unchanged()
+        self._wait_for_room(sum(map(self.num_bytes, missing)), keep)
         for key in missing:
-            self._wait_for_room(self.num_bytes(key), keep)
             self._reserve(key, is_prefetched=False)
             self._policy.use(key)
         self._give_back_spare()

@@ -24,40 +24,43 @@ _Shares = npt.NDArray[np.floating]
 class _Visits:
     """One layer's last visits, and what it chose at those that followed a choice of an expert."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_rows: int) -> None:
         self.chosen: list[int] = []
         """At the visit that is going on, or was last."""
         self._before: list[int] = []
-        self._after: dict[int, _Shares] = {}
-        """[E] by i: share of the visits right after one that chose i. What was known of all visits
-        stands for those that were not seen."""
+        self._after = np.zeros((num_rows, num_rows), np.float32)
+        """[E, E] by i: share of the visits right after one that chose i."""
+        self._is_known = np.zeros((num_rows, 1), np.bool_)
+        """[E, 1] whether there was one; else what is known of all visits stands for it."""
 
     def begin(self, shares: _Shares, decay: float) -> None:
         """Another visit; `shares` [E] are those of all visits so far."""
-        for row in self._before:
-            if row not in self._after:
-                self._after[row] = shares.astype(np.float32)
-            after = self._after[row]
+        before = self._before
+        if before:
+            after = np.where(self._is_known[before], self._after[before], shares)
             after *= decay
-            after[self.chosen] += 1 - decay
+            after[:, self.chosen] += 1 - decay
+            self._after[before] = after
+            self._is_known[before] = True
         self._before, self.chosen = self.chosen, []
 
     def shares(self, known: _Shares) -> _Shares:
         """[E] what to expect of the next visit; `known` [E] are the shares of all visits."""
-        if not self.chosen:
+        chosen = self.chosen
+        if not chosen:
             return known
-        expected = known.copy()
-        for row in self.chosen:
-            expected += self._after.get(row, known) / len(self.chosen)
-        expected /= 2
+        after = np.where(self._is_known[chosen], self._after[chosen], known)
+        expected: _Shares = (known + after.sum(axis=0) / len(chosen)) / 2
         return expected
 
     def grow(self, num_rows: int) -> None:
         """There are `num_rows` experts now."""
-        for row, after in self._after.items():
-            grown = np.full(num_rows, _UNSEEN, np.float32)
-            grown[: len(after)] = after
-            self._after[row] = grown
+        old = len(self._after)
+        after = np.full((num_rows, num_rows), _UNSEEN, np.float32)
+        after[:old, :old] = self._after
+        is_known = np.zeros((num_rows, 1), np.bool_)
+        is_known[:old] = self._is_known
+        self._after, self._is_known = after, is_known
 
 
 class SoonestNextUse(EvictionPolicy):
@@ -96,8 +99,13 @@ class SoonestNextUse(EvictionPolicy):
 
     def admit(self, key: Key) -> None:
         self._reach(key)
+        layer, row = key
         self._is_resident[key] = True
-        self._stale.add(key[0])
+        if layer in self._stale or layer in self._used:
+            return
+        self._gaps[key] = gap = self._expected[key]
+        if gap > self._last_gaps[layer]:
+            self._last_gaps[layer], self._last_rows[layer] = gap, row
 
     def use(self, key: Key) -> None:
         layer, row = key
@@ -113,8 +121,11 @@ class SoonestNextUse(EvictionPolicy):
         self._stale.add(layer)
 
     def forget(self, key: Key) -> None:
+        layer, row = key
         self._is_resident[key] = False
-        self._stale.add(key[0])
+        self._gaps[key] = _ABSENT
+        if self._last_rows[layer] == row:
+            self._find_last(layer)
 
     def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
         self._settle()
@@ -144,11 +155,14 @@ class SoonestNextUse(EvictionPolicy):
             self._expected[layer] = (1 / shares - 1) * len(self._gaps)
         self._used.clear()
         for layer in self._stale:
-            gaps = np.where(self._is_resident[layer], self._expected[layer], _ABSENT)
-            self._gaps[layer] = gaps
-            self._last_rows[layer] = row = gaps.argmax()
-            self._last_gaps[layer] = gaps[row]
+            self._gaps[layer] = np.where(self._is_resident[layer], self._expected[layer], _ABSENT)
+            self._find_last(layer)
         self._stale.clear()
+
+    def _find_last(self, layer: int) -> None:
+        gaps = self._gaps[layer]
+        self._last_rows[layer] = row = gaps.argmax()
+        self._last_gaps[layer] = gaps[row]
 
     def _reach(self, key: Key) -> None:
         """Make the arrays large enough for `key`."""
@@ -163,6 +177,6 @@ class SoonestNextUse(EvictionPolicy):
         self._expected, self._gaps = np.zeros(shape), np.full(shape, _ABSENT)
         self._last_rows, self._last_gaps = np.zeros(shape[0], np.int64), np.full(shape[0], _ABSENT)
         self._used, self._stale = set(range(shape[0])), set(range(shape[0]))
-        self._visits += [_Visits() for _ in range(shape[0] - layers)]
         for visits in self._visits:
             visits.grow(shape[1])
+        self._visits += [_Visits(shape[1]) for _ in range(shape[0] - layers)]

@@ -108,19 +108,18 @@ class Residents:
         if self._room.comes_together:
             keep = frozenset(keys)
             missing = [key for key in keys if not self._use(key)]
-            for key in missing:
-                self._bring(key, keep)
+            self._bring(missing, keep)
             return missing
         missing = []
         for key in keys:
             if not self._use(key):
-                self._bring(key, frozenset())
+                self._bring([key], frozenset())
                 missing.append(key)
         return missing
 
     def admit(self, key: Key, keep: frozenset[Key]) -> bool:
         """Bring `key` ahead of its use; False where only experts of `keep` could leave for it."""
-        if not self._make_room(key, keep):
+        if not self._make_room(self._pool(key), self.num_bytes(key), keep):
             return False
         self._take(key)
         return True
@@ -131,22 +130,27 @@ class Residents:
         self._policy(key).use(key)
         return True
 
-    def _bring(self, key: Key, keep: frozenset[Key]) -> None:
-        if not self._make_room(key, keep):
-            raise InputError(
-                f"there is no room for {len(keep) or 1} experts of {self.num_bytes(key)} bytes "
-                "together: give more slots, or a larger budget"
-            )
-        self._take(key)
-        self._policy(key).use(key)
+    def _bring(self, keys: Sequence[Key], keep: frozenset[Key]) -> None:
+        """Make room for all of `keys`, which share pools, before one of them is there."""
+        sizes: dict[int, int] = {}
+        for key in keys:
+            sizes[self._pool(key)] = sizes.get(self._pool(key), 0) + self.num_bytes(key)
+        for pool, size in sizes.items():
+            if not self._make_room(pool, size, keep):
+                raise InputError(
+                    f"there is no room for {len(keep) or 1} experts together ({size} bytes of them "
+                    "are not there): give more slots, or a larger budget"
+                )
+        for key in keys:
+            self._take(key)
+            self._policy(key).use(key)
 
     def _take(self, key: Key) -> None:
         self._used_bytes[self._pool(key)] += self.num_bytes(key)
         self._keys.add(key)
         self._policy(key).admit(key)
 
-    def _make_room(self, key: Key, keep: frozenset[Key]) -> bool:
-        pool, size = self._pool(key), self.num_bytes(key)
+    def _make_room(self, pool: int, size: int, keep: frozenset[Key]) -> bool:
         limit = self._room.limit_bytes[pool]
         while self._used_bytes[pool] + size > limit:
             victim = self._policies[pool].victim(
