@@ -12,9 +12,8 @@ from edge_moe.runtime.read_ahead import ReadAhead
 class AheadReader(ABC):
     """`observe` and `predict` belong to the model's thread. No result depends on it."""
 
-    def __init__(self, read_ahead: ReadAhead | None) -> None:
-        self.read_ahead = read_ahead
-        """Whom to tell when single tokens begin and end; None: nobody."""
+    read_ahead: ReadAhead | None = None
+    """Whom to tell when single tokens begin and end; None: nobody."""
 
     @abstractmethod
     def observe(self, layer: int, rows: list[int]) -> None:

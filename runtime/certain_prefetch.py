@@ -22,7 +22,6 @@ class CertainPrefetcher(AheadReader):
     """Reads what `routing` has decided for the single token at hand."""
 
     def __init__(self, routing: PreGatedRouting, store: ExpertStore, cache: ExpertCache) -> None:
-        super().__init__(None)
         self._routing = routing
         self._store = store
         self._cache = cache

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from edge_moe.errors import InputError
-from edge_moe.runtime.tensor_file import read_tensor_file
+from edge_moe.runtime.tensor_file import parse_info, read_tensor_file, write_tensor_file
 
 
 class FittedInfo(BaseModel):
@@ -58,20 +57,17 @@ class FittedKind:
         text, arrays = read_tensor_file(path, self.key, kind=self.name, again="fit it again")
         if text is None:
             raise InputError(f"{path} is no {self.name}: fit one with `{self.command}`")
-        try:
-            raw = json.loads(text)
-            found = raw.get("version") if isinstance(raw, dict) else None
-            if found != self.version:
-                raise InputError(
-                    f"{self.name} {path} has version {found}, this edge-moe reads {self.version}: "
-                    "fit it again"
-                )
-            return info_type.model_validate(raw), arrays
-        except (ValueError, RecursionError) as error:  # no JSON, too deeply nested, not as wanted
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{self.name} {path} has a damaged header ({reason}): fit it again"
-            ) from None
+        info = parse_info(
+            *(path, text, info_type, (self.version,)), kind=self.name, again="fit it again"
+        )
+        return info, arrays
+
+    def write(
+        self, path: Path, info: FittedInfo, arrays: Mapping[str, npt.NDArray[np.float32]]
+    ) -> None:
+        """Write what `read` reads, atomically."""
+        contiguous = {name: np.ascontiguousarray(each, np.float32) for name, each in arrays.items()}
+        write_tensor_file(path, contiguous, self.key, info)
 
     def check_arrays(
         self, path: Path, arrays: dict[str, Any], shapes: dict[str, tuple[int, ...]]

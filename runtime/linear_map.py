@@ -14,9 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
 
-from edge_moe.files import atomic_path
 from edge_moe.runtime.fitted_file import FittedInfo, FittedKind
 from edge_moe.runtime.predictors import Predictor, largest_logits
 
@@ -73,12 +71,10 @@ class LinearMap:
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
-        arrays = {}
+        arrays: dict[str, FloatArray] = {}
         for layer, (matrix, offset) in enumerate(zip(self.maps, self.offsets, strict=True), 1):
-            arrays[f"map.{layer}"] = np.ascontiguousarray(matrix, np.float32)
-            arrays[f"offset.{layer}"] = np.ascontiguousarray(offset, np.float32)
-        with atomic_path(path) as temporary:
-            save_file(arrays, temporary, metadata={_KIND.key: self.info.model_dump_json()})
+            arrays |= {f"map.{layer}": matrix, f"offset.{layer}": offset}
+        _KIND.write(path, self.info, arrays)
 
     @classmethod
     def load(cls, path: Path) -> LinearMap:

@@ -19,14 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import Field
-from safetensors.numpy import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from edge_moe.files import atomic_path
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.fitted_file import FittedInfo, FittedKind
 
@@ -120,12 +117,8 @@ class PreGate:
         tensors = {"inner.weight": self.inner, "inner.bias": self.inner_bias}
         for layer, (score, offset) in enumerate(zip(self.scores, self.offsets, strict=True), 1):
             tensors |= {f"score.{layer}": score, f"offset.{layer}": offset}
-        arrays = {
-            name: np.ascontiguousarray(tensor.cpu().numpy(), np.float32)
-            for name, tensor in tensors.items()
-        }
-        with atomic_path(path) as temporary:
-            save_file(arrays, temporary, metadata={_KIND.key: self.info.model_dump_json()})
+        arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        _KIND.write(path, self.info, arrays)
 
     @classmethod
     def load(cls, path: Path) -> PreGate:

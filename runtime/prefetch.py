@@ -16,7 +16,7 @@ from edge_moe.runtime.background_reads import BackgroundReads, Read
 from edge_moe.runtime.block_predictors import BlockInput, NextChoice, NextRanking
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
-from edge_moe.runtime.guesses import Guesses
+from edge_moe.runtime.guesses import JudgedGuesses
 from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.linear_map import LinearGuess, LinearMap
 from edge_moe.runtime.moe_block import MoeBlock
@@ -39,12 +39,11 @@ class Prefetcher(AheadReader):
         cache: ExpertCache,
     ) -> None:
         """`block_input` is what the predictors of `read_ahead` look at."""
-        super().__init__(read_ahead)
-        self._read_ahead = read_ahead
+        self.read_ahead: ReadAhead = read_ahead
         self._input = block_input
         self._store = store
         self._cache = cache
-        self._guesses = Guesses()
+        self._guesses = JudgedGuesses()
         self._lock = threading.Lock()
         self._reads = BackgroundReads(cache, self._learn)
 
@@ -59,7 +58,7 @@ class Prefetcher(AheadReader):
         """
         following = layer + 1
         self._input.hidden = hidden
-        rows = self._read_ahead.guess(layer, current)
+        rows = self.read_ahead.guess(layer, current)
         self._input.hidden = None
         if not rows:
             return

@@ -21,7 +21,6 @@ guess: 3.3 kB per token for 48 layers of top-8 and guesses twice as wide.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +29,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.numpy import save_file
 
 from edge_moe.errors import InputError
-from edge_moe.files import atomic_path
-from edge_moe.runtime.tensor_file import read_tensor_file
+from edge_moe.runtime.tensor_file import parse_info, read_tensor_file, write_tensor_file
 
 TRACE_VERSION = 3
 _READ_VERSIONS = (2, TRACE_VERSION)
@@ -112,8 +109,7 @@ class Trace:
             arrays[_TOKEN_IDS] = self.token_ids
         arrays |= {_GUESSES + name: rows for name, rows in self.guesses.items()}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        with atomic_path(path) as temporary:
-            save_file(arrays, temporary, metadata={_INFO_KEY: self.info.model_dump_json()})
+        write_tensor_file(path, arrays, _INFO_KEY, self.info)
 
     @classmethod
     def load(cls, path: Path) -> Trace:
@@ -126,7 +122,9 @@ class Trace:
         text, arrays = read_tensor_file(path, _INFO_KEY, kind="trace", again="record it again")
         if text is None:
             raise InputError(f"{path} is no trace: record one with `edge-moe trace`")
-        info = _read_info(path, text)
+        info = parse_info(
+            *(path, text, TraceInfo, _READ_VERSIONS), kind="trace", again="record it again"
+        )
         _check_arrays(path, info, arrays)
         guesses = {
             name.removeprefix(_GUESSES): arrays.pop(name)
@@ -224,21 +222,6 @@ def _guesses(steps: Sequence[_Step]) -> dict[str, npt.NDArray[np.uint16]]:
         if width:
             found[name] = np.concatenate([step.guessed(name, width) for step in steps])
     return found
-
-
-def _read_info(path: Path, text: str) -> TraceInfo:
-    try:
-        raw = json.loads(text)
-        found = raw.get("version") if isinstance(raw, dict) else None
-        if found not in _READ_VERSIONS:
-            raise InputError(
-                f"trace {path} has version {found}, this edge-moe reads "
-                f"{' and '.join(map(str, _READ_VERSIONS))}: record it again"
-            )
-        return TraceInfo.model_validate(raw)
-    except (ValueError, RecursionError) as error:  # no JSON, too deeply nested, or not as above
-        reason = str(error).splitlines()[0]
-        raise InputError(f"trace {path} has a damaged header ({reason}): record it again") from None
 
 
 def _check_arrays(path: Path, info: TraceInfo, arrays: dict[str, Array]) -> None:

@@ -24,52 +24,41 @@ from transformers import (
 
 from edge_moe.demo.tokenizer import MODEL_MAX_LENGTH, VOCAB_SIZE
 
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": MODEL_MAX_LENGTH,
+    "rope_theta": 10000.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
 
 def demo_config() -> Qwen3MoeConfig:
     """4 layers of 16 experts, of which the router picks 2 per token."""
     settings: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "head_dim": 64,
         "num_experts": 16,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 256,
         "intermediate_size": 512,
         "norm_topk_prob": True,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": MODEL_MAX_LENGTH,
-        "rope_theta": 10000.0,
         "router_aux_loss_coef": 0.001,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
-    return Qwen3MoeConfig(**settings)
+    return Qwen3MoeConfig(**_COMMON, **settings)
 
 
 def dense_config() -> LlamaConfig:
     """A dense model to upcycle, 4.2 M parameters: as wide and deep, one feed-forward layer of 768
     in the place of the experts."""
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 768,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": MODEL_MAX_LENGTH,
-        "rope_theta": 10000.0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    }
-    return LlamaConfig(**settings)
+    return LlamaConfig(**_COMMON, intermediate_size=768)
 
 
 def new_model(experts_implementation: str) -> Qwen3MoeForCausalLM:
