@@ -42,7 +42,7 @@ from edge_moe.runtime.evaluate import progress
 from edge_moe.runtime.model import moe_blocks, verify_resident
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.tokenizer import load_tokenizer
-from edge_moe.tasks import task_label, windows_fingerprint
+from edge_moe.tasks import task_label
 from edge_moe.units import format_bytes
 
 WINDOW_TOKENS = 256
@@ -255,8 +255,7 @@ def _fingerprint(job: _Job) -> str:
     settings = job.settings.model_dump_json() if job.settings else ""
     parts = (
         __version__,
-        windows_fingerprint(job.text.windows),
-        "".join("01"[flag] for flag in job.text.is_training),
+        job.text.identity,
         settings,
         str(job.has_routers),
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_moe.errors import InputError
-from edge_moe.tasks import Tokenizer, load_task_texts, token_windows
+from edge_moe.tasks import Tokenizer, load_task_texts, token_windows, windows_fingerprint
 
 _HELDOUT_EVERY = 8  # one document in so many judges
 
@@ -17,6 +17,11 @@ class TrainText:
 
     windows: Sequence[Sequence[int]]
     is_training: Sequence[bool]
+
+    @property
+    def identity(self) -> str:
+        """Differs where another text is learned from, or judges."""
+        return windows_fingerprint(self.windows) + "\n" + "".join("01"[x] for x in self.is_training)
 
     def indices(self, training: bool) -> list[int]:
         return [i for i, is_training in enumerate(self.is_training) if is_training == training]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from hand_plan import edit_config, tree
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import make_tiny_dense
 from torch import Tensor
@@ -176,6 +176,7 @@ def test_balance_loss_by_hand() -> None:
     share_of_zeros=st.floats(0, 1),
     group=st.sampled_from([256, 64, 32]),
 )
+@example(seed=665, magnitude=-11.375, share_of_zeros=0.75, group=256)  # scales fp16 rounds coarsely
 def test_used_weights_pack_and_store_without_loss(
     seed: int, magnitude: float, share_of_zeros: float, group: int
 ) -> None:

@@ -17,8 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
+from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.upcycle.dense_model import open_dense
-from edge_moe.converters.upcycle.split import RECORD_NAME, SplitSettings, split_dense
+from edge_moe.converters.upcycle.split import (
+    RECORD_NAME,
+    SplitSettings,
+    _fingerprint,
+    _Job,
+    split_dense,
+)
 from edge_moe.converters.upcycle.split_layer import SplitLayer, choose, split_layer
 from edge_moe.converters.upcycle.split_layers import split_block
 from edge_moe.converters.upcycle.split_neurons import DenseFfn, NeuronSplit
@@ -286,3 +293,18 @@ def test_a_killed_distillation_goes_on(
     assert names
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_state_belongs_to_the_text_that_is_learned_from(tmp_path: Path) -> None:
+    """The teacher's predictions are kept by the window's number."""
+    dense = open_dense(make_tiny_dense(tmp_path, "llama"))
+    target = choose_target(dense.config)
+    shape = split_shape(dense.config, target, 4, 2, None)
+
+    def fingerprint(*windows: list[int]) -> str:
+        text = TrainText(windows, [True] * (len(windows) - 1) + [False])
+        distil = DistilSettings(steps=2)
+        return _fingerprint(_Job(dense, target, shape, SplitSettings(), [], distil, text, False))
+
+    assert fingerprint([1, 2], [3]) == fingerprint([1, 2], [3])
+    assert len({fingerprint([1, 2], [3]), fingerprint([1, 4], [3]), fingerprint([1, 2])}) == 3

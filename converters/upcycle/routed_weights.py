@@ -43,10 +43,13 @@ class Quantiser:
         return (scaled.round().clamp(-1, 1) if self.is_ternary else scaled), inverse
 
     def stored_scale(self, scale: Tensor) -> Tensor:
-        """`scale` as it is used: of ternary weights what 16 bits of either kind hold."""
+        """`scale` as it is used: of ternary weights what 16 bits of either kind hold.
+
+        They hold its half, too: forms of four levels may take a run's weights for their level 2.
+        """
         if not self.is_ternary:
             return scale
-        return scale.bfloat16().half().float()
+        return 2 * (scale / 2).bfloat16().half().float()
 
     def used(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Used weights [..., R, C] of latent `weight` [..., R, C] and `scale` [..., R, G]."""

@@ -363,6 +363,7 @@ def _fingerprint(job: _Job) -> str:
         windows_fingerprint(job.windows),
         job.settings.model_dump_json(),
         job.distil.model_dump_json(),
+        job.text.identity if job.text else "",
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

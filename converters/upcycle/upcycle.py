@@ -49,7 +49,7 @@ from edge_moe.formats import expert_bytes
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
-from edge_moe.tasks import task_label, windows_fingerprint
+from edge_moe.tasks import task_label
 
 _STATE_NAME = "training.safetensors"
 _SAVE_SECONDS = 60.0
@@ -228,13 +228,11 @@ def _routed_bytes(job: _Job, form: str) -> int:
 
 def _fingerprint(job: _Job) -> str:
     """Equal for runs that may go on with one another's state."""
-    text = job.text
     parts = (
         __version__,
         job.dense.fingerprint,
         f"{job.shape} {job.keep_tied}",
-        windows_fingerprint(text.windows) if text else "",
-        "".join("01"[flag] for flag in text.is_training) if text else "",
+        job.text.identity if job.text else "",
         job.settings.model_dump_json(),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
