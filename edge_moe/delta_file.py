@@ -21,7 +21,6 @@ is one), up_proj and down_proj of every expert of every MoE layer. A tensor is p
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge_moe.errors import CheckpointError, DeltaError, FormError, TargetError
+from edge_moe.files import parse_info
 from edge_moe.safetensors_header import read_header
 from edge_moe.sparse_signs import (
     MOST_LENGTH,
@@ -131,10 +131,6 @@ class DeltaTensor(NamedTuple):
     def num_bytes(self) -> int:
         """Packed, one segment after the other."""
         return sum(segment.num_bytes for segment in self.segments)
-
-    @property
-    def num_kept(self) -> int:
-        return sum(segment.num_kept for segment in self.segments)
 
 
 class DeltaFile:
@@ -360,18 +356,12 @@ def refuse_delta(model: Path, runs: str, delta: Path | None) -> None:
 def _read_info(path: Path, metadata: dict[str, str]) -> DeltaInfo:
     if INFO_KEY not in metadata:
         raise DeltaError(f"{path} is no task delta: make one with `edge-moe delta`")
-    try:
-        raw = json.loads(metadata[INFO_KEY])
-        found = raw.get("version") if isinstance(raw, dict) else None
-        if found != DELTA_VERSION:
-            raise DeltaError(
-                f"delta {path} has version {found}, this edge-moe reads {DELTA_VERSION}: make it "
-                "again with `edge-moe delta`"
-            )
-        info = DeltaInfo.model_validate(raw)
-    except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeltaError(f"delta {path} has a damaged header ({reason}): {_REMEDY}") from None
+    info = parse_info(
+        *(path, metadata[INFO_KEY], DeltaInfo, (DELTA_VERSION,)),
+        kind="delta",
+        again=_REMEDY,
+        error=DeltaError,
+    )
     _check_info(path, info)
     return info
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from edge_moe.runtime.delta_tail import DeltaTail
+from edge_moe.runtime.kernels.unpack import words_of
 
 Tensor = torch.Tensor
 FIRST, DOWN = 0, 1
@@ -55,23 +56,16 @@ def _tail(tail: DeltaTail, record: Tensor) -> Tensor:
 def _signs(tail: DeltaTail, record: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """(int32 [rows + 1] starts, uint16 [k] columns)"""
     own = _tail(tail, record)
-    starts = _words(own[tail.starts[index]], torch.int32)
-    return starts, _words(own[tail.columns(index, int(starts[-1]))], torch.uint16)
+    starts = words_of(own[tail.starts[index]], torch.int32)
+    return starts, words_of(own[tail.columns(index, int(starts[-1]))], torch.uint16)
 
 
 def _row_scales(tail: DeltaTail, record: Tensor, index: int) -> Tensor:
     """float32 [rows]"""
-    scales: Tensor = _words(_tail(tail, record)[:12], torch.float32)
+    scales: Tensor = words_of(_tail(tail, record)[:12], torch.float32)
     gate, up, down = scales.unbind()
     if index == DOWN:
         return down.repeat(tail.hidden)
     if tail.inner_rows == tail.width:
         return up.repeat(tail.width)
     return torch.stack([gate, up]).repeat_interleave(tail.width)
-
-
-def _words(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 as `dtype`, copied where a view cannot be."""
-    if packed.storage_offset() % dtype.itemsize:
-        packed = packed.clone()
-    return packed.view(dtype)

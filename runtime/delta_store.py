@@ -18,7 +18,7 @@ from edge_moe.delta_file import DeltaFile, DeltaTensor, unpack_tensor
 from edge_moe.errors import DeltaError, FormError, InputError
 from edge_moe.formats import expert_packed_bytes, get_form, split_form
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.delta_tail import ByteArray, DeltaTail, is_plain
+from edge_moe.runtime.delta_tail import ByteArray, DeltaTail, is_plain, tail_of
 from edge_moe.runtime.expert_store import ExpertStore, RecordFiles, RecordInfo
 from edge_moe.runtime.kernel_choice import Kernels
 from edge_moe.runtime.policy import Key
@@ -55,9 +55,8 @@ class DeltaStore(ExpertStore):
 
     def record(self, key: Key) -> RecordInfo:
         below = self._store.record(key)
-        if self.tail is None or is_plain(below.form):
-            return below
-        return RecordInfo(below.form, below.num_bytes + self.tail.num_bytes)
+        tail = tail_of(self.tail, below.form)
+        return below if tail is None else RecordInfo(below.form, below.num_bytes + tail.num_bytes)
 
     def read_bytes(self, key: Key) -> int:
         """Packed weights and packed signs."""
@@ -74,10 +73,11 @@ class DeltaStore(ExpertStore):
         layer, expert = self._layer_ids[key[0]], self.kept[key[0]][key[1]]
         what = f"delta {self.delta.path}: layer {layer} expert {expert}"
         record = np.frombuffer(buffer, np.uint8)
-        if self.tail is None or is_plain(below.form):
+        tail = tail_of(self.tail, below.form)
+        if tail is None:
             self._add(record, below.form, tensors, raw, what)
         else:
-            self.tail.write(record[below.num_bytes :], tensors, raw, what)
+            tail.write(record[below.num_bytes :], tensors, raw, what)
 
     def term(self) -> MemoryTerm:
         """What the delta takes in memory: tables, and what is unpacked while experts are read."""

@@ -28,7 +28,7 @@ from edge_moe.delta_file import DeltaFile, DeltaTensor, unpack_tensor
 from edge_moe.errors import DeltaError
 from edge_moe.formats import split_form
 
-PLAIN_TYPES = frozenset(("bf16", "f16", "f32"))
+_PLAIN_TYPES = frozenset(("bf16", "f16", "f32"))
 """Experts in these take a delta into their own weights."""
 _SCALES = 4
 _ALIGNMENT_BYTES = 64
@@ -124,7 +124,12 @@ class DeltaTail:
 
 def is_plain(form: str) -> bool:
     """Whether experts in `form` take a delta into their own weights."""
-    return PLAIN_TYPES.issuperset(split_form(form))
+    return _PLAIN_TYPES.issuperset(split_form(form))
+
+
+def tail_of(tail: DeltaTail | None, form: str) -> DeltaTail | None:
+    """`tail` where experts in `form` have one: plain ones take a delta into their own weights."""
+    return None if tail is None or is_plain(form) else tail
 
 
 def _rows_and_columns(

@@ -177,30 +177,30 @@ def open_model(
 
     Raises:
         TargetError: a skipping rule for a .gguf file or an ONNX folder, which route themselves, or
-            kernels, which they have of their own, or shadows; a budget for a .gguf file; a
-            pre-gate for either.
-            kernels, which they have of their own, or shadows, or a delta; a budget for a .gguf
-            file.
+            kernels, which they have of their own, or shadows, a pre-gate or a delta; a budget for
+            a .gguf file.
         BudgetError: an ONNX folder that takes more than the budget.
     """
-    if kernels is not None and model_kind(path) in ("onnx", "gguf"):
+    kind = model_kind(path)
+    is_foreign = kind in ("onnx", "gguf")
+    if kernels is not None and is_foreign:
         raise TargetError(
             f"{path} does not run in edge-moe's own runtime: leave out --kernels, or use a native "
             "package or a Hugging Face folder"
         )
-    if pre_gate is not None and model_kind(path) in ("onnx", "gguf"):
+    if pre_gate is not None and is_foreign:
         raise TargetError(
             f"{path} routes by itself, outside edge-moe's own runtime: leave out --pre-gate, or "
             "use a native package or a Hugging Face folder"
         )
-    if stall is not None and model_kind(path) in ("onnx", "gguf"):
+    if stall is not None and is_foreign:
         raise TargetError(
             f"{path} holds no shadows to compute misses from: leave out --stall, or use a native "
             "package that was built with --shadow"
         )
-    if model_kind(path) in ("onnx", "gguf"):
-        refuse_delta(path, "llama.cpp" if model_kind(path) == "gguf" else "onnxruntime", delta)
-    if model_kind(path) == "onnx":
+    if is_foreign:
+        refuse_delta(path, "llama.cpp" if kind == "gguf" else "onnxruntime", delta)
+    if kind == "onnx":
         if skip is not None:
             raise TargetError(
                 f"{path} runs in onnxruntime, which cannot skip experts: use a native package or a "
@@ -214,7 +214,7 @@ def open_model(
             budget_bytes=budget_bytes,
             scored_tokens=context_tokens,
         )
-    if model_kind(path) == "gguf":
+    if kind == "gguf":
         if skip is not None:
             raise TargetError(
                 f"{path} runs in llama.cpp, which cannot skip experts: use a native package or a "

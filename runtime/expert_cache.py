@@ -453,9 +453,9 @@ class ExpertCache:
             entry.state = State.RESIDENT
         except BaseException as error:
             entry.error, entry.state = error, State.FAILED
-        seconds = time.perf_counter() - start
+        seconds, num_bytes = time.perf_counter() - start, self._store.read_bytes(key)
         with self._lock:
-            self.statistics.page_in_bytes += self._store.read_bytes(key)
+            self.statistics.page_in_bytes += num_bytes
             self.statistics.page_in_seconds += seconds
             self.statistics.stall_seconds += seconds if is_demand else 0.0
             self._changed.notify_all()

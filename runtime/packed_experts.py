@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from edge_moe.runtime.delta_products import DOWN, FIRST, delta_outputs
-from edge_moe.runtime.delta_tail import DeltaTail, is_plain
+from edge_moe.runtime.delta_tail import DeltaTail, tail_of
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.moe_block import add_down_bias, apply_gate
 from edge_moe.runtime.policy import Key
@@ -178,41 +178,20 @@ class SlotExperts:
         )
         if self._products.batch(chosen.forms[0]) is None:
             return self._of_reference(experts, hidden, chosen, members, group)
-        if self._tail is not None and not is_plain(chosen.forms[0]):
-            return self._with_delta(experts, self._tail, hidden, chosen, members, group)
-        if self._is_plain(experts):
+        tail = tail_of(self._tail, chosen.forms[0])
+        if tail is None and self._is_plain(experts):
             return self._products.gated(chosen, hidden)
+        records = [] if tail is None else [group.packed(member) for member in members]
         rows = torch.from_numpy(np.repeat([member.row for member in members], chosen.lengths))
         rows = rows.to(hidden.device)
-        inner = apply_gate(experts, self._products.gate_up(chosen, hidden), rows)
-        return add_down_bias(experts, self._products.down(chosen, inner), rows)
-
-    def _with_delta(
-        self,
-        experts: Any,
-        tail: DeltaTail,
-        hidden: Tensor,
-        chosen: Chosen,
-        members: list[Member],
-        group: _Group,
-    ) -> Tensor:
-        """[R, H] of experts of one form, with the delta in their slots."""
-        inputs = _of_pairs(chosen, hidden)
-        records = [group.packed(member) for member in members]
-
-        def added(outputs: Tensor, index: int, inputs: Tensor) -> Tensor:
-            lengths = list(chosen.lengths)
-            pieces = zip(
-                records, torch.split(outputs, lengths), torch.split(inputs, lengths), strict=True
-            )
-            for record, output, piece in pieces:
-                output += delta_outputs(tail, record, index, piece)
-            return outputs
-
-        rows = torch.from_numpy(np.repeat([member.row for member in members], chosen.lengths))
-        gate_up = added(self._products.gate_up(chosen, hidden), FIRST, inputs)
+        gate_up = self._products.gate_up(chosen, hidden)
+        if tail is not None:
+            _add_signs(tail, records, FIRST, gate_up, _of_pairs(chosen, hidden), chosen.lengths)
         inner = apply_gate(experts, gate_up, rows)
-        return add_down_bias(experts, added(self._products.down(chosen, inner), DOWN, inner), rows)
+        outputs = self._products.down(chosen, inner)
+        if tail is not None:
+            _add_signs(tail, records, DOWN, outputs, inner, chosen.lengths)
+        return add_down_bias(experts, outputs, rows)
 
     def _of_reference(
         self, experts: Any, hidden: Tensor, chosen: Chosen, members: list[Member], group: _Group
@@ -235,6 +214,25 @@ class SlotExperts:
         if known is None:
             known = self._plain[id(experts)] = _multiplies_silu(experts)
         return known
+
+
+def _add_signs(
+    tail: DeltaTail,
+    records: Sequence[Tensor],
+    index: int,
+    outputs: Tensor,
+    inputs: Tensor,
+    lengths: Sequence[int],
+) -> None:
+    """Add to `outputs` [R, ...] what the delta behind each expert's record makes of its inputs."""
+    pieces = zip(
+        records,
+        torch.split(outputs, list(lengths)),
+        torch.split(inputs, list(lengths)),
+        strict=True,
+    )
+    for record, output, piece in pieces:
+        output += delta_outputs(tail, record, index, piece)
 
 
 def _of_pairs(chosen: Chosen, hidden: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from edge_moe.runtime.ahead_reader import AheadReader
 from edge_moe.runtime.allotment import record_sizes
 from edge_moe.runtime.cpu_misses import CpuMisses
 from edge_moe.runtime.delta_products import DOWN, FIRST, add_delta
-from edge_moe.runtime.delta_tail import is_plain
+from edge_moe.runtime.delta_tail import tail_of
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernels.unpack import unpack
@@ -232,8 +232,8 @@ class ExpertPager:
         packed_down = packed[both : both + down_bytes].view(spec.expert_hidden, -1)
         gate_up = unpack(form, packed[:both].view(spec.inner_rows, -1), spec.expert_hidden)
         down = unpack(form, packed_down, spec.expert_width)
-        tail = self.store.tail
-        if tail is not None and not is_plain(form):
+        tail = tail_of(self.store.tail, form)
+        if tail is not None:
             add_delta(tail, packed, FIRST, gate_up)
             add_delta(tail, packed, DOWN, down)
         return gate_up.to(dtype), down.to(dtype)

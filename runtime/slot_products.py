@@ -14,7 +14,7 @@ import torch
 from edge_moe.budget import PREFILL_CHUNK_TOKENS
 from edge_moe.formats import expert_packed_bytes, split_form
 from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME, GgmlType
-from edge_moe.runtime.delta_tail import DeltaTail, is_plain
+from edge_moe.runtime.delta_tail import DeltaTail, tail_of
 from edge_moe.runtime.kernels.ggml_products import (
     Backend,
     GatedProducts,
@@ -138,7 +138,8 @@ class SlotProducts:
         hidden, width, has_gate = self._spec.expert_shape
         sizes = expert_packed_bytes(form, hidden, width, has_gate)
         gate, up, down = (GGML_TYPES_BY_NAME[part.upper()] for part in split_form(form))
-        tail_bytes = 0 if self._tail is None or is_plain(form) else self._tail.num_bytes
+        tail = tail_of(self._tail, form)
+        tail_bytes = 0 if tail is None else tail.num_bytes
         buffer = self._buffers.buffer(sum(sizes) + tail_bytes)
 
         def stack(kind: GgmlType, rows: int, columns: int, offset_bytes: int) -> MatrixStack:

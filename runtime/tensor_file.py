@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy.typing as npt
 from pydantic import BaseModel
@@ -14,8 +13,6 @@ from safetensors.numpy import save_file
 
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path
-
-InfoT = TypeVar("InfoT", bound=BaseModel)
 
 
 def read_tensor_file(
@@ -34,28 +31,6 @@ def read_tensor_file(
             return text, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{kind} {path} is not readable ({error}): {again}") from None
-
-
-def parse_info(
-    path: Path, text: str, info_type: type[InfoT], versions: Sequence[int], *, kind: str, again: str
-) -> InfoT:
-    """The header that `text` is; `kind` and `again` as above.
-
-    Raises:
-        InputError: damaged, or of none of `versions`.
-    """
-    try:
-        raw = json.loads(text)
-        found = raw.get("version") if isinstance(raw, dict) else None
-        if found not in versions:
-            raise InputError(
-                f"{kind} {path} has version {found}, this edge-moe reads "
-                f"{' and '.join(map(str, versions))}: {again}"
-            )
-        return info_type.model_validate(raw)
-    except (ValueError, RecursionError) as error:  # no JSON, too deeply nested, or not as wanted
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{kind} {path} has a damaged header ({reason}): {again}") from None
 
 
 def write_tensor_file(

@@ -40,12 +40,12 @@ def unpack(form_name: str, packed: Tensor, width: int) -> Tensor:
     if form_name == "int8_row":
         return _unpack_int8_row(packed)
     if form.block_size == 1:
-        return _words(packed, _FLOAT_DTYPES[form_name]).float()
+        return words_of(packed, _FLOAT_DTYPES[form_name]).float()
     blocks = packed.reshape(-1, form.block_bytes)
     return _UNPACK_BLOCKS[form_name](blocks).view(*packed.shape[:-1], width)
 
 
-def _words(packed: Tensor, dtype: torch.dtype) -> Tensor:
+def words_of(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """The bytes of `packed` [n, b] as `dtype` [n, b / itemsize], copied where views cannot be."""
     flat = packed.reshape(-1)
     if flat.storage_offset() % dtype.itemsize:
@@ -55,7 +55,7 @@ def _words(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _half(blocks: Tensor, offset: int) -> Tensor:
     """fp16 at byte `offset` of every block, as float32 [n, 1]."""
-    return _words(blocks[:, offset : offset + 2], torch.float16).float()
+    return words_of(blocks[:, offset : offset + 2], torch.float16).float()
 
 
 def _planes(packed: Tensor, groups: int, bits: int, mask: int) -> Tensor:
@@ -67,7 +67,7 @@ def _planes(packed: Tensor, groups: int, bits: int, mask: int) -> Tensor:
 
     Returns: int64 words [n, groups, 8 / bits, b / 8], whose bytes are the codes in weight order.
     """
-    words = _words(packed, torch.int64).view(len(packed), groups, -1)
+    words = words_of(packed, torch.int64).view(len(packed), groups, -1)
     planes = words.new_empty(len(packed), groups, 8 // bits, words.shape[-1])
     for plane in range(8 // bits):
         torch.bitwise_right_shift(words, plane * bits, out=planes[:, :, plane])
@@ -80,7 +80,7 @@ def _signed_bytes(words: Tensor, shape: tuple[int, ...], offset: int = 0) -> Ten
     return (codes.sub_(offset) if offset else codes).float()
 
 
-def _trit_words(packed: Tensor) -> Tensor:
+def _tritwords(packed: Tensor) -> Tensor:
     """Digits 0..2 of base-3 bytes [n, 52], as int32 words [5, n, 13].
 
     Digit k of byte b is the carry of 3 * (b * 3^k mod 256), computed in 16-bit lanes: first for the
@@ -97,7 +97,7 @@ def _trit_words(packed: Tensor) -> Tensor:
 
 
 def _unpack_tq1_0(blocks: Tensor) -> Tensor:
-    digits = _trit_words(blocks[:, :52]).transpose(0, 1)  # [n, 5, 13]
+    digits = _tritwords(blocks[:, :52]).transpose(0, 1)  # [n, 5, 13]
     words = digits.new_empty(len(blocks), 64)
     words[:, :40].view(-1, 5, 8).copy_(digits[:, :, :8])
     words[:, 40:60].view(-1, 5, 4).copy_(digits[:, :, 8:12])
@@ -128,7 +128,7 @@ def _unpack_q4_0(blocks: Tensor) -> Tensor:
 
 
 def _unpack_q8_0(blocks: Tensor) -> Tensor:
-    return _words(blocks[:, 2:], torch.int8).float().mul_(_half(blocks, 0))
+    return words_of(blocks[:, 2:], torch.int8).float().mul_(_half(blocks, 0))
 
 
 def _unpack_q2_k(blocks: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _integers(blocks: Tensor, bits: int) -> Tensor:
     codes = blocks[:, :-4]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=blocks.device)
     signed = (codes.unsqueeze(-1) >> shifts).bitwise_and_(2**bits - 1).float()
-    scales = _words(blocks[:, -4:], torch.float32)
+    scales = words_of(blocks[:, -4:], torch.float32)
     return signed.view(len(blocks), -1).sub_(2 ** (bits - 1)).mul_(scales)
 
 
@@ -198,7 +198,7 @@ def _unpack_int4(blocks: Tensor) -> Tensor:
 
 def _unpack_int8_row(packed: Tensor) -> Tensor:
     rows = packed.reshape(-1, packed.shape[-1])
-    scales = _words(rows[:, -4:], torch.float32)
+    scales = words_of(rows[:, -4:], torch.float32)
     weights = rows[:, :-4].float().sub_(128).mul_(scales)
     return weights.view(*packed.shape[:-1], -1)
 
