@@ -16,13 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
-import random
 import statistics
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,12 +31,13 @@ from rich.table import Table
 
 from edge_moe.files import write_text
 from edge_moe.measurement import Provenance
+from edge_moe.runtime.storage_rate import storage_rate
 
 WORKER = Path(__file__).with_name("paging_worker.py")
 RESULT = Path(__file__).parent / "results" / "paging.json"
 ENGINES = ("edge-moe", "rearranged", "lru", "willneed", "random", "stock")
 UNCAPPED = ("ram", "edge-moe", "rearranged")
-PIECE_BYTES, PIECES, READERS = 180 * 4096, 400, 4
+PIECE_BYTES = 180 * 4096
 """An expert's part of a matrix, as it is read."""
 FEWER_TOKENS = {"stock": 6, "random": 60}
 """Of the slow: seconds per token."""
@@ -73,26 +70,6 @@ def run(
             if peak > cap_bytes:
                 raise RuntimeError(f"{engine}: the cap of {cap_bytes} did not hold: {peak}")
     return found
-
-
-def disk_bytes_per_second(path: Path) -> float:
-    """Of random pieces, past the page cache, as many at a time as edge-moe reads."""
-    size, draw = path.stat().st_size, random.Random(0)
-    offsets = [draw.randrange(0, size - PIECE_BYTES) // 4096 * 4096 for _ in range(PIECES)]
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    memory = [mmap.mmap(-1, PIECE_BYTES) for _ in range(2 * READERS)]
-    for each in memory:
-        each.write(bytes(PIECE_BYTES))
-    start = time.perf_counter()
-    with ThreadPoolExecutor(READERS) as pool:
-
-        def read(index: int) -> int:
-            return os.preadv(descriptor, [memory[index % len(memory)]], offsets[index])
-
-        total = sum(pool.map(read, range(PIECES)))
-    seconds = time.perf_counter() - start
-    os.close(descriptor)
-    return total / seconds
 
 
 def limits(runs: list[dict[str, Any]], disk_rate: float) -> Table:
@@ -165,7 +142,7 @@ def main() -> None:
     path, console = arguments.folder / "paging.gguf", Console(stderr=True)
     file_bytes, runs, rates = path.stat().st_size, [], []
     for _ in range(arguments.rounds):
-        rates.append(disk_bytes_per_second(path))
+        rates.append(storage_rate([path], PIECE_BYTES)[0])
         for share in [None, *arguments.caps]:
             for engine in UNCAPPED if share is None else arguments.engines:
                 cap = None if share is None else int(share * file_bytes)

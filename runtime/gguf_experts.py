@@ -1,8 +1,7 @@
 """The experts of a GGUF model, paged into memory of our own before their matrices are used.
 
-Bookkeeping belongs to one thread, the one that decodes; the others only read. An expert's rows of a
-tensor are read and given back as whole pages. Neighbours share the page between them: it goes with
-the last of them.
+Bookkeeping belongs to one thread, the one that decodes. An expert's rows of a tensor are read,
+given back and handed on as whole pages, which belong to no other expert.
 """
 
 from __future__ import annotations
@@ -13,15 +12,17 @@ from dataclasses import dataclass
 
 from edge_moe.errors import InputError
 from edge_moe.gguf_model import GgufModel
+from edge_moe.runtime.direct_queue import open_direct_queue
 from edge_moe.runtime.gguf_slices import Place, Slice, SliceFiles, expert_slices
 from edge_moe.runtime.guesses import Guesses
 from edge_moe.runtime.idle_link import IdleLink
 from edge_moe.runtime.llama_region import ExpertRegion
 from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
-from edge_moe.runtime.read_queue import Read, ReadQueue
+from edge_moe.runtime.read_queue import Read, ReadQueue, ThreadQueue
 
 READERS = 4
-"""Threads that read: enough to keep an NVMe disk busy with pieces of half a megabyte."""
+"""Threads that read, where the system does not by itself: enough to keep an NVMe disk busy with
+pieces of half a megabyte."""
 
 
 @dataclass(eq=False)
@@ -73,6 +74,9 @@ class GgufExperts:
         self._region = region
         self._policy = policy
         self._slices = expert_slices(model, region, places)
+        self._sizes = {
+            key: sum(each.num_bytes for each in rows) for key, rows in self._slices.items()
+        }
         self._files = SliceFiles({each.path for rows in self._slices.values() for each in rows})
         self._order = [
             list(range(len(self._slices[layer, 0]))) for layer in range(len(self.layer_ids))
@@ -87,20 +91,30 @@ class GgufExperts:
         """Whether files were written to: experts may be of another model."""
         self._spare: dict[int, list[Slice]] = {}
         """By tensor: pages of experts that have just left."""
-        self._queue = ReadQueue(self._files.read, READERS, "edge-moe-page-in")
+        self._queue = self._open_queue()
         self._guesses = Guesses()
         self._link = IdleLink()
         self._failed: set[Key] = set()
         """Guesses that did not come true, while they are still being read."""
 
+    def _open_queue(self) -> ReadQueue[Slice]:
+        slices = sorted(
+            (each for rows in self._slices.values() for each in rows), key=lambda each: each.number
+        )
+        direct = open_direct_queue(self._files, slices)
+        if direct is None:
+            return ThreadQueue(self._files.read, READERS, "edge-moe-page-in")
+        self._region.give_back(slices[0].address, slices[0].end)  # it was tried out with that
+        return direct
+
     def num_bytes(self, key: Key) -> int:
         """What an expert takes in memory: whole pages."""
-        return sum(each.num_bytes for each in self._slices[key])
+        return self._sizes[key]
 
     @property
     def total_bytes(self) -> int:
         """What all experts would take."""
-        return sum(map(self.num_bytes, self._slices))
+        return sum(self._sizes.values())
 
     @property
     def used_bytes(self) -> int:
@@ -124,21 +138,27 @@ class GgufExperts:
         self.settle()
         self._link.begin()
         keys = [(layer, row) for row in rows]
-        self._guesses.score(layer, rows, self.statistics)
         keep = frozenset(keys)
         self._drop_guesses(layer, keep)
-        missing = [key for key in keys if not self._use(key)]
-        if missing or self._is_changed:
-            self.require_unchanged()
-        self._wait_for_room(sum(map(self.num_bytes, missing)), keep)
-        for key in missing:
-            self._reserve(key, is_prefetched=False)
-            self._policy.use(key)
-        self._give_back_spare()
+        present = [row for row in rows if self._use((layer, row))]
+        if present:
+            self._policy.use_all(layer, present)
+        missing = [row for row in rows if (layer, row) not in self._entries]
+        self._wait_for_room(sum(self._sizes[layer, row] for row in missing), keep)
+        for row in missing:
+            self._reserve((layer, row), is_prefetched=False)
         self._awaited = [key for key in keys if key in self._loading]
         for index in self._order[layer]:
             for key in self._awaited:
                 self._ask(key, index, is_wanted=True)
+            self._queue.go_on()  # the disk begins with these while memory is moved for the next
+        # what comes now has time while the disk reads
+        if missing:
+            self._policy.use_all(layer, missing)
+            self._give_back_spare()
+        if missing or self._is_changed:
+            self.require_unchanged()
+        self._guesses.score(layer, rows, self.statistics)
 
     def require_unchanged(self) -> None:
         """What was read so far is of the files that were opened; ask before results are used.
@@ -152,6 +172,9 @@ class GgufExperts:
 
     def is_late(self, index: int) -> bool:
         """Whether the tensor `index` of what was required is still being read."""
+        if not self._awaited:
+            return False
+        self._queue.go_on()
         reads = (self._entries[key].reads[index] for key in self._awaited)
         return any(read is None or not read.is_done for read in reads)
 
@@ -164,18 +187,17 @@ class GgufExperts:
         """
         if not self._awaited:
             return
-        start, errors = time.perf_counter(), []
-        for key in self._awaited:
-            read = self._ask(key, index, is_wanted=True)
-            self._queue.wait(read)
-            if read.error is not None:
-                errors.append((key, read.error))
+        start = time.perf_counter()
+        reads = [self._ask(key, index, is_wanted=True) for key in self._awaited]
+        self._queue.wait(reads)
         self.statistics.stall_seconds += time.perf_counter() - start
+        errors = [read.error for read in reads if read.error is not None]
         if errors:
+            failed = [key for key, read in zip(self._awaited, reads, strict=True) if read.error]
             self._awaited = []
-            for key, _ in errors:
+            for key in failed:
                 self._abandon(key)
-            raise errors[0][1]
+            raise errors[0]
 
     def wait_for_all(self, layer: int) -> None:
         """As `wait`, for every tensor of the layer."""
@@ -198,8 +220,9 @@ class GgufExperts:
                 break
             if self._make_room(self.num_bytes(key), keep):
                 self._reserve(key, is_prefetched=True)
-                self._give_back_spare()
                 spare_bytes = self._read_ahead(key, spare_bytes)
+                self._give_back_spare()
+        self._queue.go_on()
 
     def _read_ahead(self, key: Key, spare_bytes: int) -> int:
         """Read a guess's tensors, in the order of their use, as far as they fit; what is left."""
@@ -255,7 +278,6 @@ class GgufExperts:
         if entry is None:
             statistics.misses += 1
             return False
-        self._policy.use(key)
         statistics.hits += entry.is_whole
         statistics.misses += not entry.is_whole
         if entry.is_prefetched:
@@ -275,7 +297,6 @@ class GgufExperts:
 
     def _reserve(self, key: Key, *, is_prefetched: bool) -> None:
         """Take memory, for which there is room."""
-        self._take_memory(key)
         self._used_bytes += self.num_bytes(key)
         self._policy.admit(key)
         self._entries[key] = _Entry([None] * len(self._slices[key]), is_prefetched)
@@ -286,7 +307,9 @@ class GgufExperts:
         reads = self._entries[key].reads
         read = reads[index]
         if read is None:
-            read = reads[index] = self._queue.submit(self._slices[key][index], is_wanted=is_wanted)
+            piece = self._slices[key][index]
+            self._take_memory(piece, index)
+            read = reads[index] = self._queue.submit(piece, is_wanted=is_wanted)
         elif is_wanted:
             self._queue.want(read)
         return read
@@ -295,6 +318,8 @@ class GgufExperts:
         """Nobody waits any more: note what has arrived since; what could not be read is gone."""
         self._link.forget()
         self._awaited = []
+        if self._loading:
+            self._queue.go_on()
         for key in [key for key in self._failed if not self._entries[key].is_loading]:
             self._waste(key)
         for key in [key for key in self._loading if self._entries[key].is_whole]:
@@ -312,13 +337,12 @@ class GgufExperts:
 
     def _learn_link(self) -> None:
         reads = [read for key in self._awaited for read in self._entries[key].asked]
-        self._link.end(reads, sum(read.piece.num_bytes for read in reads))
+        self._link.end(reads)
 
     def _abandon(self, key: Key) -> None:
         """Give up an expert: its memory is free once nothing reads into it."""
-        for read in self._entries[key].asked:
-            if not self._queue.cancel(read):
-                self._queue.wait(read)
+        asked = self._entries[key].asked
+        self._queue.wait([read for read in asked if not self._queue.cancel(read)])
         self._drop(key)
 
     def _wait_for_batch(self, keys: list[Key]) -> None:
@@ -354,23 +378,22 @@ class GgufExperts:
                 )
             self._cancel(guess)
             start = time.perf_counter()
-            for read in self._entries[guess].asked:
-                self._queue.wait(read)
+            self._queue.wait(self._entries[guess].asked)
             self.statistics.stall_seconds += time.perf_counter() - start
 
-    def _take_memory(self, key: Key) -> None:
-        """Give an expert the pages of those that left for it; the rest goes back."""
-        for index, each in enumerate(self._slices[key]):
-            spare = self._spare.get(index)
-            if spare and spare[-1].own_bytes == each.own_bytes:
-                source = spare.pop()
-                if not self._region.move(source.own, each.own, each.own_bytes):
-                    spare.append(source)
+    def _take_memory(self, piece: Slice, index: int) -> None:
+        """Give a part of an expert the pages of one that left for it."""
+        spare = self._spare.get(index)
+        if not spare or spare[-1].num_bytes != piece.num_bytes:
+            return
+        source = spare.pop()
+        if not self._region.move(source.address, piece.address, piece.num_bytes):
+            spare.append(source)
 
     def _give_back_spare(self) -> None:
         for spare in self._spare.values():
             for each in spare:
-                self._region.give_back(each.own, each.own + each.own_bytes)
+                self._region.give_back(each.address, each.end)
         self._spare.clear()
 
     def _evict(self, key: Key) -> None:
@@ -391,30 +414,7 @@ class GgufExperts:
         self._policy.forget(key)
         self._used_bytes -= self.num_bytes(key)
         for index, each in enumerate(self._slices[key]):
-            start = self._end_of_neighbour(key, index, each, -1)
-            end = self._end_of_neighbour(key, index, each, +1)
-            if not each.own_bytes:
-                self._region.give_back(start, end)
-                continue
-            self._region.give_back(start, each.own)
-            self._region.give_back(each.own + each.own_bytes, end)
             self._spare.setdefault(index, []).append(each)
-
-    def _end_of_neighbour(self, key: Key, index: int, each: Slice, step: int) -> int:
-        """How far `each` goes without touching a page of an expert that stays: down, or up.
-
-        Experts of less than a page share it with several.
-        """
-        layer, row = key
-        edge = each.address if step < 0 else each.end
-        while (found := self._slices.get((layer, row := row + step))) is not None:
-            other = found[index]
-            overlaps = other.end > edge if step < 0 else other.address < edge
-            if not overlaps:
-                break
-            if (layer, row) in self._entries:
-                return other.end if step < 0 else other.address
-        return edge
 
     # ------------------------------------------------------------------ guesses
 

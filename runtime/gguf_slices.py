@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from edge_moe.errors import CheckpointError
@@ -30,14 +31,8 @@ class Slice:
     num_bytes: int
     needed_bytes: int
     """Up to the last byte of the rows: the file may end there."""
-    own_bytes: int
-    """Behind the first page so many lie in pages that no other expert shares: the same for all
-    experts of a tensor."""
-
-    @property
-    def own(self) -> int:
-        """The address of the pages that are its own."""
-        return self.address + PAGE_BYTES
+    number: int
+    """Its place among all slices of a model."""
 
     @property
     def end(self) -> int:
@@ -55,16 +50,15 @@ def expert_slices(
 ) -> dict[Key, list[Slice]]:
     """Where every expert lies: its rows of each tensor of its layer, in file order.
 
-    The tensors named in `places` lie elsewhere on the disk. Neighbours in a tensor may share a
-    page; nothing else shares one.
+    The tensors named in `places` lie elsewhere on the disk. In memory no two share a page.
     """
-    places = places or {}
+    places, numbers = places or {}, count()
     found: dict[Key, list[Slice]] = {}
     for layer, layer_id in enumerate(sorted(model.layers)):
         for info in layer_stacks(model, layer_id):
             path, offset = places.get(info.name, (info.path, info.offset))
-            address = region.place(info.name, offset)
             stride = info.num_bytes // model.spec.num_experts
+            address, distance = region.place(info.name, offset)
             for row in range(model.spec.num_experts):
                 start = offset + row * stride
                 skipped = start % PAGE_BYTES
@@ -72,10 +66,10 @@ def expert_slices(
                     Slice(
                         path,
                         start - skipped,
-                        address + row * stride - skipped,
+                        address + row * distance - skipped,
                         num_pages(offset, stride, row) * PAGE_BYTES,
                         skipped + stride,
-                        max(0, stride // PAGE_BYTES - 1) * PAGE_BYTES,
+                        next(numbers),
                     )
                 )
     return found
@@ -85,8 +79,17 @@ class SliceFiles:
     """The open files of a model, past the page cache where the file system allows."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._descriptors = {path: _open_direct(path) for path in paths}
+        self._descriptors: dict[Path, int] = {}
+        self.are_direct = True
+        """Whether all are read past the page cache."""
+        for path in paths:
+            self._descriptors[path], is_direct = _open_direct(path)
+            self.are_direct &= is_direct
         self._states = {path: _state(each) for path, each in self._descriptors.items()}
+
+    def descriptor(self, path: Path) -> int:
+        """Of one of the files; open until `close`."""
+        return self._descriptors[path]
 
     def require_unchanged(self) -> None:
         """Raise CheckpointError if a file was written to since it was opened."""
@@ -124,11 +127,12 @@ class SliceFiles:
         self._descriptors = {}
 
 
-def _open_direct(path: Path) -> int:
+def _open_direct(path: Path) -> tuple[int, bool]:
+    """(descriptor, whether O_DIRECT was granted)"""
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
     except OSError:  # tmpfs and some network file systems
-        return os.open(path, os.O_RDONLY)
+        return os.open(path, os.O_RDONLY), False
 
 
 def _state(descriptor: int) -> tuple[int, int]:

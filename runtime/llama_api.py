@@ -78,7 +78,8 @@ class TensorHead(ctypes.Structure):
 _TYPE_F32 = 0
 _SOURCES_OFFSET = TensorHead.src.offset
 _NAME_OFFSET = TensorHead.name.offset
-_BEGINNING_BYTES = 24
+BEGINNING_BYTES = 8
+"""Of a name, that `LlamaApi.beginning` gives."""
 
 
 class LlamaApi:
@@ -99,14 +100,16 @@ class LlamaApi:
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
             function.restype = None
         self._ggml = ggml
+        self._hosts: dict[int | None, bool] = {}
 
     def name(self, tensor: int) -> str:
         found: bytes = self._ggml.ggml_get_name(tensor)
         return found.decode(errors="replace")
 
-    def begins_with(self, tensor: int, beginnings: tuple[bytes, ...]) -> bool:
-        """Whether a tensor's name does, by its first 24 bytes: in a third of the time of `name`."""
-        return ctypes.string_at(tensor + _NAME_OFFSET, _BEGINNING_BYTES).startswith(beginnings)
+    def beginning(self, tensor: int) -> int:
+        """The first bytes of a tensor's name as a number: in a fifth of the time of `name`."""
+        found: int = ctypes.c_uint64.from_address(tensor + _NAME_OFFSET).value
+        return found
 
     def require_known_layout(self, tensor: int) -> None:
         """Raise `InputError` where ggml_tensor is not `TensorHead`."""
@@ -144,9 +147,22 @@ class LlamaApi:
         """A copy of a node [T, k] whose rows lie apart, such as the first k of a ranking."""
         head = TensorHead.from_address(tensor)
         count, rows, stride = head.ne[0], head.ne[1], head.nb[1]
-        raw = np.empty(self._ggml.ggml_nbytes(tensor), np.uint8)
-        self._ggml.ggml_backend_tensor_get(tensor, raw.ctypes.data, 0, raw.nbytes)
-        return np.ndarray((rows, count), np.int32, raw.data, strides=(stride, 4)).copy()
+        num_bytes = (rows - 1) * stride + 4 * count if rows else 0
+        if self._is_host(head.buffer):
+            raw: Any = (ctypes.c_char * num_bytes).from_address(head.data)
+        else:
+            values = np.empty(num_bytes, np.uint8)
+            self._ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, num_bytes)
+            raw = values.data
+        return np.ndarray((rows, count), np.int32, raw, strides=(stride, 4)).copy()
+
+    def _is_host(self, buffer: int | None) -> bool:
+        """Whether a buffer is this process's own memory."""
+        found = self._hosts.get(buffer)
+        if found is None:
+            found = bool(buffer and self._ggml.ggml_backend_buffer_is_host(buffer))
+            self._hosts[buffer] = found
+        return found
 
     def row(self, tensor: int, width: int) -> npt.NDArray[np.float32] | None:
         """A copy of the one row of a float32 node [1, width]; None where it is something else."""

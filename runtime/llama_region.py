@@ -1,8 +1,9 @@
 """Memory of our own under llama.cpp's expert tensors: taken page by page, given back the same way.
 
 llama.cpp asks a buffer type for memory (`tensor_buft_overrides`). This one reserves addresses
-without memory behind them. A tensor's first byte lies as far from a page's start as in its file, so
-that O_DIRECT reads whole blocks into place.
+without memory behind them. An expert's first byte lies as far from a page's start as in its file,
+so that O_DIRECT reads whole blocks into place, and experts lie a page further apart than there, so
+that no page belongs to two of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_moe.errors import InputError
+from edge_moe.runtime.llama_api import TensorHead
 
 PAGE_BYTES = mmap.PAGESIZE
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 4, 14, 15
@@ -56,7 +58,7 @@ class ExpertRegion:
         ggml.ggml_get_data.argtypes = [ctypes.c_void_p]
         ggml.ggml_get_data.restype = ctypes.c_void_p
         self._tensors: dict[str, int] = {}
-        self._places: dict[str, int] = {}
+        self._places: dict[str, tuple[int, int]] = {}
         self._free = 0
         """Where the next tensor's pages begin."""
         self._ranges: list[tuple[int, int]] = []
@@ -88,20 +90,24 @@ class ExpertRegion:
         """The ggml_tensor called `name`, one of `names`."""
         return self._tensors[name]
 
-    def place(self, name: str, file_offset: int) -> int:
-        """Move the tensor `name` to pages of its own, where O_DIRECT can read it; its address.
+    def place(self, name: str, file_offset: int) -> tuple[int, int]:
+        """Move the tensor `name` [E, rows, columns] to where O_DIRECT can read its experts.
 
-        llama.cpp puts tensors side by side. Loading must be over; a second call changes nothing.
+        Returns its address, and how far its experts are from each other. llama.cpp puts tensors
+        side by side, and experts too. Loading must be over; a second call changes nothing.
 
         Raises:
             InputError: another layout of ggml_tensor than is known.
         """
         if name not in self._places:
             tensor = self._tensors[name]
+            head = TensorHead.from_address(tensor)
             start = self._free + file_offset % PAGE_BYTES
-            self._free = _page_end(start + int(self._ggml.ggml_nbytes(tensor)))
             self._point(tensor, start)
-            self._places[name] = start
+            distance = head.nb[2] + PAGE_BYTES
+            head.nb[2], head.nb[3] = distance, distance * head.ne[2]
+            self._free = _page_end(start + distance * head.ne[2])
+            self._places[name] = start, distance
         return self._places[name]
 
     def _point(self, tensor: int, address: int) -> None:
@@ -168,7 +174,8 @@ class ExpertRegion:
 
     def _size(self, _type: int, tensor: int) -> int:
         self._tensors[self._ggml.ggml_get_name(tensor).decode()] = tensor
-        return _page_end(int(self._ggml.ggml_nbytes(tensor))) + PAGE_BYTES
+        apart = TensorHead.from_address(tensor).ne[2] * PAGE_BYTES
+        return _page_end(int(self._ggml.ggml_nbytes(tensor)) + apart) + PAGE_BYTES
 
     def _advise(self, start: int, num_bytes: int, advice: int) -> None:
         self._libc.madvise(start, num_bytes, advice)

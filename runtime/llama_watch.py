@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_moe.errors import InputError
-from edge_moe.runtime.llama_api import LlamaApi
+from edge_moe.runtime.llama_api import BEGINNING_BYTES, LlamaApi
 from edge_moe.runtime.llama_log import llama_log
 
 
@@ -21,11 +22,16 @@ class WatchedGraph(ABC):
     def __init__(self, api: LlamaApi, path: Path, beginnings: tuple[bytes, ...] = (b"",)) -> None:
         """`path` is for messages. Give `_callback` to the context as its cb_eval.
 
-        Nodes are wanted only if their name has one of these `beginnings`. There are 60 in a layer,
-        so that it matters what it takes to leave one alone.
+        Nodes are wanted only if their name has one of these `beginnings`, of which 8 bytes count.
+        There are 60 in a layer, so that it matters what it takes to leave one alone.
         """
         self._api = api
-        self._beginnings = beginnings
+        self._words = frozenset(
+            int.from_bytes(each[:BEGINNING_BYTES], sys.byteorder)
+            for each in beginnings
+            if len(each) >= BEGINNING_BYTES
+        )
+        self._short = tuple(each for each in beginnings if len(each) < BEGINNING_BYTES)
         self._path = path
         self._error: BaseException | None = None
         self._is_interrupted = self._is_holding = False
@@ -108,7 +114,7 @@ class WatchedGraph(ABC):
         """llama.cpp's callback: asked whether a node is wanted, then given it."""
         if self._error is not None or self._is_interrupted:
             return False
-        if is_asking and not self._api.begins_with(tensor, self._beginnings):
+        if is_asking and not self._may_be_wanted(self._api.beginning(tensor)):
             return False
         try:
             name = self._api.name(tensor)
@@ -116,6 +122,14 @@ class WatchedGraph(ABC):
         except BaseException as error:  # must not unwind through C
             self._error = error
             return False
+
+    def _may_be_wanted(self, word: int) -> bool:
+        """By the first bytes of a node's name."""
+        if word in self._words:
+            return True
+        return bool(self._short) and word.to_bytes(BEGINNING_BYTES, sys.byteorder).startswith(
+            self._short
+        )
 
 
 def _is_default_handler() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -30,27 +30,34 @@ class _Visits:
         self._before: list[int] = []
         self._after = np.zeros((num_rows, num_rows), np.float32)
         """[E, E] by i: share of the visits right after one that chose i."""
-        self._is_known = np.zeros((num_rows, 1), np.bool_)
-        """[E, 1] whether there was one; else what is known of all visits stands for it."""
+        self._known: set[int] = set()
+        """Those i for which there was one; else what is known of all visits stands for it."""
 
     def begin(self, shares: _Shares, decay: float) -> None:
         """Another visit; `shares` [E] are those of all visits so far."""
         before = self._before
         if before:
-            after = np.where(self._is_known[before], self._after[before], shares)
+            self._after[[row for row in before if row not in self._known]] = shares
+            after = self._after[before]
             after *= decay
             after[:, self.chosen] += 1 - decay
             self._after[before] = after
-            self._is_known[before] = True
+            self._known.update(before)
         self._before, self.chosen = self.chosen, []
+
+    def is_new(self, rows: Sequence[int]) -> bool:
+        """Whether the visit that is going on has chosen none of `rows` yet."""
+        return not any(row in self.chosen for row in rows)
 
     def shares(self, known: _Shares) -> _Shares:
         """[E] what to expect of the next visit; `known` [E] are the shares of all visits."""
         chosen = self.chosen
         if not chosen:
             return known
-        after = np.where(self._is_known[chosen], self._after[chosen], known)
-        expected: _Shares = (known + after.sum(axis=0) / len(chosen)) / 2
+        seen = [row for row in chosen if row in self._known]
+        expected: _Shares = known + self._after[seen].sum(axis=0) / len(chosen)
+        expected += known * ((len(chosen) - len(seen)) / len(chosen))
+        expected /= 2
         return expected
 
     def grow(self, num_rows: int) -> None:
@@ -58,9 +65,7 @@ class _Visits:
         old = len(self._after)
         after = np.full((num_rows, num_rows), _UNSEEN, np.float32)
         after[:old, :old] = self._after
-        is_known = np.zeros((num_rows, 1), np.bool_)
-        is_known[:old] = self._is_known
-        self._after, self._is_known = after, is_known
+        self._after = after
 
 
 class SoonestNextUse(EvictionPolicy):
@@ -95,6 +100,8 @@ class SoonestNextUse(EvictionPolicy):
         self._last_gaps = np.zeros(0)
         self._used: set[int] = set()
         self._stale: set[int] = set()
+        self._ahead = np.zeros((0, 0), np.int64)
+        """[L, L] after how many layers another one is asked, seen from each."""
         self._layer = -1
 
     def admit(self, key: Key) -> None:
@@ -108,15 +115,17 @@ class SoonestNextUse(EvictionPolicy):
             self._last_gaps[layer], self._last_rows[layer] = gap, row
 
     def use(self, key: Key) -> None:
-        layer, row = key
-        visits = self._visits[layer]
+        self.use_all(key[0], [key[1]])
+
+    def use_all(self, layer: int, rows: Sequence[int]) -> None:
+        visits, shares = self._visits[layer], self._shares[layer]
         # a layer's uses come together; with a single layer a repeated row tells two visits apart
-        if layer != self._layer or row in visits.chosen:
+        if layer != self._layer or not visits.is_new(rows):
             self._layer = layer
-            visits.begin(self._shares[layer], self.decay)
-            self._shares[layer] *= self.decay
-        visits.chosen.append(row)
-        self._shares[key] += 1 - self.decay
+            visits.begin(shares, self.decay)
+            shares *= self.decay
+        visits.chosen.extend(rows)
+        shares[rows] += 1 - self.decay
         self._used.add(layer)
         self._stale.add(layer)
 
@@ -132,7 +141,7 @@ class SoonestNextUse(EvictionPolicy):
         num_layers = len(self._gaps)
         if not num_layers:
             return None
-        ahead = num_layers - (self._layer - np.arange(num_layers)) % num_layers
+        ahead = self._ahead[self._layer]
         expected, rows = ahead + self._last_gaps, self._last_rows
         refused: dict[int, npt.NDArray[np.float64]] = {}
         while True:
@@ -151,8 +160,8 @@ class SoonestNextUse(EvictionPolicy):
     def _settle(self) -> None:
         """Bring the gaps up to date."""
         for layer in self._used:
-            shares = np.clip(self._visits[layer].shares(self._shares[layer]), _LEAST, 1)
-            self._expected[layer] = (1 / shares - 1) * len(self._gaps)
+            shares = np.maximum(self._visits[layer].shares(self._shares[layer]), _LEAST)
+            self._expected[layer] = (1 / np.minimum(shares, 1) - 1) * len(self._gaps)
         self._used.clear()
         for layer in self._stale:
             self._gaps[layer] = np.where(self._is_resident[layer], self._expected[layer], _ABSENT)
@@ -177,6 +186,8 @@ class SoonestNextUse(EvictionPolicy):
         self._expected, self._gaps = np.zeros(shape), np.full(shape, _ABSENT)
         self._last_rows, self._last_gaps = np.zeros(shape[0], np.int64), np.full(shape[0], _ABSENT)
         self._used, self._stale = set(range(shape[0])), set(range(shape[0]))
+        every = np.arange(shape[0])
+        self._ahead = shape[0] - (every[:, None] - every) % shape[0]
         for visits in self._visits:
             visits.grow(shape[1])
         self._visits += [_Visits(shape[1]) for _ in range(shape[0] - layers)]

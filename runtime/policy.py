@@ -9,7 +9,7 @@ import heapq
 import math
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 Key = tuple[int, int]
@@ -32,6 +32,11 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def use(self, key: Key) -> None:
         """The resident `key` was routed to."""
+
+    def use_all(self, layer: int, rows: Sequence[int]) -> None:
+        """One token, or one step, was routed to these residents of a layer, in this order."""
+        for row in rows:
+            self.use((layer, row))
 
     @abstractmethod
     def forget(self, key: Key) -> None:

@@ -1,11 +1,12 @@
-"""`ReadQueue`: threads that read pieces of files; what is wanted goes before what is guessed."""
+"""`ReadQueue`: reads pieces of files while others compute; what is wanted goes before guesses."""
 
 from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Generic, TypeVar
 
 Piece = TypeVar("Piece")
@@ -15,7 +16,7 @@ class Read(Generic[Piece]):
     """One piece on its way. Only the queue changes it."""
 
     __slots__ = (
-        *("end_seconds", "error", "is_done", "is_started"),
+        *("end_seconds", "error", "is_done", "is_end_known", "is_started"),
         *("is_wanted", "piece", "start_seconds"),
     )
 
@@ -24,17 +25,47 @@ class Read(Generic[Piece]):
         self.is_wanted = is_wanted
         self.is_started = False
         self.start_seconds = 0.0
-        """When a thread took it, and was done: `time.perf_counter`."""
+        """When it was begun, and over: `time.perf_counter`."""
         self.end_seconds = 0.0
+        self.is_end_known = True
+        """Else it was over before, but nobody looked."""
         self.is_done = False
         self.error: BaseException | None = None
 
 
-class ReadQueue(Generic[Piece]):
+class ReadQueue(ABC, Generic[Piece]):
     """Reads in the order of submission, but guesses only while nothing that is wanted waits.
 
     Started reads go on to their end. Reads belong to one thread, the one that submits them.
     """
+
+    @abstractmethod
+    def submit(self, piece: Piece, *, is_wanted: bool) -> Read[Piece]:
+        """Queue a piece."""
+
+    @abstractmethod
+    def want(self, read: Read[Piece]) -> None:
+        """A guess came true: it is read before all other guesses."""
+
+    @abstractmethod
+    def cancel(self, read: Read[Piece]) -> bool:
+        """Whether it was not started yet, and now never will be."""
+
+    @abstractmethod
+    def go_on(self) -> None:
+        """Begin what can be of what was submitted, and note what is over. Never waits."""
+
+    @abstractmethod
+    def wait(self, reads: Collection[Read[Piece]]) -> None:
+        """Until they are there, whatever came of them."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what is being read; the rest is dropped."""
+
+
+class ThreadQueue(ReadQueue[Piece]):
+    """Threads read, each a piece at a time."""
 
     def __init__(self, read: Callable[[Piece], None], num_threads: int, name: str) -> None:
         """`read` fills the memory of one piece, or raises."""
@@ -52,7 +83,6 @@ class ReadQueue(Generic[Piece]):
             thread.start()
 
     def submit(self, piece: Piece, *, is_wanted: bool) -> Read[Piece]:
-        """Queue a piece."""
         read = Read(piece, is_wanted)
         with self._changed:
             (self._wanted if is_wanted else self._guessed).append(read)
@@ -60,7 +90,6 @@ class ReadQueue(Generic[Piece]):
         return read
 
     def want(self, read: Read[Piece]) -> None:
-        """A guess came true: it is read before all other guesses."""
         with self._changed:
             if read.is_started or read.is_wanted:
                 return
@@ -69,23 +98,23 @@ class ReadQueue(Generic[Piece]):
             self._changed.notify()
 
     def cancel(self, read: Read[Piece]) -> bool:
-        """Whether it was not started yet, and now never will be."""
         with self._changed:
             if read.is_started:
                 return False
             read.is_started = read.is_done = True
             return True
 
-    def wait(self, read: Read[Piece]) -> None:
-        """Until it is there, whatever came of it."""
-        if read.is_done:
+    def go_on(self) -> None:
+        """The threads do."""
+
+    def wait(self, reads: Collection[Read[Piece]]) -> None:
+        if all(read.is_done for read in reads):
             return
         with self._done:
-            while not read.is_done:
+            while not all(read.is_done for read in reads):
                 self._done.wait()
 
     def close(self) -> None:
-        """Finish what is being read; the rest is dropped."""
         with self._changed:
             self._is_closed = True
             self._wanted.clear()

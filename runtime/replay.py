@@ -143,6 +143,7 @@ class Residents:
                 )
         for key in keys:
             self._take(key)
+        for key in keys:
             self._policy(key).use(key)
 
     def _take(self, key: Key) -> None:

@@ -11,8 +11,6 @@ or other versions of what computes, are measured anew.
 from __future__ import annotations
 
 import json
-import mmap
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +26,8 @@ from edge_moe.files import write_text
 from edge_moe.measurement import Machine, this_machine, usable_cores
 from edge_moe.overhead import cache_path
 from edge_moe.profile import DeviceProfile
+from edge_moe.runtime.storage_rate import storage_rate
 
-READERS = 4
-"""As many as the engines have."""
-_PAGE_BYTES = 4096
-_STORAGE_SECONDS = 1.0
 _ARRAY_BYTES = 64 * 2**20
 _REPEATS = 5
 _WARM_TOKENS, _TIMED_TOKENS = 4, 24
@@ -110,7 +105,7 @@ def machine_rates(path: Path, piece_bytes: int, *, again: bool = False) -> Machi
     rates = known or MachineRates(machine=machine, memory=memory_rate())
     key = _disk(path, piece_bytes)
     if key not in rates.storage:
-        measured = storage_rate(weight_files(path), piece_bytes)
+        measured = Measured.now(*storage_rate(weight_files(path), piece_bytes))
         rates = rates.model_copy(update={"storage": rates.storage | {key: measured}})
     _remember(rates)
     return rates
@@ -164,46 +159,6 @@ def weight_files(path: Path) -> list[Path]:
     return [each for each in found if each.stat().st_size >= least]
 
 
-def storage_rate(files: Sequence[Path], piece_bytes: int) -> Measured:
-    """Bytes per second of reading pieces at random, as many at once as the engines do.
-
-    Raises:
-        InputError: a file that cannot be read.
-    """
-    size = max(_PAGE_BYTES, piece_bytes // _PAGE_BYTES * _PAGE_BYTES)
-    random = np.random.default_rng(0)
-    try:
-        opened = [_open_direct(file) for file in files]
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be read ({error.strerror})") from None
-    descriptors = [descriptor for descriptor, _ in opened]
-    lengths = np.array([os.fstat(each).st_size for each in descriptors])
-    end = time.perf_counter() + _STORAGE_SECONDS
-
-    def read(seed: int) -> int:
-        own, done = np.random.default_rng(seed), 0
-        with mmap.mmap(-1, size) as buffer:  # page-aligned, as O_DIRECT needs
-            while time.perf_counter() < end:
-                which = int(own.choice(len(lengths), p=lengths / lengths.sum()))
-                places = max(1, int(lengths[which] - size) // _PAGE_BYTES)
-                done += os.preadv(
-                    descriptors[which], [buffer], int(own.integers(places)) * _PAGE_BYTES
-                )
-        return done
-
-    start = time.perf_counter()
-    try:
-        with ThreadPoolExecutor(READERS) as pool:
-            num_bytes = sum(pool.map(read, random.integers(0, 2**31, READERS).tolist()))
-        seconds = time.perf_counter() - start
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-    past = "past" if all(is_direct for _, is_direct in opened) else "through"
-    how = f"{READERS} threads read pieces of {size} bytes {past} the page cache"
-    return Measured.now(num_bytes / seconds, how)
-
-
 def token_seconds(step: Step, token_ids: Sequence[int]) -> Measured:
     """Median seconds per token, of `NUM_TOKENS`."""
     seconds = []
@@ -239,11 +194,3 @@ def _remembered(machine: Machine) -> MachineRates | None:
     except (OSError, ValueError, ValidationError):
         return None
     return found if found.machine == machine else None
-
-
-def _open_direct(path: Path) -> tuple[int, bool]:
-    """(descriptor, whether it reads past the page cache)"""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
-    except OSError:
-        return os.open(path, os.O_RDONLY), False

@@ -28,7 +28,14 @@ from edge_moe.cli import run
 from edge_moe.errors import BudgetError, CheckpointError, DiskSpaceError, InputError
 from edge_moe.families import FAMILIES
 from edge_moe.gguf_model import GgufModel
-from edge_moe.runtime import gguf_session, llama_region, llama_stream, paged_llama
+from edge_moe.runtime import (
+    gguf_experts,
+    gguf_session,
+    llama_region,
+    llama_stream,
+    paged_llama,
+)
+from edge_moe.runtime.direct_reads import DirectReads
 from edge_moe.runtime.gguf_session import GgufSession
 from edge_moe.runtime.interleaved_trial import FastestOf
 from edge_moe.runtime.predictor_choice import PREDICTORS
@@ -170,6 +177,23 @@ def test_predictors_that_cannot_be_had(
 ) -> None:
     with pytest.raises(InputError, match=message):
         GgufSession.open(gguf_of("qwen3_moe"), num_slots=5, predictors=names)
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_threads_read_where_the_system_does_not(
+    gguf_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = gguf_of("qwen3_moe")
+    found = []
+    for is_direct in (True, False):
+        if not is_direct:
+            monkeypatch.setattr(gguf_experts, "open_direct_queue", lambda *_: None)
+        before = threading.active_count()
+        with GgufSession.open(path, context_tokens=CONTEXT, num_slots=3, prefetch=True) as session:
+            found.append(paged_logits(session))
+            has_threads = threading.active_count() > before
+            assert has_threads == (not is_direct or not session._experts._files.are_direct)
+    assert np.array_equal(found[0], found[1])
 
 
 @pytest.mark.usefixtures("unprobed")
@@ -468,6 +492,12 @@ def test_budgets_and_slots_that_are_too_small(quantised: Path) -> None:
 
 
 @pytest.fixture
+def by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the system does not read by itself."""
+    monkeypatch.setattr(gguf_experts, "open_direct_queue", lambda *_: None)
+
+
+@pytest.fixture
 def running(quantised: Path) -> Iterator[GgufSession]:
     with GgufSession.open(quantised, context_tokens=CONTEXT, num_slots=4) as session:
         session.expected = session.logits(IDS)  # type: ignore[attr-defined]
@@ -492,6 +522,7 @@ def test_a_file_that_is_replaced_while_it_runs(running: GgufSession, quantised: 
     assert recovers(running), "the old file stays open"
 
 
+@pytest.mark.usefixtures("by_threads")
 @pytest.mark.parametrize("kind", ["error", "short", "end"])
 def test_disk_errors_end_in_an_error_and_nothing_is_corrupted(
     kind: str, running: GgufSession, monkeypatch: pytest.MonkeyPatch
@@ -521,6 +552,34 @@ def test_disk_errors_end_in_an_error_and_nothing_is_corrupted(
     assert recovers(running)
 
 
+@pytest.mark.parametrize("kind", ["error", "short", "end"])
+def test_errors_of_reads_without_threads_end_in_an_error_too(
+    kind: str, running: GgufSession, quantised: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not running._experts._files.are_direct:
+        pytest.skip("read by threads here")
+    real, calls = DirectReads.over, 0
+
+    def failing(self: DirectReads, at_least: int = 0) -> list[tuple[int, int]]:
+        nonlocal calls
+        found = []
+        for number, result in real(self, at_least):
+            calls += 1
+            bad = {"error": -errno.EIO, "short": 4096, "end": 0}[kind]
+            found.append((number, result if calls % 7 else bad))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectReads, "over", failing)
+        if kind == "error":
+            with pytest.raises(OSError, match=r"Input/output error: '.*quantised.gguf'"):
+                running.logits(IDS)
+        else:
+            assert recovers(running), "what the disk left out is read again"
+        assert calls > 7
+    assert recovers(running)
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Python's own handler, which a process in the background of a shell starts without."""
@@ -536,9 +595,9 @@ def test_ctrl_c_stops_the_graph_and_leaves_the_session_whole(
 ) -> None:
     """Raised in a callback it would be dropped by ctypes, and the graph go on without experts."""
     context, asked = running._context, 0
-    real = context._api.begins_with
+    real = context._api.beginning
 
-    def interrupted(*arguments: Any) -> bool:
+    def interrupted(*arguments: Any) -> int:
         nonlocal asked
         asked += 1
         if asked == moment + 1:
@@ -546,7 +605,7 @@ def test_ctrl_c_stops_the_graph_and_leaves_the_session_whole(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(context._api, "begins_with", interrupted)
+        patch.setattr(context._api, "beginning", interrupted)
         with pytest.raises(KeyboardInterrupt):
             running.logits(IDS)
         assert asked <= moment + 2 and context._sequence == []
@@ -577,6 +636,7 @@ def test_bookkeeping_is_not_interrupted(
         assert not is_first and recovers(running)
 
 
+@pytest.mark.usefixtures("by_threads")
 def test_what_a_router_chose_waits_for_guesses_that_hold_the_room(
     running: GgufSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -587,14 +647,15 @@ def test_what_a_router_chose_waits_for_guesses_that_hold_the_room(
     for key in list(experts._entries):
         experts._drop(key)
     experts._link.bytes_per_second, experts._link.layer_seconds = 1e9, 1.0
-    real, is_free, begun = experts._queue._read, threading.Event(), threading.Event()
+    queue: Any = experts._queue
+    real, is_free, begun = queue._read, threading.Event(), threading.Event()
 
     def slow(piece: Any) -> None:
         begun.set()
         assert is_free.wait(60)
         real(piece)
 
-    monkeypatch.setattr(experts._queue, "_read", slow)
+    monkeypatch.setattr(queue, "_read", slow)
     experts.prefetch(1, range(num_fitting), current=())
     assert len(experts._loading) == num_fitting and begun.wait(60)
     later = threading.Timer(0.2, is_free.set)
@@ -610,13 +671,13 @@ def test_results_of_a_changed_file_are_never_given(
     running: GgufSession, quantised: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is written to between the check and the read, once; nothing is trusted afterwards."""
-    real = running._experts._files.read
+    real = running._experts._queue.submit
 
-    def changed(piece: Any) -> None:
+    def changed(*arguments: Any, **options: Any) -> Any:
         os.utime(quantised, ns=(1, 1))
-        real(piece)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(running._experts._queue, "_read", changed)
+    monkeypatch.setattr(running._experts._queue, "submit", changed)
     for _ in range(2):
         running._context.clear()
         with pytest.raises(CheckpointError, match="has changed while it was running"):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import os
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +22,7 @@ from edge_moe.commands.this_device import measured_here
 from edge_moe.converters.build import build
 from edge_moe.errors import InputError
 from edge_moe.package import Package
-from edge_moe.runtime import this_machine, traced_model
+from edge_moe.runtime import storage_rate, this_machine, traced_model
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.this_machine import Measured, machine_rates
 from edge_moe.runtime.traced_model import open_traced
@@ -29,7 +32,7 @@ from edge_moe.runtime.traced_model import open_traced
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nobody's own; and little time for the disk."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(this_machine, "_STORAGE_SECONDS", 0.05)
+    monkeypatch.setattr(storage_rate, "_SECONDS", 0.05)
     monkeypatch.setattr(this_machine, "_ARRAY_BYTES", 2**20)
     return tmp_path / "cache" / "edge-moe" / "machine.json"
 
@@ -49,7 +52,7 @@ def test_rates_are_measured_once(cache: Path, tmp_path: Path) -> None:
     assert more.memory == first.memory and len(more.storage) == 2
     profile = more.profile(model, 40_000, "nobody")
     assert profile.device == "cpu" and profile.storage_bytes_per_second is not None
-    assert "4 threads read pieces of 36864 bytes" in profile.sources["storage_bytes_per_second"]
+    assert "pieces of 36864 bytes" in profile.sources["storage_bytes_per_second"]
     assert profile.sources["memory_bytes_per_second"].startswith("measured on 20")
     assert "compute_seconds" not in profile.sources
     again = machine_rates(model, 20_000, again=True)
@@ -61,22 +64,57 @@ def test_rates_are_measured_once(cache: Path, tmp_path: Path) -> None:
     assert len(machine_rates(model, 20_000).storage) == 1
 
 
-def test_storage_is_that_of_reads_at_random(tmp_path: Path) -> None:
-    """A clock that moves by what was read: 1 GB per second, whoever reads."""
-    file, done = file_of(tmp_path, "weights", 2**20), [0]
+class FakeDisk:
+    """Reads 1 GB per second of the clock, whoever reads."""
 
-    def read(descriptor: int, buffers: list[object], offset: int) -> int:
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.under_way: list[int] = []
+
+    def seconds(self) -> float:
+        return self.num_bytes / 1e9
+
+    def preadv(self, _descriptor: int, buffers: list[mmap.mmap], offset: int) -> int:
         assert offset % 4096 == 0 and offset + 8192 <= 2**20
-        done[0] += 8192
-        return 8192
+        self.num_bytes += len(buffers[0])
+        return len(buffers[0])
 
-    with (
-        mock.patch("os.preadv", read),
-        mock.patch("time.perf_counter", lambda: done[0] / 1e9),
-    ):
-        found = this_machine.storage_rate([file], 9000)
-    assert found.value == pytest.approx(1e9, rel=0.01)
-    assert found.how.startswith("4 threads read pieces of 8192 bytes")
+    def set_list(self, reads: list[tuple[int, int, int, int]]) -> None:
+        assert all(offset % 4096 == 0 and offset + 8192 <= 2**20 for _, offset, _, _ in reads)
+        assert all(address % 4096 == 0 and size == 8192 for _, _, address, size in reads)
+
+    def begin(self, indices: list[int]) -> int:
+        self.under_way += indices
+        return len(indices)
+
+    def over(self, at_least: int) -> list[tuple[int, int]]:
+        assert 0 < at_least <= len(self.under_way) <= 12
+        self.num_bytes += 8192
+        return [(self.under_way.pop(0), 8192)]
+
+    def close(self) -> None:
+        assert not self.under_way
+
+
+@pytest.mark.parametrize("has_threads", [False, True])
+def test_storage_is_that_of_reads_at_random(
+    has_threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, disk = file_of(tmp_path, "weights", 2**20), FakeDisk()
+    reads = mock.Mock(side_effect=OSError) if has_threads else lambda _: disk
+    monkeypatch.setattr(storage_rate, "DirectReads", reads)
+    monkeypatch.setattr(storage_rate, "_open_direct", lambda path: (os.open(path, 0), True))
+    monkeypatch.setattr(os, "preadv", disk.preadv)
+    monkeypatch.setattr(time, "perf_counter", disk.seconds)
+    found, how = storage_rate.storage_rate([file], 9000)
+    assert found == pytest.approx(1e9, rel=0.01)
+    expected = "4 threads read pieces" if has_threads else "12 pieces"
+    assert how.startswith(f"{expected} of 8192 bytes") and how.endswith("past the page cache")
+
+
+def test_storage_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing cannot be read \(No such file"):
+        storage_rate.storage_rate([tmp_path / "nothing"], 9000)
 
 
 def test_files_that_hold_the_weights(tmp_path: Path) -> None:
