@@ -124,6 +124,13 @@ class Residents:
         self._take(key)
         return True
 
+    def drop(self, key: Key) -> None:
+        """A resident's memory is free."""
+        self._policy(key).forget(key)
+        self._keys.remove(key)
+        self._used_bytes[self._pool(key)] -= self.num_bytes(key)
+        self.on_evicted(key)
+
     def _use(self, key: Key) -> bool:
         if key not in self._keys:
             return False
@@ -159,11 +166,8 @@ class Residents:
             )
             if victim is None:
                 return False
-            self._policies[pool].forget(victim)
-            self._keys.remove(victim)
-            self._used_bytes[pool] -= self.num_bytes(victim)
             self.evictions += 1
-            self.on_evicted(victim)
+            self.drop(victim)
         return True
 
     def _fill(self) -> None:

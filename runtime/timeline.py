@@ -1,8 +1,10 @@
 """Replaying a trace on a clock: does reading ahead pay on a link of this rate?
 
 One link brings one expert after another, those that are waited for behind those already on their
-way. A layer waits for its experts, guesses are admitted by the engines' rule, then it computes.
-Prompts move experts and take no time: only single tokens are timed.
+way. A layer waits for its experts, guesses are admitted as the engine admits them, and it computes:
+where a layer's experts come together (GGUF), what can be read until the next choice is, of the last
+expert perhaps a part; else what `AdmissionRule` finds worth it. Prompts move experts and take no
+time: only single tokens are timed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from edge_moe.runtime.policy import AdmissionRule, EvictionPolicy, Key
 from edge_moe.runtime.predictors import Predictor
 from edge_moe.runtime.replay import Residents, Room
 from edge_moe.runtime.simulate import Replay
+
+_MATRICES = 3
+"""Of an expert, of which the first are read ahead where not all fit."""
 
 
 class ReadAhead(BaseModel):
@@ -62,7 +67,8 @@ def timeline(
     Raises:
         InputError: no slot at all for a size, or too few for one step.
     """
-    clock = _Clock(replay.residents(room, policy), bytes_per_second)
+    kind = _IdleClock if room.comes_together else _Clock
+    clock = kind(replay.residents(room, policy), bytes_per_second, layer_seconds)
     num_layers, num_tokens = len(replay.sizes), 0
     for ask in replay.asks(room.most_tokens):
         if not ask.is_decoding:
@@ -93,9 +99,10 @@ def timeline(
 
 
 class _Clock:
-    def __init__(self, residents: Residents, bytes_per_second: float) -> None:
+    def __init__(self, residents: Residents, bytes_per_second: float, layer_seconds: float) -> None:
         self._residents = residents
         self._rate = bytes_per_second
+        self._layer_seconds = layer_seconds
         self._rule = AdmissionRule(bytes_per_second=bytes_per_second)
         self._arrival: dict[Key, float] = {}  # of what was read ahead and not used yet
         self._guessed: set[int] = set()
@@ -133,9 +140,7 @@ class _Clock:
         self._guessed = set()
         ready = max((self._count((layer, row)) for row in rows), default=self.now)
         for key in self._residents.ask(layer, rows):
-            size = self._residents.num_bytes(key)
-            self.demanded_bytes += size
-            ready = self._transfer(size)
+            ready = self._demand(self._residents.num_bytes(key))
         stall = max(0.0, ready - self.now)
         self.stall_seconds += stall
         self.now += stall
@@ -148,6 +153,9 @@ class _Clock:
         missing = [key for key in keys if key not in self._residents]
         self._guessed = {row for _, row in missing}
         keep = frozenset([*keys, *((layer, row) for row in rows)])
+        self._read_ahead(missing, keep)
+
+    def _read_ahead(self, missing: list[Key], keep: frozenset[Key]) -> None:
         for key in missing:
             size = self._residents.num_bytes(key)
             queued = sum(
@@ -155,11 +163,14 @@ class _Clock:
                 for other, arrival in self._arrival.items()
                 if arrival > self.now
             )
-            if not self._rule.admits(layer + 1, size, queued):
+            if not self._rule.admits(key[0], size, queued):
                 self.rejected += 1
             elif self._residents.admit(key, keep):
-                self.issued[layer + 1] += size
-                self._arrival[key] = self._transfer(size)
+                self._issue(key, size)
+
+    def _issue(self, key: Key, size: int) -> None:
+        self.issued[key[0]] += size
+        self._arrival[key] = self._transfer(size)
 
     def _count(self, key: Key) -> float:
         """When a wanted expert arrives, if it was read ahead; the present otherwise."""
@@ -171,6 +182,11 @@ class _Clock:
         counts[key[0]] += size
         return arrival
 
+    def _demand(self, size: int) -> float:
+        """When bytes have come that are waited for."""
+        self.demanded_bytes += size
+        return self._transfer(size)
+
     def _forget(self, key: Key) -> None:
         self._arrival.pop(key, None)
 
@@ -178,3 +194,51 @@ class _Clock:
         """When `size` more bytes have come over the link."""
         self._link_free = max(self._link_free, self.now) + size / self._rate
         return self._link_free
+
+
+class _IdleClock(_Clock):
+    """Guesses fill the time in which the link has nothing else to do, as `IdleLink` tells it."""
+
+    def __init__(self, residents: Residents, bytes_per_second: float, layer_seconds: float) -> None:
+        super().__init__(residents, bytes_per_second, layer_seconds)
+        self._parts: dict[Key, int] = {}
+        """Bytes that were read of an expert that did not fit whole."""
+
+    def skip(self, layer: int, rows: list[int]) -> None:
+        self._drop_parts(layer, rows)
+        super().skip(layer, rows)
+
+    def require(self, layer: int, rows: list[int]) -> None:
+        self._drop_parts(layer, rows)
+        super().require(layer, rows)
+
+    def _read_ahead(self, missing: list[Key], keep: frozenset[Key]) -> None:
+        spare_bytes = int(self._layer_seconds * self._rate)
+        for at, key in enumerate(missing):
+            size = self._residents.num_bytes(key)
+            part = min(_MATRICES, _MATRICES * spare_bytes // size) * size // _MATRICES
+            if not part:
+                self.rejected += len(missing) - at
+                return
+            if self._residents.admit(key, keep):
+                self._issue(key, part)
+                spare_bytes -= part
+                if part < size:
+                    self._parts[key] = part
+
+    def _drop_parts(self, layer: int, rows: list[int]) -> None:
+        """What was read in part for nothing makes room at once."""
+        for key in [key for key in self._parts if key[0] == layer and key[1] not in rows]:
+            self._residents.drop(key)
+
+    def _count(self, key: Key) -> float:
+        part = self._parts.pop(key, None)
+        if part is None:
+            return super()._count(key)
+        self._useful[key[0]] += part  # there by now: it fitted until this choice
+        del self._arrival[key]
+        return self._demand(self._residents.num_bytes(key) - part)
+
+    def _forget(self, key: Key) -> None:
+        super()._forget(key)
+        self._parts.pop(key, None)

@@ -237,6 +237,43 @@ def test_clock_hides_loads_behind_compute() -> None:
     assert late.seconds == 3 + 4 * 0.75 + 8 * 0.25  # a quarter of each is hidden
 
 
+def test_clock_of_gguf_reads_what_fits_before_the_next_choice() -> None:
+    """Two layers of four experts of 3 MB that change with every token, room for three."""
+    size = 3 * MB
+    rows = [[[0], [0]], [[1], [1]], [[2], [2]], [[3], [3]]]
+    replay = Replay(trace_of(rows, 4, [1] * 4), [[size] * 4] * 2)
+    room = Room.of_bytes(3 * size, replay.sizes)
+    for layer_seconds, read_bytes in ((3.0, size), (2.5, 2 * MB), (1.0, MB), (0.9, 0)):
+        rates = {"bytes_per_second": 1e6, "layer_seconds": layer_seconds}
+        plain = timeline(replay, room, LeastRecentlyUsed, None, **rates)
+        assert plain.seconds == pytest.approx(8 * 3 + 8 * layer_seconds)
+        found = timeline(replay, room, LeastRecentlyUsed, exact(replay), **rates)
+        assert found.useful_bytes == 4 * read_bytes and found.page_in_bytes == 8 * size
+        assert (found.late_bytes, found.wasted_bytes) == (0, 0)
+        assert found.seconds == pytest.approx(plain.seconds - 4 * read_bytes / 1e6)
+        assert found.rejected == (0 if read_bytes else 4)
+
+
+def test_a_part_that_was_read_for_nothing_makes_room_at_once() -> None:
+    rows = [[[0], [0]], [[1], [1]], [[2], [1]]]
+    replay = Replay(trace_of(rows, 4, [1] * 3), [[3 * MB] * 4] * 2)
+    room = Room.of_bytes(3 * 3 * MB, replay.sizes)
+    rates = {"bytes_per_second": 1e6, "layer_seconds": 1.0}
+    plain = timeline(replay, room, LeastRecentlyUsed, None, **rates)
+    found = timeline(replay, room, LeastRecentlyUsed, Repeat([4, 4]), **rates)
+    # for the second token (1, 0) is there; for the third a MB of none: (1, 1) is; all others demand
+    assert plain.seconds == found.seconds == 5 * 3 + 6
+    assert found.wasted_bytes == 0 and found.page_in_bytes == plain.page_in_bytes
+
+    class Wrong(Repeat):
+        def guess(self, layer: int, rows: Sequence[int] = ()) -> list[int]:
+            return [3]
+
+    found = timeline(replay, room, LeastRecentlyUsed, Wrong([4, 4]), **rates)
+    assert (found.wasted_bytes, found.seconds) == (3 * MB, plain.seconds)
+    assert found.page_in_bytes == plain.page_in_bytes + 3 * MB
+
+
 def test_prompts_take_no_time_and_wrong_guesses_are_wasted() -> None:
     trace = trace_of([[[0], [1]], [[1], [0]], [[2], [3]], [[2], [2]]], 4, [2, 1, 1])
     replay = Replay(trace, [[MB] * 4] * 2)
