@@ -14,7 +14,7 @@ from edge_moe.available_memory import available_memory_bytes
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError
 from edge_moe.formats.quantise import get_quantiser
-from edge_moe.plan import MemoryTerm
+from edge_moe.plan import MemoryTerm, formula_terms
 from edge_moe.tensor_info import TensorInfo
 from edge_moe.units import format_bytes
 
@@ -65,9 +65,7 @@ def calibration_terms(
     }
     if get_quantiser(quantiser).needs:
         terms["hessians"] = 4 * (hidden**2 + width**2) + 24 * max(hidden, width) ** 2
-    return [
-        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
-    ]
+    return formula_terms(terms)
 
 
 def packing_terms(

@@ -24,7 +24,7 @@ from edge_moe.converters.slice_packing import InputSquares, SlicePacker
 from edge_moe.errors import DiskSpaceError, InputError, StatsError
 from edge_moe.files import os_problem, require_free_disk
 from edge_moe.gguf_model import GgufModel
-from edge_moe.plan import MemoryTerm, SearchRecord
+from edge_moe.plan import MemoryTerm, SearchRecord, formula_terms
 from edge_moe.problem import FloatArray
 from edge_moe.runtime import gguf_logits
 from edge_moe.runtime.heldout import described_search, search_windows
@@ -118,9 +118,7 @@ class GgufPlanMeasure:
             "scores": 52 * metrics.CHUNK_VALUES,
             "allowance": _ALLOWANCE_BYTES,
         }
-        return [
-            MemoryTerm(name=name, num_bytes=size, source="formula") for name, size in terms.items()
-        ]
+        return formula_terms(terms)
 
     def described(self, record: SearchRecord) -> SearchRecord:
         """`record` with the text that was measured on."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from edge_moe.converters.calibration_memory import PACK_CHUNK_WEIGHTS
 from edge_moe.formats.quantise import get_quantiser
 from edge_moe.gguf_model import GgufModel
-from edge_moe.plan import MemoryTerm
+from edge_moe.plan import MemoryTerm, formula_terms
 from edge_moe.runtime.llama_graph import batch_tokens, num_slots
 
 _ALLOWANCE_BYTES = 96_000_000
@@ -30,9 +30,7 @@ def gguf_calibration_terms(
     measure = _measuring(model, num_tokens, window_tokens, quantiser)
     larger = max(run, measure, key=lambda terms: sum(terms.values()))
     larger["allowance"] = _ALLOWANCE_BYTES
-    return [
-        MemoryTerm(name=name, num_bytes=size, source="formula") for name, size in larger.items()
-    ]
+    return formula_terms(larger)
 
 
 def _running(model: GgufModel, window_tokens: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import READ_BYTES_PER_WEIGHT, calibration_terms
-from edge_moe.plan import MemoryTerm
+from edge_moe.plan import MemoryTerm, formula_terms
 from edge_moe.spec import ModelSpec
 
 CHUNK_LOGITS = 2**22
@@ -71,6 +71,4 @@ def gradient_terms(
         "allowance": terms["allowance"],
         "hessians": terms.get("hessians", 0),
     }
-    return [
-        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in found.items()
-    ]
+    return formula_terms(found)

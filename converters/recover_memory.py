@@ -14,7 +14,7 @@ from edge_moe.available_memory import available_memory_bytes
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError
 from edge_moe.package import Package
-from edge_moe.plan import MemoryTerm
+from edge_moe.plan import MemoryTerm, formula_terms
 from edge_moe.runtime.allotment import dense_tensors
 from edge_moe.units import format_bytes
 
@@ -110,10 +110,7 @@ def require_memory(
 
 
 def _terms(terms: dict[str, int]) -> list[MemoryTerm]:
-    named = terms | {"allowance": _ALLOWANCE_BYTES}
-    return [
-        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in named.items()
-    ]
+    return formula_terms(terms | {"allowance": _ALLOWANCE_BYTES})
 
 
 def _layer_weights(checkpoint: Checkpoint, layer_id: int) -> int:

@@ -8,7 +8,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import READ_BYTES_PER_WEIGHT, calibration_terms
 from edge_moe.formats import DROP, expert_bytes
 from edge_moe.metrics import CHUNK_VALUES
-from edge_moe.plan import MemoryTerm
+from edge_moe.plan import MemoryTerm, formula_terms
 
 PACKED_LIMIT_BYTES = 2 * 2**30
 """Packed experts that are kept between passes."""
@@ -55,6 +55,4 @@ def search_terms(
         "scratch": calibration["scratch"],
         "allowance": calibration["allowance"],
     }
-    return [
-        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
-    ]
+    return formula_terms(terms)

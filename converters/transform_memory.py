@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import calibration_terms
-from edge_moe.plan import MemoryTerm
+from edge_moe.plan import MemoryTerm, formula_terms
 
 FEWER_TOKENS = "lower --sample-tokens, or use a machine with more memory"
 
@@ -43,6 +43,4 @@ def transform_terms(
         "scratch": calibration["scratch"],
         "allowance": calibration["allowance"],
     }
-    return [
-        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
-    ]
+    return formula_terms(terms)

@@ -5,7 +5,7 @@ Plain JSON, diffable. The optimiser writes it, builders and runtimes read it, re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,14 @@ class MemoryTerm(_Model):
     num_bytes: int = Field(ge=0)
     source: Source
     note: str = ""
+
+
+def formula_terms(num_bytes: Mapping[str, int]) -> list[MemoryTerm]:
+    """Terms, by name, that were computed before anything runs."""
+    return [
+        MemoryTerm(name=name, num_bytes=count, source="formula")
+        for name, count in num_bytes.items()
+    ]
 
 
 class FrontierPoint(_Model):

@@ -10,7 +10,7 @@ import math
 from edge_moe.converters.upcycle.dense_model import DenseModel, ffn_names
 from edge_moe.converters.upcycle.student import UpcycleSettings
 from edge_moe.converters.upcycle.target import MoeShape
-from edge_moe.plan import MemoryTerm
+from edge_moe.plan import MemoryTerm, formula_terms
 
 _TRAINED_COPIES = 6  # value, what is used, one gradient, two moments, the best value
 _FRAGMENTS = 12  # the allocator leaves holes of one part in so many
@@ -53,16 +53,10 @@ def student_terms(
         "activations": 4 * (activations + scores),
         "allowance": _ALLOWANCE_BYTES,
     }
-    return _named(terms)
+    return formula_terms(terms)
 
 
 def untrained_terms(dense: DenseModel) -> list[MemoryTerm]:
     """While nothing is trained: 20 bytes x the largest tensor, read, rounded and packed."""
     largest = max(math.prod(tensor.shape) for tensor in dense.tensors.values())
-    return _named({"one matrix": 20 * largest, "allowance": _ALLOWANCE_BYTES})
-
-
-def _named(terms: dict[str, int]) -> list[MemoryTerm]:
-    return [
-        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
-    ]
+    return formula_terms({"one matrix": 20 * largest, "allowance": _ALLOWANCE_BYTES})
