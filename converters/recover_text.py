@@ -33,11 +33,12 @@ def split_text(
     context_tokens: int,
     window_tokens: int,
     max_windows: int | None,
+    window_option: str = "--window-tokens",
 ) -> TrainText:
     """Windows of every task's calibration text; an eighth of each judges.
 
     `context_tokens` is what the model can read. `max_windows` is shared out among the tasks; each
-    gets two at least.
+    gets two at least. `window_option` is what the command at hand calls `window_tokens`.
 
     Raises:
         InputError: no task, text that is too short, or windows that the model cannot read.
@@ -45,7 +46,7 @@ def split_text(
     if window_tokens > context_tokens:
         raise InputError(
             f"windows of {window_tokens} tokens exceed the model's context of {context_tokens}: "
-            "use a smaller --window-tokens"
+            f"use a smaller {window_option}"
         )
     if not tasks:
         raise InputError("no task is given: name at least one with --task")
@@ -64,7 +65,7 @@ def split_text(
     if all(is_training) or not any(is_training):
         raise InputError(
             f"the task text gives {len(windows)} window of {window_tokens} tokens, but one must "
-            "be learned from and another judge: use a smaller --window-tokens or more text"
+            f"be learned from and another judge: use a smaller {window_option} or more text"
         )
     return TrainText(windows, is_training)
 

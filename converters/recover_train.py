@@ -7,22 +7,19 @@ without).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
 from edge_moe.converters.recover_student import Branch
-from edge_moe.converters.recover_teacher import TeacherCache, divergence
+from edge_moe.converters.recover_teacher import TeacherCache
 from edge_moe.converters.recover_text import TrainText
-from edge_moe.converters.window_training import (
-    Losses,
-    WindowSettings,
-    WindowTraining,
-    checked_settings,
-)
+from edge_moe.converters.text_objective import TextObjective
+from edge_moe.converters.window_training import WindowSettings, WindowTraining, checked_settings
 
 _STATE_NAME = "branches.safetensors"
 _FACTORS = ("lora_a", "lora_b")
@@ -49,13 +46,11 @@ def train_settings(**values: Any) -> TrainSettings:
     return checked_settings(TrainSettings, **values)
 
 
-class _AgainstOriginal:
-    """A student that is to predict what the original predicts."""
+class _BranchedStudent:
+    """A model whose branches autograd knows all about."""
 
-    def __init__(self, model: Any, text: TrainText, teacher: TeacherCache) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
-        self._text = text
-        self._teacher = teacher
 
     def begin(self) -> None:
         """Nothing hangs on the parameters."""
@@ -63,15 +58,10 @@ class _AgainstOriginal:
     def end(self) -> None:
         """autograd has done it all."""
 
-    def losses(self, index: int) -> Losses:
-        """Of window `index`, in nats per token."""
-        ids = torch.tensor([list(self._text.windows[index])])
-        logits = self._model(ids, use_cache=False).logits[0]
-        return Losses(
-            divergence(logits, self._teacher.read(index)),
-            F.cross_entropy(logits[:-1].float(), ids[0, 1:]),
-            torch.zeros(()),
-        )
+    def run(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(logits [W, V], no penalty) of one window."""
+        logits: Tensor = self._model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+        return logits, torch.zeros(())
 
 
 class BranchTraining(WindowTraining):
@@ -96,5 +86,5 @@ class BranchTraining(WindowTraining):
             for name, branch in branches.items()
             for factor in _FACTORS
         }
-        objective = _AgainstOriginal(model, text, teacher)
+        objective = TextObjective(_BranchedStudent(model), text, teacher)
         super().__init__(parameters, objective, text, settings, folder / _STATE_NAME)

@@ -29,6 +29,7 @@ from edge_moe.files import atomic_path
 
 _BETAS = (0.9, 0.95)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE_COPIES = 4  # value, best value, two moments
 
 
 class WindowSettings(BaseModel):
@@ -139,6 +140,11 @@ def windows_read(text: TrainText, settings: WindowSettings) -> list[int]:
     order = WindowOrder(text, settings.seed)
     learned = {order.at(place) for place in range(settings.steps * settings.batch_windows)}
     return sorted(learned | set(text.indices(False)))
+
+
+def state_bytes(parameters: Mapping[str, Tensor]) -> int:
+    """Disk bytes of a training's state at most: while it is written, the last one is there too."""
+    return 2 * 4 * _STATE_COPIES * sum(value.numel() for value in parameters.values())
 
 
 class WindowTraining:

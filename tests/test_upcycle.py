@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
-from edge_moe.converters.upcycle import upcycle as upcycling
+from edge_moe.converters.upcycle import learn
 from edge_moe.converters.upcycle.balance import switch_loss
 from edge_moe.converters.upcycle.dense_model import open_dense
 from edge_moe.converters.upcycle.memory import student_terms
@@ -32,7 +32,7 @@ from edge_moe.converters.upcycle.record import LOG_NAME, UpcycleRecord
 from edge_moe.converters.upcycle.routed_weights import Quantiser, RoutedMatrix, round_to_int8
 from edge_moe.converters.upcycle.student import Student, UpcycleSettings
 from edge_moe.converters.upcycle.target import MoeShape, choose_target
-from edge_moe.converters.upcycle.train_text import read_train_text
+from edge_moe.converters.upcycle.train_text import dense_tokenizer, read_train_text
 from edge_moe.converters.upcycle.trained_layers import (
     require_rows,
     ternary_forms,
@@ -209,7 +209,8 @@ def test_the_folder_computes_what_was_judged(
     ternary: tuple[Path, UpcycleRecord], dense: Path, text: str
 ) -> None:
     output, record = ternary
-    found = read_train_text(open_dense(dense), [text], 64, 40)
+    model = open_dense(dense)
+    found = read_train_text(model, dense_tokenizer(model), [text], 64, 40)
     windows = [list(found.windows[index]) for index in found.indices(False)]
     kept, first = record.row(record.kept_step), record.row(0)
     assert kept and first
@@ -320,10 +321,10 @@ def gradients(dense: Path, chosen: UpcycleSettings) -> dict[str, Tensor]:
     found = student(dense, chosen)
     for layer_id in (0, 1):  # a branch that is open, so that everything has a gradient
         torch.nn.init.constant_(found.experts(layer_id).matrix("down_proj").scale, 0.05)
-    found.begin_step()
+    found.begin()
     values, balance = found.run(IDS)
     torch.autograd.backward(values.square().mean() + balance)
-    found.end_step()
+    found.end()
     return {name: value.grad for name, value in found.parameters.items() if value.grad is not None}
 
 
@@ -368,7 +369,7 @@ def stopping_at(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> Itera
 def test_a_killed_run_ends_where_an_unbroken_one_ends(
     dense: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upcycling, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(learn, "_SAVE_SECONDS", 0.0)
     chosen = FEW.model_copy(update={"steps": 6, "kl_weight": 0.1})
     make(dense, text, tmp_path / "whole", chosen)
     for name, count in (
@@ -476,10 +477,23 @@ def test_a_mixture_of_experts_is_no_dense_model(
     assert "is a mixture of experts already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "message"),
+    [("4096", "use a smaller --seq"), ("500", "use a smaller --seq or more text")],
+)
+def test_windows_that_do_not_fit_name_the_option(
+    num_tokens: str, message: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("a few words")
+    asked = ["upcycle", str(dense), "--data", str(tmp_path / "short.txt"), "--seq", num_tokens]
+    assert run([*asked, "-o", str(tmp_path / "moe")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_changed_source_does_not_go_on_with_old_state(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upcycling, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(learn, "_SAVE_SECONDS", 0.0)
     source = make_tiny_dense(tmp_path / "dense", "llama", width=256)
     chosen = FEW.model_copy(update={"steps": 4})
     with stopping_at("config.json", 0, monkeypatch), pytest.raises(KeyboardInterrupt):

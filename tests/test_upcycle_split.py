@@ -17,18 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
+from edge_moe.converters.recover_teacher import cache_bytes
 from edge_moe.converters.recover_text import TrainText
+from edge_moe.converters.upcycle import learn
 from edge_moe.converters.upcycle.dense_model import open_dense
-from edge_moe.converters.upcycle.split import (
-    RECORD_NAME,
-    SplitSettings,
-    _fingerprint,
-    _Job,
-    split_dense,
-)
+from edge_moe.converters.upcycle.split import _fingerprint, _Job, split_dense
 from edge_moe.converters.upcycle.split_layer import SplitLayer, choose, split_layer
 from edge_moe.converters.upcycle.split_layers import split_block
 from edge_moe.converters.upcycle.split_neurons import DenseFfn, NeuronSplit
+from edge_moe.converters.upcycle.split_record import RECORD_NAME, SplitSettings
 from edge_moe.converters.upcycle.split_router import bounded_rows, score_reach, tilt_bound
 from edge_moe.converters.upcycle.split_shape import split_shape
 from edge_moe.converters.upcycle.split_student import DistilSettings, SplitStudent
@@ -168,7 +165,7 @@ def test_a_killed_split_goes_on(
     split_tiny(dense, text, tmp_path / "out")
     assert len(calls) == 2 + 2  # the first layer was not split again
     for path in (tmp_path / "whole").iterdir():
-        if path.name != RECORD_NAME:
+        if path.name not in (RECORD_NAME, "README.md"):  # which has the folder's name
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
     assert [0 < layer["recall"] <= 1 for layer in record["layers"]] == [True] * 3
@@ -184,7 +181,7 @@ def test_a_killed_split_goes_on(
         ({"top_k": 5}, "use 1 to 4"),
         ({"expert_width": 16}, "leave none of 64 always on"),
         ({"expert_width": 0}, "leave none of 64 always on"),
-        ({"window_tokens": 10_000}, "the model's context"),
+        ({"window_tokens": 10_000}, "--seq is 10000: use 2 to 512, the model's context"),
     ],
 )
 def test_shapes_that_cannot_be(
@@ -239,10 +236,10 @@ def test_the_student_starts_as_the_dense_model(text: Path, tmp_path: Path) -> No
     student = SplitStudent(tmp_path / "moe", "all")
     np.testing.assert_allclose(student.logits(IDS), logits(dense), atol=2e-5)
     with torch.no_grad():
-        np.testing.assert_allclose(student.run(IDS).numpy(), logits(tmp_path / "moe"), atol=1e-5)
+        np.testing.assert_allclose(student.run(IDS)[0].numpy(), logits(tmp_path / "moe"), atol=1e-5)
     student.begin()  # routers are the trained ones times a factor
     with torch.no_grad():
-        np.testing.assert_allclose(student.run(IDS).numpy(), logits(tmp_path / "moe"), atol=1e-4)
+        np.testing.assert_allclose(student.run(IDS)[0].numpy(), logits(tmp_path / "moe"), atol=1e-4)
     assert {name.split(".")[-1] for name in student.parameters if "model" not in name} == {"router"}
 
 
@@ -285,7 +282,7 @@ def test_a_killed_distillation_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(WindowTraining, "_take_step", dying)
-        patched.setattr("edge_moe.converters.upcycle.split._SAVE_SECONDS", 0.0)
+        patched.setattr("edge_moe.converters.upcycle.learn._SAVE_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             split_tiny(dense, text, tmp_path / "out", distil=learn)
     split_tiny(dense, text, tmp_path / "out", distil=learn)
@@ -293,6 +290,38 @@ def test_a_killed_distillation_goes_on(
     assert names
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_the_card_carries_the_licence(text: Path, tmp_path: Path) -> None:
+    dense = make_tiny_dense(tmp_path / "dense", "llama")
+    (dense / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# dense\n")
+    record = split_tiny(dense, text, tmp_path / "moe", name="owner/dense")
+    card = (tmp_path / "moe/README.md").read_text()
+    assert card.startswith('---\nbase_model: "owner/dense"\nlicense: mit\nlanguage: en\n')
+    assert "# moe\n\nQwen2MoeForCausalLM split from the dense model owner/dense with" in card
+    assert record.source == "owner/dense"
+    assert split_tiny(dense, text, tmp_path / "again").source == "dense"
+
+
+def test_disk_is_asked_for_the_state_too(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predictions, and two states: a new one is written beside the last."""
+    stored, asked = [0], [0]
+    save = WindowTraining._save
+
+    def saving(training: WindowTraining) -> None:
+        save(training)
+        stored.append(training._state_path.stat().st_size)
+
+    monkeypatch.setattr(WindowTraining, "_save", saving)
+    monkeypatch.setattr(learn, "require_free_disk", lambda _, size, __: asked.append(size))
+    dense = make_tiny_dense(tmp_path / "dense", "llama")
+    distil = DistilSettings(steps=1, batch_windows=1)
+    split_tiny(dense, text, tmp_path / "moe", distil=distil)
+    num_predicted_tokens = 2 * 64  # of a window that is learned from and one that judges
+    states = asked[-1] - cache_bytes(num_predicted_tokens)
+    assert 0.95 * 2 * stored[-1] < states < 2 * stored[-1]
 
 
 def test_state_belongs_to_the_text_that_is_learned_from(tmp_path: Path) -> None:

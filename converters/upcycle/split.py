@@ -10,102 +10,55 @@ what the dense model does, but for the bounded tilt of the router's weights.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edge_moe import __version__
 from edge_moe.converters.calibration_memory import state_and_require_memory
-from edge_moe.converters.recover_teacher import TeacherCache, cache_bytes
+from edge_moe.converters.model_card import base_model
 from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.sidecar import CARD_NAME
-from edge_moe.converters.staging import build_folder
+from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
 from edge_moe.converters.upcycle.dense_stream import DenseStream
+from edge_moe.converters.upcycle.learn import learn
 from edge_moe.converters.upcycle.split_layer import SplitLayer, split_layer
 from edge_moe.converters.upcycle.split_layers import split_layers
+from edge_moe.converters.upcycle.split_memory import (
+    DISTIL_REMEDY,
+    SPLIT_REMEDY,
+    distil_terms,
+    split_terms,
+)
 from edge_moe.converters.upcycle.split_neurons import NeuronSplit
+from edge_moe.converters.upcycle.split_record import (
+    RECORD_NAME,
+    LayerRecord,
+    SplitRecord,
+    SplitSettings,
+    split_card,
+)
 from edge_moe.converters.upcycle.split_router import bounded_rows, tilt_bound
 from edge_moe.converters.upcycle.split_shape import split_shape
-from edge_moe.converters.upcycle.split_student import (
-    DistilSettings,
-    SplitOnText,
-    SplitStudent,
-    trained_weights,
-)
+from edge_moe.converters.upcycle.split_student import DistilSettings, SplitStudent
 from edge_moe.converters.upcycle.target import MoeLayer, MoeShape, Target, choose_target
 from edge_moe.converters.upcycle.train_text import dense_tokenizer, read_train_text
 from edge_moe.converters.upcycle.write_moe import write_moe
-from edge_moe.converters.window_training import LossRow, WindowTraining, windows_read
+from edge_moe.converters.window_training import WindowTraining
 from edge_moe.errors import InputError
-from edge_moe.files import atomic_path, require_free_disk, require_new_output, write_text
+from edge_moe.files import atomic_path, require_new_output, write_text
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
-from edge_moe.tasks import task_label, task_windows, windows_fingerprint
+from edge_moe.tasks import MIN_WINDOW_TOKENS, task_label, task_windows, windows_fingerprint
 
-RECORD_NAME = "split.json"
-_STATE_NAME = "distillation.safetensors"
-_SAVE_SECONDS = 60.0
 _ROUTER_SPREAD = 1.0  # any: rows are scaled by their bound afterwards
 _CALIBRATION_WINDOWS = 64
-_ALLOWANCE_BYTES = 100_000_000
-
-
-class SplitSettings(BaseModel):
-    """How a dense FFN is split."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    ridge: float = Field(default=0.01, ge=0)
-    """Of the router, as a share of the inputs' mean square."""
-    max_tilt: float = Field(default=1e-3, gt=0, lt=1)
-    """How far any expert's weight may stray from that of equal scores, as a share of it."""
-    seed: int = 0
-
-
-class LayerRecord(BaseModel):
-    """What came of one layer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    recall: float
-    """Share of the top_k experts of most energy that the router finds, on the calibration text."""
-    tilt_bound: float
-    """See `split_router.tilt_bound`."""
-
-
-class SplitRecord(BaseModel):
-    """split.json: what was done."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    provenance: Provenance
-    source: str
-    source_fingerprint: str
-    architecture: str
-    num_experts: int
-    top_k: int
-    expert_width: int
-    shared_width: int
-    settings: SplitSettings
-    data: list[str]
-    num_tokens: int
-    """Of calibration text."""
-    layers: list[LayerRecord]
-    distillation: DistilSettings
-    losses: list[LossRow]
-    """Of the distillation, on windows that only judged; step 0 is the split as it is."""
-    kept_step: int
-    memory_terms: list[MemoryTerm]
-    total_bytes: int
-    """All weight files."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +74,11 @@ class _Job:
     text: TrainText | None
     keep_tied: bool
 
+    @property
+    def num_tokens(self) -> int:
+        """Of calibration text."""
+        return sum(map(len, self.windows))
+
 
 def split_dense(
     model: Path,
@@ -135,12 +93,14 @@ def split_dense(
     window_tokens: int = 256,
     max_windows: int | None = None,
     keep_tied: bool = False,
+    name: str | None = None,
 ) -> SplitRecord:
     """Write the dense checkpoint `model`, split into experts, to the new folder `output`.
 
     `data` are texts as tasks are named, of which at most `max_windows` are read, and 64 calibrated
     on. With steps to `distil`, the result then learns from the dense model. Memory is stated on
-    stderr. A killed run goes on where it stopped when the same call is made again.
+    stderr. `name` is how `model` was named, such as its hub id. A killed run goes on where it
+    stopped when the same call is made again.
 
     Raises:
         InputError: a model, text, shape or output that cannot be used.
@@ -151,119 +111,93 @@ def split_dense(
     dense = open_dense(model)
     target = choose_target(dense.config)
     shape = split_shape(dense.config, target, num_experts, top_k, expert_width)
-    limit = dense.config.max_position_embeddings
-    if not 0 < window_tokens <= limit:
-        raise InputError(
-            f"windows of {window_tokens} tokens: use 1 to {limit}, the model's context"
-        )
+    _require_window(dense, window_tokens)
+    tokenizer = dense_tokenizer(dense)
     most = min(_CALIBRATION_WINDOWS, max_windows or _CALIBRATION_WINDOWS)
-    windows = task_windows(data, "calibration", dense_tokenizer(dense), window_tokens, most)
-    distil = distil or DistilSettings()
-    text = read_train_text(dense, data, window_tokens, max_windows) if distil.steps else None
-    job = _Job(dense, target, shape, settings or SplitSettings(), windows, distil, text, keep_tied)
-    phases = [split_terms(dense, shape, sum(map(len, windows)))]
+    windows = task_windows(data, "calibration", tokenizer, window_tokens, most)
+    distil, text = distil or DistilSettings(), None
     if distil.steps:
-        phases.append(distil_terms(dense, shape, distil, window_tokens))
-    terms = max(phases, key=lambda phase: sum(term.num_bytes for term in phase))
+        text = read_train_text(dense, tokenizer, data, window_tokens, max_windows)
+    job = _Job(dense, target, shape, settings or SplitSettings(), windows, distil, text, keep_tied)
+    terms = _state_memory(job, window_tokens)
+    with build_folder(output, _fingerprint(job)) as work:
+        source = base_model(name or str(model), dense.location)
+        return _split(job, work, terms, [task_label(task) for task in data], source)
+
+
+def _require_window(dense: DenseModel, window_tokens: int) -> None:
+    limit = dense.config.max_position_embeddings
+    if not MIN_WINDOW_TOKENS <= window_tokens <= limit:
+        raise InputError(
+            f"--seq is {window_tokens}: use {MIN_WINDOW_TOKENS} to {limit}, the model's context"
+        )
+
+
+def _state_memory(job: _Job, window_tokens: int) -> list[MemoryTerm]:
+    """The need of the larger phase, stated and compared with what is there."""
+    dense, shape = job.dense, job.shape
+    phases = [(split_terms(dense, shape, job.num_tokens), SPLIT_REMEDY)]
+    if job.distil.steps:
+        phases.append((distil_terms(dense, shape, job.distil, window_tokens), DISTIL_REMEDY))
+    terms, remedy = max(phases, key=lambda phase: sum(term.num_bytes for term in phase[0]))
     state_and_require_memory(
         f"splitting {dense.config.num_layers} layers of {dense.config.ffn_width} neurons into "
-        f"{shape.shared_width} always on and {num_experts} experts of {shape.expert_width}",
+        f"{shape.shared_width} always on and {shape.num_experts} experts of {shape.expert_width}",
         terms,
+        remedy,
     )
-    with build_folder(output, _fingerprint(job)) as work:
-        scratch = work.path.parent
-        layers = _split_all(job, scratch)
-        blocks, training = split_layers(dense, target, shape, layers), None
-        if job.text is not None:
-            student, training = _distil(job, job.text, blocks, scratch)
-            dense, blocks = student.outside(dense), student.layers(dense, target, shape)
-        total_bytes = write_moe(dense, target, shape, blocks, work, keep_tied=keep_tied)
-        record = SplitRecord(
-            provenance=Provenance.here(seed=job.settings.seed),
-            source=dense.location.name,
-            source_fingerprint=dense.fingerprint,
-            architecture=target.architecture,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            expert_width=shape.expert_width,
-            shared_width=shape.shared_width,
-            settings=job.settings,
-            data=[task_label(task) for task in data],
-            num_tokens=sum(map(len, windows)),
-            layers=[
-                LayerRecord(
-                    recall=layer.recall,
-                    tilt_bound=tilt_bound(
-                        torch.from_numpy(blocks[layer_id].router.read()),
-                        _norm_weight(dense, layer_id),
-                        is_softmax=target.is_softmax,
-                    ),
-                )
-                for layer_id, layer in enumerate(layers)
-            ],
-            distillation=job.distil,
-            losses=training.log if training else [],
-            kept_step=training.best_row.step if training else 0,
-            memory_terms=terms,
-            total_bytes=total_bytes,
-        )
-        write_text(work.path / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
-        write_text(work.path / CARD_NAME, _card(record))
+    return terms
+
+
+def _split(
+    job: _Job, work: BuildFolder, terms: list[MemoryTerm], labels: list[str], source: str
+) -> SplitRecord:
+    dense, target, shape, scratch = job.dense, job.target, job.shape, work.path.parent
+    layers = _split_all(job, scratch)
+    blocks, training = split_layers(dense, target, shape, layers), None
+    if job.text is not None:
+        student, training = _distil(job, job.text, blocks, scratch)
+        dense, blocks = student.outside(dense), student.layers(dense, target, shape)
+    total_bytes = write_moe(dense, target, shape, blocks, work, keep_tied=job.keep_tied)
+    record = SplitRecord(
+        provenance=Provenance.here(seed=job.settings.seed),
+        source=source,
+        source_fingerprint=dense.fingerprint,
+        architecture=target.architecture,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        expert_width=shape.expert_width,
+        shared_width=shape.shared_width,
+        settings=job.settings,
+        data=labels,
+        num_tokens=job.num_tokens,
+        layers=_layer_records(dense, target, layers, blocks),
+        distillation=job.distil,
+        losses=training.log if training else [],
+        kept_step=training.best_row.step if training else 0,
+        memory_terms=terms,
+        total_bytes=total_bytes,
+    )
+    write_text(work.path / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
+    write_text(work.path / CARD_NAME, split_card(record, dense.location, work.output.name))
     return record
 
 
-def split_terms(dense: DenseModel, shape: MoeShape, num_tokens: int) -> list[MemoryTerm]:
-    """What splitting takes at most.
-
-    T tokens, H hidden_size, F neurons, E experts, I their width, V vocabulary:
-
-    embedding   4 V H, while the text is embedded
-    one layer   16 x F H
-    states      4 T x 3 H: hidden states, and what the FFN is given, while windows are joined
-    neurons     4 T x 4 F: activations, strengths, and those in the order of experts, squared
-    clusters    12 (E I)**2 for the assignment, and 4 x 4 x T / 3 x F for what fires
-    """
-    config = dense.config
-    hidden, width = config.hidden_size, config.ffn_width
-    clustered = shape.num_experts * shape.expert_width
-    terms = {
-        "embedding": 4 * config.vocab_size * hidden,
-        "one layer": 16 * width * hidden,
-        "states": 12 * num_tokens * hidden,
-        "neurons": 16 * num_tokens * width,
-        "clusters": 12 * clustered**2 + 6 * num_tokens * width,
-        "allowance": _ALLOWANCE_BYTES,
-    }
-    return [
-        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
+def _layer_records(
+    dense: DenseModel, target: Target, layers: Sequence[SplitLayer], blocks: Sequence[MoeLayer]
+) -> list[LayerRecord]:
+    """What the routers find, and how far those that are written may tilt."""
+    tilts = [
+        tilt_bound(
+            torch.from_numpy(block.router.read()),
+            _norm_weight(dense, layer_id),
+            is_softmax=target.is_softmax,
+        )
+        for layer_id, block in enumerate(blocks)
     ]
-
-
-def distil_terms(
-    dense: DenseModel, shape: MoeShape, settings: DistilSettings, window_tokens: int
-) -> list[MemoryTerm]:
-    """What distillation takes at most; letters as in `split_terms`, L layers, N heads, W tokens.
-
-    weights      4 bytes x every weight, an output matrix of its own included
-    trained      4 bytes x 5 x every weight that learns: value, gradient, two moments, the best
-    activations  4 W x (L (14 H + 4 Q + 8 F) + 8 V), Q the width of queries, and the attention's
-                 scores, 12 L N W**2
-    """
-    config = dense.config
-    weights = sum(math.prod(tensor.shape) for tensor in dense.tensors.values())
-    weights += config.num_layers * (shape.num_experts + 1) * config.hidden_size
-    weights += config.vocab_size * config.hidden_size if config.is_tied else 0
-    queries = config.num_heads * config.head_width
-    row = config.num_layers * (14 * config.hidden_size + 4 * queries + 8 * config.ffn_width)
-    activations = 4 * window_tokens * (row + 8 * config.vocab_size)
-    terms = {
-        "weights": 4 * weights,
-        "trained": 20 * trained_weights(dense, shape, settings.trains),
-        "activations": activations + 12 * config.num_layers * config.num_heads * window_tokens**2,
-        "allowance": _ALLOWANCE_BYTES,
-    }
     return [
-        MemoryTerm(name=name, num_bytes=count, source="formula") for name, count in terms.items()
+        LayerRecord(recall=layer.recall, tilt_bound=tilt)
+        for layer, tilt in zip(layers, tilts, strict=True)
     ]
 
 
@@ -276,19 +210,7 @@ def _distil(
         with build_folder(untrained, "split") as plain:
             write_moe(*(job.dense, job.target, job.shape, blocks, plain), keep_tied=job.keep_tied)
     student = SplitStudent(untrained, job.distil.trains)
-    teacher = TeacherCache(scratch / "original")
-    missing = teacher.missing(windows_read(text, job.distil))
-    num_tokens = sum(len(text.windows[index]) for index in missing)
-    require_free_disk(scratch, cache_bytes(num_tokens), "the dense model's predictions")
-    with progress("the dense model predicts", len(missing)) as advance:
-        teacher.fill(student, text.windows, advance, missing)  # nothing is learned yet
-    training = WindowTraining(
-        *(student.parameters, SplitOnText(student, text, teacher), text, job.distil),
-        scratch / _STATE_NAME,
-    )
-    with progress("distilling", job.distil.steps - training.step) as advance:
-        training.run(advance, save_seconds=_SAVE_SECONDS)
-    return student, training
+    return student, learn(student, text, job.distil, scratch, "distilling", is_compared=True)
 
 
 @torch.no_grad()
@@ -366,36 +288,3 @@ def _fingerprint(job: _Job) -> str:
         job.text.identity if job.text else "",
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _card(record: SplitRecord) -> str:
-    """README.md of the folder."""
-    recall = sum(layer.recall for layer in record.layers) / len(record.layers)
-    tilt = max(layer.tilt_bound for layer in record.layers)
-    first = record.losses[0] if record.losses else None
-    kept = next((row for row in record.losses if row.step == record.kept_step), None)
-    if first is None or kept is None:
-        learned = (
-            f"With num_experts_per_tok = {record.num_experts} it computes what the dense model "
-            f"does, but for weights of experts that stray by at most {tilt:.2g} of themselves."
-        )
-    else:
-        learned = (
-            f"Distilled from the dense model for {record.distillation.steps} steps: divergence on "
-            f"windows held out from training {first.heldout_divergence:.4f} -> "
-            f"{kept.heldout_divergence:.4f} nats per token."
-        )
-    return f"""---
-library_name: transformers
-tags:
-- edge-moe
----
-# {record.architecture} split from {record.source}
-
-The neurons of the dense model's feed-forward layers: {record.shared_width} per layer are always on,
-{record.num_experts} experts have {record.expert_width} each, of which {record.top_k} are chosen
-per token. Made with edge-moe {record.provenance.edge_moe_version} from {record.num_tokens} tokens
-of {", ".join(record.data)}. Routers find {recall:.0%} of the experts that matter most on that text.
-{learned}
-`{RECORD_NAME}` has the settings and every layer.
-"""

@@ -18,18 +18,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
-from edge_moe.converters.recover_teacher import TeacherCache, divergence
-from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
 from edge_moe.converters.upcycle.stored_tensor import StoredTensor, from_values
 from edge_moe.converters.upcycle.target import Matrices, MoeLayer, MoeShape, Target
-from edge_moe.converters.window_training import Losses, WindowSettings
+from edge_moe.converters.window_training import WindowSettings
 from edge_moe.runtime.moe_block import MoeBlock, top_k_holder
 from edge_moe.tensor_info import FloatArray
 
@@ -51,7 +48,7 @@ class SplitStudent:
     """transformers' model of the split folder in float32, and the parameters that learn."""
 
     def __init__(self, folder: Path, trains: Literal["routers", "all"]) -> None:
-        """Memory: `distil_terms`."""
+        """Memory: `split_memory.distil_terms`."""
         from transformers import AutoModelForCausalLM
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(
@@ -86,15 +83,15 @@ class SplitStudent:
             self.parameters[f"{layer_id}.router"].grad = weight.grad
             weight.grad = None
 
-    def run(self, token_ids: Sequence[int]) -> Tensor:
-        """[W, V] of one window."""
+    def run(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(logits [W, V], no penalty) of one window."""
         logits: Tensor = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
-        return logits
+        return logits, torch.zeros(())
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """[W, V] with all experts chosen: the dense model's, as long as nothing has learned."""
         with torch.no_grad(), self._all_experts():
-            found: npt.NDArray[np.float32] = self.run(token_ids).numpy()
+            found: npt.NDArray[np.float32] = self.run(token_ids)[0].numpy()
         return found
 
     @contextmanager
@@ -162,30 +159,6 @@ class SplitStudent:
         ]
         router = from_values("", "F32", _array(block.router.weight))
         return MoeLayer(router, matrices(of_shared, shape.shared_width), experts)
-
-
-class SplitOnText:
-    """The student on windows of text, beside what the dense model predicts there."""
-
-    def __init__(self, student: SplitStudent, text: TrainText, teacher: TeacherCache) -> None:
-        self._student = student
-        self._text = text
-        self._teacher = teacher
-
-    def begin(self) -> None:
-        """Routers follow what is trained."""
-        self._student.begin()
-
-    def end(self) -> None:
-        """What is trained of routers gets their gradients."""
-        self._student.end()
-
-    def losses(self, index: int) -> Losses:
-        """Of window `index`, in nats per token."""
-        ids = self._text.windows[index]
-        logits = self._student.run(ids)
-        lm_loss = F.cross_entropy(logits[:-1].float(), torch.tensor(list(ids[1:])))
-        return Losses(divergence(logits, self._teacher.read(index)), lm_loss, torch.zeros(()))
 
 
 def trained_weights(dense: DenseModel, shape: MoeShape, trains: str) -> int:

@@ -145,11 +145,11 @@ class Student:
         self.parameters |= {f"{layer_id}.{name}": value for name, value in trained.items()}
 
     def run(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(logits [W, V], mean balance loss of the layers) of one window."""
+        """(logits [W, V], weighted mean balance loss of the layers) of one window."""
         self._balance = []
         logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
         balance, self._balance = self._balance, None  # layers may run again on the way back
-        return logits, torch.stack(balance).mean()
+        return logits, self._settings.balance_weight * torch.stack(balance).mean()
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """[W, V] of one window, for whoever learns from this model."""
@@ -157,12 +157,12 @@ class Student:
             found: npt.NDArray[np.float32] = self.run(token_ids)[0].float().numpy()
         return found
 
-    def begin_step(self) -> None:
+    def begin(self) -> None:
         """Used weights follow the trained ones."""
         for matrix in self._matrices():
             matrix.begin_step()
 
-    def end_step(self) -> None:
+    def end(self) -> None:
         """Gradients of trained weights from those of used ones."""
         for matrix in self._matrices():
             matrix.end_step()

@@ -14,16 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 from edge_moe import __version__
 from edge_moe.converters.calibration_memory import state_and_require_memory
-from edge_moe.converters.recover_teacher import TeacherCache, cache_bytes, divergence
 from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
+from edge_moe.converters.upcycle.learn import learn
 from edge_moe.converters.upcycle.memory import student_terms, untrained_terms
 from edge_moe.converters.upcycle.record import (
     LOG_NAME,
@@ -33,7 +30,7 @@ from edge_moe.converters.upcycle.record import (
 )
 from edge_moe.converters.upcycle.student import Student, UpcycleSettings
 from edge_moe.converters.upcycle.target import MoeShape, Target, choose_target
-from edge_moe.converters.upcycle.train_text import read_train_text
+from edge_moe.converters.upcycle.train_text import dense_tokenizer, read_train_text
 from edge_moe.converters.upcycle.trained_layers import (
     require_rows,
     routed_dtype,
@@ -42,18 +39,13 @@ from edge_moe.converters.upcycle.trained_layers import (
     untrained_layers,
 )
 from edge_moe.converters.upcycle.write_moe import write_moe
-from edge_moe.converters.window_training import Losses, WindowTraining, windows_read
 from edge_moe.errors import InputError
-from edge_moe.files import require_free_disk, require_new_output, write_text
+from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.evaluate import progress
 from edge_moe.tasks import task_label
 
-_STATE_NAME = "training.safetensors"
-_SAVE_SECONDS = 60.0
-_STATE_COPIES = 8  # value, best value, two moments; while it is written the last one is there too
 _REMEDY = "use --checkpointing, a smaller --seq, fewer --experts, or a machine with more memory"
 
 
@@ -104,7 +96,10 @@ def upcycle(
     shape = MoeShape(num_experts, top_k, expert_width=width, shared_width=width)
     target = choose_target(dense.config)
     target.check(shape)
-    text = read_train_text(dense, data, window_tokens, max_windows) if chosen.steps else None
+    text = None
+    if chosen.steps:
+        tokenizer = dense_tokenizer(dense)
+        text = read_train_text(dense, tokenizer, data, window_tokens, max_windows)
     job = _Job(dense, target, shape, chosen, text, window_tokens, keep_tied)
     terms = untrained_terms(dense)
     if text is not None:
@@ -122,7 +117,15 @@ def _upcycle(
         layers = untrained_layers(job.dense, job.shape, job.settings)
     else:
         student = Student(job.dense, job.target, job.shape, job.settings)
-        training = _train(job, student, job.text, work)
+        training = learn(
+            student,
+            job.text,
+            job.settings,
+            work.path.parent,
+            "training experts",
+            is_compared=bool(job.settings.kl_weight),
+            log_path=work.path / LOG_NAME,
+        )
         layers = trained_layers(student, job.dense, job.shape, job.settings)
     total_bytes = write_moe(job.dense, job.target, job.shape, layers, work, keep_tied=job.keep_tied)
     text = job.text or TrainText([], [])
@@ -151,60 +154,6 @@ def _upcycle(
     write_text(work.path / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
     write_text(work.path / CARD_NAME, upcycle_card(record, job.dense.location, work.output.name))
     return record
-
-
-class _OnText:
-    """The student on windows of text, beside what the dense model predicts there."""
-
-    def __init__(self, student: Student, job: _Job, text: TrainText, teacher: TeacherCache) -> None:
-        self._student = student
-        self._text = text
-        self._teacher = teacher if job.settings.kl_weight else None
-        self._balance_weight = job.settings.balance_weight
-
-    def begin(self) -> None:
-        """Used weights follow the trained ones."""
-        self._student.begin_step()
-
-    def end(self) -> None:
-        """Straight through the rounding."""
-        self._student.end_step()
-
-    def losses(self, index: int) -> Losses:
-        """Of window `index`, in nats per token."""
-        ids = self._text.windows[index]
-        logits, balance = self._student.run(ids)
-        against = torch.zeros(())
-        if self._teacher is not None:
-            against = divergence(logits, self._teacher.read(index))
-        wanted = torch.tensor(list(ids[1:]))
-        lm_loss = F.cross_entropy(logits[:-1].float(), wanted)
-        return Losses(against, lm_loss, self._balance_weight * balance)
-
-
-def _train(job: _Job, student: Student, text: TrainText, work: BuildFolder) -> WindowTraining:
-    """Train to the end; the student then holds the state that judged best."""
-    settings, scratch = job.settings, work.path.parent
-    teacher = TeacherCache(scratch / "original")
-    indices = windows_read(text, settings) if settings.kl_weight else []
-    missing = teacher.missing(indices)
-    num_tokens = sum(len(text.windows[index]) for index in missing)
-    trained = sum(value.numel() for value in student.parameters.values())
-    needed_bytes = cache_bytes(num_tokens) + 4 * _STATE_COPIES * trained
-    require_free_disk(scratch, needed_bytes, "the state of the training")
-    with progress("the dense model predicts", len(missing)) as advance:
-        teacher.fill(student, text.windows, advance, indices)  # nothing is learned yet
-    training = WindowTraining(
-        student.parameters,
-        _OnText(student, job, text, teacher),
-        text,
-        settings,
-        scratch / _STATE_NAME,
-        work.path / LOG_NAME,
-    )
-    with progress("training experts", settings.steps - training.step) as advance:
-        training.run(advance, save_seconds=_SAVE_SECONDS)
-    return training
 
 
 def _subject(job: _Job) -> str:

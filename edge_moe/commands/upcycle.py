@@ -151,7 +151,7 @@ def upcycle_command(
             seed=seed,
             tied=tied,
         )
-        split_command(runnable_path(dense, revision), data or [], output, options)
+        split_command(runnable_path(dense, revision), data or [], output, options, dense)
         return
     if expert_width is not None or train is TrainName.ROUTERS:
         raise InputError("--expert-width and --train routers are for --split: add it")

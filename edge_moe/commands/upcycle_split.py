@@ -11,7 +11,7 @@ from edge_moe.commands.options import resumable, stderr
 from edge_moe.errors import InputError
 
 if TYPE_CHECKING:
-    from edge_moe.converters.upcycle.split import SplitRecord
+    from edge_moe.converters.upcycle.split_record import SplitRecord
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,18 @@ class SplitOptions:
     tied: bool
 
 
-def split_command(path: Path, data: Sequence[str], output: Path, options: SplitOptions) -> None:
-    """Split the dense model in `path`, and say what came of it.
+def split_command(
+    path: Path, data: Sequence[str], output: Path, options: SplitOptions, name: str
+) -> None:
+    """Split the dense model in `path`, called `name`, and say what came of it.
 
     Raises:
         InputError: no text to calibrate on, or what `split_dense` refuses.
     """
     if not data:
         raise InputError("--split needs text to see which neurons fire together: give --data")
-    from edge_moe.converters.upcycle.split import SplitSettings, split_dense
+    from edge_moe.converters.upcycle.split import split_dense
+    from edge_moe.converters.upcycle.split_record import SplitSettings
     from edge_moe.converters.upcycle.split_student import DistilSettings
     from edge_moe.converters.window_training import checked_settings
 
@@ -64,6 +67,7 @@ def split_command(path: Path, data: Sequence[str], output: Path, options: SplitO
             window_tokens=options.seq,
             max_windows=options.max_windows,
             keep_tied=options.tied,
+            name=name,
         )
     _print_record(record, output)
 
@@ -72,16 +76,14 @@ def _print_record(record: SplitRecord, output: Path) -> None:
     console = stderr()
     active = record.shared_width + record.top_k * record.expert_width
     whole = record.shared_width + record.num_experts * record.expert_width
-    recall = sum(layer.recall for layer in record.layers) / len(record.layers)
     console.print(
         f"{record.shared_width} neurons always on, {record.num_experts} experts of "
         f"{record.expert_width}: a token uses {active / whole:.0%} of a feed-forward layer; "
-        f"routers find {recall:.0%} of the experts that matter most "
+        f"routers find {record.recall:.0%} of the experts that matter most "
         f"(chance {record.top_k / record.num_experts:.0%})"
     )
-    if record.losses:
-        first = record.losses[0]
-        kept = next(row for row in record.losses if row.step == record.kept_step)
+    first, kept = record.row(0), record.row(record.kept_step)
+    if first and kept:
         console.print(
             f"divergence from the dense model on windows held out from training: "
             f"{first.heldout_divergence:.4f} -> {kept.heldout_divergence:.4f} nats per token, "
