@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from edge_moe.commands.opening import runnable_path
-from edge_moe.commands.options import Revision, resumable, stderr
+from edge_moe.commands.options import Revision
+from edge_moe.commands.upcycle_add import AddOptions, add_command
 from edge_moe.commands.upcycle_split import SplitOptions, split_command
 from edge_moe.errors import InputError
-from edge_moe.units import format_bytes
-
-if TYPE_CHECKING:
-    from edge_moe.converters.upcycle.record import UpcycleRecord
 
 
 class ActivationsName(StrEnum):
@@ -144,50 +141,37 @@ def upcycle_command(
     given = {name for name in context.params if _is_given(context, name)}
     if split:
         _require_split(given, train)
-        options = SplitOptions(
+        parts = SplitOptions(
             *(experts, top_k, expert_width, steps if "steps" in given else None, batch, seq),
             *(max_windows, learning_rate if "learning_rate" in given else None),
             routers_only=train is TrainName.ROUTERS,
             seed=seed,
             tied=tied,
         )
-        split_command(runnable_path(dense, revision), data or [], output, options, dense)
+        split_command(runnable_path(dense, revision), data or [], output, parts, dense)
         return
     if expert_width is not None or train is TrainName.ROUTERS:
         raise InputError("--expert-width and --train routers are for --split: add it")
-    from edge_moe.converters.upcycle.student import UpcycleSettings
-    from edge_moe.converters.upcycle.upcycle import upcycle
-    from edge_moe.converters.window_training import checked_settings
-
-    settings = checked_settings(
-        UpcycleSettings,
+    added = AddOptions(
+        experts=experts,
+        top_k=top_k,
+        ternary=ternary,
+        group=group,
         steps=steps,
-        batch_windows=batch,
+        batch=batch,
+        seq=seq,
+        max_windows=max_windows,
         learning_rate=learning_rate,
         kl_weight=kl_weight,
         lm_weight=lm_weight,
         balance_weight=balance_weight,
-        is_ternary=ternary,
-        group=group,
         has_int8_activations=activations is ActivationsName.INT8,
         trains_shared=train is TrainName.ALL_MOE,
         is_checkpointing=checkpointing,
         seed=seed,
+        tied=tied,
     )
-    with resumable():
-        record = upcycle(
-            runnable_path(dense, revision),
-            data or [],
-            output,
-            num_experts=experts,
-            top_k=top_k,
-            settings=settings,
-            window_tokens=seq,
-            max_windows=max_windows,
-            keep_tied=tied,
-            name=dense,
-        )
-    _print_record(record, output)
+    add_command(dense, revision, data or [], output, added)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -209,21 +193,3 @@ def _require_split(given: set[str], train: TrainName) -> None:
             f"--split adds no experts, but takes the dense layers apart: leave out "
             f"{', '.join(found)}"
         )
-
-
-def _print_record(record: UpcycleRecord, output: Path) -> None:
-    console = stderr()
-    first, kept = record.row(0), record.row(record.kept_step)
-    if first and kept:
-        console.print(
-            f"next-token loss on windows held out from training: {first.heldout_lm_loss:.4f} "
-            f"(dense) -> {kept.heldout_lm_loss:.4f} nats per token, kept step {kept.step}"
-        )
-    if first and not record.kept_step:
-        console.print("nothing was gained: the experts add nothing to the dense model")
-    for form, num_bytes in record.packed_bytes.items():
-        console.print(
-            f"routed experts: {format_bytes(record.routed_bytes)} here, "
-            f"{format_bytes(num_bytes)} packed as {form} without loss"
-        )
-    console.print(f"next: edge-moe plan {output} --help")
