@@ -35,7 +35,7 @@ from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.calibrate import calibrate
-from edge_moe.converters.upcycle.dense_model import open_dense
+from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
 from edge_moe.converters.upcycle.record import RECORD_NAME, UpcycleRecord
 from edge_moe.converters.upcycle.student import UpcycleSettings
 from edge_moe.converters.upcycle.trained_layers import ternary_forms
@@ -233,22 +233,23 @@ def measure(job: Job) -> UpcycleResult:
             scores[task_label(task)] = score_windows(opened, base, windows, advance)
     for each in opened.values():
         each.close()
+    dense = open_dense(job.dense)
     return UpcycleResult(
         provenance=Provenance.published(),
         model=job.dense.name,
         num_windows=job.heldout_windows,
         trainings=trainings,
-        rows=[_row(job, name, each, scores) for name, each in models.items()],
+        rows=[_row(job, dense, name, each, scores) for name, each in models.items()],
     )
 
 
 def _row(
     job: Job,
+    dense: DenseModel,
     name: str,
     contender: Contender,
     scores: Mapping[str, Mapping[str, metrics.TokenScores]],
 ) -> Row:
-    dense = open_dense(job.dense)
     one, bits = 0, 0.0
     if contender.form is not None:
         bits = form_bits(contender.form)

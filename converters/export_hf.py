@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config_reader import CONFIG_NAME
 from edge_moe.converters.model_card import model_card, size_rows
-from edge_moe.converters.progress import Advance, byte_progress
+from edge_moe.converters.progress import byte_progress
 from edge_moe.converters.safetensors_writer import (
     file_bytes,
-    safetensors_file,
     shard_names,
     split_into_shards,
     write_index,
 )
+from edge_moe.converters.shards import SHARD_BYTES, write_shard
 from edge_moe.converters.sidecar import (
     CARD_NAME,
     add_older_rope_keys,
@@ -46,7 +46,6 @@ from edge_moe.plan import Plan
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import TensorInfo
 
-SHARD_BYTES = 5 * 10**9
 _SMALL_FILES_BYTES = 2**20  # index, plan, model card
 
 
@@ -78,7 +77,7 @@ def export_hf(
     _write_config(plan, checkpoint, work)
     with byte_progress(f"build {name}", total_bytes) as advance:
         for shard_name, shard in zip(shard_names(len(shards)), shards, strict=True):
-            _write_shard(shard_name, [tensors[entry.name] for entry in shard], work, advance)
+            write_shard(shard_name, [tensors[entry.name] for entry in shard], work, advance)
     write_index(work.path, shards)
     sizes = size_rows(checkpoint, data_bytes(dense + others), data_bytes(experts))
     write_text(work.path / CARD_NAME, model_card(plan, checkpoint, name, "hf", sizes))
@@ -160,17 +159,3 @@ def _write_config(plan: Plan, checkpoint: Checkpoint, work: BuildFolder) -> None
     patched = patch_expert_count(text, checkpoint.spec, len(plan.kept(plan.forms[0])))
     patched = add_older_rope_keys(patched, checkpoint.spec)
     (work.path / CONFIG_NAME).write_bytes(patched.encode("utf-8"))
-
-
-def _write_shard(
-    name: str, tensors: list[SlicedTensor], work: BuildFolder, advance: Advance
-) -> None:
-    entries = [tensor.entry for tensor in tensors]
-    if work.finished(name) is not None:
-        advance(file_bytes(entries))
-        return
-    with safetensors_file(work.path / name, entries) as writer:
-        for tensor in tensors:
-            writer.write(tensor.entry.name, tensor.chunks())
-            advance(tensor.entry.num_bytes)
-    work.add(name)

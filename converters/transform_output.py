@@ -14,7 +14,6 @@ from torch import Tensor
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.config_reader import CONFIG_NAME
-from edge_moe.converters.export_hf import SHARD_BYTES
 from edge_moe.converters.model_card import SizeRow, size_rows
 from edge_moe.converters.safetensors_writer import (
     TensorEntry,
@@ -24,6 +23,7 @@ from edge_moe.converters.safetensors_writer import (
     split_into_shards,
     write_index,
 )
+from edge_moe.converters.shards import SHARD_BYTES, write_shard
 from edge_moe.converters.sidecar import (
     add_older_rope_keys,
     copy_sidecar,
@@ -118,11 +118,7 @@ class TransformOutput:
         """Write everything but the layers; returns the table of bytes."""
         tensors = {tensor.entry.name: tensor for tensor in self._dense}
         for name, shard in zip(self._dense_names, self._shards, strict=False):
-            if self._work.finished(name) is None:
-                with safetensors_file(self._work.path / name, shard) as writer:
-                    for entry in shard:
-                        writer.write(entry.name, tensors[entry.name].chunks())
-                self._work.add(name)
+            write_shard(name, [tensors[entry.name] for entry in shard], self._work)
         write_index(self._work.path, self._shards)
         self._write_small_files()
         spec = self._checkpoint.spec

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe.errors import CheckpointError, SpecError
-from edge_moe.formats.dequantise import dequantise
 from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME
 from edge_moe.gguf_arch import GgufShapes, gguf_arch, gguf_spec
 from edge_moe.gguf_header import GgufArray, GgufHeader, GgufTensorInfo
@@ -26,8 +25,9 @@ from edge_moe.gguf_tensors import (
     is_per_expert,
     layer_of,
 )
+from edge_moe.gguf_values import read_values, read_whole
 from edge_moe.spec import ModelSpec
-from edge_moe.tensor_info import FloatArray, read_range
+from edge_moe.tensor_info import FloatArray
 
 Types = tuple[str, str, str]
 """Names of the ggml types of (gate_proj, up_proj, down_proj), lower case as forms are."""
@@ -182,7 +182,7 @@ class GgufModel:
         shapes = ((up if self._has_gate else 0, down), (up, down), (down, up))
         scales = self._scales(layer_id, expert_id) if with_scales else (1.0, 1.0, 1.0)
         matrices = [
-            self._matrix(*where, shape) * scale if scale != 1.0 else self._matrix(*where, shape)
+            read_values(*where, shape) * scale if scale != 1.0 else read_values(*where, shape)
             for where, shape, scale in zip(
                 self.expert_ranges(layer_id, expert_id), shapes, scales, strict=True
             )
@@ -212,7 +212,7 @@ class GgufModel:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing: download it again")
         info = self.tensors[name]
-        return self._matrix(info, info.offset, info.num_bytes, info.shape)
+        return read_whole(info)
 
     def _scales(self, layer_id: int, expert_id: int) -> tuple[float, float, float]:
         """Factors of (gate, up, down); merged gate and up take that of up, as llama.cpp does."""
@@ -230,19 +230,7 @@ class GgufModel:
             return None
         stride = info.num_bytes // self.spec.num_experts
         shape = info.shape[1:] or (1,)
-        return self._matrix(info, info.offset + expert_id * stride, stride, shape)
-
-    def _matrix(
-        self, info: GgufTensorInfo, offset: int, num_bytes: int, shape: tuple[int, ...]
-    ) -> FloatArray:
-        raw = read_range(info.path, offset, num_bytes)
-        values = dequantise(info.type_name, raw, math.prod(shape)).reshape(shape)
-        if not np.isfinite(values).all():
-            raise CheckpointError(
-                f"{info.path}: {info.name!r} holds NaN or infinity; the file is damaged: "
-                "download it again"
-            )
-        return values
+        return read_values(info, info.offset + expert_id * stride, stride, shape)
 
     def _num_layers(self) -> int:
         """Layers that are loaded: all but those for multi-token prediction."""

@@ -135,13 +135,17 @@ def _load_dense(
         if name == "lm_head.weight" and spec.tie_word_embeddings:
             continue
         is_bias = name.endswith(_SELECTION_BIAS)  # transformers keeps them in float32
-        _assign(model, name, read_tensor(info, torch.float32 if is_bias else dtype, device))
+        assign(model, name, read_tensor(info, torch.float32 if is_bias else dtype, device))
     if spec.tie_word_embeddings:
         model.lm_head.weight = model.get_input_embeddings().weight
 
 
-def _assign(model: Any, name: str, value: torch.Tensor) -> None:
-    """Replace a meta parameter or buffer by `value`; routers may have fewer rows than config."""
+def assign(model: Any, name: str, value: torch.Tensor) -> None:
+    """Replace a meta parameter or buffer by `value`; routers may have fewer rows than config.
+
+    Raises:
+        CheckpointError: `model` has no place of that name or shape.
+    """
     module_name, _, attribute = name.rpartition(".")
     try:
         module = model.get_submodule(module_name)

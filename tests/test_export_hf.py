@@ -126,7 +126,7 @@ def test_finished_shards_are_not_written_again(
         pytest.raises(KeyboardInterrupt),
     ):
         build(plan, tmp_path / "out", model=checkpoint.folder)
-    with mock.patch("edge_moe.converters.export_hf.safetensors_file", interrupted):
+    with mock.patch("edge_moe.converters.shards.safetensors_file", interrupted):
         output = build(plan, tmp_path / "out", model=checkpoint.folder)
     load(output)
 

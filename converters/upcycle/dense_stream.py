@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edge_moe.converters.layer_stream import LayerRunner, aligned
 from edge_moe.converters.upcycle.dense_model import EMBEDDING, DenseModel
+from edge_moe.converters.upcycle.moe_modules import empty_model
 from edge_moe.converters.upcycle.split_neurons import DenseFfn
 from edge_moe.converters.upcycle.target import MoeShape, Target
 from edge_moe.errors import CheckpointError, InputError
-from edge_moe.runtime.model import fill_buffers
 
 
 class _WatchedFfn(nn.Module):
@@ -40,14 +39,7 @@ class DenseStream(LayerRunner):
 
     def __init__(self, dense: DenseModel, target: Target, shape: MoeShape) -> None:
         """Build the model without weights."""
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-        values = target.config(dense, shape, is_tied=False)
-        config = CONFIG_MAPPING[target.model_type].from_dict(values)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.eval().requires_grad_(False)
-        fill_buffers(model, torch.device("cpu"))
+        model = empty_model(dense, target, shape, is_tied=False)
         for layer in model.base_model.layers:
             layer.mlp = _WatchedFfn()
         super().__init__(model.base_model, "norm", dense.location)

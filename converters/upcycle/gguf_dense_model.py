@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.upcycle.dense_config import DenseConfig, read_dense_config
@@ -26,10 +25,10 @@ from edge_moe.converters.upcycle.dense_model import (
 from edge_moe.converters.upcycle.stored_tensor import StoredTensor
 from edge_moe.errors import CheckpointError, InputError, MissingExtraError
 from edge_moe.files import os_problem
-from edge_moe.formats.dequantise import dequantise
 from edge_moe.gguf_header import GgufHeader, GgufTensorInfo
 from edge_moe.gguf_keys import GgufKeys
 from edge_moe.gguf_split import read_parts
+from edge_moe.gguf_values import read_whole
 from edge_moe.tensor_info import FloatArray, read_range
 
 _ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -143,16 +142,7 @@ def _special_tokens(header: GgufHeader) -> dict[str, Any]:
 
 def _tensor(info: GgufTensorInfo, config: DenseConfig, header: GgufHeader) -> StoredTensor:
     dtype = _KEPT_DTYPES.get(info.type_name, "F32")
-
-    def read() -> FloatArray:
-        raw = read_range(info.path, info.offset, info.num_bytes)
-        values = dequantise(info.type_name, raw, int(np.prod(info.shape))).reshape(info.shape)
-        if not np.isfinite(values).all():
-            raise CheckpointError(
-                f"{info.path}: {info.name!r} holds NaN or infinity: download the file again"
-            )
-        return values
-
+    read = partial(read_whole, info)
     name, parts = _hugging_face_name(info.name), info.name.split(".")
     is_paired = header.architecture == "llama" and len(parts) == 4 and parts[2] in _PAIRED
     source = _halved(read, config.head_width) if is_paired else read

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -24,6 +22,7 @@ from torch import Tensor
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
+from edge_moe.converters.upcycle.moe_modules import array, shared_matrix
 from edge_moe.converters.upcycle.stored_tensor import StoredTensor, from_values
 from edge_moe.converters.upcycle.target import Matrices, MoeLayer, MoeShape, Target
 from edge_moe.converters.window_training import WindowSettings
@@ -88,10 +87,10 @@ class SplitStudent:
         logits: Tensor = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
         return logits, torch.zeros(())
 
-    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(self, token_ids: Sequence[int]) -> FloatArray:
         """[W, V] with all experts chosen: the dense model's, as long as nothing has learned."""
         with torch.no_grad(), self._all_experts():
-            found: npt.NDArray[np.float32] = self.run(token_ids)[0].numpy()
+            found: FloatArray = self.run(token_ids)[0].numpy()
         return found
 
     @contextmanager
@@ -122,7 +121,7 @@ class SplitStudent:
     def outside(self, dense: DenseModel) -> DenseModel:
         """`dense` with the norms that were trained."""
         changed = {
-            name: from_values(name, dense.tensors[name].dtype, _array(value))
+            name: from_values(name, dense.tensors[name].dtype, array(value))
             for name, value in self.parameters.items()
             if name in dense.tensors and value.ndim == 1
         }
@@ -130,17 +129,12 @@ class SplitStudent:
 
     def _layer(self, layer_id: int, dense: DenseModel, target: Target, shape: MoeShape) -> MoeLayer:
         block = self._blocks[layer_id]
-        shared = block.module.get_submodule(target.shared_module)
-
-        def of_shared(name: str) -> FloatArray:
-            values = _array(shared.get_submodule(name).weight)
-            factor = target.shared_down_factor if name == PROJECTIONS[-1] else 1.0
-            return values / np.float32(factor)
+        of_shared = partial(shared_matrix, block.module, target)
 
         def of_expert(expert_id: int, name: str) -> FloatArray:
             if name == PROJECTIONS[-1]:
-                return _array(block.experts.down_proj[expert_id])
-            both = _array(block.experts.gate_up_proj[expert_id])
+                return array(block.experts.down_proj[expert_id])
+            both = array(block.experts.gate_up_proj[expert_id])
             width = shape.expert_width
             return both[:width] if name == PROJECTIONS[0] else both[width:]
 
@@ -157,7 +151,7 @@ class SplitStudent:
             matrices(partial(of_expert, expert_id), shape.expert_width)
             for expert_id in range(shape.num_experts)
         ]
-        router = from_values("", "F32", _array(block.router.weight))
+        router = from_values("", "F32", array(block.router.weight))
         return MoeLayer(router, matrices(of_shared, shape.shared_width), experts)
 
 
@@ -174,8 +168,3 @@ def trained_weights(dense: DenseModel, shape: MoeShape, trains: str) -> int:
     )
     norms = sum(tensor.shape[0] for tensor in dense.tensors.values() if len(tensor.shape) == 1)
     return routers + ffn + norms
-
-
-def _array(values: Tensor) -> FloatArray:
-    found: FloatArray = values.detach().numpy()
-    return found

@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from edge_moe.converters.upcycle.balance import switch_loss
 from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
+from edge_moe.converters.upcycle.moe_modules import array, empty_model, shared_matrix
 from edge_moe.converters.upcycle.routed_weights import Quantiser, RoutedMatrix, round_to_int8
 from edge_moe.converters.upcycle.stored_tensor import from_values
 from edge_moe.converters.upcycle.target import MoeLayer, MoeShape, Target
 from edge_moe.converters.upcycle.write_moe import moe_tensors
 from edge_moe.converters.window_training import WindowSettings
-from edge_moe.runtime.model import fill_buffers
+from edge_moe.runtime.model import assign
 from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.spec import ModelSpec
 
@@ -175,14 +176,11 @@ class Student:
 
     def router(self, layer_id: int) -> npt.NDArray[np.float32]:
         """[E, H]"""
-        return _array(self._blocks[layer_id].router.weight)
+        return array(self._blocks[layer_id].router.weight)
 
     def shared(self, layer_id: int, projection: str) -> npt.NDArray[np.float32]:
         """A matrix of the shared expert, as a dense layer that is added has it."""
-        module = self._blocks[layer_id].module.get_submodule(self._target.shared_module)
-        values = _array(module.get_submodule(projection).weight)
-        is_down = projection == PROJECTIONS[-1]
-        return values / np.float32(self._target.shared_down_factor) if is_down else values
+        return shared_matrix(self._blocks[layer_id].module, self._target, projection)
 
     def _matrices(self) -> list[RoutedMatrix]:
         layers = [self.experts(layer_id) for layer_id in range(len(self._blocks))]
@@ -203,36 +201,21 @@ class Student:
 
 def _frozen_model(dense: DenseModel, target: Target, shape: MoeShape) -> tuple[Any, ModelSpec]:
     """transformers' model with all weights but routed experts and routers, float32."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
     is_tied = dense.config.is_tied
-    values = target.config(dense, shape, is_tied=is_tied)
-    spec = ModelSpec.from_config(values, source=str(dense.location))
-    config = CONFIG_MAPPING[target.model_type].from_dict(values)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    cpu = torch.device("cpu")
-    fill_buffers(model, cpu)
+    spec = ModelSpec.from_config(
+        target.config(dense, shape, is_tied=is_tied), source=str(dense.location)
+    )
+    model = empty_model(dense, target, shape, is_tied=is_tied)
     empty = from_values("", "F32", np.zeros((shape.num_experts, dense.config.hidden_size), "f4"))
     layers = [MoeLayer(empty, dense.ffn(layer), []) for layer in range(dense.config.num_layers)]
     for tensor in moe_tensors(dense, target, shape, layers, keep_tied=is_tied):
-        parent, _, leaf = tensor.name.rpartition(".")
-        module, values_of = model.get_submodule(parent), torch.from_numpy(tensor.read())
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(values_of, requires_grad=False)
-        else:
-            module._buffers[leaf] = values_of
+        assign(model, tensor.name, torch.from_numpy(tensor.read()))
     if is_tied:
         model.lm_head.weight = model.get_input_embeddings().weight
-    return model.eval(), spec
+    return model, spec
 
 
 def _checkpoint_layers(model: Any) -> None:
     """Let every decoder layer keep its inputs alone and run again on the way back."""
     for layer in model.get_decoder().layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def _array(values: Tensor) -> npt.NDArray[np.float32]:
-    found: npt.NDArray[np.float32] = values.detach().numpy()
-    return found

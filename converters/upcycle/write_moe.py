@@ -6,15 +6,14 @@ import json
 from collections.abc import Sequence
 
 from edge_moe.config_reader import CONFIG_NAME
-from edge_moe.converters.export_hf import SHARD_BYTES
 from edge_moe.converters.progress import byte_progress
 from edge_moe.converters.safetensors_writer import (
     file_bytes,
-    safetensors_file,
     shard_names,
     split_into_shards,
     write_index,
 )
+from edge_moe.converters.shards import SHARD_BYTES, write_shard
 from edge_moe.converters.staging import BuildFolder
 from edge_moe.converters.upcycle.dense_model import EMBEDDING, HEAD, DenseModel
 from edge_moe.converters.upcycle.stored_tensor import StoredTensor
@@ -77,11 +76,6 @@ def write_moe(
     write_text(work.path / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
     with byte_progress(f"writing {work.output.name}", total_bytes) as advance:
         for shard_name, shard in zip(shard_names(len(shards)), shards, strict=True):
-            if work.finished(shard_name) is None:
-                with safetensors_file(work.path / shard_name, shard) as writer:
-                    for entry in shard:
-                        writer.write(entry.name, by_name[entry.name].chunks())
-                work.add(shard_name)
-            advance(file_bytes(shard))
+            write_shard(shard_name, [by_name[entry.name] for entry in shard], work, advance)
     write_index(work.path, shards)
     return total_bytes

@@ -1,0 +1,39 @@
+"""The MoE in transformers' classes: empty at first, and what its modules hold afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
+from edge_moe.converters.upcycle.target import MoeShape, Target
+from edge_moe.runtime.model import fill_buffers
+from edge_moe.tensor_info import FloatArray
+
+
+def empty_model(dense: DenseModel, target: Target, shape: MoeShape, *, is_tied: bool) -> Any:
+    """The model in float32, with buffers on the CPU and all weights on the meta device."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    values = target.config(dense, shape, is_tied=is_tied)
+    config = CONFIG_MAPPING[target.model_type].from_dict(values)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fill_buffers(model, torch.device("cpu"))
+    return model.eval().requires_grad_(False)
+
+
+def shared_matrix(block: Any, target: Target, projection: str) -> FloatArray:
+    """A matrix of the MoE `block`'s shared expert, as a dense layer that is added has it."""
+    values = array(block.get_submodule(f"{target.shared_module}.{projection}").weight)
+    is_down = projection == PROJECTIONS[-1]
+    return values / np.float32(target.shared_down_factor) if is_down else values
+
+
+def array(values: Tensor) -> FloatArray:
+    """The same memory."""
+    found: FloatArray = values.detach().numpy()
+    return found
