@@ -42,6 +42,10 @@ class _Entry:
         return any(not read.is_done for read in self.asked)
 
     @property
+    def has_failed(self) -> bool:
+        return any(read is not None and read.error is not None for read in self.reads)
+
+    @property
     def is_whole(self) -> bool:
         return all(read is not None and read.is_done for read in self.reads)
 
@@ -134,31 +138,52 @@ class GgufExperts:
             InputError: they do not fit together.
             CheckpointError: the file has changed.
         """
-        self._learn_link()
-        self.settle()
-        self._link.begin()
+        now = time.perf_counter()
+        before, self._awaited = [self._entries[key] for key in self._awaited], []
         keys = [(layer, row) for row in rows]
         keep = frozenset(keys)
-        self._drop_guesses(layer, keep)
+        self._require_room(keep)
+        if self._loading:
+            self._queue.go_on()
+            self._drop_guesses(layer, keep)
         present = [row for row in rows if self._use((layer, row))]
         if present:
             self._policy.use_all(layer, present)
-        missing = [row for row in rows if (layer, row) not in self._entries]
-        self._wait_for_room(sum(self._sizes[layer, row] for row in missing), keep)
-        for row in missing:
-            self._reserve((layer, row), is_prefetched=False)
+        missing = [key for key in keys if key not in self._entries]
+        self._begin_reads(layer, missing, keep)
+        # what comes now has time while the disk reads
         self._awaited = [key for key in keys if key in self._loading]
+        for key in missing:
+            self._policy.admit(key)
         for index in self._order[layer]:
             for key in self._awaited:
                 self._ask(key, index, is_wanted=True)
-            self._queue.go_on()  # the disk begins with these while memory is moved for the next
-        # what comes now has time while the disk reads
+            self._queue.go_on()
         if missing:
-            self._policy.use_all(layer, missing)
+            self._policy.use_all(layer, [row for _, row in missing])
             self._give_back_spare()
         if missing or self._is_changed:
             self.require_unchanged()
         self._guesses.score(layer, rows, self.statistics)
+        self._link.end([read for entry in before for read in entry.asked], now)
+        self._link.begin(now)
+        self._settle()
+
+    def _begin_reads(self, layer: int, missing: Sequence[Key], keep: frozenset[Key]) -> None:
+        """Take memory, and have the disk begin with the first matrix of the first expert."""
+        for at, key in enumerate(missing):
+            self._wait_for_room(self._sizes[key], keep)
+            self._take(key, is_prefetched=False)
+            if at == 0:
+                self._ask(key, self._order[layer][0], is_wanted=True)
+                self._queue.go_on()
+
+    def _require_room(self, keep: frozenset[Key]) -> None:
+        if sum(self._sizes[key] for key in keep) > self.limit_bytes:
+            raise InputError(
+                f"{len(keep)} experts of a layer do not fit {self.limit_bytes} bytes together: "
+                "raise the budget"
+            )
 
     def require_unchanged(self) -> None:
         """What was read so far is of the files that were opened; ask before results are used.
@@ -273,6 +298,9 @@ class GgufExperts:
     def _use(self, key: Key) -> bool:
         """Whether `key` has memory; counts what the model asked for."""
         entry = self._entries.get(key)
+        if entry is not None and entry.has_failed:  # a guess: whoever needs it has it read again
+            self._drop(key)
+            entry = None
         statistics = self.statistics
         statistics.routed_experts += 1
         if entry is None:
@@ -296,9 +324,12 @@ class GgufExperts:
         return sum(read.piece.num_bytes for read in entry.asked)
 
     def _reserve(self, key: Key, *, is_prefetched: bool) -> None:
-        """Take memory, for which there is room."""
-        self._used_bytes += self.num_bytes(key)
+        """Take memory, for which there is room, and tell the policy."""
+        self._take(key, is_prefetched=is_prefetched)
         self._policy.admit(key)
+
+    def _take(self, key: Key, *, is_prefetched: bool) -> None:
+        self._used_bytes += self._sizes[key]
         self._entries[key] = _Entry([None] * len(self._slices[key]), is_prefetched)
         self._loading.add(key)
 
@@ -320,24 +351,29 @@ class GgufExperts:
         self._awaited = []
         if self._loading:
             self._queue.go_on()
+        self._settle()
+
+    def _settle(self) -> None:
         for key in [key for key in self._failed if not self._entries[key].is_loading]:
             self._waste(key)
-        for key in [key for key in self._loading if self._entries[key].is_whole]:
-            reads = self._entries[key].asked
-            if any(read.error is not None for read in reads):
+        done = [
+            key for key in self._loading if key not in self._awaited and self._entries[key].is_whole
+        ]
+        for key in done:
+            if self._entries[key].has_failed:
                 self._drop(key)
-                continue
-            self._loading.discard(key)
-            self._entries[key].reads = []
-            size = self.num_bytes(key)
-            seconds = max(read.end_seconds for read in reads)
-            seconds -= min(read.start_seconds for read in reads)
-            self.statistics.page_in_bytes += size
-            self.statistics.page_in_seconds += seconds
+            else:
+                self._note_read(key)
 
-    def _learn_link(self) -> None:
-        reads = [read for key in self._awaited for read in self._entries[key].asked]
-        self._link.end(reads)
+    def _note_read(self, key: Key) -> None:
+        """It is whole."""
+        self._loading.discard(key)
+        entry = self._entries[key]
+        reads, entry.reads = entry.asked, []
+        seconds = max(read.end_seconds for read in reads)
+        seconds -= min(read.start_seconds for read in reads)
+        self.statistics.page_in_bytes += self._sizes[key]
+        self.statistics.page_in_seconds += seconds
 
     def _abandon(self, key: Key) -> None:
         """Give up an expert: its memory is free once nothing reads into it."""
@@ -370,12 +406,7 @@ class GgufExperts:
     def _wait_for_room(self, size: int, keep: frozenset[Key]) -> None:
         """As `_make_room`; where only guesses on their way are left to leave, they are given up."""
         while not self._make_room(size, keep):
-            guess = next((key for key in self._loading if key not in keep), None)
-            if guess is None:
-                raise InputError(
-                    f"{len(keep)} experts of a layer do not fit {self.limit_bytes} bytes together: "
-                    "raise the budget"
-                )
+            guess = next(key for key in self._loading if key not in keep)
             self._cancel(guess)
             start = time.perf_counter()
             self._queue.wait(self._entries[guess].asked)
@@ -397,6 +428,8 @@ class GgufExperts:
         self._spare.clear()
 
     def _evict(self, key: Key) -> None:
+        if key in self._loading and self._entries[key].is_whole:
+            self._note_read(key)
         if self._entries[key].is_prefetched:
             self.statistics.prefetch_wasted_bytes += self._asked_bytes(key)
         self.statistics.evictions += 1

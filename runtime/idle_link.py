@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from edge_moe.runtime.gguf_slices import Slice
@@ -26,23 +25,22 @@ class IdleLink:
         """... from choice to choice, where nothing was wanted."""
         self._start_seconds: float | None = None
 
-    def begin(self) -> None:
-        """A router has chosen."""
-        self._start_seconds = time.perf_counter()
+    def begin(self, now: float) -> None:
+        """A router has chosen, at this `time.perf_counter`."""
+        self._start_seconds = now
 
     def forget(self) -> None:
         """What comes next is no router's choice."""
         self._start_seconds = None
 
-    def end(self, reads: Sequence[Read[Slice]]) -> None:
-        """The next router has chosen; `reads` were wanted since `begin`.
+    def end(self, reads: Sequence[Read[Slice]], now: float) -> None:
+        """The next router has chosen, `now`; `reads` were wanted since `begin`.
 
         Some of them may be guesses that came true: those were begun before.
         """
         start, self._start_seconds = self._start_seconds, None
         if start is None:
             return
-        now = time.perf_counter()
         reads = [read for read in reads if read.start_seconds >= start]
         if not reads:
             self.layer_seconds = self._mean(self.layer_seconds, now - start)

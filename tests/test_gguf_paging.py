@@ -618,7 +618,7 @@ def test_bookkeeping_is_not_interrupted(
     running: GgufSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experts = running._experts
-    for name in ("_reserve", "settle", "_remove"):
+    for name in ("_take", "_settle", "_remove"):
         real, is_first = getattr(experts, name), True
 
         def interrupted(*arguments: Any, real: Any = real, **options: Any) -> Any:
