@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,8 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from edge_moe.converters.staging import locked
-from edge_moe.errors import InputError
+from edge_moe.file_lock import lock, lock_if_possible
 
 _LOCK, _UNLOCKED = "lock", "lock.new"
 _RANDOM = "[a-z0-9_]{8}"
@@ -35,7 +33,7 @@ def search_folder(output: Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix=prefix, dir=parent) as name:
         folder = Path(name)
         with (folder / _UNLOCKED).open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_if_possible(handle)
             (folder / _UNLOCKED).rename(folder / _LOCK)  # nobody ever finds it unlocked
             yield folder
 
@@ -47,7 +45,8 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
         if not is_ours or not (folder / _LOCK).is_file():
             continue
         try:
-            with locked(folder / _LOCK, "in use"):
-                shutil.rmtree(folder, ignore_errors=True)
-        except (InputError, OSError):
+            with (folder / _LOCK).open("w") as handle:
+                if lock(handle):  # without locks nobody knows whether the search lives
+                    shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
             continue  # a living search's, another user's, or removed by its owner just now

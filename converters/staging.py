@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 from edge_moe.converters.growing_file import unfinished_bytes
 from edge_moe.errors import DiskSpaceError, EdgeMoeError, InputError
+from edge_moe.file_lock import lock_if_possible
 from edge_moe.files import require_new_output, write_text
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -129,14 +129,14 @@ def _failing_cleanly(work: BuildFolder, folder: Path) -> Iterator[BuildFolder]:
 
 @contextmanager
 def locked(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file `path`; a killed process lets go of it.
+    """Hold the lock file `path`, where its file system has locks; else say that it has none.
 
     Raises:
         InputError: `refusal`, where another process holds it.
     """
     with path.open("w") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_if_possible(handle)
         except BlockingIOError:
             raise InputError(refusal) from None
         yield

@@ -9,7 +9,6 @@ another CPU, llama.cpp or model is noticed.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import mmap
 import os
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_moe.errors import CheckpointError, InputError
+from edge_moe.file_lock import lock_if_possible
 from edge_moe.files import require_free_disk
 from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_model import GgufModel
@@ -91,9 +91,9 @@ def rearranged_places(
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Of all processes that lock `path`, which is made for it and removed."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Of all processes that lock `path`, which is made for it and removed, where it can be."""
+    with path.open("w") as handle:
+        lock_if_possible(handle, waits=True)
         yield
         path.unlink(missing_ok=True)
 
