@@ -18,6 +18,7 @@ from edge_moe.package import RESIDENT_NAME, Package, is_package
 from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime.expert_store import CheckpointStore, ExpertStore, PackageStore
 from edge_moe.runtime.policy import token_cycle_bytes
+from edge_moe.runtime.policy_memory import order_terms
 from edge_moe.runtime.slots import (
     allot_by_bytes,
     allot_by_count,
@@ -157,6 +158,38 @@ def record_sizes(store: ExpertStore) -> list[list[int]]:
     ]
 
 
+def all_fit(
+    sizes: Sequence[Sequence[int]],
+    terms: Sequence[MemoryTerm],
+    budget_bytes: int | None,
+    num_slots: int | None,
+) -> bool:
+    """Whether every expert of [L][rows] `sizes` has a slot within these limits."""
+    if num_slots is not None:
+        return num_slots >= sum(map(len, sizes))
+    return budget_bytes is None or budget_bytes >= bill.non_expert_bytes(terms) + sum(
+        map(sum, sizes)
+    )
+
+
+def eviction_terms(sizes: Sequence[Sequence[int]]) -> list[MemoryTerm]:
+    """RAM of the orders of eviction, one per record size, while experts of these sizes page."""
+    return order_terms(list(map(len, sizes)), len({size for layer in sizes for size in layer}))
+
+
+def paging_terms(
+    sizes: Sequence[Sequence[int]],
+    terms: list[MemoryTerm],
+    device: Device,
+    budget_bytes: int | None,
+    num_slots: int | None,
+) -> list[MemoryTerm]:
+    """The bill `terms` of `device`, and what paging adds to it where not every expert fits."""
+    if device == "cuda" or all_fit(sizes, terms, budget_bytes, num_slots):
+        return terms  # a GPU's orders of eviction are in RAM: `host_terms`
+    return [*terms, *eviction_terms(sizes)]
+
+
 def allot(
     spec: ModelSpec,
     sizes: list[list[int]],
@@ -220,7 +253,11 @@ def host_slots(
 
 
 def host_terms(
-    sizes: Sequence[Sequence[int]], device: Device, ram_bytes: int | None
+    sizes: Sequence[Sequence[int]],
+    device: Device,
+    ram_bytes: int | None,
+    *,
+    is_paging: bool = False,
 ) -> list[MemoryTerm]:
     """What experts beside the slots take in RAM: no part of the device's budget."""
     staging = MemoryTerm(
@@ -230,6 +267,8 @@ def host_terms(
         note=f"pinned, {STAGING_BUFFERS} buffers of the largest expert",
     )
     terms = [staging] if device == "cuda" else []
+    if is_paging and device == "cuda":
+        terms += eviction_terms(sizes)
     if not ram_bytes:
         return terms
     kept = sum(size * count for size, count in host_slots(sizes, ram_bytes, device).items())

@@ -13,6 +13,9 @@ from edge_moe.overhead import gguf_overhead
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.allotment import require_one_limit, too_small
 from edge_moe.runtime.llama_region import PAGE_BYTES
+from edge_moe.runtime.policies import DEFAULT_POLICY
+from edge_moe.runtime.policy import EvictionPolicy
+from edge_moe.runtime.policy_memory import order_terms
 from edge_moe.units import format_bytes
 
 GPU_DRIVER_BYTES = 300_000_000
@@ -84,6 +87,27 @@ def largest_expert_bytes(model: GgufModel) -> dict[int, int]:
 
 def _pages(num_bytes: int) -> int:
     return (-(-num_bytes // PAGE_BYTES) + 1) * PAGE_BYTES
+
+
+def paging_terms(
+    model: GgufModel,
+    terms: list[MemoryTerm],
+    budget_bytes: int | None,
+    num_slots: int | None,
+    policy: type[EvictionPolicy] = DEFAULT_POLICY,
+) -> list[MemoryTerm]:
+    """The bill `terms`, and what paging adds to it where not every expert fits."""
+    every_bytes = sum(map(sum, expert_sizes(model)))
+    if num_slots is not None:
+        fits = num_slots * max(largest_expert_bytes(model).values()) >= every_bytes
+    else:
+        fits = budget_bytes is None or budget_bytes >= bill.non_expert_bytes(terms) + every_bytes
+    return terms if fits else [*terms, *order_terms(num_rows(model), policy=policy)]
+
+
+def num_rows(model: GgufModel) -> list[int]:
+    """[L] experts of each MoE layer."""
+    return [model.spec.num_experts] * model.spec.num_moe_layers
 
 
 def expert_limit_bytes(

@@ -18,6 +18,8 @@ from edge_moe.runtime.gguf_allotment import (
     batch_tokens,
     expert_limit_bytes,
     largest_expert_bytes,
+    num_rows,
+    paging_terms,
     session_terms,
 )
 from edge_moe.runtime.gguf_experts import GgufExperts
@@ -127,7 +129,8 @@ class GgufSession(TextSession):
         names = _usable(predictors, prefetch, gpu_layers)
         has_budget = budget_bytes is not None
         terms = session_terms(model, context, has_budget=has_budget, gpu_layers=gpu_layers)
-        terms += predictor_terms(names, _num_rows(model))
+        terms += predictor_terms(names, num_rows(model))
+        terms = paging_terms(model, terms, budget_bytes, num_slots, policy)
         limit_bytes = expert_limit_bytes(model, terms, budget_bytes, num_slots)
         most_tokens = min(batch_tokens(model, limit_bytes), context)
         require_loadable(path, context, most_tokens, {})
@@ -301,19 +304,14 @@ def _places(
     return rearranged_places(model, loaded.region, loaded.rearranger(), folder, on_bytes)
 
 
-def _num_rows(model: GgufModel) -> list[int]:
-    """Experts of each layer."""
-    return [model.spec.num_experts] * model.spec.num_moe_layers
-
-
 def _read_ahead(
     names: Sequence[str], inputs: BlockInputs, model: GgufModel, prefetch: bool | None
 ) -> ReadAhead | None:
     if not names:
         return None
-    num_rows = _num_rows(model)
-    guessers = {name: _predictor(name, inputs, num_rows, model.spec.top_k) for name in names}
-    return ReadAhead(len(num_rows), guessers, FastestOf(names) if prefetch is None else None)
+    rows = num_rows(model)
+    guessers = {name: _predictor(name, inputs, rows, model.spec.top_k) for name in names}
+    return ReadAhead(len(rows), guessers, FastestOf(names) if prefetch is None else None)
 
 
 def _predictor(name: str, inputs: BlockInputs, num_rows: Sequence[int], top_k: int) -> Predictor:

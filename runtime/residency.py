@@ -28,7 +28,7 @@ from edge_moe.runtime.model import compute_dtype
 from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.paged_experts import ExpertPager, attach, detach
 from edge_moe.runtime.policies import DEFAULT_POLICY
-from edge_moe.runtime.policy import PagingStatistics
+from edge_moe.runtime.policy import LeastRecentlyUsed, PagingStatistics
 from edge_moe.runtime.pre_gate import PreGate
 from edge_moe.runtime.pre_gated_routing import PreGatedRouting
 from edge_moe.runtime.predictor_choice import DEFAULT_PREDICTORS
@@ -125,7 +125,9 @@ class Residency:
             if options.tier_bytes:
                 counts = host_slots(sizes, options.tier_bytes, options.kind)
                 host = _host_tier(counts, streams, transfer)
-            cache = ExpertCache(store, buffers, DEFAULT_POLICY, host=host, transfer=transfer)
+            # where nothing ever leaves, the order that takes next to no memory and time
+            policy = DEFAULT_POLICY if slots.is_paging else LeastRecentlyUsed
+            cache = ExpertCache(store, buffers, policy, host=host, transfer=transfer)
             cache.fill()
             filling, cache.statistics = cache.statistics, PagingStatistics()
             routing = None

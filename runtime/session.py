@@ -395,8 +395,11 @@ class Session(TextSession):
 
     def host_memory(self) -> list[MemoryTerm]:
         """What experts beside the slots take in RAM."""
-        options = self._options
-        return host_terms(record_sizes(self._residency.store), options.kind, options.tier_bytes)
+        options, residency = self._options, self._residency
+        return host_terms(
+            *(record_sizes(residency.store), options.kind, options.tier_bytes),
+            is_paging=residency.slots.is_paging,
+        )
 
     @property
     def graphs(self) -> str:

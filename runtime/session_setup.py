@@ -24,6 +24,7 @@ from edge_moe.runtime.allotment import (
     dense_tensors,
     host_terms,
     open_store,
+    paging_terms,
     record_sizes,
     session_terms,
     source_fingerprint,
@@ -111,13 +112,15 @@ class Setup:
 
     def allot(self, store: ExpertStore, shadows: ExpertStore | None = None) -> Allotment:
         """Slots within the limits for the experts of `store`, which are some or all of these."""
-        return allot_experts(self.source.spec, store, shadows, self.terms, self.limits)
+        kind = self.options.kind
+        return allot_experts(self.source.spec, store, shadows, self.terms, self.limits, kind)
 
     def allot_one_layer(self) -> Allotment:
         """Slots for the experts of the largest layer only."""
         most = max(map(len, self.store.kept))
-        slots = allot(self.source.spec, record_sizes(self.store), self.terms, None, most)
-        return Allotment(slots, self.terms)
+        sizes = record_sizes(self.store)
+        terms = paging_terms(sizes, self.terms, self.options.kind, None, most)
+        return Allotment(allot(self.source.spec, sizes, terms, None, most), terms)
 
     def load_network(self) -> Any:
         """The transformers model with its dense weights, and experts yet to be attached.

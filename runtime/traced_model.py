@@ -24,6 +24,7 @@ from edge_moe.runtime.allotment import (
     dense_parameters,
     open_source,
     open_store,
+    paging_terms,
     session_terms,
     source_fingerprint,
 )
@@ -172,7 +173,8 @@ class _Native(TracedModel):
     def room(
         self, sizes: Sizes, terms: list[MemoryTerm], budget_bytes: int | None, slots: int | None
     ) -> Room:
-        return Room.of_slots(allot(self.spec, sizes, terms, budget_bytes, slots).counts)
+        billed = paging_terms(sizes, terms, self._device, budget_bytes, slots)
+        return Room.of_slots(allot(self.spec, sizes, billed, budget_bytes, slots).counts)
 
     @property
     def dense_parameters(self) -> int:
@@ -227,7 +229,8 @@ class _Gguf(TracedModel):
     def room(
         self, sizes: Sizes, terms: list[MemoryTerm], budget_bytes: int | None, slots: int | None
     ) -> Room:
-        limit = gguf_allotment.expert_limit_bytes(self._model, terms, budget_bytes, slots)
+        billed = gguf_allotment.paging_terms(self._model, terms, budget_bytes, slots)
+        limit = gguf_allotment.expert_limit_bytes(self._model, billed, budget_bytes, slots)
         most_tokens = gguf_allotment.batch_tokens(self._model, limit)
         return Room.of_bytes(limit, sizes, most_tokens)
 

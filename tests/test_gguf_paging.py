@@ -38,6 +38,8 @@ from edge_moe.runtime import (
 from edge_moe.runtime.direct_reads import DirectReads
 from edge_moe.runtime.gguf_session import GgufSession
 from edge_moe.runtime.interleaved_trial import FastestOf
+from edge_moe.runtime.policy import LeastRecentlyUsed
+from edge_moe.runtime.policy_memory import TERM_NAME, order_bytes
 from edge_moe.runtime.predictor_choice import PREDICTORS
 from edge_moe.runtime.predictors import Repeat, Transitions
 from edge_moe.runtime.read_ahead import ReadAhead
@@ -485,7 +487,13 @@ def test_budgets_and_slots_that_are_too_small(quantised: Path) -> None:
     with GgufSession.open(quantised, budget_bytes=error.value.minimum_bytes) as session:
         assert session.is_paging and session._context._batch_tokens == 1
         assert any("nearly every expert is read anew" in each for each in session.warnings)
-        assert sum(term.num_bytes for term in session.memory()) <= error.value.minimum_bytes
+        terms = {term.name: term.num_bytes for term in session.memory()}
+        assert sum(terms.values()) <= error.value.minimum_bytes
+        assert terms[TERM_NAME] == order_bytes(
+            session.spec.num_moe_layers, session.spec.num_experts
+        )
+    with GgufSession.open(quantised, num_slots=8, policy=LeastRecentlyUsed) as session:
+        assert session.is_paging and TERM_NAME not in {term.name for term in session.memory()}
 
 
 # ---------------------------------------------------------------------------- what goes wrong
