@@ -172,7 +172,7 @@ def _dense_tensors(plan: Plan, checkpoint: Checkpoint, source: GgufSource) -> It
     }
     is_exact = any("f32" in row for row in plan.forms)
     for info in checkpoint.dense_tensors:
-        if info.name == "lm_head.weight" and spec.tie_word_embeddings:
+        if spec.is_tied_head(info.name):
             continue
         rule = family.rule(spec, info.name)
         if info.name in kept:
@@ -196,7 +196,7 @@ def _expert_tensors(
 ) -> Iterator[GgufTensor]:
     """Stacks per layer: gate, where there is one, and up [kept, I, H], down [kept, H, I]."""
     spec = checkpoint.spec
-    up, down = (spec.expert_width, spec.expert_hidden), (spec.expert_hidden, spec.expert_width)
+    *_, up, down = spec.expert_matrix_shapes
     for layer_id, row in zip(plan.moe_layer_ids, plan.forms, strict=True):
         kept = plan.kept(row)
         form = row[kept[0]]

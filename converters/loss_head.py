@@ -28,8 +28,7 @@ class OutputHead:
             CheckpointError: it is missing or holds NaN or infinity.
         """
         spec = checkpoint.spec
-        name = spec.embedding_name if spec.tie_word_embeddings else "lm_head.weight"
-        self.weight = aligned(checkpoint.read(name))
+        self.weight = aligned(checkpoint.read(spec.head_name))
         """[V, H]"""
         self._bias: Tensor | None = None
         if "lm_head.bias" in checkpoint.tensors:

@@ -189,7 +189,7 @@ def dense_bytes(model: SourceModel, device: Device, target: Target) -> int:
     }
     total = 0
     for info in model.dense_tensors:
-        if info.name == "lm_head.weight" and spec.tie_word_embeddings:
+        if spec.is_tied_head(info.name):
             continue
         is_float32 = target == "gguf" and (len(info.shape) < 2 or info.name in routers)
         total += num_weights(info) * (FLOAT32_BYTES if is_float32 else itemsize)

@@ -27,7 +27,7 @@ def dense_shapes(spec: ModelSpec, config: dict[str, Any], source: str) -> Shapes
         spec.final_norm_name: (hidden,),
     }
     if not spec.tie_word_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+        shapes[spec.head_name] = (spec.vocab_size, hidden)
     moe_layers = set(spec.moe_layer_ids)
     attention = _attention(spec, read)
     norms = {name: (hidden,) for name in spec.family.layer_norms}

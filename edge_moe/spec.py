@@ -18,6 +18,7 @@ from edge_moe.families import COMPOSITES, FAMILIES
 from edge_moe.router_spec import RouterSpec, read_router
 
 _ROOT, _NESTED_ROOT = "model.", "model.language_model."
+_HEAD = "lm_head.weight"
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 """Tables that old files hold and transformers computes."""
 _MOST_LAYERS = 10_000
@@ -123,6 +124,12 @@ class ModelSpec:
     def expert_weights(self) -> int:
         """Number of weights in one routed expert (gate_proj + up_proj + down_proj)."""
         return (2 + self.has_gate) * self.expert_hidden * self.expert_width
+
+    @property
+    def expert_matrix_shapes(self) -> tuple[tuple[int, int], ...]:
+        """[rows, columns] of gate_proj, where there is one, up_proj and down_proj."""
+        hidden, width = self.expert_hidden, self.expert_width
+        return ((width, hidden),) * (1 + self.has_gate) + ((hidden, width),)
 
     @property
     def has_gate(self) -> bool:
@@ -241,6 +248,15 @@ class ModelSpec:
     def embedding_name(self) -> str:
         """The checkpoint's name of the token embeddings [V, H]."""
         return self._on_disk(self._outer_name(self.family.embedding))
+
+    @property
+    def head_name(self) -> str:
+        """The checkpoint's name of the output matrix [V, H]: a tied one is the embeddings."""
+        return self.embedding_name if self.tie_word_embeddings else _HEAD
+
+    def is_tied_head(self, tensor_name: str) -> bool:
+        """Whether it is the token embeddings once more, stored as the output matrix."""
+        return self.tie_word_embeddings and tensor_name == _HEAD
 
     @property
     def final_norm_name(self) -> str:

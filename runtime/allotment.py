@@ -98,7 +98,7 @@ def dense_parameters(source: Package | Checkpoint) -> int:
     return sum(
         bill.num_weights(info)
         for info in dense_tensors(source)
-        if not (info.name == "lm_head.weight" and source.spec.tie_word_embeddings)
+        if not source.spec.is_tied_head(info.name)
     )
 
 
@@ -136,10 +136,7 @@ def session_terms(
     overhead, origin = find_overhead(spec.model_type, device)
     return bill.memory_terms(
         spec,
-        forms=[
-            [store.record((layer, row)).form for row in range(len(kept))]
-            for layer, kept in enumerate(store.kept)
-        ],
+        forms=store.forms(),
         dense_bytes=dense_parameters(source) * _itemsize_bytes(spec, device),
         context_tokens=context_tokens,
         device=device,

@@ -12,6 +12,7 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,17 @@ class ExpertStore(ABC):
         return [
             (layer, row) for layer, experts in enumerate(self.kept) for row in range(len(experts))
         ]
+
+    def forms(self) -> list[list[str]]:
+        """[L][rows] of every kept expert."""
+        return [
+            [self.record((layer, row)).form for row in range(len(experts))]
+            for layer, experts in enumerate(self.kept)
+        ]
+
+    def all_forms(self) -> set[str]:
+        """Every form that a kept expert has."""
+        return set(chain.from_iterable(self.forms()))
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _load_dense(
     dtype = compute_dtype(spec, device)
     for info in tensors:
         name = spec.module_name(info.name)
-        if name == "lm_head.weight" and spec.tie_word_embeddings:
+        if spec.is_tied_head(name):
             continue
         is_bias = name.endswith(_SELECTION_BIAS)  # transformers keeps them in float32
         assign(model, name, read_tensor(info, torch.float32 if is_bias else dtype, device))

@@ -64,10 +64,7 @@ class SlotExperts:
         self._reference = reference
         self._tail = store.tail
         self._plain: dict[int, bool] = {}
-        self._forms = [
-            [store.record((layer, row)).form for row in range(len(kept))]
-            for layer, kept in enumerate(store.kept)
-        ]
+        self._forms = store.forms()
 
     def token(
         self, experts: Any, layer: int, hidden: Tensor, rows: list[int], weights: list[float]

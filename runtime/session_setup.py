@@ -165,16 +165,12 @@ def _choose_kernels(
     options: PagingOptions, store: ExpertStore, shadows: ExpertStore | None
 ) -> KernelChoices:
     kernels, device = options.kernels, options.device
-    experts, misses = choose_kernels(kernels, device, _forms(store)), None
+    experts, misses = choose_kernels(kernels, device, store.all_forms()), None
     if options.tier_bytes and options.misses != "fetch":
         on_cpu: Kernels = "auto" if kernels == "triton" else kernels
-        misses = choose_kernels(on_cpu, torch.device("cpu"), _forms(store))
-    of_shadows = None if shadows is None else choose_kernels(kernels, device, _forms(shadows))
+        misses = choose_kernels(on_cpu, torch.device("cpu"), store.all_forms())
+    of_shadows = None if shadows is None else choose_kernels(kernels, device, shadows.all_forms())
     return KernelChoices(experts, misses, of_shadows)
-
-
-def _forms(store: ExpertStore) -> set[str]:
-    return {store.record(key).form for key in store.keys()}
 
 
 def _bill(

@@ -145,7 +145,7 @@ class _Native(TracedModel):
         """Packages of one checkpoint share its fingerprint, but not their forms."""
         source, store = self._source, self._store
         own = source.own_fingerprint if isinstance(source, Package) else source.fingerprint
-        label = automatic_label(store.record(key).form for key in store.keys())
+        label = automatic_label(store.all_forms())
         return f"{own}, kernels {label}"
 
     @property

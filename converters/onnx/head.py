@@ -36,4 +36,4 @@ def head_graph(weights: Weights, spec: ModelSpec) -> Graph:
 
 
 def _matrix(weights: Weights, spec: ModelSpec) -> StoredTensor:
-    return weights.tensor(spec.embedding_name if spec.tie_word_embeddings else "lm_head.weight")
+    return weights.tensor(spec.head_name)

@@ -97,10 +97,11 @@ class Weights:
         Raises:
             TargetError: names the first tensor that nobody asked for.
         """
-        is_tied = self._checkpoint.spec.tie_word_embeddings
-        skipped = {"lm_head.weight"} if is_tied else set()
-        names = {info.name for info in self._checkpoint.dense_tensors}
-        left = sorted(name for name in names - skipped - self._used if "rotary_emb" not in name)
+        spec = self._checkpoint.spec
+        names = {info.name for info in self._checkpoint.dense_tensors} - self._used
+        left = sorted(
+            name for name in names if not (spec.is_tied_head(name) or "rotary_emb" in name)
+        )
         if left:
             raise TargetError(
                 f"target onnx has no place for tensor {left[0]!r} ({len(left)} such): "
