@@ -36,8 +36,9 @@ from safetensors.numpy import save_file
 from edge_moe import metrics
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
-from edge_moe.converters.make_delta import DeltaReport, Scaling, make_delta
-from edge_moe.delta_file import ScaleRule
+from edge_moe.converters.delta_writer import Scaling
+from edge_moe.converters.make_delta import DeltaReport, make_delta
+from edge_moe.delta_info import ScaleRule
 from edge_moe.demo import demo_model_dir
 from edge_moe.demo.model import save_model
 from edge_moe.files import write_text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from edge_moe.budget import num_weights
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.source_bytes import read_float32
 from edge_moe.converters.sparsify import Pieces
-from edge_moe.delta_file import DENSE_NAME, layer_name
+from edge_moe.delta_layout import DENSE_NAME, layer_name
 from edge_moe.packed_tensors import PackedInfo
 from edge_moe.sparse_signs import MOST_LENGTH
 from edge_moe.tensor_info import FloatArray, TensorInfo
@@ -41,21 +42,19 @@ def delta_parts(base: Checkpoint, tuned: Checkpoint) -> Iterator[DeltaPart]:
         [num_weights(info) for info in dense],
     )
     spec, experts = base.spec, _Experts(base, tuned)
-    count = (2 + spec.has_gate) * spec.num_experts
+    lengths = list(map(prod, spec.expert_matrix_shapes)) * spec.num_experts
     for layer_id in spec.moe_layer_ids:
         yield DeltaPart(
             layer_name(layer_id),
-            [partial(experts.pieces, layer_id, number) for number in range(count)],
-            [spec.expert_width * spec.expert_hidden] * count,
+            [partial(experts.pieces, layer_id, number) for number in range(len(lengths))],
+            lengths,
         )
 
 
 def shipped_dense(checkpoint: Checkpoint) -> list[TensorInfo]:
     """Everything but routed experts; a tied lm_head is the embedding once more."""
-    is_tied = checkpoint.spec.tie_word_embeddings
-    return [
-        info for info in checkpoint.dense_tensors if not (is_tied and info.name == "lm_head.weight")
-    ]
+    spec = checkpoint.spec
+    return [info for info in checkpoint.dense_tensors if not spec.is_tied_head(info.name)]
 
 
 class _Experts:
@@ -68,7 +67,7 @@ class _Experts:
 
     def pieces(self, layer_id: int, number: int) -> Pieces:
         """Of matrix `number` of a layer."""
-        expert_id, place = divmod(number, 2 + self._pair[0].spec.has_gate)
+        expert_id, place = divmod(number, len(self._pair[0].spec.expert_matrix_shapes))
         if self._held != (layer_id, expert_id):
             self._matrices.clear()
             base, tuned = (each.expert(layer_id, expert_id) for each in self._pair)

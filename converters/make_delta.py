@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +24,19 @@ from edge_moe.budget import num_weights
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.delta_checks import check_pair
 from edge_moe.converters.delta_tensors import DeltaPart, delta_parts, shipped_dense
-from edge_moe.converters.progress import Advance, byte_progress
-from edge_moe.converters.safetensors_writer import TensorEntry, safetensors_file
-from edge_moe.converters.sparsify import SEGMENT_DTYPE, SparseTensor, sparsify
-from edge_moe.converters.staging import BuildFolder, locked
-from edge_moe.delta_file import (
-    INFO_KEY,
-    TABLES_KEY,
-    DeltaFile,
-    DeltaInfo,
-    DenseTensor,
-    ScaleRule,
-    num_segments,
-    tables_digest,
+from edge_moe.converters.delta_writer import (
+    DeltaDraft,
+    PartTables,
+    Scaling,
+    load_tables,
+    save_tables,
 )
+from edge_moe.converters.progress import Advance, byte_progress
+from edge_moe.converters.sparsify import sparsify
+from edge_moe.converters.staging import BuildFolder, locked
+from edge_moe.delta_file import DeltaFile
+from edge_moe.delta_info import DeltaInfo, DenseTensor
+from edge_moe.delta_layout import num_segments
 from edge_moe.errors import DeltaError, InputError
 from edge_moe.files import atomic_path, require_file_output, require_free_disk
 from edge_moe.package import is_package
@@ -46,35 +44,12 @@ from edge_moe.packed_tensors import PackedInfo
 from edge_moe.sparse_signs import MOST_LENGTH, PACKING_BYTES, most_bytes
 
 DEFAULT_DENSITY = 0.05
-_COPY_BYTES = 8 * 2**20
 _TABLE_BYTES_PER_SEGMENT = 64  # on disk, twice, and headers
 _SMALL_FILES_BYTES = 2**20
-_TENSOR_FIELDS = ("num_kept", "magnitude", "kept_magnitude", "deviation", "square")
-_TENSOR_DTYPE = np.dtype([(name, "<f8") for name in _TENSOR_FIELDS])
 ALPHAS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 """What is tried where text chooses."""
 Score = Callable[[Path], float]
 """Loss of the base with a delta file, on text that chooses."""
-
-
-_Tables = tuple[npt.NDArray[np.void], npt.NDArray[np.void]]
-"""Of a part's tensors, and of their segments."""
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What a tensor's signs are multiplied by."""
-
-    rule: ScaleRule = "l1"
-    alpha: float | None = None
-    """Of the rule `alpha`."""
-
-    def check(self) -> None:
-        """Raise InputError where rule and alpha do not belong together."""
-        if (self.alpha is None) == (self.rule == "alpha"):
-            raise InputError("--alpha is a rule of its own: leave out --scale")
-        if self.alpha is not None and not 0 < self.alpha < float("inf"):
-            raise InputError(f"--alpha is {self.alpha}: give a positive number, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -144,10 +119,10 @@ def make_delta(
         with byte_progress(f"delta {output.name}", total_bytes) as advance:
             for part in parts:
                 _write_part(part, density, work, advance)
-        tables = [_load_tables(work, part) for part in parts]
+        tables = [load_tables(work, part) for part in parts]
         if not any(int(segments["kept"].sum()) for _, segments in tables):
             raise _no_difference(base, tuned)
-        draft = _Draft(info, parts, tables, work)
+        draft = DeltaDraft(info, parts, tables, work)
         if score is not None:
             scaling = _choose(draft, work.path / "tried.delta", score)
         draft.write(output.absolute(), scaling)
@@ -184,7 +159,6 @@ def _no_difference(base: Path, tuned: Path) -> InputError:
 
 def _info(base: Checkpoint, tuned: Checkpoint, density: float) -> DeltaInfo:
     spec = base.spec
-    up, down = (spec.expert_width, spec.expert_hidden), (spec.expert_hidden, spec.expert_width)
     return DeltaInfo(
         edge_moe_version=__version__,
         base=base.folder.absolute().name,
@@ -196,7 +170,7 @@ def _info(base: Checkpoint, tuned: Checkpoint, density: float) -> DeltaInfo:
         dense=tuple(DenseTensor(name=each.name, shape=each.shape) for each in shipped_dense(base)),
         moe_layer_ids=spec.moe_layer_ids,
         num_experts=spec.num_experts,
-        expert_shapes=(up, up, down) if spec.has_gate else (up, down),
+        expert_shapes=spec.expert_matrix_shapes,
     )
 
 
@@ -236,68 +210,12 @@ def _write_part(part: DeltaPart, density: float, work: BuildFolder, advance: Adv
         for new_pieces, length in zip(part.tensors, part.num_weights, strict=True):
             found.append(sparsify(new_pieces(), density, handle.write))
             advance(length)
-    _save_tables(work.path / tables, found)
+    save_tables(work.path / tables, found)
     work.add(name)
     work.add(tables)
 
 
-def _save_tables(path: Path, found: Iterable[SparseTensor]) -> None:
-    tensors = [tuple(getattr(each, name) for name in _TENSOR_FIELDS) for each in found]
-    with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        np.save(handle, np.array(tensors, _TENSOR_DTYPE), allow_pickle=False)
-        segments = np.concatenate([each.segments for each in found])
-        np.save(handle, segments, allow_pickle=False)
-
-
-def _load_tables(work: BuildFolder, part: DeltaPart) -> _Tables:
-    """(tensors, segments) as they were saved."""
-    with (work.path / f"{part.name}.npy").open("rb") as handle:
-        tensors = np.load(handle, allow_pickle=False)
-        segments = np.load(handle, allow_pickle=False)
-    assert tensors.dtype == _TENSOR_DTYPE and segments.dtype == SEGMENT_DTYPE
-    return tensors, segments
-
-
-def _scales(tensors: npt.NDArray[np.void], scaling: Scaling) -> npt.NDArray[np.float32]:
-    """Per tensor; 0 where nothing is kept, for nothing differs there."""
-    if scaling.alpha is not None:
-        return np.asarray(scaling.alpha * tensors["deviation"], "<f4")
-    magnitude = tensors["magnitude" if scaling.rule == "l1" else "kept_magnitude"]
-    return np.asarray(magnitude / np.maximum(tensors["num_kept"], 1), "<f4")
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """All that is in a delta but the scales."""
-
-    info: DeltaInfo
-    parts: Sequence[DeltaPart]
-    tables: Sequence[_Tables]
-    work: BuildFolder
-
-    def write(self, output: Path, scaling: Scaling) -> None:
-        """Tables first, widest items first, then the parts."""
-        segments = np.concatenate([segments for _, segments in self.tables])
-        scales = np.concatenate([_scales(tensors, scaling) for tensors, _ in self.tables])
-        arrays: list[tuple[str, str, npt.NDArray[np.generic]]] = [("scales", "F32", scales)]
-        arrays += [(name, "I32", segments[name]) for name in ("kept", "sizes", "checksums")]
-        arrays.append(("coding", "U8", segments["coding"]))
-        entries = [TensorEntry(name, dtype, array.shape) for name, dtype, array in arrays]
-        files = [(part.name, self.work.path / f"{part.name}.bin") for part in self.parts]
-        entries += [TensorEntry(name, "U8", (path.stat().st_size,)) for name, path in files]
-        update = {"scale_rule": scaling.rule, "alpha": scaling.alpha}
-        info = self.info.model_copy(update=update)
-        digest = tables_digest(array for _, _, array in arrays)
-        metadata = {INFO_KEY: info.model_dump_json(), TABLES_KEY: digest}
-        with safetensors_file(output, entries, metadata=metadata) as writer:
-            for name, _, array in arrays:
-                writer.write(name, [np.ascontiguousarray(array).tobytes()])
-            for name, path in files:
-                with path.open("rb") as handle:
-                    writer.write(name, _chunks(handle))
-
-
-def _choose(draft: _Draft, path: Path, score: Score) -> Scaling:
+def _choose(draft: DeltaDraft, path: Path, score: Score) -> Scaling:
     """The best of `l1` and `ALPHAS`, each tried as the file at `path`."""
     chosen = Scaling()
     draft.write(path, chosen)
@@ -315,14 +233,9 @@ def _choose(draft: _Draft, path: Path, score: Score) -> Scaling:
     return chosen
 
 
-def _chunks(handle: BinaryIO) -> Iterator[bytes]:
-    while chunk := handle.read(_COPY_BYTES):
-        yield chunk
-
-
 def _report(
     output: Path,
-    tables: Sequence[_Tables],
+    tables: Sequence[PartTables],
     tuned: Checkpoint,
     scaling: Scaling,
 ) -> DeltaReport:

@@ -7,14 +7,13 @@ piece, however large the tensor is.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.delta_file import LISTS_ZEROS
+from edge_moe.delta_layout import SEGMENT_DTYPE, segment_row
 from edge_moe.sparse_signs import pack_signs
 from edge_moe.tensor_info import FloatArray
 
@@ -22,11 +21,6 @@ Pieces = Callable[[], Iterator[FloatArray]]
 """Gives the tensor's entries from the start, flat, in pieces of a segment; may be called again."""
 _HALF_BITS = 16
 _MAGNITUDE = 0x7FFFFFFF
-
-SEGMENT_DTYPE = np.dtype(
-    [("kept", "<i4"), ("sizes", "<i4"), ("checksums", "<i4"), ("coding", "u1")]
-)
-"""A row of the delta file's tables."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +77,7 @@ def sparsify(pieces: Pieces, density: float, write: Callable[[bytes], object]) -
         sums.num_kept += len(places)
         sums.kept_magnitude += float(np.abs(values).sum(dtype=np.float64))
         packed = pack_signs(places, values < 0, len(piece))
-        coding = packed.rice_bits + LISTS_ZEROS * packed.lists_zeros
-        checksum = zlib.crc32(packed.data)
-        signed = checksum - 2**32 if checksum >= 2**31 else checksum
-        sums.segments.append((packed.num_kept, len(packed.data), signed, coding))
+        sums.segments.append(segment_row(packed))
         write(packed.data)
     mean = sums.total / sums.count
     return SparseTensor(

@@ -2,135 +2,40 @@
 
 The task vector tau = tuned - base of every tensor keeps its entries of the largest magnitude, and
 of those only the sign: tau ~ scale * s with s in {-1, 0, 1}, one scale per tensor (ComPEFT,
-arXiv:2311.13171, algorithm 1). A safetensors file, without pickle:
-
-    __metadata__  edge_moe_delta: JSON of `DeltaInfo`; edge_moe_tables: sha256 of the five tables
-    scales        F32 [T]  per tensor
-    kept          I32 [S]  signs of every segment
-    sizes         I32 [S]  its bytes
-    checksums     I32 [S]  zlib.crc32 of them, as a signed number
-    coding        U8  [S]  low bits of a gap; 128 added where zeros are listed (`sparse_signs`)
-    dense         U8       segments of dense tensors, one after the other
-    layers.N      U8       those of the experts of layer N
-
-Tensors are counted thus: dense ones in the order of `DeltaInfo.dense`, then gate_proj (where there
-is one), up_proj and down_proj of every expert of every MoE layer. A tensor is packed in segments of
-2^20 entries of its rows one after the other; the last may be shorter.
+arXiv:2311.13171, algorithm 1). `edge_moe.delta_layout` says how they lie in the file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
 
-from edge_moe.errors import CheckpointError, DeltaError, FormError, TargetError
-from edge_moe.files import parse_info
-from edge_moe.safetensors_header import read_header
-from edge_moe.sparse_signs import (
-    MOST_LENGTH,
-    MOST_RICE_BITS,
-    Flags,
-    PackedSigns,
-    Places,
-    entropy_bytes,
-    unpack_signs,
+from edge_moe.delta_info import read_info
+from edge_moe.delta_layout import (
+    DENSE_NAME,
+    NUMPY_DTYPES,
+    REMEDY,
+    SCALES,
+    SEGMENT_DTYPE,
+    TABLES,
+    TABLES_KEY,
+    DeltaTensor,
+    Segment,
+    layer_name,
+    num_segments,
+    tables_digest,
+    wrong_segments,
 )
+from edge_moe.errors import CheckpointError, DeltaError, TargetError
+from edge_moe.safetensors_header import read_header
+from edge_moe.sparse_signs import MOST_LENGTH, entropy_bytes
 from edge_moe.tensor_info import TensorInfo, read_range
 
-DELTA_VERSION = 1
-INFO_KEY = "edge_moe_delta"
-TABLES_KEY = "edge_moe_tables"
-DENSE_NAME = "dense"
-LISTS_ZEROS = 128
-_REMEDY = "make it again with `edge-moe delta`, or copy it again"
-_TABLES = {"scales": "F32", "kept": "I32", "sizes": "I32", "checksums": "I32", "coding": "U8"}
-_NUMPY_DTYPES = {"F32": "<f4", "I32": "<i4", "U8": "u1"}
-
-ScaleRule = Literal["l1", "least-squares", "alpha"]
-"""How a tensor's scale was chosen. `l1`: signs and scale have the L1 norm of tau; `least-squares`:
-the mean magnitude of what is kept, nearest to tau; `alpha` times the standard deviation of tau."""
-Size = Annotated[int, Field(gt=0, lt=2**40)]
 IntArray = npt.NDArray[np.int64]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DenseTensor(_Model):
-    """A tensor that is no routed expert's."""
-
-    name: str
-    """As the checkpoint calls it."""
-    shape: tuple[Size, ...]
-
-
-class DeltaInfo(_Model):
-    """What a delta belongs to, and how it was made."""
-
-    version: int = DELTA_VERSION
-    edge_moe_version: str
-    base: str
-    """Name of the folder that it was made against."""
-    base_fingerprint: str
-    tuned: str
-    tuned_fingerprint: str
-    density: float = Field(gt=0, le=1)
-    """Share of a tensor's entries that is kept at most; those that did not change are not."""
-    scale_rule: ScaleRule
-    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Of the rule `alpha`."""
-    dense: tuple[DenseTensor, ...]
-    moe_layer_ids: tuple[int, ...]
-    num_experts: Size
-    expert_shapes: tuple[tuple[Size, Size], ...] = Field(min_length=2, max_length=3)
-    """[rows, columns] of gate_proj where there is one, up_proj and down_proj."""
-
-    @property
-    def num_tensors(self) -> int:
-        experts = len(self.moe_layer_ids) * self.num_experts
-        return len(self.dense) + experts * len(self.expert_shapes)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A part of a tensor, and where its packed signs lie."""
-
-    start: int
-    """Its first entry, counted over the tensor's rows."""
-    length: int
-    offset: int
-    """First byte in the file."""
-    num_bytes: int
-    num_kept: int
-    coding: int
-    checksum: int
-
-
-class DeltaTensor(NamedTuple):
-    """scale * s, to be added to a tensor of the base."""
-
-    shape: tuple[int, ...]
-    scale: float
-    segments: tuple[Segment, ...]
-
-    @property
-    def offset(self) -> int:
-        return self.segments[0].offset
-
-    @property
-    def num_bytes(self) -> int:
-        """Packed, one segment after the other."""
-        return sum(segment.num_bytes for segment in self.segments)
 
 
 class DeltaFile:
@@ -147,8 +52,8 @@ class DeltaFile:
             tensors, metadata = read_header(path)
         except CheckpointError as error:
             raise DeltaError(f"delta {error}".replace("download", "copy")) from None
-        self.info = _read_info(path, metadata)
-        self._tables = {name: self._read_table(tensors, name) for name in _TABLES}
+        self.info = read_info(path, metadata)
+        self._tables = {name: self._read_table(tensors, name) for name in TABLES}
         if tables_digest(self._tables.values()) != metadata.get(TABLES_KEY):
             raise self._damaged("the checksum of its tables differs")
         self._check_tables(tensors)
@@ -238,40 +143,40 @@ class DeltaFile:
                 int(self._tables["sizes"][first + number]),
                 int(self._tables["kept"][first + number]),
                 int(self._tables["coding"][first + number]),
-                int(self._tables["checksums"][first + number]) & 0xFFFFFFFF,
+                int(self._tables["checksums"][first + number]),
             )
             for number, start in enumerate(range(0, length, MOST_LENGTH))
         )
-        return DeltaTensor(shape, float(self._tables["scales"][index]), segments)
+        return DeltaTensor(shape, float(self._tables[SCALES][index]), segments)
 
     def _read_table(self, tensors: dict[str, TensorInfo], name: str) -> npt.NDArray[np.generic]:
-        info, dtype = tensors.get(name), _TABLES[name]
+        info, dtype = tensors.get(name), TABLES[name]
         if info is None or info.dtype != dtype or len(info.shape) != 1:
             raise self._damaged(f"no table {name!r} of {dtype}")
         try:
             raw = read_range(self.path, info.offset, info.num_bytes)
         except CheckpointError as error:
             raise self._damaged(str(error)) from None
-        return np.frombuffer(raw, _NUMPY_DTYPES[dtype])
+        return np.frombuffer(raw, NUMPY_DTYPES[dtype])
 
     def _check_tables(self, tensors: dict[str, TensorInfo]) -> None:
         """Also finds where every tensor's segments start, and where every segment lies."""
         info, tables = self.info, self._tables
-        if len(tables["scales"]) != info.num_tensors:
+        if len(tables[SCALES]) != info.num_tensors:
             raise self._damaged(f"{len(tables['scales'])} scales for {info.num_tensors} tensors")
-        scales = tables["scales"].astype(np.float64)
+        scales = tables[SCALES].astype(np.float64)
         if not (np.isfinite(scales).all() and (scales >= 0).all()):
             raise self._damaged("a scale that is no positive number")
         weights = [math.prod(shape) for shape in self._shapes()]
         counts = list(map(num_segments, weights))
         num_total = sum(counts)  # may be anything until it is compared
-        if any(len(tables[name]) != num_total for name in ("kept", "sizes", "checksums", "coding")):
+        if any(len(tables[name]) != num_total for name in SEGMENT_DTYPE.names or ()):
             raise self._damaged(f"tables that are not of {num_total} segments")
         self._starts: IntArray = np.concatenate([[0], np.cumsum(counts)])
         lengths = np.full(num_total, MOST_LENGTH)
         lengths[self._starts[1:] - 1] = [(each - 1) % MOST_LENGTH + 1 for each in weights]
         kept, coding = tables["kept"].astype(np.int64), tables["coding"].astype(np.int64)
-        is_wrong = (kept < 0) | (kept > lengths) | (coding % LISTS_ZEROS > MOST_RICE_BITS)
+        is_wrong = wrong_segments(kept, coding, lengths)
         if is_wrong.any():
             raise self._damaged(f"segment {int(is_wrong.argmax())} keeps more than it holds")
         self._find_offsets(tensors)
@@ -295,52 +200,7 @@ class DeltaFile:
             self._offsets[start : end + 1] = found.offset + ends[start : end + 1] - ends[start]
 
     def _damaged(self, what: str) -> DeltaError:
-        return DeltaError(f"delta {self.path} is damaged ({what}): {_REMEDY}")
-
-
-def num_segments(num_weights: int) -> int:
-    """Of a tensor of so many entries."""
-    return -(-num_weights // MOST_LENGTH)
-
-
-def tables_digest(tables: Iterable[npt.NDArray[np.generic]]) -> str:
-    """sha256 of the tables in their order."""
-    digest = hashlib.sha256()
-    for table in tables:
-        digest.update(np.ascontiguousarray(table).tobytes())
-    return digest.hexdigest()
-
-
-def layer_name(layer_id: int) -> str:
-    """Of the tensor with the segments of a layer's experts."""
-    return f"layers.{layer_id}"
-
-
-def unpack_tensor(
-    tensor: DeltaTensor, raw: bytes | memoryview, what: str
-) -> Iterator[tuple[int, Places, Flags]]:
-    """(first entry, places after it, whether each is -1) of every segment, in order.
-
-    `raw` are the tensor's `num_bytes`, `what` is what messages call it.
-
-    Raises:
-        DeltaError: they are not what was written.
-    """
-    begin = 0
-    for part in tensor.segments:
-        data = bytes(raw[begin : begin + part.num_bytes])
-        begin += part.num_bytes
-        if zlib.crc32(data) != part.checksum:
-            raise DeltaError(f"{what} is damaged (its checksum differs): {_REMEDY}")
-        if not part.num_kept:
-            continue
-        lists_zeros = part.coding >= LISTS_ZEROS
-        packed = PackedSigns(part.num_kept, part.coding % LISTS_ZEROS, lists_zeros, data)
-        try:
-            places, is_negative = unpack_signs(packed, part.length)
-        except FormError as error:
-            raise DeltaError(f"{what} is damaged ({error}): {_REMEDY}") from None
-        yield part.start, places, is_negative
+        return DeltaError(f"delta {self.path} is damaged ({what}): {REMEDY}")
 
 
 def refuse_delta(model: Path, runs: str, delta: Path | None) -> None:
@@ -351,24 +211,3 @@ def refuse_delta(model: Path, runs: str, delta: Path | None) -> None:
             "that it was made from, or build that with --target native (llama.cpp takes LoRA "
             "adapters: `edge-moe recover --gguf-lora`)"
         )
-
-
-def _read_info(path: Path, metadata: dict[str, str]) -> DeltaInfo:
-    if INFO_KEY not in metadata:
-        raise DeltaError(f"{path} is no task delta: make one with `edge-moe delta`")
-    info = parse_info(
-        *(path, metadata[INFO_KEY], DeltaInfo, (DELTA_VERSION,)),
-        kind="delta",
-        again=_REMEDY,
-        error=DeltaError,
-    )
-    _check_info(path, info)
-    return info
-
-
-def _check_info(path: Path, info: DeltaInfo) -> None:
-    """Names are keys, so none may come twice."""
-    names: Sequence[object] = [each.name for each in info.dense]
-    for values in (names, info.moe_layer_ids):
-        if len(set(values)) != len(values):
-            raise DeltaError(f"delta {path} names a tensor or a layer twice: {_REMEDY}")

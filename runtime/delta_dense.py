@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_moe.delta_file import DeltaFile, DeltaTensor, unpack_tensor
+from edge_moe.delta_file import DeltaFile
+from edge_moe.delta_layout import DeltaTensor, unpack_tensor
 from edge_moe.errors import DeltaError
 from edge_moe.sparse_signs import Flags, Places
 from edge_moe.spec import ModelSpec
@@ -56,13 +57,12 @@ def _add(
         )
     flat = value.view(-1)
     raw = read_range(delta.path, tensor.offset, tensor.num_bytes)
-    for first, places, is_negative in unpack_tensor(tensor, raw, f"delta {delta.path}: {name!r}"):
-        places += first
+    for places, is_negative in unpack_tensor(tensor, raw, f"delta {delta.path}: {name!r}"):
         if experts is not None:
             places, is_negative = _of_kept(places, is_negative, tensor, experts, num_experts)
         where = torch.from_numpy(places).to(value.device)
-        signed = np.where(is_negative, -tensor.scale, tensor.scale).astype(np.float32)
-        added = flat[where].float() + torch.from_numpy(signed).to(value.device)
+        signed = torch.from_numpy(tensor.signed(is_negative)).to(value.device)
+        added = flat[where].float() + signed
         flat[where] = added.to(value.dtype)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_moe.budget import READING_THREADS
-from edge_moe.delta_file import DeltaFile, DeltaTensor, unpack_tensor
+from edge_moe.delta_file import DeltaFile
+from edge_moe.delta_layout import DeltaTensor, split_packed, unpack_tensor
 from edge_moe.errors import DeltaError, FormError, InputError
 from edge_moe.formats import expert_packed_bytes, get_form, split_form
 from edge_moe.plan import MemoryTerm
@@ -50,8 +51,7 @@ class DeltaStore(ExpertStore):
         self._layer_ids = spec.moe_layer_ids
         self._files = RecordFiles(is_aligned=False)
         self.kept = store.kept
-        forms = {store.record(key).form for key in self.keys()}
-        self.tail = None if all(map(is_plain, forms)) else DeltaTail.of(delta)
+        self.tail = None if all(map(is_plain, store.all_forms())) else DeltaTail.of(delta)
 
     def record(self, key: Key) -> RecordInfo:
         below = self._store.record(key)
@@ -112,16 +112,15 @@ class DeltaStore(ExpertStore):
         sizes = expert_packed_bytes(form, *self._shape)
         parts = zip(split_form(form), sizes, strict=True)
         matrices = [(part, size) for part, size in parts if size]  # no gate_proj takes no bytes
-        start = begin = 0
-        for (part, size), tensor in zip(matrices, tensors, strict=True):
+        start = 0
+        pieces = split_packed(tensors, raw)
+        for (part, size), (tensor, piece) in zip(matrices, pieces, strict=True):
             words = record[start : start + size].view(_WORDS[part])
-            piece = raw[begin : begin + tensor.num_bytes]
-            for first, places, is_negative in unpack_tensor(tensor, piece, what):
-                places += first
+            for places, is_negative in unpack_tensor(tensor, piece, what):
                 values = get_form(part).unpack(words[places].view(np.uint8), len(places))
-                values += np.where(is_negative, np.float32(-tensor.scale), np.float32(tensor.scale))
+                values += tensor.signed(is_negative)
                 words[places] = _packed(part, values, what)
-            start, begin = start + size, begin + tensor.num_bytes
+            start += size
 
 
 def _packed(part: str, values: FloatArray, what: str) -> npt.NDArray[np.unsignedinteger]:
@@ -162,10 +161,8 @@ def open_delta(path: Path, fingerprint: str, spec: ModelSpec) -> DeltaFile:
     """
     delta = DeltaFile(path)
     delta.require_base(fingerprint)
-    hidden, width, has_gate = spec.expert_shape
-    shapes = ((width, hidden),) * (1 + has_gate) + ((hidden, width),)
     found = delta.info.moe_layer_ids, delta.info.num_experts, delta.info.expert_shapes
-    if found != (spec.moe_layer_ids, spec.num_experts, shapes):
+    if found != (spec.moe_layer_ids, spec.num_experts, spec.expert_matrix_shapes):
         raise DeltaError(
             f"delta {path} is damaged (its experts are not those of its base): make it again with "
             "`edge-moe delta`"

@@ -24,7 +24,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.delta_file import DeltaFile, DeltaTensor, unpack_tensor
+from edge_moe.delta_file import DeltaFile
+from edge_moe.delta_layout import DeltaTensor, split_packed, unpack_tensor
 from edge_moe.errors import DeltaError
 from edge_moe.formats import split_form
 
@@ -96,11 +97,7 @@ class DeltaTail:
         without_gate = len(tensors) == 2
         found = np.array([0.0] * without_gate + scales + [0.0], "<f4")
         tail[: 4 * _SCALES] = found.view(np.uint8)
-        begin, parts = 0, []
-        for tensor in tensors:
-            piece = raw[begin : begin + tensor.num_bytes]
-            begin += tensor.num_bytes
-            parts.append(_rows_and_columns(tensor, piece, what))
+        parts = [_rows_and_columns(*pair, what) for pair in split_packed(tensors, raw)]
         self._write_matrix(tail, 0, parts[:-1])
         self._write_matrix(tail, 1, parts[-1:])
 
@@ -138,8 +135,7 @@ def _rows_and_columns(
     """([rows] signs of every row, [signs] their columns as `DeltaTail` has them)."""
     rows, width = tensor.shape
     counts, columns = np.zeros(rows, np.int64), []
-    for first, places, is_negative in unpack_tensor(tensor, raw, what):
-        places += first
+    for places, is_negative in unpack_tensor(tensor, raw, what):
         row = places // width
         counts += np.bincount(row, minlength=rows)
         places -= row * width

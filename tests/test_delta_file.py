@@ -19,9 +19,11 @@ from tuned_models import noise, tuned_copy
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.delta_tensors import delta_parts
-from edge_moe.converters.make_delta import Scaling, make_delta
+from edge_moe.converters.delta_writer import Scaling
+from edge_moe.converters.make_delta import make_delta
 from edge_moe.converters.sparsify import sparsify
-from edge_moe.delta_file import DeltaFile, DeltaTensor, unpack_tensor
+from edge_moe.delta_file import DeltaFile
+from edge_moe.delta_layout import DeltaTensor, unpack_tensor
 from edge_moe.errors import DeltaError, InputError
 from edge_moe.tensor_info import FloatArray, read_range
 
@@ -30,8 +32,8 @@ def values_of(delta: DeltaFile, tensor: DeltaTensor) -> FloatArray:
     """scale * s, unpacked."""
     flat = np.zeros(math.prod(tensor.shape), np.float32)
     raw = read_range(delta.path, tensor.offset, tensor.num_bytes)
-    for first, places, is_negative in unpack_tensor(tensor, raw, "it"):
-        flat[first + places] = np.where(is_negative, -tensor.scale, tensor.scale)
+    for places, is_negative in unpack_tensor(tensor, raw, "it"):
+        flat[places] = np.where(is_negative, -tensor.scale, tensor.scale)
     return flat.reshape(tensor.shape)
 
 
@@ -114,7 +116,7 @@ def test_segments_are_packed_one_by_one(
     make_delta(folder, tuned, tmp_path / "whole.delta", density=0.1)
     whole = DeltaFile(tmp_path / "whole.delta")
     wanted = [values_of(whole, tensor) for tensor in whole.tensors()]
-    for name in ("delta_file", "converters.delta_tensors"):
+    for name in ("delta_file", "delta_layout", "converters.delta_tensors"):
         monkeypatch.setattr(f"edge_moe.{name}.MOST_LENGTH", 1000)
     make_delta(folder, tuned, tmp_path / "parts.delta", density=0.1)
     parts = DeltaFile(tmp_path / "parts.delta")

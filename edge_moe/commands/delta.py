@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ScaleName(StrEnum):
-    """Values of `edge_moe.delta_file.ScaleRule` that need no number."""
+    """Values of `edge_moe.delta_info.ScaleRule` that need no number."""
 
     L1 = "l1"
     LEAST_SQUARES = "least-squares"
@@ -81,7 +81,8 @@ def delta_command(
     if budget is not None and not task:
         raise InputError("--budget is for running the base, which only --task does: leave it out")
     folders = resolve_model(base), resolve_model(tuned)
-    from edge_moe.converters.make_delta import Scaling, make_delta, peak_bytes
+    from edge_moe.converters.delta_writer import Scaling
+    from edge_moe.converters.make_delta import make_delta, peak_bytes
 
     stderr().print(f"memory for weights: at most {format_bytes(peak_bytes(folders[0]))}")
     scaling = None
