@@ -104,13 +104,19 @@ def state_and_require_memory(
     Raises:
         BudgetError: with the bytes needed and the bytes available.
     """
+    state_memory(subject, terms)
+    require_free_memory(sum(term.num_bytes for term in terms), remedy)
+
+
+def state_memory(subject: str, terms: Sequence[MemoryTerm], phase: str = "") -> None:
+    """Say on stderr what `subject` takes at most, in that phase of it."""
     peak_bytes = sum(term.num_bytes for term in terms)
     parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
     Console(stderr=True, highlight=False).print(
-        f"{subject}; memory at most {format_bytes(peak_bytes)} beside the libraries ({parts})",
+        f"{subject}; memory at most {format_bytes(peak_bytes)} beside the libraries "
+        f"({f'{phase}: ' if phase else ''}{parts})",
         soft_wrap=True,
     )
-    require_free_memory(peak_bytes, remedy)
 
 
 def require_free_memory(needed_bytes: int, remedy: str = FEWER_WINDOWS) -> None:

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console
 
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
+from edge_moe.converters.calibration_memory import state_memory
 from edge_moe.converters.recover_memory import (
     branch_terms,
     original_terms,
     require_memory,
     router_terms,
-    total_bytes,
 )
 from edge_moe.converters.recover_router import RouterFit, calibrate_routers
 from edge_moe.converters.recover_student import Branch, add_branches, load_student
@@ -43,7 +42,6 @@ from edge_moe.runtime.model import moe_blocks, verify_resident
 from edge_moe.runtime.session import Session
 from edge_moe.runtime.tokenizer import load_tokenizer
 from edge_moe.tasks import task_label
-from edge_moe.units import format_bytes
 
 WINDOW_TOKENS = 256
 
@@ -235,13 +233,8 @@ def _state_memory(
         phases["original"] = original_terms(original)
         phases["branches"] = branch_terms(package, settings.rank, longest)
     name, terms = require_memory(phases, limit_bytes)
-    Console(stderr=True, highlight=False).print(
-        f"recovering on {num_tokens} tokens in {len(text.windows)} windows, "
-        f"{len(text.indices(False))} of them held out; memory at most "
-        f"{format_bytes(total_bytes(terms))} beside the libraries ({name}: "
-        f"{', '.join(f'{term.name} {format_bytes(term.num_bytes)}' for term in terms)})",
-        soft_wrap=True,
-    )
+    subject = f"recovering on {num_tokens} tokens in {len(text.windows)} windows, "
+    state_memory(f"{subject}{len(text.indices(False))} of them held out", terms, name)
     return name, terms
 
 
