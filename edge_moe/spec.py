@@ -301,19 +301,7 @@ class ModelSpec:
         Raises:
             SpecError: unknown architecture, a missing key or a value out of range.
         """
-        is_nested = str(config.get("model_type")) in COMPOSITES and TEXT_CONFIG in config
-        if is_nested:
-            default = {"model_type": COMPOSITES[str(config["model_type"])]}
-            config = {**default, **text_config(config)}
-        model_type = str(config.get("model_type"))
-        if model_type not in FAMILIES:
-            known = ", ".join(sorted({*FAMILIES, *COMPOSITES}))
-            raise SpecError(
-                f"{source}: architecture {model_type!r} is not supported; "
-                f"supported are {known}: give a model of one of these"
-            )
-        family = FAMILIES[model_type]
-        config = {**family.config_defaults, **config}
+        family, config, is_nested = _of_language_model(config, source)
         read = ConfigReader(config, source)
         _check_refused(config, family, source)
         num_layers = _num_layers(read)
@@ -331,7 +319,7 @@ class ModelSpec:
         state_workspace = family.state_workspace(read) if family.state_workspace else 0
         in_onnx = family.onnx_state_workspace
         return cls(
-            model_type=model_type,
+            model_type=str(config["model_type"]),
             architecture=family.architecture,
             num_layers=num_layers,
             moe_layer_ids=_moe_layer_ids(read, family, num_layers),
@@ -378,6 +366,23 @@ def _renamed(name: str, renames: Sequence[tuple[str, str]]) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
+
+
+def _of_language_model(config: dict[str, Any], source: str) -> tuple[Family, dict[str, Any], bool]:
+    """(family, values with its defaults, whether the model is a part of a larger one)."""
+    is_nested = str(config.get("model_type")) in COMPOSITES and TEXT_CONFIG in config
+    if is_nested:
+        default = {"model_type": COMPOSITES[str(config["model_type"])]}
+        config = {**default, **text_config(config)}
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted({*FAMILIES, *COMPOSITES}))
+        raise SpecError(
+            f"{source}: architecture {model_type!r} is not supported; "
+            f"supported are {known}: give a model of one of these"
+        )
+    family = FAMILIES[model_type]
+    return family, {**family.config_defaults, **config}, is_nested
 
 
 def _check_refused(config: dict[str, Any], family: Family, source: str) -> None:

@@ -53,6 +53,8 @@ WINDOW_TOKENS = 256
 MAX_PROBLEMS = 100
 _ANSWER_TOKENS = 48
 _PROBLEM_CONTEXT_TOKENS = 256
+_PROGRAMS: dict[ModelKind, str] = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
+"""What runs a model that does not run in our own runtime."""
 _PROBE = 'The answer is 12.\n\tdef f(x):  # "naïve" {1: [2, 3]} SELECT *'
 
 Advance = Callable[[], None]
@@ -182,30 +184,9 @@ def open_model(
         BudgetError: an ONNX folder that takes more than the budget.
     """
     kind = model_kind(path)
-    is_foreign = kind in ("onnx", "gguf")
-    if kernels is not None and is_foreign:
-        raise TargetError(
-            f"{path} does not run in edge-moe's own runtime: leave out --kernels, or use a native "
-            "package or a Hugging Face folder"
-        )
-    if pre_gate is not None and is_foreign:
-        raise TargetError(
-            f"{path} routes by itself, outside edge-moe's own runtime: leave out --pre-gate, or "
-            "use a native package or a Hugging Face folder"
-        )
-    if stall is not None and is_foreign:
-        raise TargetError(
-            f"{path} holds no shadows to compute misses from: leave out --stall, or use a native "
-            "package that was built with --shadow"
-        )
-    if is_foreign:
-        refuse_delta(path, "llama.cpp" if kind == "gguf" else "onnxruntime", delta)
+    if kind in _PROGRAMS:
+        _refuse_options(path, _PROGRAMS[kind], skip, kernels, stall, pre_gate, delta)
     if kind == "onnx":
-        if skip is not None:
-            raise TargetError(
-                f"{path} runs in onnxruntime, which cannot skip experts: use a native package or a "
-                "Hugging Face folder with --skip"
-            )
         from edge_moe.runtime.onnx_session import OnnxSession
 
         return OnnxSession.open(
@@ -215,11 +196,6 @@ def open_model(
             scored_tokens=context_tokens,
         )
     if kind == "gguf":
-        if skip is not None:
-            raise TargetError(
-                f"{path} runs in llama.cpp, which cannot skip experts: use a native package or a "
-                "Hugging Face folder with --skip"
-            )
         if budget_bytes is not None:
             raise TargetError(
                 f"{path} runs in llama.cpp, which keeps to no budget: leave out --budget"
@@ -240,6 +216,39 @@ def open_model(
         pre_gate=pre_gate,
         delta=delta,
     )
+
+
+def _refuse_options(
+    path: Path,
+    program: str,
+    skip: SkipRule | None,
+    kernels: Kernels | None,
+    stall: StallOptions | None,
+    pre_gate: PreGate | None,
+    delta: Path | None,
+) -> None:
+    """Raise TargetError for what only edge-moe's own runtime has; `program` runs the model."""
+    if kernels is not None:
+        raise TargetError(
+            f"{path} does not run in edge-moe's own runtime: leave out --kernels, or use a native "
+            "package or a Hugging Face folder"
+        )
+    if pre_gate is not None:
+        raise TargetError(
+            f"{path} routes by itself, outside edge-moe's own runtime: leave out --pre-gate, or "
+            "use a native package or a Hugging Face folder"
+        )
+    if stall is not None:
+        raise TargetError(
+            f"{path} holds no shadows to compute misses from: leave out --stall, or use a native "
+            "package that was built with --shadow"
+        )
+    refuse_delta(path, program, delta)
+    if skip is not None:
+        raise TargetError(
+            f"{path} runs in {program}, which cannot skip experts: use a native package or a "
+            "Hugging Face folder with --skip"
+        )
 
 
 def model_kind(path: Path) -> ModelKind:

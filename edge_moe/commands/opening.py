@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.kernel_choice import Kernels
     from edge_moe.runtime.linear_map import LinearMap
+    from edge_moe.runtime.onnx_session import OnnxSession
     from edge_moe.runtime.pre_gate import PreGate
     from edge_moe.runtime.session import Session
     from edge_moe.runtime.stalls import StallOptions
@@ -160,18 +161,13 @@ def open_runnable(
     if is_gguf_file(path):
         return _open_gguf(path, common, paging, can_trace=paging.trace is not None), {}
     if is_onnx_folder(path):
-        runs = "onnxruntime, which neither pages nor skips experts"
-        guessing = ("--predictor", "--linear-map")
-        paging.refuse(path, runs, ("--slots", "--trace", *guessing, *_LLAMA, *_ROUTING))
-        from edge_moe.runtime.onnx_session import OnnxSession
+        return _open_onnx(path, common, paging), {}
+    return _open_native(path, common, paging)
 
-        onnx = OnnxSession.open(
-            path,
-            context_tokens=common.context_tokens,
-            device=common.device,
-            budget_bytes=common.budget_bytes,
-        )
-        return onnx, {}
+
+def _open_native(
+    path: Path, common: CommonOptions, paging: PagingOptions
+) -> tuple[Runnable, dict[str, TaskPattern]]:
     if paging.gpu_layers is not None:
         raise TargetError(
             f"{path} runs in edge-moe's own runtime: --gpu-layers is for .gguf files; leave it out "
@@ -209,6 +205,20 @@ def open_runnable(
         delta=paging.delta,
     )
     return session, known
+
+
+def _open_onnx(path: Path, common: CommonOptions, paging: PagingOptions) -> OnnxSession:
+    runs = "onnxruntime, which neither pages nor skips experts"
+    guessing = ("--predictor", "--linear-map")
+    paging.refuse(path, runs, ("--slots", "--trace", *guessing, *_LLAMA, *_ROUTING))
+    from edge_moe.runtime.onnx_session import OnnxSession
+
+    return OnnxSession.open(
+        path,
+        context_tokens=common.context_tokens,
+        device=common.device,
+        budget_bytes=common.budget_bytes,
+    )
 
 
 def _open_gguf(
