@@ -161,7 +161,6 @@ class GgufExperts:
             self._queue.go_on()
         if missing:
             self._policy.use_all(layer, [row for _, row in missing])
-            self._give_back_spare()
         if missing or self._is_changed:
             self.require_unchanged()
         self._guesses.score(layer, rows, self.statistics)
@@ -364,6 +363,7 @@ class GgufExperts:
                 self._drop(key)
             else:
                 self._note_read(key)
+        self._give_back_spare()
 
     def _note_read(self, key: Key) -> None:
         """It is whole."""
@@ -413,13 +413,18 @@ class GgufExperts:
             self.statistics.stall_seconds += time.perf_counter() - start
 
     def _take_memory(self, piece: Slice, index: int) -> None:
-        """Give a part of an expert the pages of one that left for it."""
-        spare = self._spare.get(index)
-        if not spare or spare[-1].num_bytes != piece.num_bytes:
-            return
-        source = spare.pop()
-        if not self._region.move(source.address, piece.address, piece.num_bytes):
-            spare.append(source)
+        """Give a part of an expert the pages of one that left for it.
+
+        Where that cannot be, what has left gives its memory back before more is taken.
+        """
+        spare = self._spare.get(index, [])
+        at = next((at for at, each in enumerate(spare) if each.num_bytes == piece.num_bytes), None)
+        if at is not None:
+            source = spare[at]
+            if self._region.move(source.address, piece.address, piece.num_bytes):
+                del spare[at]
+                return
+        self._give_back_spare()
 
     def _give_back_spare(self) -> None:
         for spare in self._spare.values():

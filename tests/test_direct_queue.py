@@ -181,6 +181,13 @@ def test_a_short_read_is_gone_on_with(disk: Disk, monkeypatch: pytest.MonkeyPatc
 def test_where_the_system_does_not_read_by_itself_threads_do(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    real = DirectQueue.try_out
+
+    def quick(self: DirectQueue, piece: Slice) -> float:
+        assert 0 < real(self, piece) <= 1
+        return 0.1
+
+    monkeypatch.setattr(DirectQueue, "try_out", quick)
     opened = open_direct_queue(disk.files, disk.slices)
     assert opened is not None and disk.is_there(0)
     opened.close()
