@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -42,9 +43,66 @@ def read_bytes() -> int:
 
 Step = Callable[[list[int], int], Any]
 """(ids, position of the first) -> logits [V] of the last."""
+Facts = Callable[[int], dict[str, Any]]
+"""Number of the first step that counts -> what is known of the run."""
 
 
-def paged(path: Path, budget_bytes: int, policy: str) -> tuple[Step, Callable[[], dict[str, Any]]]:
+class ReadsOfSteps:
+    """What every step had the disk read."""
+
+    def __init__(self, experts: Any) -> None:
+        """`experts` are edge-moe's `GgufExperts`."""
+        self._experts = experts
+        self._steps: list[list[Any]] = []
+        real = experts._queue.submit
+
+        def submit(piece: Any, *, is_wanted: bool) -> Any:
+            read = real(piece, is_wanted=is_wanted)
+            if self._steps:
+                self._steps[-1].append(read)
+            return read
+
+        experts._queue.submit = submit
+
+    def next_step(self) -> None:
+        self._steps.append([])
+
+    def again_seconds(self, first_step: int) -> float:
+        """How long the disk takes for the same pieces in the same order, where nobody computes."""
+        from edge_moe.runtime.direct_reads import DirectReads
+        from edge_moe.runtime.storage_rate import AT_ONCE
+
+        reads = [read for step in self._steps[first_step:] for read in step]
+        pieces = [read.piece for read in reads if read.end_seconds]  # the others were cancelled
+        if not pieces:
+            return 0.0
+        size = max(piece.num_bytes for piece in pieces)
+        memory = mmap.mmap(-1, AT_ONCE * size)
+        memory.write(bytes(len(memory)))
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        descriptor = self._experts._files.descriptor
+        direct = DirectReads(AT_ONCE)
+        direct.set_list(
+            [
+                (descriptor(each.path), each.offset, start + at % AT_ONCE * size, each.num_bytes)
+                for at, each in enumerate(pieces)
+            ]
+        )
+        begun = over = 0
+        before = time.perf_counter()
+        while over < len(pieces):
+            room = min(AT_ONCE - (begun - over), len(pieces) - begun)
+            if room:
+                begun += direct.begin(range(begun, begun + room))
+            done = direct.over(1)
+            assert all(result > 0 for _, result in done)
+            over += len(done)
+        seconds = time.perf_counter() - before
+        direct.close()
+        return seconds
+
+
+def paged(path: Path, budget_bytes: int, policy: str) -> tuple[Step, Facts]:
     """edge-moe's engine."""
     from edge_moe.runtime.gguf_session import GgufSession
     from edge_moe.runtime.policies import DEFAULT_POLICY, policy_named
@@ -57,7 +115,13 @@ def paged(path: Path, budget_bytes: int, policy: str) -> tuple[Step, Callable[[]
         rearranged=path.parent / REARRANGED_FOLDER if policy == "rearranged" else None,
     )
 
-    def facts() -> dict[str, Any]:
+    reads = ReadsOfSteps(session._experts)
+
+    def step(ids: list[int], start: int) -> Any:
+        reads.next_step()
+        return session._context.decode(ids, start)[-1]
+
+    def facts(first_step: int) -> dict[str, Any]:
         found = session.statistics()
         trial = session.prefetch_trial
         return {
@@ -67,12 +131,13 @@ def paged(path: Path, budget_bytes: int, policy: str) -> tuple[Step, Callable[[]
             "planned_bytes": sum(term.num_bytes for term in session.memory()),
             "prefetch": None if trial is None else trial.best,
             "prefetch_gains": None if trial is None else trial.gains,
+            "warm_reads_again_seconds": reads.again_seconds(first_step),
         }
 
-    return lambda ids, start: session._context.decode(ids, start)[-1], facts
+    return step, facts
 
 
-def stock(path: Path, engine: str) -> tuple[Step, Callable[[], dict[str, Any]]]:
+def stock(path: Path, engine: str) -> tuple[Step, Facts]:
     """llama.cpp alone, or with advice on its mapping."""
     from llama_cpp import llama_cpp as llama
 
@@ -93,7 +158,7 @@ def stock(path: Path, engine: str) -> tuple[Step, Callable[[], dict[str, Any]]]:
             _KEPT.append(llama.ggml_backend_sched_eval_callback(advise.callback()))
             settings.cb_eval = _KEPT[-1]
     context = llama.llama_init_from_model(model, settings)
-    return stepper(llama, model, context), dict
+    return stepper(llama, model, context), lambda _: {}
 
 
 def stepper(llama: Any, model: Any, context: Any) -> Step:
@@ -201,7 +266,7 @@ def main() -> None:
                 "warm_read_bytes_per_token": (read_bytes() - read_at_half) / (len(seconds) - half),
                 "peak_bytes": peak_memory_bytes(),
                 "checksum": checksum,
-                "facts": facts(),
+                "facts": facts(1 + half),
             }
         )
     )

@@ -110,7 +110,8 @@ class GgufSession(TextSession):
                 that ask routers or states are left out then: those are in its memory.
             predictors: names of `edge_moe.runtime.predictor_choice.PREDICTORS`.
             rearranged: folder for a file of the experts as llama.cpp's fastest CPU kernels want
-                them; it is made once, and as large as they are.
+                them; it is made once, and as large as they are. Dense matrices are rearranged in
+                memory.
             on_bytes: told the bytes done and in all while that file is made.
 
         Raises:
@@ -135,7 +136,7 @@ class GgufSession(TextSession):
         most_tokens = min(batch_tokens(model, limit_bytes), context)
         require_loadable(path, context, most_tokens, {})
         with ExitStack() as held:  # closed where opening fails
-            loaded = LoadedModel(model, gpu_layers)
+            loaded = LoadedModel(model, gpu_layers, rearranges_dense=rearranged is not None)
             held.callback(loaded.close)
             places = _places(model, loaded, rearranged, on_bytes)
             experts = GgufExperts(model, loaded.region, limit_bytes, policy(), places)

@@ -55,10 +55,14 @@ class _Override(ctypes.Structure):
 class LoadedModel:
     """llama.cpp's model, and the memory of its experts, which holds nothing yet."""
 
-    def __init__(self, model: GgufModel, gpu_layers: int = 0) -> None:
+    def __init__(
+        self, model: GgufModel, gpu_layers: int = 0, *, rearranges_dense: bool = False
+    ) -> None:
         """Load `model`, for which `llama_probe.require_loadable` holds.
 
-        All but the experts of the last `gpu_layers` layers goes to a GPU: see `llama_gpu`.
+        All but the experts of the last `gpu_layers` layers goes to a GPU: see `llama_gpu`. With
+        `rearranges_dense` llama.cpp puts dense matrices as its faster kernels want them, where it
+        has some: as it does by default.
 
         Memory: the weights outside routed experts, and 16 MB of experts at a time.
 
@@ -81,7 +85,7 @@ class LoadedModel:
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
         parameters.load_mode = _LOAD_MODE_NONE
-        parameters.use_extra_bufts = False  # repacked experts would lie elsewhere
+        parameters.use_extra_bufts = rearranges_dense
         parameters.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         with c_stream(stream) as file, llama_log() as log:
             self.pointer = llama.llama_model_load_from_file_ptr(file, parameters)
