@@ -182,7 +182,7 @@ def compare(
         for (share, name), run in runs.items()
     ]
     return Result(
-        provenance=Provenance.here(),
+        provenance=Provenance.published(),
         model=path.name,
         num_tokens=len(window),
         resident_seconds=resident,

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from edge_moe import budget as bill
 from edge_moe.errors import InputError
+from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import stored_forms
 from edge_moe.overhead import gguf_overhead
@@ -148,15 +152,20 @@ def num_pages(offset: int, stride: int, row: int) -> int:
     return -(-(start + stride) // PAGE_BYTES)
 
 
-def expert_sizes(model: GgufModel) -> list[list[int]]:
-    """[L][E] bytes that every expert takes in memory: the whole pages that its rows lie in."""
+def expert_sizes(
+    model: GgufModel, offsets: Mapping[str, int] = MappingProxyType({})
+) -> list[list[int]]:
+    """[L][E] bytes that every expert takes in memory: the whole pages that its rows lie in.
+
+    The tensors named in `offsets` begin there in a file of their own.
+    """
+    count = model.spec.num_experts
+
+    def size(info: GgufTensorInfo, row: int) -> int:
+        offset = offsets.get(info.name, info.offset)
+        return num_pages(offset, info.num_bytes // count, row) * PAGE_BYTES
+
     return [
-        [
-            sum(
-                num_pages(info.offset, info.num_bytes // model.spec.num_experts, row) * PAGE_BYTES
-                for info in model.layers[layer_id].stacks
-            )
-            for row in range(model.spec.num_experts)
-        ]
+        [sum(size(info, row) for info in model.layers[layer_id].stacks) for row in range(count)]
         for layer_id in sorted(model.layers)
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from edge_moe.errors import InputError
 from edge_moe.gguf_model import GgufModel
 from edge_moe.runtime.direct_queue import open_direct_queue
+from edge_moe.runtime.gguf_allotment import expert_sizes
 from edge_moe.runtime.gguf_slices import Place, Slice, SliceFiles, expert_slices
 from edge_moe.runtime.guesses import Guesses
 from edge_moe.runtime.idle_link import IdleLink
@@ -23,6 +24,9 @@ from edge_moe.runtime.read_queue import Read, ReadQueue, ThreadQueue
 READERS = 4
 """Threads that read, where the system does not by itself: enough to keep an NVMe disk busy with
 pieces of half a megabyte."""
+
+_FILLED_TOGETHER = 16
+"""Experts."""
 
 
 @dataclass(eq=False)
@@ -77,10 +81,12 @@ class GgufExperts:
         self.layer_ids = tuple(sorted(model.layers))
         self._region = region
         self._policy = policy
-        self._slices = expert_slices(model, region, places)
+        places = places or {}
+        sizes = expert_sizes(model, {name: offset for name, (_, offset) in places.items()})
         self._sizes = {
-            key: sum(each.num_bytes for each in rows) for key, rows in self._slices.items()
+            (layer, row): size for layer, rows in enumerate(sizes) for row, size in enumerate(rows)
         }
+        self._slices = expert_slices(model, region, places, are_apart=self.is_paging)
         self._files = SliceFiles({each.path for rows in self._slices.values() for each in rows})
         self._order = [
             list(range(len(self._slices[layer, 0]))) for layer in range(len(self.layer_ids))
@@ -119,6 +125,11 @@ class GgufExperts:
     def total_bytes(self) -> int:
         """What all experts would take."""
         return sum(self._sizes.values())
+
+    @property
+    def is_paging(self) -> bool:
+        """Whether there is less memory than experts."""
+        return self.total_bytes > self.limit_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -260,20 +271,16 @@ class GgufExperts:
         return spare_bytes
 
     def fill(self) -> None:
-        """Read experts in layer order as long as they fit."""
-        keys = [key for key in self._slices if key not in self._entries]
-        batch: list[Key] = []
-        for key in keys:
-            if self._used_bytes + self.num_bytes(key) > self.limit_bytes:
-                break
-            self._reserve(key, is_prefetched=False)
-            for index in self._order[key[0]]:
-                self._ask(key, index, is_wanted=True)
-            batch.append(key)
-            if len(batch) == 4 * READERS:
-                self._wait_for_batch(batch)
-                batch = []
-        self._wait_for_batch(batch)
+        """Read all experts in layer order, where all fit: before that nothing was read."""
+        self._region.take_large_pages()
+        keys = list(self._slices)
+        for start in range(0, len(keys), _FILLED_TOGETHER):
+            batch = keys[start : start + _FILLED_TOGETHER]
+            for key in batch:
+                self._reserve(key, is_prefetched=False)
+                for index in self._order[key[0]]:
+                    self._ask(key, index, is_wanted=True)
+            self._wait_for_batch(batch)
         self.statistics = PagingStatistics()
 
     def check_integrity(self) -> None:
@@ -383,7 +390,7 @@ class GgufExperts:
 
     def _wait_for_batch(self, keys: list[Key]) -> None:
         self._awaited = keys
-        for index in range(max((len(self._slices[key]) for key in keys), default=0)):
+        for index in range(max(len(self._slices[key]) for key in keys)):
             self.wait(index)
         self.settle()
 

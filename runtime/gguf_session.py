@@ -141,7 +141,7 @@ class GgufSession(TextSession):
             places = _places(model, loaded, rearranged, on_bytes)
             experts = GgufExperts(model, loaded.region, limit_bytes, policy(), places)
             held.callback(experts.close)
-            is_paging = experts.total_bytes > limit_bytes
+            is_paging = experts.is_paging
             if not is_paging:
                 experts.fill()
             inputs = BlockInputs(loaded.api, model)
@@ -217,7 +217,7 @@ class GgufSession(TextSession):
     @property
     def is_paging(self) -> bool:
         """Whether there is less memory than experts."""
-        return self._experts.total_bytes > self._experts.limit_bytes
+        return self._experts.is_paging
 
     @property
     def measured_terms(self) -> dict[str, int]:

@@ -46,19 +46,20 @@ def layer_stacks(model: GgufModel, layer_id: int) -> list[GgufTensorInfo]:
 
 
 def expert_slices(
-    model: GgufModel, region: ExpertRegion, places: Mapping[str, Place] | None = None
+    model: GgufModel, region: ExpertRegion, places: Mapping[str, Place], *, are_apart: bool
 ) -> dict[Key, list[Slice]]:
     """Where every expert lies: its rows of each tensor of its layer, in file order.
 
-    The tensors named in `places` lie elsewhere on the disk. In memory no two share a page.
+    The tensors named in `places` lie elsewhere on the disk. In memory no two that `are_apart` share
+    a page.
     """
-    places, numbers = places or {}, count()
+    numbers = count()
     found: dict[Key, list[Slice]] = {}
     for layer, layer_id in enumerate(sorted(model.layers)):
         for info in layer_stacks(model, layer_id):
             path, offset = places.get(info.name, (info.path, info.offset))
             stride = info.num_bytes // model.spec.num_experts
-            address, distance = region.place(info.name, offset)
+            address, distance = region.place(info.name, offset, are_apart=are_apart)
             for row in range(model.spec.num_experts):
                 start = offset + row * stride
                 skipped = start % PAGE_BYTES

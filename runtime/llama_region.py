@@ -2,8 +2,8 @@
 
 llama.cpp asks a buffer type for memory (`tensor_buft_overrides`). This one reserves addresses
 without memory behind them. An expert's first byte lies as far from a page's start as in its file,
-so that O_DIRECT reads whole blocks into place, and experts lie a page further apart than there, so
-that no page belongs to two of them.
+so that O_DIRECT reads whole blocks into place. Where experts are to be paged they lie a page
+further apart than there, so that no page belongs to two of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from edge_moe.errors import InputError
 from edge_moe.runtime.llama_api import TensorHead
 
 PAGE_BYTES = mmap.PAGESIZE
+_LARGE_PAGE_BYTES = 2 * 2**20
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 4, 14, 15
 _MREMAP_FLAGS = 1 | 2 | 4  # MAYMOVE, FIXED, DONTUNMAP (Linux 5.7)
 _MAP_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
@@ -90,11 +91,11 @@ class ExpertRegion:
         """The ggml_tensor called `name`, one of `names`."""
         return self._tensors[name]
 
-    def place(self, name: str, file_offset: int) -> tuple[int, int]:
+    def place(self, name: str, file_offset: int, *, are_apart: bool) -> tuple[int, int]:
         """Move the tensor `name` [E, rows, columns] to where O_DIRECT can read its experts.
 
-        Returns its address, and how far its experts are from each other. llama.cpp puts tensors
-        side by side, and experts too. Loading must be over; a second call changes nothing.
+        Returns its address, and how far its experts are from each other: further than llama.cpp
+        puts them, if they are to be apart. Loading must be over; a second call changes nothing.
 
         Raises:
             InputError: another layout of ggml_tensor than is known.
@@ -104,7 +105,7 @@ class ExpertRegion:
             head = TensorHead.from_address(tensor)
             start = self._free + file_offset % PAGE_BYTES
             self._point(tensor, start)
-            distance = head.nb[2] + PAGE_BYTES
+            distance = head.nb[2] + (PAGE_BYTES if are_apart else 0)
             head.nb[2], head.nb[3] = distance, distance * head.ne[2]
             self._free = _page_end(start + distance * head.ne[2])
             self._places[name] = start, distance
@@ -152,6 +153,13 @@ class ExpertRegion:
         self.give_back_all()
         for start, num_bytes in self._ranges:
             self._advise(start, num_bytes, _MADV_NOHUGEPAGE)
+
+    def take_large_pages(self) -> None:
+        """Everything that was placed will be read and stay: fewer, larger pages are faster."""
+        start = -(-self._ranges[0][0] // _LARGE_PAGE_BYTES) * _LARGE_PAGE_BYTES
+        num_bytes = (self._free - start) // _LARGE_PAGE_BYTES * _LARGE_PAGE_BYTES
+        if num_bytes > 0:
+            self._advise(start, num_bytes, _MADV_HUGEPAGE)
 
     def close(self) -> None:
         """Give addresses and memory back. Nothing may look at a tensor afterwards."""
