@@ -1,6 +1,7 @@
 """Disk errors while experts are paged in, for `soak_worker.py`: injected, or done to a copy.
 
-Both engines read experts by `os.preadv`; every fifth read of a process fails, whoever asks for it.
+Engines read experts by `os.preadv`, or have the system do it (`DirectReads`); every fifth read of a
+process fails, whoever asks for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from edge_moe.runtime.direct_reads import DirectReads
 
 EVERY = 5
 EXPECTED: dict[str, tuple[str, ...]] = {
@@ -30,25 +33,46 @@ PAGE_BYTES = 4096
 
 @contextmanager
 def failing_reads(kind: str) -> Iterator[None]:
-    """Let every fifth `os.preadv` of this process fail."""
-    real, calls = os.preadv, 0
+    """Let every fifth read of this process fail.
 
-    def failing(descriptor: int, buffers: Sequence[Any], offset: int) -> int:
+    The system's own that end early are gone on with by `os.preadv`, which then finds the same end.
+    """
+    real_preadv, real_over = os.preadv, DirectReads.over
+    calls = 0
+    is_at_end = False
+
+    def fails() -> bool:
         nonlocal calls
         calls += 1
-        if calls % EVERY:
-            return real(descriptor, buffers, offset)
+        return calls % EVERY == 0
+
+    def preadv(descriptor: int, buffers: Sequence[Any], offset: int) -> int:
+        nonlocal is_at_end
+        if not (is_at_end or fails()):
+            return real_preadv(descriptor, buffers, offset)
+        is_at_end = False
         if kind == "EIO":
             raise OSError(errno.EIO, "bad sector")
         if kind == "end of file":
             return 0
-        return real(descriptor, [memoryview(buffers[0])[:PAGE_BYTES]], offset)
+        return real_preadv(descriptor, [memoryview(buffers[0])[:PAGE_BYTES]], offset)
 
-    os.preadv = failing  # type: ignore[assignment]
+    def over(self: DirectReads, at_least: int = 0) -> list[tuple[int, int]]:
+        nonlocal is_at_end
+        found = []
+        for index, result in real_over(self, at_least):
+            if not fails():
+                found.append((index, result))
+                continue
+            is_at_end |= kind == "end of file"
+            found.append((index, {"EIO": -errno.EIO, "end of file": 0}.get(kind, PAGE_BYTES)))
+        return found
+
+    os.preadv, DirectReads.over = preadv, over  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        os.preadv = real
+        os.preadv, DirectReads.over = real_preadv, real_over  # type: ignore[method-assign]
 
 
 def damage(kind: str, copy: Path) -> None:
