@@ -52,6 +52,8 @@ from edge_moe.plan import Plan  # noqa: E402
 
 EXACT = OnnxOptions(is_exact=True, with_standard=True)
 EXACT_ERROR = exact_error("olmoe")
+WIDE_ERROR = 3 * EXACT_ERROR
+"""Of wide rows, which CPUs with AVX-512 add up in another order: 1.9e-5 was seen."""
 ROUNDED_ERROR = 5e-2
 
 
@@ -245,7 +247,7 @@ def test_fast_kernels_round_activations(
     error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
     assert EXACT_ERROR < error < ROUNDED_ERROR
     tokens, found = decode(tmp_path / "out" / STANDARD_NAME)
-    assert relative_error(found, reference_logits(model, tokens)) < EXACT_ERROR
+    assert relative_error(found, reference_logits(model, tokens)) < WIDE_ERROR
 
 
 def test_ternary_weights_pass_through_2_bit_codes(odd_widths: Any, tmp_path: Path) -> None:

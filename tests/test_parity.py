@@ -19,6 +19,9 @@ OTHER_MACHINES = 10
 FLOAT32_NOISE = 1e-4
 LARGEST_HERE = 2 * parity.LARGEST_ERROR
 """Gemma 4 in llama.cpp is near what may be committed."""
+ROUNDED = ("gguf", "quantised")
+"""llama.cpp rounds what packed experts are given to 8 bits: where a value lies between two codes,
+another processor's sum takes the other one, which weighs more than any order of adding up."""
 
 
 @pytest.mark.slow
@@ -36,16 +39,19 @@ def test_the_committed_cells_are_still_reached(
             continue
         assert (found.reason, found.remark) == (committed.reason, committed.remark), REMEDY
         for kind, value in found.errors.items():
-            _check_error(value, committed.errors[kind])
+            noise = LARGEST_HERE if (target, kind) == ROUNDED else FLOAT32_NOISE
+            _check_error(value, committed.errors[kind], noise)
         _check_error(found.unmodified_median_error, committed.unmodified_median_error)
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
 
 
-def _check_error(found: float | None, committed: float | None) -> None:
+def _check_error(
+    found: float | None, committed: float | None, noise: float = FLOAT32_NOISE
+) -> None:
     assert (found is None) == (committed is None), REMEDY
     if found is not None and committed is not None:
-        assert found <= max(min(LARGEST_HERE, OTHER_MACHINES * committed), FLOAT32_NOISE)
+        assert found <= max(min(LARGEST_HERE, OTHER_MACHINES * committed), noise)
 
 
 def test_every_family_and_target_has_a_cell_with_errors_or_a_reason() -> None:
