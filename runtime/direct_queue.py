@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Collection, Sequence
 
 from edge_moe.runtime.direct_reads import DirectReads
@@ -49,7 +48,7 @@ class DirectQueue(ReadQueue[Slice]):
         self._files = files
         self._wanted: list[Read[Slice]] = []
         """To be begun next."""
-        self._guessed: deque[Read[Slice]] = deque()
+        self._guessed: list[Read[Slice]] = []
         self._under_way: dict[int, Read[Slice]] = {}
         """By number."""
 
@@ -77,20 +76,13 @@ class DirectQueue(ReadQueue[Slice]):
             self._note(0)
         self._begin(self._wanted)
         if self._guessed and not any(read.is_wanted for read in self._under_way.values()):
-            guessed = list(self._guessed)
-            self._guessed.clear()
-            self._begin(guessed)
+            self._begin(self._guessed)
 
     def wait(self, reads: Collection[Read[Slice]]) -> None:
+        for read in reads:
+            self.want(read)
         self.go_on()
-        while True:
-            for read in reads:
-                if not read.is_started:
-                    self.want(read)
-            self._begin(self._wanted)
-            missing = sum(not read.is_done for read in reads)
-            if not missing:
-                break
+        while missing := sum(not read.is_done for read in reads):
             self._note(missing)
         self.go_on()
 

@@ -22,6 +22,7 @@ from edge_moe.errors import CheckpointError, PackageError
 from edge_moe.formats import expert_bytes, pack_expert
 from edge_moe.package import RECORD_ALIGNMENT_BYTES, ExpertRecord, Package
 from edge_moe.runtime.delta_tail import DeltaTail
+from edge_moe.runtime.direct_file import open_direct
 from edge_moe.runtime.policy import Key
 
 _FORM_OF_DTYPE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
@@ -96,7 +97,9 @@ class _OpenFile:
 
     @classmethod
     def open(cls, path: Path, is_aligned: bool) -> _OpenFile:
-        descriptor, is_direct = _open(path, is_aligned)
+        descriptor, is_direct = (
+            open_direct(path) if is_aligned else (os.open(path, os.O_RDONLY), False)
+        )
         return cls(path, descriptor, is_direct, _state(descriptor))
 
     def require_unchanged(self) -> None:
@@ -183,17 +186,6 @@ class RecordFiles:
             for file in self._open_files.values():
                 os.close(file.descriptor)
             self._open_files.clear()
-
-
-def _open(path: Path, is_aligned: bool) -> tuple[int, bool]:
-    """(descriptor, whether O_DIRECT was granted): some file systems refuse it."""
-    direct = getattr(os, "O_DIRECT", 0)
-    if direct and is_aligned:
-        try:
-            return os.open(path, os.O_RDONLY | direct), True
-        except OSError:
-            pass
-    return os.open(path, os.O_RDONLY), False
 
 
 class PackageStore(ExpertStore):

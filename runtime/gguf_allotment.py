@@ -15,7 +15,7 @@ from edge_moe.gguf_model import GgufModel
 from edge_moe.offer import stored_forms
 from edge_moe.overhead import gguf_overhead
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.allotment import require_one_limit, too_small
+from edge_moe.runtime.allotment import all_fit, require_one_limit, too_small
 from edge_moe.runtime.llama_region import PAGE_BYTES
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import EvictionPolicy
@@ -101,11 +101,11 @@ def paging_terms(
     policy: type[EvictionPolicy] = DEFAULT_POLICY,
 ) -> list[MemoryTerm]:
     """The bill `terms`, and what paging adds to it where not every expert fits."""
-    every_bytes = sum(map(sum, expert_sizes(model)))
+    sizes = expert_sizes(model)
     if num_slots is not None:
-        fits = num_slots * max(largest_expert_bytes(model).values()) >= every_bytes
+        fits = num_slots * max(largest_expert_bytes(model).values()) >= sum(map(sum, sizes))
     else:
-        fits = budget_bytes is None or budget_bytes >= bill.non_expert_bytes(terms) + every_bytes
+        fits = all_fit(sizes, terms, budget_bytes, None)
     return terms if fits else [*terms, *order_terms(num_rows(model), policy=policy)]
 
 

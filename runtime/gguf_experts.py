@@ -112,10 +112,8 @@ class GgufExperts:
             (each for rows in self._slices.values() for each in rows), key=lambda each: each.number
         )
         direct = open_direct_queue(self._files, slices)
-        if direct is None:
-            return ThreadQueue(self._files.read, READERS, "edge-moe-page-in")
         self._region.give_back(slices[0].address, slices[0].end)  # it was tried out with that
-        return direct
+        return direct or ThreadQueue(self._files.read, READERS, "edge-moe-page-in")
 
     def num_bytes(self, key: Key) -> int:
         """What an expert takes in memory: whole pages."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from edge_moe.errors import CheckpointError
 from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_model import GgufModel
+from edge_moe.runtime.direct_file import open_direct
 from edge_moe.runtime.gguf_allotment import num_pages
 from edge_moe.runtime.llama_region import PAGE_BYTES, ExpertRegion
 from edge_moe.runtime.policy import Key
@@ -84,7 +85,7 @@ class SliceFiles:
         self.are_direct = True
         """Whether all are read past the page cache."""
         for path in paths:
-            self._descriptors[path], is_direct = _open_direct(path)
+            self._descriptors[path], is_direct = open_direct(path)
             self.are_direct &= is_direct
         self._states = {path: _state(each) for path, each in self._descriptors.items()}
 
@@ -126,14 +127,6 @@ class SliceFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}
-
-
-def _open_direct(path: Path) -> tuple[int, bool]:
-    """(descriptor, whether O_DIRECT was granted)"""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
-    except OSError:  # tmpfs and some network file systems
-        return os.open(path, os.O_RDONLY), False
 
 
 def _state(descriptor: int) -> tuple[int, int]:

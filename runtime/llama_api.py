@@ -184,7 +184,7 @@ class LlamaApi:
                 continue
             head = TensorHead.from_address(source)
             is_plain = (head.type, head.ne[0], head.ne[1]) == (_TYPE_F32, shape[1], shape[0])
-            if not is_plain or not ggml.ggml_backend_buffer_is_host(head.buffer):
+            if not is_plain or not self._is_host(head.buffer):
                 return None
             floats = (ctypes.c_float * (shape[0] * shape[1])).from_address(
                 ggml.ggml_get_data(source)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe.errors import InputError
+from edge_moe.runtime.direct_file import open_direct
 from edge_moe.runtime.direct_reads import DirectReads
 
 READERS = 4
@@ -37,7 +38,7 @@ def storage_rate(files: Sequence[Path], piece_bytes: int) -> tuple[float, str]:
     size = max(_PAGE_BYTES, piece_bytes // _PAGE_BYTES * _PAGE_BYTES)
     with ExitStack() as held:
         try:
-            opened = [_open_direct(file) for file in files]
+            opened = [open_direct(file) for file in files]
         except OSError as error:
             raise InputError(f"{error.filename} cannot be read ({error.strerror})") from None
         for descriptor, _ in opened:
@@ -120,11 +121,3 @@ def _address(memory: mmap.mmap) -> int:
     address = ctypes.addressof(view)
     del view  # else the memory could not be closed
     return address
-
-
-def _open_direct(path: Path) -> tuple[int, bool]:
-    """(descriptor, whether it reads past the page cache)"""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
-    except OSError:
-        return os.open(path, os.O_RDONLY), False

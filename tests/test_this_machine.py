@@ -103,7 +103,7 @@ def test_storage_is_that_of_reads_at_random(
     file, disk = file_of(tmp_path, "weights", 2**20), FakeDisk()
     reads = mock.Mock(side_effect=OSError) if has_threads else lambda _: disk
     monkeypatch.setattr(storage_rate, "DirectReads", reads)
-    monkeypatch.setattr(storage_rate, "_open_direct", lambda path: (os.open(path, 0), True))
+    monkeypatch.setattr(storage_rate, "open_direct", lambda path: (os.open(path, 0), True))
     monkeypatch.setattr(os, "preadv", disk.preadv)
     monkeypatch.setattr(time, "perf_counter", disk.seconds)
     found, how = storage_rate.storage_rate([file], 9000)
