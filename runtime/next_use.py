@@ -15,7 +15,7 @@ _UNSEEN = 1e-3
 """Share of an expert that was never used: less than one use in a few hundred visits gives."""
 _ABSENT = -np.inf
 """Gap of an expert that is not resident."""
-_GROWTH = 16
+ROWS_AT_ONCE = 16
 """Rows come by so many, so that arrays are seldom copied."""
 
 _Shares = npt.NDArray[np.floating]
@@ -178,7 +178,7 @@ class SoonestNextUse(EvictionPolicy):
         layers, rows = self._shares.shape
         if key[0] < layers and key[1] < rows:
             return
-        num_rows = -(-(key[1] + 1) // _GROWTH) * _GROWTH
+        num_rows = -(-(key[1] + 1) // ROWS_AT_ONCE) * ROWS_AT_ONCE
         shape = max(layers, key[0] + 1), max(rows, num_rows)
         shares, is_resident = np.full(shape, _UNSEEN), np.zeros(shape, np.bool_)
         shares[:layers, :rows], is_resident[:layers, :rows] = self._shares, self._is_resident

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.next_use import SoonestNextUse
+from edge_moe.runtime.next_use import ROWS_AT_ONCE, SoonestNextUse
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import EvictionPolicy
 
 TERM_NAME = "eviction order"
-_ROWS = 16
-"""Rows of `SoonestNextUse` come by so many."""
 _BYTES_PER_PAIR = 4
 _BYTES_PER_ROW = 8 + 8 + 8 + 1
 """Two float64 of expectation, one share, and whether it is resident."""
@@ -21,7 +19,7 @@ _BYTES_PER_LAYER = 8 + 8
 
 def order_bytes(num_layers: int, num_rows: int) -> int:
     """Arrays of one `SoonestNextUse` over so many layers of `num_rows` experts, at most."""
-    rows = -(-num_rows // _ROWS) * _ROWS
+    rows = -(-num_rows // ROWS_AT_ONCE) * ROWS_AT_ONCE
     per_layer = rows * (_BYTES_PER_PAIR * rows + _BYTES_PER_ROW) + _BYTES_PER_LAYER
     return num_layers * (per_layer + _BYTES_PER_PAIR_OF_LAYERS * num_layers)
 
