@@ -27,10 +27,13 @@ ALLOCATOR_BYTES = 6_000_000
 REOPENED_BYTES = 3_000_000
 """... and more of them once sessions were opened one after the other: 2.5 MB measured after the
 first dozen, and level from there."""
-READING_THREADS = 2
+_OTHER_READING_THREADS = 2
 """The model's own thread, and the one that reads ahead."""
-STAGING_BUFFERS = 2 * READING_THREADS
-"""In pinned RAM on the way to a GPU: every thread fills one while another is copied from."""
+_MOST_READERS = 4
+_MOST_READERS_BYTES = 32 * 2**20
+"""Of experts that are read at once: one large one keeps a disk busy by itself."""
+STAGING_BUFFERS = 4
+"""In pinned RAM on the way to a GPU: some are filled while others are copied from."""
 GRAPH_BYTES = 64_000_000
 """On CUDA: nodes and memory of captured graphs, beside keys and values repeated to every head,
 which are billed in float32 and held in 16 bits, twice. An assumption: never measured."""
@@ -247,11 +250,25 @@ def workspace_bytes(
     experts = spec.expert_weights * 7 // 6 + tokens * (
         3 * hidden + 3 * spec.expert_width + spec.num_experts
     )
-    bounce_bytes = READING_THREADS * 2 * spec.expert_weights
+    bounce_bytes = reading_threads(spec) * 2 * spec.expert_weights
     floats = always + max(attention, experts)
     graph_bytes = GRAPH_BYTES if device == "cuda" else 0
     kept_bytes = ALLOCATOR_BYTES + REOPENED_BYTES
     return FLOAT32_BYTES * floats + bounce_bytes + kept_bytes + graph_bytes
+
+
+def demand_readers(spec: ModelSpec) -> int:
+    """Threads of the native runtime that read a layer's missing experts at once; 0 where one does.
+
+    Each holds a bounce buffer of an expert.
+    """
+    count = min(_MOST_READERS, _MOST_READERS_BYTES // (2 * spec.expert_weights))
+    return count if count > 1 else 0
+
+
+def reading_threads(spec: ModelSpec) -> int:
+    """All threads of the native runtime that may read experts, at the same time."""
+    return _OTHER_READING_THREADS + demand_readers(spec)
 
 
 def llama_compute_bytes(spec: ModelSpec, context_tokens: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.budget import READING_THREADS
+from edge_moe.budget import reading_threads
 from edge_moe.delta_file import DeltaFile
 from edge_moe.delta_layout import DeltaTensor, split_packed, unpack_tensor
 from edge_moe.errors import DeltaError, FormError, InputError
@@ -49,8 +49,9 @@ class DeltaStore(ExpertStore):
         self.delta = delta
         self._shape = spec.expert_shape
         self._layer_ids = spec.moe_layer_ids
+        self._num_threads = reading_threads(spec)
         self._files = RecordFiles(is_aligned=False)
-        self.kept = store.kept
+        self.kept, self.unpacks = store.kept, store.unpacks
         self.tail = None if all(map(is_plain, store.all_forms())) else DeltaTail.of(delta)
 
     def record(self, key: Key) -> RecordInfo:
@@ -86,11 +87,11 @@ class DeltaStore(ExpertStore):
             max(rows * width for rows, width in self.delta.info.expert_shapes), MOST_LENGTH
         )
         per_thread = self.delta.most_expert_bytes() + unpacking_bytes(num_kept, length)
-        note = f"tables, and signs that {READING_THREADS} threads unpack"
+        note = f"tables, and signs that {self._num_threads} threads unpack"
         if self.tail is not None:
             beside = format_bytes(self.tail.num_bytes)
             note += f"; beside it {beside} in the slot of every quantised expert"
-        num_bytes = self.delta.table_bytes + READING_THREADS * per_thread
+        num_bytes = self.delta.table_bytes + self._num_threads * per_thread
         return MemoryTerm(name=TERM_NAME, num_bytes=num_bytes, source="headers", note=note)
 
     def close(self) -> None:

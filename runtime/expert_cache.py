@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -36,6 +37,8 @@ class Entry:
     slot: int
     state: State
     is_prefetched: bool
+    is_begun: bool = False
+    """By a reader, which goes through with it."""
     pins: int = 0
     arrival: Mark | None = None
     """When the bytes are there, while that is not sure."""
@@ -48,12 +51,12 @@ class Entry:
 class ExpertCache:
     """Slots filled from an `ExpertStore`.
 
-    Contract: `acquire` returns the expert's bytes and pins them until `release`; a pinned or
-    loading slot is never evicted; `prefetch` never evicts a key in `keep` and gives up when no slot
-    of the size is free to take. A failed read raises in `acquire` and leaves the slot free. All
-    bookkeeping happens under one lock, reads outside it.
+    Contract: `begin_beside` pins an expert until `release`, and has it read by one of the readers;
+    its bytes are there after `wait_for`, where a failed read raises. A pinned or loading slot is
+    never evicted; `prefetch` never evicts a key in `keep` and gives up when no slot of the size is
+    free to take. All bookkeeping happens under one lock, reads outside it.
 
-    On a GPU kernels that are launched between `acquire` and `release` find the bytes there, though
+    On a GPU kernels that are launched between `wait_for` and `release` find the bytes there, though
     neither waits for the device. Both belong to the model's thread then.
     """
 
@@ -65,13 +68,22 @@ class ExpertCache:
         *,
         host: HostTier | None = None,
         transfer: Transfer | None = None,
+        num_readers: int = 0,
     ) -> None:
-        """`transfer` fills the slots; without one they are in the host's own memory."""
+        """`transfer` fills the slots; without one they are in the host's own memory.
+
+        Without readers, who asks for an expert reads it.
+        """
         self._store = store
         self._buffers = buffers
         self._policies = {size: policy() for size in buffers.counts}
         self._host = host
         self._transfer = transfer or DirectTransfer()
+        self._readers: ThreadPoolExecutor | None = None
+        if num_readers:
+            self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="edge-moe-page-in")
+        self._read_until = 0.0
+        """Of all reads that are over."""
         self._used_until: dict[tuple[int, int], Mark] = {}
         """By size and slot: the last use of what it held before."""
         self._lock = threading.RLock()  # left in C: Ctrl-C cannot come before it is let go of
@@ -87,22 +99,11 @@ class ExpertCache:
         """Bytes that the slots take on the device."""
         return self._buffers.num_bytes
 
-    def acquire(self, key: Key) -> torch.Tensor:
-        """uint8 [record_bytes] of the packed expert, pinned; waits for a read if need be.
+    def begin_beside(self, key: Key, held: Collection[Key]) -> int | None:
+        """The expert's slot among those of its size, pinned; it may still be read: see `wait_for`.
 
-        Raises:
-            PackageError, OSError: the expert could not be read.
-        """
-        slot = self.acquire_beside(key, ())
-        if slot is None:
-            raise RuntimeError("nothing is held, so nothing is in the way")
-        return self.slot(key, slot)
-
-    def acquire_beside(self, key: Key, held: Collection[Key]) -> int | None:
-        """The expert's slot among those of its size, pinned like `acquire`.
-
-        None where the policy would evict one of `held` for it, which the caller has acquired: let
-        go of them first. With nothing held there is always a slot.
+        None where the policy would evict one of `held` for it, which the caller has pinned: let go
+        of them first. With nothing held there is always a slot.
         """
         entry: Entry | None = None
         is_mine = False
@@ -113,12 +114,7 @@ class ExpertCache:
                 self._wait_for_slot(key)
                 entry, is_mine = self._pin(key)
             if is_mine:
-                self._load(key, entry, is_demand=True)
-            else:
-                self._wait(entry)
-            if entry.error is not None:
-                raise entry.error
-            self._require([entry])
+                self._begin_load(key, entry)
             return entry.slot
         except BaseException as error:  # Ctrl-C may come at any line: leave no pin behind
             if entry is None:
@@ -128,10 +124,27 @@ class ExpertCache:
             self.release(key)
             raise
 
-    def acquire_residents(self, keys: Sequence[Key]) -> list[int] | None:
-        """Slots of all of `keys`, pinned like `acquire`; None, and nothing done, if one is absent.
+    def here(self, keys: Iterable[Key]) -> list[Key]:
+        """Those of `keys`, which are pinned, that `wait_for` would not wait for."""
+        return [key for key in keys if self._entries[key].ready.is_set()]
 
-        The same as to acquire them one by one, in less time.
+    def wait_for(self, keys: Iterable[Key]) -> None:
+        """Until all of `keys`, which are pinned, are there.
+
+        Raises:
+            PackageError, OSError: one could not be read. All stay pinned.
+        """
+        entries = [self._entries[key] for key in keys]
+        for entry in entries:
+            self._wait(entry)
+            if entry.error is not None:
+                raise entry.error
+        self._require(entries)
+
+    def acquire_residents(self, keys: Sequence[Key]) -> list[int] | None:
+        """Slots of all of `keys`, pinned; None, and nothing done, if one is absent.
+
+        The same as to begin with them one by one, in less time.
         """
         entries = []
         with self._lock:
@@ -147,13 +160,15 @@ class ExpertCache:
         return [entry.slot for entry in entries]
 
     def release_residents(self, keys: Collection[Key]) -> None:
-        """Undo one `acquire_residents`."""
+        """Undo one `acquire_residents`, or `begin_beside` of each, when kernels are launched."""
         used = self._transfer.mark_use()
         with self._lock:
             for key in keys:
                 entry = self._entries[key]
                 entry.pins -= 1
                 entry.last_use = used
+                if entry.state is State.FAILED and entry.pins == 0:
+                    self._remove(key, entry)
             self.statistics.stall_seconds += self._transfer.stalled_seconds()
             self._changed.notify_all()
 
@@ -196,20 +211,12 @@ class ExpertCache:
         return error
 
     def slot(self, key: Key, slot: int) -> torch.Tensor:
-        """uint8 [record_bytes] of what `acquire_slot` found."""
+        """uint8 [record_bytes] at a place that was found for it."""
         return self._buffers.view(self._store.record(key).num_bytes, slot)
 
     def release(self, key: Key) -> None:
-        """Undo one `acquire`, when the kernels that need it are launched."""
-        used = self._transfer.mark_use()
-        with self._lock:
-            entry = self._entries[key]
-            entry.pins -= 1
-            entry.last_use = used
-            self.statistics.stall_seconds += self._transfer.stalled_seconds()
-            if entry.state is State.FAILED and entry.pins == 0:
-                self._remove(key, entry)
-            self._changed.notify_all()
+        """Undo one `begin_beside`, when the kernels that need it are launched."""
+        self.release_residents((key,))
 
     def is_resident(self, key: Key) -> bool:
         """Whether `key` has a slot, loaded or loading."""
@@ -243,8 +250,11 @@ class ExpertCache:
 
     def _fail(self, entry: Entry, error: BaseException) -> None:
         """Whoever waits for what was not read is told; what was read before `error` stays."""
-        if entry.state is State.LOADING:
-            entry.error, entry.state = error, State.FAILED
+        with self._lock:
+            if entry.is_begun:  # a reader still writes to the slot, and says when it is done
+                return
+            if entry.state is State.LOADING:
+                entry.error, entry.state = error, State.FAILED
         entry.ready.set()
 
     def _drop_failed(self, key: Key, entry: Entry) -> None:
@@ -260,19 +270,27 @@ class ExpertCache:
 
         Those that come after them go to the host tier, as many as it holds.
         """
+        entries = []
         for key in self._store.keys():
             with self._lock:
                 size = self._store.record(key).num_bytes
                 is_here = key in self._entries
                 has_room = bool(self._free[size]) and not is_here
                 entry = self._reserve(key, False, frozenset()) if has_room else None
-            if entry is None:
-                if not is_here:
-                    self._fill_host(key, size)
-                continue
-            self._load(key, entry, is_demand=False, is_filling=True)
+            if entry is not None:
+                self._begin_load(key, entry, is_filling=True)
+                entries.append(entry)
+            elif not is_here:
+                self._fill_host(key, size)
+        for entry in entries:
+            entry.ready.wait()
             if entry.error is not None:
                 raise entry.error
+
+    def close(self) -> None:
+        """Stop the readers; what is being read is finished first."""
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a slot is held twice, lost, or pinned below zero."""
@@ -366,7 +384,7 @@ class ExpertCache:
         if key in self._entries or self._free[size]:
             return False
         victim = self._policies[size].victim(
-            lambda other: self._entries[other].state is State.RESIDENT
+            lambda other: other in held or self._entries[other].state is State.RESIDENT
         )
         return victim is not None and victim in held
 
@@ -443,6 +461,23 @@ class ExpertCache:
         with self._lock:
             self.statistics.stall_seconds += time.perf_counter() - start
 
+    def _begin_load(self, key: Key, entry: Entry, *, is_filling: bool = False) -> None:
+        """Have a reader fill the slot of a new entry; without readers, or from RAM, fill it."""
+        is_near = not is_filling and self._host is not None and self._host.has(key)
+        if self._readers is None or is_near:
+            self._load(key, entry, is_demand=not is_filling, is_filling=is_filling)
+            if entry.error is not None and not isinstance(entry.error, Exception):
+                raise entry.error  # Ctrl-C is for now, not for who waits
+            return
+        self._readers.submit(self._load_begun, key, entry, is_filling)
+
+    def _load_begun(self, key: Key, entry: Entry, is_filling: bool) -> None:
+        with self._lock:
+            if entry.state is not State.LOADING:  # Ctrl-C came first: the slot may be another's
+                return
+            entry.is_begun = True
+        self._load(key, entry, is_demand=False, is_filling=is_filling)
+
     def _load(
         self, key: Key, entry: Entry, *, is_demand: bool, is_filling: bool = False
     ) -> Mark | None:
@@ -453,11 +488,15 @@ class ExpertCache:
             entry.state = State.RESIDENT
         except BaseException as error:
             entry.error, entry.state = error, State.FAILED
-        seconds, num_bytes = time.perf_counter() - start, self._store.read_bytes(key)
+        end, num_bytes = time.perf_counter(), self._store.read_bytes(key)
         with self._lock:
             self.statistics.page_in_bytes += num_bytes
-            self.statistics.page_in_seconds += seconds
-            self.statistics.stall_seconds += seconds if is_demand else 0.0
+            self.statistics.page_in_seconds += max(0.0, end - max(start, self._read_until))
+            self.statistics.stall_seconds += end - start if is_demand else 0.0
+            self._read_until = max(self._read_until, end)
+            is_given_up = entry.is_begun and not is_filling and entry.pins == 0
+            if entry.state is State.FAILED and is_given_up:
+                self._remove(key, entry)
             self._changed.notify_all()
         entry.ready.set()
         return arrival

@@ -45,6 +45,8 @@ class ExpertStore(ABC):
     """Per MoE layer, ids of the kept experts in router row order."""
     tail: DeltaTail | None = None
     """Of quantised experts: what a task delta puts behind their packed weights."""
+    unpacks: bool = False
+    """Whether a thread that reads holds more than a bounce buffer: the expert in float32."""
 
     @abstractmethod
     def record(self, key: Key) -> RecordInfo:
@@ -239,6 +241,7 @@ class CheckpointStore(ExpertStore):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._files = RecordFiles(is_aligned=False)
+        self.unpacks = not checkpoint.has_contiguous_experts
         spec = checkpoint.spec
         self._layer_ids = spec.moe_layer_ids
         self.kept = [list(range(spec.num_experts)) for _ in spec.moe_layer_ids]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -116,7 +116,7 @@ class HostTier:
                 self._hold(key, self._cells[key])
             return places
 
-    def acquire_beside(self, key: Key, held: Collection[Key]) -> int | None:
+    def begin_beside(self, key: Key, held: Collection[Key]) -> int | None:
         """The expert's place, held.
 
         Raises:
@@ -126,6 +126,13 @@ class HostTier:
         if places is None:
             raise KeyError(key)
         return places[0]
+
+    def here(self, keys: Iterable[Key]) -> list[Key]:
+        """All of them: what is held here is whole."""
+        return list(keys)
+
+    def wait_for(self, keys: Iterable[Key]) -> None:
+        """Nobody has to."""
 
     def release_residents(self, keys: Collection[Key]) -> None:
         """Undo one `acquire_residents`."""

@@ -2,15 +2,14 @@
 
 Letters: T tokens, K top_k, H hidden_size, R pairs of a token and an expert.
 
-Experts are asked for in the order in which the reference asks for them, and held until they are
-computed together, unless one would have to leave for another: so both page alike. Results do not
-depend on how many slots there are, since each expert's rows are computed by themselves and what a
-token's experts give is added in router order.
+Experts that are here are computed while others are read. Results do not depend on how many slots
+there are, since each expert's rows are computed by themselves and what a token's experts give is
+added in router order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -21,8 +20,8 @@ import torch.nn.functional as F
 from edge_moe.runtime.delta_products import DOWN, FIRST, delta_outputs
 from edge_moe.runtime.delta_tail import DeltaTail, tail_of
 from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.held_experts import HeldExperts, SlotHolder, held_groups
 from edge_moe.runtime.moe_block import add_down_bias, apply_gate
-from edge_moe.runtime.policy import Key
 from edge_moe.runtime.products import Chosen, Member, Pairs, Products
 
 Tensor = torch.Tensor
@@ -35,18 +34,6 @@ class Reference(Protocol):
 
     def __call__(self, experts: Any, form: str, packed: Tensor, inputs: Tensor, row: int) -> Tensor:
         """[n, H] -> [n, H]"""
-
-
-class SlotHolder(Protocol):
-    """Keeps packed experts in equal places of the CPU's memory, as `ExpertCache` does."""
-
-    def acquire_beside(self, key: Key, held: Collection[Key]) -> int | None: ...
-
-    def acquire_residents(self, keys: Sequence[Key]) -> list[int] | None: ...
-
-    def release_residents(self, keys: Collection[Key]) -> None: ...
-
-    def slot(self, key: Key, slot: int) -> Tensor: ...
 
 
 class SlotExperts:
@@ -96,7 +83,7 @@ class SlotExperts:
         """
         pairs = Pairs.of(rows, weights)
         output = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        with closing(self._groups(layer, pairs.members())) as groups:
+        with closing(self._groups(layer, list(pairs.members()))) as groups:
             for group in groups:
                 first, stop = group.members[0].start, group.members[-1].stop
                 results = self._outputs(experts, layer, hidden, group, pairs.tokens[first:stop])
@@ -107,48 +94,36 @@ class SlotExperts:
         """Free what C allocated."""
         self._products.close()
 
-    def _groups(self, layer: int, members: Iterable[Member]) -> Generator[_Group]:
-        """Members that slots and workspace hold at once, held while the caller computes them."""
-        most_rows = self._products.most_rows
-        group, members = _Group(self._cache, layer), list(members)
-        try:
-            if members and members[-1].stop <= most_rows and group.hold_residents(members):
-                yield group
-                return
-            for member in members:
-                num_rows = group.num_rows + member.stop - member.start
-                has_room = num_rows <= most_rows or not group.members
-                if not (has_room and group.hold(member)):
-                    yield group
-                    group.release()
-                    group.hold(member)
-            if group.members:
-                yield group
-        finally:
-            group.release()
+    def _groups(self, layer: int, members: Sequence[Member]) -> Generator[HeldExperts]:
+        return held_groups(self._cache, layer, members, self._products.most_rows)
 
     def _outputs(
         self,
         experts: Any,
         layer: int,
         hidden: Tensor,
-        group: _Group,
+        group: HeldExperts,
         tokens: Tensor | None = None,
     ) -> Tensor:
         """[R, H] un-gated, in the group's order; may be overwritten by the next call.
 
         `tokens` [R] says which row of `hidden` each pair takes; without it there is but one.
         """
-        batches: dict[tuple[str, str | None], list[Member]] = {}
+        absent = group.absent()
+        batches: dict[tuple[bool, str, str | None], list[Member]] = {}
         for member in group.members:
             form = self._forms[layer][member.row]
             batch = self._products.batch(form)
-            batches.setdefault((form if batch is None else "", batch), []).append(member)
+            kind = (member.row in absent, form if batch is None else "", batch)
+            batches.setdefault(kind, []).append(member)
         if len(batches) == 1:
+            group.wait_for(group.members)
             return self._of_batch(experts, layer, hidden, tokens, group.members, group)
         together = torch.empty(group.num_rows, hidden.shape[1], device=hidden.device)
         first = group.members[0].start
-        for members in batches.values():
+        for kind in sorted(batches, key=lambda kind: kind[0]):
+            members = batches[kind]
+            group.wait_for(members)
             places = torch.cat([torch.arange(m.start - first, m.stop - first) for m in members])
             places = places.to(hidden.device)
             of_batch = None if tokens is None else tokens[places]
@@ -163,7 +138,7 @@ class SlotExperts:
         hidden: Tensor,
         tokens: Tensor | None,
         members: list[Member],
-        group: _Group,
+        group: HeldExperts,
     ) -> Tensor:
         """[R, H] of experts that are computed in one call, or of one form by the reference."""
         chosen = Chosen(
@@ -191,7 +166,12 @@ class SlotExperts:
         return add_down_bias(experts, outputs, rows)
 
     def _of_reference(
-        self, experts: Any, hidden: Tensor, chosen: Chosen, members: list[Member], group: _Group
+        self,
+        experts: Any,
+        hidden: Tensor,
+        chosen: Chosen,
+        members: list[Member],
+        group: HeldExperts,
     ) -> Tensor:
         """[R, H] of experts in a form that `products` does not take."""
         pieces = torch.split(_of_pairs(chosen, hidden), list(chosen.lengths))
@@ -246,53 +226,3 @@ def _multiplies_silu(experts: Any) -> bool:
     probe = torch.stack([torch.cat([gate, up]), torch.cat([up, gate])])
     expected = F.silu(probe[:, :_PROBES]) * probe[:, _PROBES:]
     return torch.allclose(apply_gate(experts, probe, 0), expected, rtol=1e-5, atol=1e-5)
-
-
-class _Group:
-    """Experts of one layer that are held at the same time."""
-
-    def __init__(self, cache: SlotHolder, layer: int) -> None:
-        self.members: list[Member] = []
-        self.slots: dict[int, int] = {}
-        """By router row."""
-        self._cache = cache
-        self._layer = layer
-        self._held: dict[Key, None] = {}
-
-    @property
-    def num_rows(self) -> int:
-        """Pairs of all members."""
-        return self.members[-1].stop - self.members[0].start if self.members else 0
-
-    def hold(self, member: Member) -> bool:
-        """Keep an expert in its slot; False where a member would be evicted for it."""
-        key = self._layer, member.row
-        slot = self._cache.acquire_beside(key, self._held)
-        if slot is None:
-            return False
-        self._held[key] = None
-        self.slots[member.row] = slot
-        self.members.append(member)
-        return True
-
-    def hold_residents(self, members: Sequence[Member]) -> bool:
-        """Keep them all if all have slots; else hold none, and False."""
-        keys = [(self._layer, member.row) for member in members]
-        slots = self._cache.acquire_residents(keys)
-        if slots is None:
-            return False
-        self._held = dict.fromkeys(keys)
-        self.slots = {key[1]: slot for key, slot in zip(keys, slots, strict=True)}
-        self.members.extend(members)
-        return True
-
-    def packed(self, member: Member) -> Tensor:
-        """uint8 [record_bytes]"""
-        return self._cache.slot((self._layer, member.row), self.slots[member.row])
-
-    def release(self) -> None:
-        """Let go of all."""
-        self._cache.release_residents(self._held)
-        self._held.clear()
-        self.slots.clear()
-        self.members.clear()

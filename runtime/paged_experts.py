@@ -5,7 +5,8 @@ Shapes: T tokens, K top_k, H hidden_size, I expert_width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,14 @@ from edge_moe.runtime.delta_products import DOWN, FIRST, add_delta
 from edge_moe.runtime.delta_tail import tail_of
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
+from edge_moe.runtime.held_experts import held_groups
 from edge_moe.runtime.kernels.unpack import unpack
 from edge_moe.runtime.model import EXPERTS_IMPLEMENTATION
 from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock, expert_output
 from edge_moe.runtime.packed_experts import SlotExperts
+from edge_moe.runtime.policy import Key
 from edge_moe.runtime.pre_gated_routing import PreGatedRouting
+from edge_moe.runtime.products import Member
 from edge_moe.runtime.shadow_experts import ShadowExperts
 from edge_moe.runtime.skipping import SkipRule
 from edge_moe.runtime.trace import TraceRecorder
@@ -138,11 +142,13 @@ class ExpertPager:
         weights: Tensor,
     ) -> None:
         """The prefilling case: one expert after another."""
-        for row in torch.unique(rows[rows >= 0]).tolist():
-            tokens, places = torch.nonzero(rows == row, as_tuple=True)
-            scale = weights[tokens, places, None].to(hidden.dtype)
-            result = self._one_expert(experts, (layer, row), hidden[tokens])
-            output.index_add_(0, tokens, result.mul_(scale))
+        asked = torch.unique(rows[rows >= 0]).tolist()
+        with closing(self._held(layer, asked)) as held:
+            for row, packed in held:
+                tokens, places = torch.nonzero(rows == row, as_tuple=True)
+                scale = weights[tokens, places, None].to(hidden.dtype)
+                result = self._one_expert(experts, (layer, row), packed, hidden[tokens])
+                output.index_add_(0, tokens, result.mul_(scale))
 
     def _add_token(
         self,
@@ -154,11 +160,11 @@ class ExpertPager:
         weights: list[float],
     ) -> None:
         """The decoding case: one token [1, H]."""
-        wanted = sorted((row, place) for place, row in enumerate(rows) if row >= 0)
-        scales = torch.tensor(weights).to(hidden.dtype).tolist()
-        for row, place in wanted:
-            result = self._one_expert(experts, (layer, row), hidden)
-            output.add_(result.mul_(scales[place]))
+        scales = dict(zip(rows, torch.tensor(weights).to(hidden.dtype).tolist(), strict=True))
+        with closing(self._held(layer, sorted(row for row in rows if row >= 0))) as held:
+            for row, packed in held:
+                result = self._one_expert(experts, (layer, row), packed, hidden)
+                output.add_(result.mul_(scales[row]))
 
     def _chosen(
         self, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor
@@ -205,14 +211,18 @@ class ExpertPager:
             if not self.cache.is_resident((layer, row)):
                 statistics.not_paged_bytes += int(sizes[row])
 
-    def _one_expert(self, experts: Any, key: tuple[int, int], inputs: Tensor) -> Tensor:
+    def _held(self, layer: int, rows: Sequence[int]) -> Generator[tuple[int, Tensor]]:
+        """Each of the ascending `rows` with its packed expert, which stays until the next."""
+        members = [Member(row, number, number + 1) for number, row in enumerate(rows)]
+        with closing(held_groups(self.cache, layer, members)) as groups:
+            for group in groups:
+                for member in group.members:
+                    group.wait_for([member])
+                    yield member.row, group.packed(member)
+
+    def _one_expert(self, experts: Any, key: Key, packed: Tensor, inputs: Tensor) -> Tensor:
         """[t, H] -> [t, H], un-gated output of one expert."""
-        packed = self.cache.acquire(key)
-        try:
-            form = self.store.record(key).form
-            return self.unpacked_output(experts, form, packed, inputs, key[1])
-        finally:
-            self.cache.release(key)
+        return self.unpacked_output(experts, self.store.record(key).form, packed, inputs, key[1])
 
     def unpacked_output(
         self, experts: Any, form: str, packed: Tensor, inputs: Tensor, row: int

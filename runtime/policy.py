@@ -177,6 +177,7 @@ class PagingStatistics:
     page_in_bytes: int = 0
     """Read on demand or ahead of it."""
     page_in_seconds: float = 0.0
+    """Time in which experts were being read, however many at once."""
     stall_seconds: float = 0.0
     """Time the model waited for experts."""
     prefetch_issued_bytes: int = 0

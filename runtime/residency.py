@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from edge_moe.budget import demand_readers
 from edge_moe.errors import InputError
 from edge_moe.plan import Device
 from edge_moe.runtime.ahead_reader import AheadReader
@@ -127,7 +128,11 @@ class Residency:
                 host = _host_tier(counts, streams, transfer)
             # where nothing ever leaves, the order that takes next to no memory and time
             policy = DEFAULT_POLICY if slots.is_paging else LeastRecentlyUsed
-            cache = ExpertCache(store, buffers, policy, host=host, transfer=transfer)
+            num_readers = 0 if store.unpacks else demand_readers(spec)
+            cache = ExpertCache(
+                *(store, buffers, policy), host=host, transfer=transfer, num_readers=num_readers
+            )
+            held.callback(cache.close)
             cache.fill()
             filling, cache.statistics = cache.statistics, PagingStatistics()
             routing = None

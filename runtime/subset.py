@@ -31,7 +31,7 @@ class SubsetStore(ExpertStore):
         self.kept = [
             [kept[row] for row in layer] for kept, layer in zip(store.kept, self._rows, strict=True)
         ]
-        self.tail = store.tail
+        self.tail, self.unpacks = store.tail, store.unpacks
 
     def record(self, key: Key) -> RecordInfo:
         return self._store.record(self._outer(key))

@@ -14,12 +14,14 @@ from edge_moe.budget import (
     GGUF_RUNTIME_BYTES,
     GRAPH_BYTES,
     REOPENED_BYTES,
+    demand_readers,
     dense_bytes,
     describe_terms,
     llama_compute_bytes,
     memory_terms,
     minimum_budget_bytes,
     non_expert_bytes,
+    reading_threads,
     workspace_bytes,
 )
 from edge_moe.checkpoint import Checkpoint
@@ -93,8 +95,8 @@ def test_runtime_is_measured_natively_and_assumed_for_llama() -> None:
 
 def test_workspace_by_hand() -> None:
     # 10 tokens: residual stream and norm 2 x 64, logits 100; an expert of 3 x 64 x 32 weights and
-    # codes, its tokens 3 x 64 + 3 x 32 + 4; two bounce buffers of one expert at 16 bits
-    always, rest = 10 * 2 * 64 + 100, 2 * 2 * 3 * 64 * 32 + KEPT_BYTES
+    # codes, its tokens 3 x 64 + 3 x 32 + 4; six bounce buffers of one expert at 16 bits
+    always, rest = 10 * 2 * 64 + 100, 6 * 2 * 3 * 64 * 32 + KEPT_BYTES
     experts = 3 * 64 * 32 * 7 // 6 + 10 * (3 * 64 + 3 * 32 + 4)
     assert workspace_bytes(small_spec(), 10, "cpu") == 4 * (always + experts) + rest
     # 256 tokens of 900: queries and output 2 x 16 + 64, keys and values 8 + 8, masks 5 bytes
@@ -107,6 +109,13 @@ def test_workspace_by_hand() -> None:
     assert workspace_bytes(small_spec(), 900, "cuda") == long + repeated + GRAPH_BYTES
     whole = small_spec(num_key_value_heads=2)
     assert workspace_bytes(whole, 900, "cuda") == workspace_bytes(whole, 900, "cpu") + GRAPH_BYTES
+
+
+def test_large_experts_are_read_one_by_one() -> None:
+    # at 16 bits 6 x 1024 x I bytes; 32 MiB may be on their way
+    for width, readers in ((64, 4), (1365, 4), (1366, 3), (2730, 2), (2731, 0), (14336, 0)):
+        spec = small_spec(hidden_size=1024, moe_intermediate_size=width)
+        assert (demand_readers(spec), reading_threads(spec)) == (readers, readers + 2)
 
 
 def test_onnx_caches_latent_attention_expanded() -> None:
@@ -131,7 +140,7 @@ def test_latent_attention_holds_its_scores() -> None:
     assert spec.kv_bytes_per_token(4) == 4 * 3 * (6 + 4)
     attention = 256 * (2 * 2 * 12 + 64 + 6 + 4) + 256 * 900 * 5 // 4
     attention += 256 * 900 * 2 * 12 // 5 + 900 * 2 * ((8 + 8) + (8 + 4))
-    always, rest = 256 * 2 * 64 + 100, 2 * 2 * 3 * 64 * 32 + KEPT_BYTES
+    always, rest = 256 * 2 * 64 + 100, 6 * 2 * 3 * 64 * 32 + KEPT_BYTES
     assert workspace_bytes(spec, 900, "cpu") == 4 * (always + attention) + rest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from conftest import TinyCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slot_reading import acquire
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
@@ -64,7 +66,7 @@ def make_cache(store: MemoryStore, slots: dict[int, int]) -> ExpertCache:
 
 def read(cache: ExpertCache, store: MemoryStore, key: Key) -> None:
     """Acquire, check every byte, release."""
-    assert set(cache.acquire(key).tolist()) == {store.number(key)}
+    assert set(acquire(cache, key).tolist()) == {store.number(key)}
     cache.release(key)
 
 
@@ -92,7 +94,7 @@ def test_filled_cache_never_reads_again() -> None:
 def test_pinned_experts_stay_and_prefetch_gives_up() -> None:
     store = MemoryStore()
     cache = make_cache(store, {4: 1, 8: 1})
-    held = cache.acquire((0, 0))
+    held = acquire(cache, (0, 0))
     assert not cache.prefetch((0, 2), frozenset())
     assert set(held.tolist()) == {0}
     cache.release((0, 0))
@@ -120,7 +122,7 @@ def test_failed_read_raises_and_frees_its_slot() -> None:
     store.broken.add((0, 0))
     cache = make_cache(store, {4: 1, 8: 1})
     with pytest.raises(OSError, match="cannot read"):
-        cache.acquire((0, 0))
+        acquire(cache, (0, 0))
     assert not cache.prefetch((0, 0), frozenset()) or not cache.is_resident((0, 0))
     store.broken.clear()
     read(cache, store, (0, 0))
@@ -202,7 +204,7 @@ def test_an_interrupted_acquire_leaves_no_pin() -> None:
 
     cache._store = Interrupted()
     with pytest.raises(KeyboardInterrupt):
-        cache.acquire((0, 0))
+        acquire(cache, (0, 0))
     cache._store = store
     cache.check_integrity()
     read(cache, store, (0, 2))
@@ -230,9 +232,14 @@ def interrupted_at(line: int) -> Iterator[None]:
         sys.settrace(before)
 
 
-def acquire(cache: ExpertCache, key: Key) -> Callable[[], object]:
-    assert cache.acquire_beside(key, ()) is not None
-    return partial(cache.release, key)
+def begin(cache: ExpertCache, key: Key) -> Callable[[], object]:
+    assert cache.begin_beside(key, ()) is not None
+
+    def end() -> None:
+        cache.wait_for([key])
+        cache.release(key)
+
+    return end
 
 
 def claim(cache: ExpertCache, key: Key) -> Callable[[], object]:
@@ -240,40 +247,51 @@ def claim(cache: ExpertCache, key: Key) -> Callable[[], object]:
     return partial(cache.fill_claimed, key, entry) if entry is not None else lambda: None
 
 
+def let_go(cache: ExpertCache) -> None:
+    """Where it is traced, Python can be interrupted between a `with` block's end and its exit."""
+    while cache._lock._is_owned():  # type: ignore[attr-defined]
+        cache._lock.release()
+
+
 def require_every_slot(cache: ExpertCache, store: MemoryStore, held: int) -> None:
     """All of a layer's experts, of which `held` of either size fit, are there at once."""
     for layer in (0, 1):
         keys = [(layer, row) for row in range(2 * held)]
         for key in keys:
-            assert set(cache.acquire(key).tolist()) == {store.number(key)}
+            assert set(acquire(cache, key).tolist()) == {store.number(key)}
         for key in keys:
             cache.release(key)
         cache.check_integrity()
 
 
 @pytest.mark.parametrize("policy", [LeastRecentlyUsed, LeastFrequentlyUsed])
-@pytest.mark.parametrize("begin", [acquire, claim])
+@pytest.mark.parametrize(("start", "num_readers"), [(begin, 0), (begin, 2), (claim, 0)])
 def test_an_interrupt_at_any_line_loses_no_slot(
-    begin: Callable[[ExpertCache, Key], Callable[[], object]], policy: type[EvictionPolicy]
+    start: Callable[[ExpertCache, Key], Callable[[], object]],
+    num_readers: int,
+    policy: type[EvictionPolicy],
 ) -> None:
     """A hit, a slot that is free, and slots that others leave."""
     store, line, is_over = MemoryStore(num_rows=6), 0, False
     while not is_over:
         line += 1
-        cache = ExpertCache(store, SlotBuffers({4: 3, 8: 3}, torch.device("cpu")), policy)
+        buffers = SlotBuffers({4: 3, 8: 3}, torch.device("cpu"))
+        cache = ExpertCache(store, buffers, policy, num_readers=num_readers)
         for key in ((0, 0), (0, 2), (0, 4), (0, 1)):
             read(cache, store, key)
         ends: list[Callable[[], object]] = []
         try:
             with interrupted_at(line):
                 for key in ((0, 0), (0, 3), (1, 0), (1, 2)):
-                    ends.append(begin(cache, key))
+                    ends.append(start(cache, key))
             is_over = True
         except KeyboardInterrupt:
+            let_go(cache)
             cache.check_integrity()
         for end in ends:
             end()
         require_every_slot(cache, store, held=3)
+        cache.close()
     assert line > 50
 
 
@@ -282,14 +300,119 @@ def test_who_holds_an_expert_is_told_when_it_is_in_the_way() -> None:
     cache = make_cache(store, {4: 2, 8: 1})
     first, second, third = (0, 0), (0, 2), (1, 0)
     held = [first]
-    assert cache.acquire_beside(first, ()) is not None
-    assert cache.acquire_beside(second, held) is not None  # a slot is free
-    assert cache.acquire_beside(second, [first, second]) is not None  # it has one
-    assert cache.acquire_beside(third, [first, second]) is None  # the least recently used is held
-    assert cache.acquire_beside((0, 1), [first, second]) is not None  # of another size
+    assert cache.begin_beside(first, ()) is not None
+    assert cache.begin_beside(second, held) is not None  # a slot is free
+    assert cache.begin_beside(second, [first, second]) is not None  # it has one
+    assert cache.begin_beside(third, [first, second]) is None  # the least recently used is held
+    assert cache.begin_beside((0, 1), [first, second]) is not None  # of another size
     cache.release(first)
-    assert cache.acquire_beside(third, [second]) is not None
+    assert cache.begin_beside(third, [second]) is not None
     assert not cache.is_resident(first)
     for key in (second, second, third, (0, 1)):
         cache.release(key)
     cache.check_integrity()
+
+
+class GatedStore(MemoryStore):
+    """Reads end when they are let go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: set[Key] = set()
+        self.changed = threading.Condition()
+        self.gates = {key: threading.Event() for key in self.keys()}
+
+    def read_into(self, key: Key, buffer: memoryview) -> None:
+        with self.changed:
+            self.begun.add(key)
+            self.changed.notify_all()
+        assert self.gates[key].wait(timeout=30)
+        super().read_into(key, buffer)
+
+    def require_begun(self, keys: set[Key]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.begun == keys, timeout=30)
+
+
+@pytest.fixture
+def gated() -> Iterator[tuple[GatedStore, ExpertCache]]:
+    store = GatedStore()
+    buffers = SlotBuffers({4: 2, 8: 1}, torch.device("cpu"))
+    cache = ExpertCache(store, buffers, LeastRecentlyUsed, num_readers=2)
+    yield store, cache
+    for gate in store.gates.values():
+        gate.set()
+    cache.close()
+
+
+def test_experts_are_read_side_by_side(gated: tuple[GatedStore, ExpertCache]) -> None:
+    store, cache = gated
+    first, second, third = (0, 0), (0, 2), (1, 0)
+    assert cache.begin_beside(first, ()) is not None
+    assert cache.begin_beside(second, [first]) is not None
+    store.require_begun({first, second})
+    assert cache.here([first, second]) == []
+    assert cache.begin_beside(third, [first, second]) is None  # though none of them is there yet
+    store.gates[second].set()
+    cache.wait_for([second])
+    assert cache.here([first, second]) == [second]
+    assert set(cache.slot(second, cache._entries[second].slot).tolist()) == {store.number(second)}
+    store.gates[first].set()
+    cache.wait_for([first])
+    cache.release_residents([first, second])
+    statistics = cache.statistics
+    assert (statistics.misses, statistics.page_in_bytes) == (2, 8)
+    cache.check_integrity()
+
+
+def test_what_a_reader_cannot_read_is_told_to_who_waits(
+    gated: tuple[GatedStore, ExpertCache],
+) -> None:
+    store, cache = gated
+    store.broken = {(0, 0)}
+    for key in ((0, 0), (0, 2)):
+        store.gates[key].set()
+        assert cache.begin_beside(key, ()) is not None
+    with pytest.raises(OSError, match="cannot read"):
+        cache.wait_for([(0, 2), (0, 0)])
+    cache.release_residents([(0, 0), (0, 2)])
+    assert not cache.is_resident((0, 0)) and cache.is_resident((0, 2))
+    cache.check_integrity()
+
+
+def test_a_slot_is_not_given_away_while_a_reader_fills_it(
+    gated: tuple[GatedStore, ExpertCache],
+) -> None:
+    """Whoever asked was stopped, and lets go of it."""
+    store, cache = gated
+    for row in (0, 2):
+        assert cache.begin_beside((0, row), ()) is not None
+    store.require_begun({(0, 0), (0, 2)})
+    cache.release_residents([(0, 0), (0, 2)])
+    assert not cache.prefetch((1, 0), frozenset())
+    store.gates[0, 0].set()
+    store.gates[1, 2].set()
+    assert set(acquire(cache, (1, 2)).tolist()) == {12}
+    assert not cache.is_resident((0, 0)) and cache.is_resident((0, 2))
+    cache.release((1, 2))
+    store.broken = {(0, 2)}
+    store.gates[0, 2].set()
+    cache.close()
+    assert not cache.is_resident((0, 2))  # nobody was told: it leaves no failed entry
+    cache.check_integrity()
+
+
+def test_seconds_of_reads_at_the_same_time_count_once(
+    gated: tuple[GatedStore, ExpertCache],
+) -> None:
+    store, cache = gated
+    start = time.perf_counter()
+    for row in (0, 2):
+        assert cache.begin_beside((0, row), ()) is not None
+    store.require_begun({(0, 0), (0, 2)})
+    time.sleep(0.05)
+    for row in (0, 2):
+        store.gates[0, row].set()
+    cache.wait_for([(0, 0), (0, 2)])
+    assert 0.05 <= cache.statistics.page_in_seconds <= time.perf_counter() - start
+    cache.release_residents([(0, 0), (0, 2)])

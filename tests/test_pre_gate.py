@@ -15,6 +15,7 @@ import torch
 from conftest import TinyCheckpoint
 from hand_plan import hand_plan
 from safetensors.numpy import load_file, save_file
+from slot_reading import acquire
 from test_expert_cache import MemoryStore
 from tiny_models import make_tiny_checkpoint
 from transformers import AutoModelForCausalLM
@@ -363,7 +364,7 @@ def test_reads_what_is_nearest_first_and_the_rest_as_slots_get_free() -> None:
     routing: Any = Decided([[2], [0], [2]])
     prefetcher = CertainPrefetcher(routing, store, cache)
     hidden, path = torch.zeros(1, 2), [(0, 0), (1, 2), (2, 0), (3, 2)]
-    cache.acquire(path[0])
+    acquire(cache, path[0])
     cache.release(path[0])
     for layer, key in enumerate(path):
         prefetcher.observe(layer, [key[1]])
@@ -372,7 +373,7 @@ def test_reads_what_is_nearest_first_and_the_rest_as_slots_get_free() -> None:
             wait_until(lambda after=layer + 1: cache.is_resident(path[after]))  # type: ignore[misc]
             wait_until(lambda: not prefetcher.queued_bytes)
         assert cache.is_resident(key)  # what is in use did not leave for what comes
-        cache.acquire(key)
+        acquire(cache, key)
         cache.release(key)
     prefetcher.close()
     statistics = cache.statistics

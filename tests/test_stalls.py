@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slot_reading import acquire
 from test_expert_cache import SIZES, MemoryStore, make_cache
 from test_transfer import Device
 
@@ -116,7 +117,7 @@ def as_misses(store: MemoryStore, *keys: Key) -> list[Miss]:
 def test_only_what_is_there_has_arrived() -> None:
     store = MemoryStore()
     cache = make_cache(store, {4: 1, 8: 1})
-    cache.acquire((0, 0))
+    acquire(cache, (0, 0))
     assert cache.arrived([(0, 0), (0, 1), (1, 2)]) == [(0, 0)]
     assert cache.claim((0, 2)) is None  # the only slot of its size is held
     cache.release((0, 0))
@@ -138,7 +139,7 @@ def test_a_claim_that_is_interrupted_leaves_nothing(
     """Ctrl-C comes after the policy did one thing, whatever it is."""
     store = MemoryStore()
     cache = ExpertCache(store, SlotBuffers({4: 1, 8: 1}, torch.device("cpu")), policy)
-    cache.acquire((0, 0))
+    acquire(cache, (0, 0))
     cache.release((0, 0))
 
     def interrupted(self: EvictionPolicy, *arguments: Any) -> None:
@@ -152,7 +153,7 @@ def test_a_claim_that_is_interrupted_leaves_nothing(
         cache.claim((0, 2))
     cache.check_integrity()
     for key in ((0, 2), (0, 0), (0, 2)):  # each takes the other's slot
-        cache.acquire(key)
+        acquire(cache, key)
         cache.release(key)
     assert cache.arrived([(0, 0), (0, 2)]) == [(0, 2)]
     cache.check_integrity()
@@ -164,7 +165,7 @@ def test_body_that_would_leave_first_is_not_read() -> None:
     buffers = SlotBuffers({4: 1, 8: 1}, torch.device("cpu"))
     cache = ExpertCache(store, buffers, LeastFrequentlyUsed)
     for _ in range(3):
-        cache.acquire((0, 0))
+        acquire(cache, (0, 0))
         cache.release((0, 0))
     assert [cache.claim((0, 2)) for _ in range(3)] == [None] * 3
     assert cache.arrived([(0, 0)]) == [(0, 0)]

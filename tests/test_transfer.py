@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_streams import SimulatedStreams
+from slot_reading import acquire
 from test_expert_cache import SIZES, MemoryStore
 
 from edge_moe.budget import STAGING_BUFFERS
@@ -52,7 +53,7 @@ class Device:
         self.streams.launch(kernel)
 
     def use(self, key: Key) -> None:
-        packed = self.cache.acquire(key)
+        packed = acquire(self.cache, key)
         self.launch(key, packed)
         self.cache.release(key)
 
