@@ -15,6 +15,7 @@ import numpy.typing as npt
 from edge_moe.formats import ggml_library
 from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME
 from edge_moe.runtime.kernels.ggml_products import InitParams, ggml_cpu
+from edge_moe.runtime.llama_rearrange import rearranged_kernels
 
 _P, _I, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _F32, _I32 = 0, 26
@@ -24,11 +25,9 @@ FloatArray = npt.NDArray[np.float32]
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_add": (_P, (_P, _P, _P)),
     "ggml_backend_alloc_ctx_tensors_from_buft": (_P, (_P, _P)),
-    "ggml_backend_buft_name": (ctypes.c_char_p, (_P,)),
     "ggml_backend_cpu_buffer_type": (_P, ()),
     "ggml_backend_dev_supports_op": (ctypes.c_bool, (_P, _P)),
     "ggml_backend_reg_dev_get": (_P, (_P, _SIZE)),
-    "ggml_backend_reg_get_proc_address": (_P, (_P, ctypes.c_char_p)),
     "ggml_backend_tensor_get": (None, (_P, _P, _SIZE, _SIZE)),
     "ggml_backend_tensor_set": (None, (_P, _P, _SIZE, _SIZE)),
     "ggml_mul": (_P, (_P, _P, _P)),
@@ -51,22 +50,6 @@ class _Library:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
-
-    def rearranging_buffers(self) -> Any:
-        """The buffer type that rearranges weights for this CPU; None without one."""
-        found = self.backend_reg_get_proc_address(
-            self.registry, b"ggml_backend_dev_get_extra_bufts"
-        )
-        if not found:
-            return None
-        get = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)(found)
-        kinds = get(self.backend_reg_dev_get(self.registry, 0))
-        for place in range(16):
-            if not kinds or not kinds[place]:
-                return None
-            if self.backend_buft_name(kinds[place]) == b"CPU_REPACK":
-                return kinds[place]
-        return None
 
 
 class LlamaLayer:
@@ -94,7 +77,7 @@ class LlamaLayer:
         kind = GGML_TYPES_BY_NAME[form.upper()]
         place = self._more.backend_cpu_buffer_type()
         if is_rearranged:
-            place = self._more.rearranging_buffers()
+            place = rearranged_kernels().buffer_type
             if place is None:
                 raise NotImplementedError("no such buffer")
         self._held: list[Any] = []
