@@ -50,15 +50,18 @@ class KernelChoice:
     exact_forms: frozenset[str]
     """... and in these by torch."""
     warnings: list[str] = field(default_factory=list)
+    is_rearranged: bool = False
+    """Whether experts come from a `RearrangedStore` of the packed forms."""
 
     @property
     def label(self) -> str:
-        """`ggml`, `exact`, or `ggml; exact: bf16` where both are needed."""
+        """`ggml`, `ggml, rearranged`, `exact`, or `ggml; exact: bf16` where both are needed."""
         if not self.packed_forms:
             return "exact"
+        packed = self.packed_kernels + (", rearranged" if self.is_rearranged else "")
         if not self.exact_forms:
-            return self.packed_kernels
-        return f"{self.packed_kernels}; exact: {', '.join(sorted(self.exact_forms))}"
+            return packed
+        return f"{packed}; exact: {', '.join(sorted(self.exact_forms))}"
 
     def new_products(
         self, spec: ModelSpec, buffers: SlotBuffers, tail: DeltaTail | None = None
@@ -75,7 +78,9 @@ class KernelChoice:
             return TritonProducts(spec, buffers, self.packed_forms)
         from edge_moe.runtime.slot_products import SlotProducts
 
-        return SlotProducts(spec, buffers, self.packed_forms, tail)
+        return SlotProducts(
+            spec, buffers, self.packed_forms, tail, is_rearranged=self.is_rearranged
+        )
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,24 @@ class PagingOptions:
     linear: LinearMap | None = None
     pre_gate: PreGate | None = None
     """Chooses in the place of the routers."""
+    rearranged: bool = False
+    """Whether experts are rearranged for llama.cpp's faster kernels while they are read."""
 
     def __post_init__(self) -> None:
         """Raises InputError for what cannot be done."""
         check_misses(self.misses, self.ram_bytes)
         if self.graphs and self.kind != "cuda":
             raise InputError(f"graphs are captured on CUDA, not on {self.kind}: leave --graphs out")
+        if self.rearranged and self.kind != "cpu":
+            raise InputError(
+                "--rearranged is for llama.cpp's kernels, which compute experts on a CPU: add "
+                "--device cpu, or leave it out"
+            )
+        if self.rearranged and self.kernels in ("exact", "triton"):
+            raise InputError(
+                f"--rearranged is for llama.cpp's kernels: leave out --kernels {self.kernels}, or "
+                "this"
+            )
 
     @property
     def tier_bytes(self) -> int | None:

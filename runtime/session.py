@@ -100,6 +100,7 @@ class Session(TextSession):
         linear: LinearMap | None = None,
         pre_gate: PreGate | None = None,
         delta: Path | None = None,
+        rearranged: bool = False,
     ) -> Session:
         """Load the dense part of `model` and as many experts as there are slots.
 
@@ -138,6 +139,9 @@ class Session(TextSession):
             delta: a task of `edge-moe delta`, added to dense weights now and to experts as they
                 are paged in. Quantised experts stay as they are, and the delta's products are
                 added to theirs.
+            rearranged: put experts as llama.cpp's fastest CPU kernels want them, while they are
+                paged in, where their types have such kernels. Results differ from the others' in
+                the last digits.
 
         Raises:
             DeltaError: a damaged delta, or one of another model.
@@ -160,6 +164,7 @@ class Session(TextSession):
             predictors=tuple(predictors),
             linear=linear,
             pre_gate=pre_gate,
+            rearranged=rearranged,
         )
         limits = Limits(budget_bytes, num_slots)
         with ExitStack() as held:  # closed where opening fails
@@ -364,7 +369,7 @@ class Session(TextSession):
 
     @property
     def kernels(self) -> str:
-        """Whose kernels compute the experts: `ggml` or `triton`, `exact`, or both."""
+        """Whose kernels compute the experts: as `KernelChoice.label`."""
         return self._setup.kernels.experts.label
 
     @property

@@ -33,11 +33,13 @@ from edge_moe.runtime.delta_dense import add_dense
 from edge_moe.runtime.delta_store import DeltaStore, kernels_beside, open_delta
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.kernel_choice import KernelChoices, Kernels, choose_kernels
+from edge_moe.runtime.kernels.ggml_products import ggml_cpu
 from edge_moe.runtime.kv_cache import share_key_value_heads
 from edge_moe.runtime.model import build_model
 from edge_moe.runtime.paged_experts import register_experts
 from edge_moe.runtime.pre_gated_routing import require_pre_gate
 from edge_moe.runtime.predictor_choice import linear_term, predictor_terms, require_linear
+from edge_moe.runtime.rearranged_store import RearrangedStore
 from edge_moe.runtime.residency import PagingOptions
 from edge_moe.runtime.shadow_allotment import Allotment, Limits, allot_experts
 from edge_moe.runtime.shadow_store import ShadowStore, open_shadows
@@ -81,6 +83,8 @@ class Setup:
         with ExitStack() as held:  # closed where opening fails
             store = open_store(source)
             held.callback(store.close)
+            rearranging = _rearranging(source, store, options)
+            store = rearranging or store
             if delta is not None:
                 task = open_delta(delta, source_fingerprint(source), source.spec)
                 store = DeltaStore(store, task, source.spec)
@@ -95,6 +99,8 @@ class Setup:
                 has_budget=has_budget,
                 scored_tokens=scored_tokens,
             )
+            if rearranging is not None:
+                terms.append(rearranging.term())
             setup = cls(source, store, shadows, context, limits, options, kernels, terms)
             setup.require_room()
             held.pop_all()
@@ -161,6 +167,30 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def _rearranging(
+    source: Package | Checkpoint, store: ExpertStore, options: PagingOptions
+) -> RearrangedStore | None:
+    """`store` with its experts rearranged, where that was asked for.
+
+    Raises:
+        InputError: none of them can be, or another version of libggml.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    if not options.rearranged:
+        return None
+    ggml_cpu()
+    choice = choose_kernels(options.kernels, options.device, store.all_forms())
+    found = RearrangedStore(store, source.spec, choice.packed_forms)
+    if found.has_any:
+        return found
+    remedy = "leave out --rearranged"
+    if isinstance(source, Checkpoint):
+        remedy += ", or build a package in q4_0 or q4_k"
+    raise InputError(
+        f"{source.folder}: llama.cpp has no faster kernels for its experts on this CPU: {remedy}"
+    )
+
+
 def _choose_kernels(
     options: PagingOptions, store: ExpertStore, shadows: ExpertStore | None
 ) -> KernelChoices:
@@ -170,6 +200,9 @@ def _choose_kernels(
         on_cpu: Kernels = "auto" if kernels == "triton" else kernels
         misses = choose_kernels(on_cpu, torch.device("cpu"), store.all_forms())
     of_shadows = None if shadows is None else choose_kernels(kernels, device, shadows.all_forms())
+    if options.rearranged:
+        experts = replace(experts, is_rearranged=True)
+        misses = None if misses is None else replace(misses, is_rearranged=True)
     return KernelChoices(experts, misses, of_shadows)
 
 

@@ -5,7 +5,7 @@ Letters: H hidden_size, I expert_width, R pairs of a token and an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 
 from edge_moe.budget import PREFILL_CHUNK_TOKENS
 from edge_moe.formats import expert_packed_bytes, split_form
-from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME, GgmlType
+from edge_moe.formats.ggml_types import GGML_TYPES_BY_NAME
 from edge_moe.runtime.delta_tail import DeltaTail, tail_of
+from edge_moe.runtime.expert_matrices import expert_matrices
 from edge_moe.runtime.kernels.ggml_products import (
     Backend,
     GatedProducts,
@@ -23,6 +24,7 @@ from edge_moe.runtime.kernels.ggml_products import (
     ggml_cpu,
 )
 from edge_moe.runtime.products import Chosen, Pairs
+from edge_moe.runtime.rearranged_store import is_rearranged
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.spec import ModelSpec
 
@@ -49,11 +51,15 @@ class SlotProducts:
         buffers: SlotBuffers,
         forms: frozenset[str],
         tail: DeltaTail | None = None,
+        *,
+        is_rearranged: bool = False,
     ) -> None:
         """`forms` are the ones to compute, of those that `can_compute`.
 
-        Slots of quantised experts end in a `tail`, where there is one.
+        Slots of quantised experts end in a `tail`, where there is one. With `is_rearranged` they
+        were filled from a `RearrangedStore` of the same `forms`.
         """
+        self._is_rearranged = is_rearranged
         self._tail = tail
         self._spec = spec
         self._forms = forms
@@ -134,21 +140,13 @@ class SlotProducts:
             self._stacks[form] = list(self._find_matrices(form))
         return self._stacks[form]
 
-    def _find_matrices(self, form: str) -> list[MatrixStack]:
-        hidden, width, has_gate = self._spec.expert_shape
-        sizes = expert_packed_bytes(form, hidden, width, has_gate)
-        gate, up, down = (GGML_TYPES_BY_NAME[part.upper()] for part in split_form(form))
+    def _find_matrices(self, form: str) -> Iterator[MatrixStack]:
         tail = tail_of(self._tail, form)
-        tail_bytes = 0 if tail is None else tail.num_bytes
-        buffer = self._buffers.buffer(sum(sizes) + tail_bytes)
-
-        def stack(kind: GgmlType, rows: int, columns: int, offset_bytes: int) -> MatrixStack:
-            return MatrixStack(buffer, kind, rows, columns, offset_bytes)
-
-        last = stack(down, hidden, width, sizes[0] + sizes[1])
-        if gate == up or not has_gate:
-            return [stack(up, self._spec.inner_rows, hidden, 0), last]
-        return [stack(gate, width, hidden, 0), stack(up, width, hidden, sizes[0]), last]
+        record_bytes = sum(expert_packed_bytes(form, *self._spec.expert_shape))
+        buffer = self._buffers.buffer(record_bytes + (0 if tail is None else tail.num_bytes))
+        for one in expert_matrices(form, self._spec):
+            is_moved = self._is_rearranged and is_rearranged(one)
+            yield MatrixStack(buffer, one.kind, one.rows, one.width, one.offset_bytes, is_moved)
 
 
 def most_pairs(spec: ModelSpec) -> int:

@@ -25,7 +25,7 @@ TYPES = (
 )
 
 
-def _stack(
+def stack_of(
     name: str, count: int, rows: int, width: int, offset_bytes: int = 0, tail_bytes: int = 0
 ) -> tuple[MatrixStack, npt.NDArray[np.float32]]:
     """Random matrices [count, rows, width], packed, with other bytes around each, and unpacked."""
@@ -39,7 +39,7 @@ def _stack(
     return MatrixStack(torch.from_numpy(slots), kind, rows, width, offset_bytes), unpacked
 
 
-def _multiply(
+def multiply(
     stack: MatrixStack, inputs: torch.Tensor, chosen: list[int], num_threads: int = 2
 ) -> npt.NDArray[np.float32]:
     backend = Backend(num_threads)
@@ -52,7 +52,7 @@ def _multiply(
         backend.close()
 
 
-def _error(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+def relative(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
@@ -65,20 +65,20 @@ def test_a_product_worked_out_by_hand() -> None:
     inputs = torch.ones(3, 32)
     inputs[1] = 127.0  # a scale of 1 in eight bits
     np.testing.assert_allclose(
-        _multiply(stack, inputs, [0, 1, 1]), [[64.0], [-96 * 127.0], [-96.0]], rtol=1e-3
+        multiply(stack, inputs, [0, 1, 1]), [[64.0], [-96 * 127.0], [-96.0]], rtol=1e-3
     )
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_every_type_multiplies_as_its_floats_do(name: str) -> None:
-    stack, unpacked = _stack(name, count=5, rows=24, width=256, offset_bytes=34, tail_bytes=2)
+    stack, unpacked = stack_of(name, count=5, rows=24, width=256, offset_bytes=34, tail_bytes=2)
     inputs = torch.from_numpy(np.random.default_rng(1).standard_normal((7, 256), np.float32))
     chosen = [4, 0, 0, 2, 4, 1, 4]
     expected = np.einsum("rw,row->ro", inputs.numpy(), unpacked[chosen])
-    found = _multiply(stack, inputs, chosen)
-    assert _error(found, expected) < TOLERANCES.get(name, EIGHT_BITS)
-    shared = _multiply(stack, inputs[:1], chosen)
-    assert _error(shared, unpacked[chosen] @ inputs[0].numpy()) < TOLERANCES.get(name, EIGHT_BITS)
+    found = multiply(stack, inputs, chosen)
+    assert relative(found, expected) < TOLERANCES.get(name, EIGHT_BITS)
+    shared = multiply(stack, inputs[:1], chosen)
+    assert relative(shared, unpacked[chosen] @ inputs[0].numpy()) < TOLERANCES.get(name, EIGHT_BITS)
 
 
 @settings(max_examples=30, deadline=None)
@@ -100,12 +100,12 @@ def test_shapes_offsets_and_threads(
     num_rows: int,
     num_threads: int,
 ) -> None:
-    stack, unpacked = _stack(name, count, rows, 256 * blocks, offset_bytes)
+    stack, unpacked = stack_of(name, count, rows, 256 * blocks, offset_bytes)
     generator = np.random.default_rng(num_rows)
     inputs = torch.from_numpy(generator.standard_normal((num_rows, 256 * blocks), np.float32))
     chosen = generator.integers(0, count, num_rows).tolist()
     expected = np.einsum("rw,row->ro", inputs.numpy(), unpacked[chosen])
-    found = _multiply(stack, inputs, chosen, num_threads)
+    found = multiply(stack, inputs, chosen, num_threads)
     assert found.shape == expected.shape
     # of one product alone the rounding may be large; over the norm of the factors it is not
     scale = np.linalg.norm(unpacked) / np.sqrt(count) * np.linalg.norm(inputs)
@@ -114,12 +114,12 @@ def test_shapes_offsets_and_threads(
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "TQ2_0"])
 def test_threads_and_company_do_not_change_a_result(name: str) -> None:
-    stack, _ = _stack(name, count=4, rows=64, width=256)
+    stack, _ = stack_of(name, count=4, rows=64, width=256)
     inputs = torch.from_numpy(np.random.default_rng(2).standard_normal((40, 256), np.float32))
     chosen = [0] * 12 + [1] * 3 + [3] * 25
-    whole = _multiply(stack, inputs, chosen)
-    np.testing.assert_array_equal(_multiply(stack, inputs, chosen, num_threads=1), whole)
-    parts = [_multiply(stack, inputs[:15], chosen[:15]), _multiply(stack, inputs[15:], chosen[15:])]
+    whole = multiply(stack, inputs, chosen)
+    np.testing.assert_array_equal(multiply(stack, inputs, chosen, num_threads=1), whole)
+    parts = [multiply(stack, inputs[:15], chosen[:15]), multiply(stack, inputs[15:], chosen[15:])]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 

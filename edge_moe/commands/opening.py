@@ -173,10 +173,6 @@ def _open_native(
             f"{path} runs in edge-moe's own runtime: --gpu-layers is for .gguf files; leave it out "
             "and give --device cuda"
         )
-    if paging.rearranged:
-        raise TargetError(
-            f"{path} runs in edge-moe's own runtime: --rearranged is for .gguf files; leave it out"
-        )
     paging.refuse_idle()
     known = known_patterns(path, paging.task, paging.patterns)
     from edge_moe.runtime.predictor_choice import default_predictors
@@ -203,6 +199,7 @@ def _open_native(
         graphs=paging.graphs,
         pre_gate=load_pre_gate(paging.pre_gate),
         delta=paging.delta,
+        rearranged=bool(paging.rearranged),
     )
     return session, known
 

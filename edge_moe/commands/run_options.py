@@ -106,8 +106,9 @@ Rearranged = Annotated[
     bool,
     typer.Option(
         "--rearranged",
-        help="Of a .gguf: compute experts of q4_0, q4_k and the like faster, by a copy of them "
-        "in the cache folder that takes as much disk; made once.",
+        help="On a CPU: compute experts of q4_0, q4_k and the like faster. Of a package they are "
+        "rearranged when they are read; of a .gguf once, into a copy in the cache folder that "
+        "takes as much disk.",
     ),
 ]
 TraceFile = Annotated[

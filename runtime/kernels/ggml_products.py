@@ -21,6 +21,8 @@ import torch
 from edge_moe.errors import InputError
 from edge_moe.formats import ggml_library
 from edge_moe.formats.ggml_types import GgmlType
+from edge_moe.runtime.llama_api import TensorHead
+from edge_moe.runtime.llama_rearrange import rearranged_kernels
 
 Tensor = torch.Tensor
 IntArray = npt.NDArray[np.int64]
@@ -28,8 +30,6 @@ IntArray = npt.NDArray[np.int64]
 _F32, _I32 = 0, 26  # numbers of ggml types
 _ALIGNMENT_BYTES = 64
 _MOST_NODES = 8
-_COUNT_OFFSET, _DATA_OFFSET = 32, 248
-"""Bytes before `ne[2]` and `data` in `struct ggml_tensor` of ggml.h, where pointers take 8."""
 _MOST_TENSORS = 12
 _P, _I, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 
@@ -101,17 +101,18 @@ class GgmlCpu:
         self._check_layout()
 
     def _check_layout(self) -> None:
-        """Fields that `_Window` writes must be where they are in ggml.h."""
+        """Fields that are written here must be where they are in ggml.h."""
         context = self.init(InitParams(4 * self.tensor_overhead(), None, True))
         memory = torch.empty(2**10, dtype=torch.uint8)
         address = memory.data_ptr() + -memory.data_ptr() % _ALIGNMENT_BYTES
         tensor = self.new_tensor_3d(context, _F32, 2, 3, 5)
         buffer = self.backend_cpu_buffer_from_ptr(address, 4 * 2 * 3 * 5)
         self.backend_tensor_alloc(buffer, tensor, address)
-        found = _count_of(tensor).value, _data_of(tensor).value, self.get_data(tensor)
+        head = TensorHead.from_address(tensor)
+        found = head.ne[:3], head.nb[:3], head.buffer, head.data, self.get_data(tensor)
         self.backend_buffer_free(buffer)
         self.free(context)
-        if found != (5, address, address):
+        if found != ([2, 3, 5], [4, 8, 24], buffer, address, address):
             raise InputError(
                 "llama-cpp-python's libggml lays its tensors out in another way: install the "
                 "version of the extra gguf, or use --kernels exact"
@@ -150,6 +151,8 @@ class MatrixStack:
     rows: int
     width: int
     offset_bytes: int
+    is_rearranged: bool = False
+    """As `RearrangedStore` leaves them, for the kernels of `rearranged_kernels`."""
 
     def __post_init__(self) -> None:
         """The library aborts the process on what does not fit: refuse it here."""
@@ -178,14 +181,6 @@ class Backend:
             self.pointer = None
 
 
-def _count_of(tensor: int) -> ctypes.c_int64:
-    return ctypes.c_int64.from_address(tensor + _COUNT_OFFSET)
-
-
-def _data_of(tensor: int) -> ctypes.c_uint64:
-    return ctypes.c_uint64.from_address(tensor + _DATA_OFFSET)
-
-
 class _Window:
     """The part of a stack that a graph's tensor shows: MUL_MAT_ID takes time for every matrix.
 
@@ -195,12 +190,13 @@ class _Window:
     def __init__(self, tensor: int, stack: MatrixStack) -> None:
         self._stride_bytes = stack.buffer.shape[1]
         self._address = stack.buffer.data_ptr() + stack.offset_bytes
-        self._count, self._data = _count_of(tensor), _data_of(tensor)
+        self._head = TensorHead.from_address(tensor)
+        self._counts = self._head.ne  # the same memory
 
     def move(self, first: int, stop: int) -> None:
         """Show the matrices from `first` to before `stop`."""
-        self._data.value = self._address + first * self._stride_bytes
-        self._count.value = stop - first
+        self._head.data = self._address + first * self._stride_bytes
+        self._counts[2] = stop - first
 
 
 class Product:
@@ -224,8 +220,11 @@ class Product:
 
         Args:
             inputs: float32 [R, width], or [1, width] if shared.
-            chosen: [R] positions in the stack, each below its length.
+            chosen: [R] positions in the stack, each below its length; of a shared input each but
+                once where matrices are rearranged.
         """
+        if self._needs_distinct and len(set(chosen.tolist())) < len(chosen):
+            raise ValueError("one input is multiplied with a rearranged matrix once")
         self._inputs.copy_(inputs)
         first, stop = int(chosen.min()), int(chosen.max()) + 1
         np.subtract(chosen, first, out=self._chosen, casting="unsafe")
@@ -252,6 +251,7 @@ class Product:
         self._num_rows, self._num_inputs = num_rows, 1 if is_shared else num_rows
         self._buffers: list[int] = []
         self._windows: list[_Window] = []
+        self._needs_distinct = False
         self._memory: list[Tensor] = []  # what the graph points to must stay alive
         api = self._api
         num_bytes = _MOST_TENSORS * api.tensor_overhead()
@@ -284,6 +284,26 @@ class Product:
 
     def _matrices(self, stack: MatrixStack) -> Any:
         """The stack as a C tensor, which lies in the slots."""
+        matrices = self._rearranged(stack) if stack.is_rearranged else self._as_stored(stack)
+        self._windows.append(_Window(matrices, stack))
+        return matrices
+
+    def _rearranged(self, stack: MatrixStack) -> Any:
+        """No view, which would be taken for one of matrices as they are stored."""
+        count, stride_bytes = stack.buffer.shape
+        matrices = self._api.new_tensor_3d(
+            self._context, stack.kind.ggml_type, stack.width, stack.rows, count
+        )
+        head = TensorHead.from_address(matrices)
+        head.nb[2:] = [stride_bytes, count * stride_bytes]
+        if not rearranged_kernels().adopt(matrices):
+            raise ValueError(f"no kernels for {stack.rows} rearranged rows of {stack.kind.name}")
+        self._memory.append(stack.buffer)
+        # libggml keeps a list for every matrix that has room for one place of each input
+        self._needs_distinct = self._num_inputs < self._num_rows
+        return matrices
+
+    def _as_stored(self, stack: MatrixStack) -> Any:
         api, context = self._api, self._context
         count, stride_bytes = stack.buffer.shape
         number, row_bytes = stack.kind.ggml_type, stack.kind.row_bytes(stack.width)
@@ -295,7 +315,6 @@ class Product:
             *(row_bytes, stride_bytes, stack.offset_bytes),
         )
         api.backend_view_init(matrices)
-        self._windows.append(_Window(matrices, stack))
         return matrices
 
     def _allocate(self, tensor: Any, dtype: torch.dtype) -> Tensor:
