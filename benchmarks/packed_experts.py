@@ -9,6 +9,7 @@ all contenders compute the same choice, in turn:
 
 exact               torch, every expert unpacked to float32 (fewer rounds: it is slow)
 ggml                edge-moe's slots, libggml's kernels; with the cache's bookkeeping
+ggml, rearranged    the same, experts rearranged when they are read, for the types llama.cpp does so
 llama.cpp           its graph of the layer (`llama_experts.py`), weights as a GGUF stores them
 llama.cpp, rearranged  the same, weights rearranged when they are loaded, for the types it does so
 
@@ -50,6 +51,7 @@ from edge_moe.runtime.model import meta_model
 from edge_moe.runtime.packed_experts import SlotExperts
 from edge_moe.runtime.paged_experts import ExpertPager, register_experts
 from edge_moe.runtime.policy import Key, LeastRecentlyUsed
+from edge_moe.runtime.rearranged_store import RearrangedStore
 from edge_moe.runtime.slot_products import SlotProducts
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.spec import ModelSpec
@@ -60,7 +62,12 @@ SLOT_BYTES = 10**9
 """At least, in layers of 128 experts: more than a core's caches."""
 DISTINCT = 4
 EXACT_ROUNDS = 4
-EXACT, GGML, LLAMA, REARRANGED = "exact", "ggml", "llama.cpp", "llama.cpp, rearranged"
+EXACT, GGML, LLAMA = "exact", "ggml", "llama.cpp"
+GGML_REARRANGED, LLAMA_REARRANGED = f"{GGML}, rearranged", f"{LLAMA}, rearranged"
+RATIOS = (
+    *((GGML, name) for name in (LLAMA, LLAMA_REARRANGED, EXACT)),
+    (GGML_REARRANGED, LLAMA_REARRANGED),
+)
 
 
 class _Model(BaseModel):
@@ -89,13 +96,12 @@ class Row(_Model):
         """The shortest of a contender's seconds; None where it did not run."""
         return min(self.seconds[name]) if self.seconds.get(name) else None
 
-    def ratio(self, name: str) -> float | None:
-        """Median over the rounds of ggml's seconds in units of `name`'s in the same round."""
-        others = self.seconds.get(name)
-        if not others:
+    def ratio(self, name: str, other: str) -> float | None:
+        """Median over the rounds of `name`'s seconds in units of `other`'s in the same round."""
+        mine, others = self.seconds.get(name), self.seconds.get(other)
+        if not mine or not others:
             return None
-        mine = self.seconds[GGML][: len(others)]
-        return float(np.median([a / b for a, b in zip(mine, others, strict=True)]))
+        return float(np.median([a / b for a, b in zip(mine, others, strict=False)]))
 
 
 class Record(_Model):
@@ -186,16 +192,17 @@ def measure(form: str, num_tokens: int, rounds: int) -> Row:
     record_bytes = expert_bytes(form, HIDDEN, WIDTH)
     num_layers = max(2, -(-SLOT_BYTES // (NUM_EXPERTS * record_bytes)))
     store = RepeatedStore(form, packed, num_layers)
+    rearranged = RearrangedStore(store, spec, {form})
     buffers = SlotBuffers({record_bytes: num_layers * NUM_EXPERTS}, torch.device("cpu"))
-    cache = ExpertCache(store, buffers, LeastRecentlyUsed)
-    cache.fill()
-    products = SlotProducts(spec, buffers, frozenset({form}))
-    pagers = {name: ExpertPager(spec, store, cache, None) for name in (EXACT, GGML)}
-    pagers[GGML].packed = SlotExperts(store, cache, products, pagers[GGML].unpacked_output)
-    rate = read_rate(buffers.buffer(record_bytes))
     with ExitStack() as stack:
+        pagers = {GGML: packed_pager(stack, spec, store, buffers)}
+        pagers[EXACT] = ExpertPager(spec, store, pagers[GGML].cache, None)
+        if rearranged.has_any:
+            others = SlotBuffers(buffers.counts, torch.device("cpu"))
+            pagers[GGML_REARRANGED] = packed_pager(stack, spec, rearranged, others)
+        rate = read_rate(buffers.buffer(record_bytes))
         layers = llama_layers(stack, form, packed, num_layers, num_tokens)
-        seconds: dict[str, list[float]] = {name: [] for name in (EXACT, GGML, *layers)}
+        seconds: dict[str, list[float]] = {name: [] for name in (*pagers, *layers)}
         generator, read_bytes = np.random.default_rng(1), []
         for turn in range(-2, rounds):
             layer = turn % num_layers
@@ -207,7 +214,7 @@ def measure(form: str, num_tokens: int, rounds: int) -> Row:
             runs: dict[str, Callable[[], Any]] = {
                 name: partial(pager.forward, experts, layer, *tensors)
                 for name, pager in pagers.items()
-                if name == GGML or turn < min(rounds, EXACT_ROUNDS)
+                if name != EXACT or turn < min(rounds, EXACT_ROUNDS)
             }
             runs |= {name: partial(each[layer], *arrays) for name, each in layers.items()}
             found = {}
@@ -218,7 +225,6 @@ def measure(form: str, num_tokens: int, rounds: int) -> Row:
                     seconds[name].append(spent)
             _require_alike(found)
             read_bytes.append(len(np.unique(rows)) * record_bytes)
-        products.close()
     rate = max(rate, read_rate(buffers.buffer(record_bytes)))
     return Row(
         form=form,
@@ -227,6 +233,22 @@ def measure(form: str, num_tokens: int, rounds: int) -> Row:
         load_average=round(os.getloadavg()[0], 2),
         seconds=seconds,
     )
+
+
+def packed_pager(
+    stack: ExitStack, spec: ModelSpec, store: ExpertStore, buffers: SlotBuffers
+) -> ExpertPager:
+    """With every expert of `store` in its slot."""
+    cache = ExpertCache(store, buffers, LeastRecentlyUsed)
+    cache.fill()
+    products = SlotProducts(
+        *(spec, buffers, frozenset(store.all_forms())),
+        is_rearranged=isinstance(store, RearrangedStore),
+    )
+    stack.callback(products.close)
+    pager = ExpertPager(spec, store, cache, None)
+    pager.packed = SlotExperts(store, cache, products, pager.unpacked_output)
+    return pager
 
 
 def llama_layers(
@@ -239,7 +261,7 @@ def llama_layers(
     parts = [(one[:gate], one[gate : gate + up], one[gate + up :]) for one in packed]
     experts = [parts[number % DISTINCT] for number in range(NUM_EXPERTS)]
     found: dict[str, list[LlamaLayer]] = {}
-    for name in (LLAMA, REARRANGED):
+    for name in (LLAMA, LLAMA_REARRANGED):
         try:
             for _ in range(num_layers):
                 layer = LlamaLayer(
@@ -247,7 +269,7 @@ def llama_layers(
                     backend=backend,
                     num_tokens=num_tokens,
                     top_k=TOP_K,
-                    is_rearranged=name == REARRANGED,
+                    is_rearranged=name == LLAMA_REARRANGED,
                 )
                 stack.callback(layer.close)
                 found.setdefault(name, []).append(layer)
@@ -267,9 +289,9 @@ def _require_alike(found: dict[str, Any]) -> None:
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """Medians over the rounds / best round, in milliseconds; then medians of ratios."""
-    names = (GGML, LLAMA, REARRANGED, EXACT)
+    names = (GGML, GGML_REARRANGED, LLAMA, LLAMA_REARRANGED, EXACT)
     table = Table(box=box.MARKDOWN)
-    for title in ("form", "bound", *names, *(f"ggml / {name}" for name in names[1:])):
+    for title in ("form", "bound", *names, *(" / ".join(pair) for pair in RATIOS)):
         table.add_column(title, justify="right")
     for row in rows:
         times = [(row.median(name), row.best(name)) for name in names]
@@ -281,8 +303,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
                 for median, best in times
             ),
             *(
-                f"{ratio:.3g}" if (ratio := row.ratio(name)) is not None else "-"
-                for name in names[1:]
+                f"{ratio:.3g}" if (ratio := row.ratio(*pair)) is not None else "-"
+                for pair in RATIOS
             ),
         )
     console.print(table)
@@ -306,7 +328,7 @@ def main() -> None:
     )
     path = arguments.output / f"packed_experts-{arguments.tokens}.json"
     write_text(path, record.model_dump_json(indent=1) + "\n")
-    show(rows, Console(width=150))
+    show(rows, Console(width=200))
 
 
 if __name__ == "__main__":
