@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -69,37 +68,15 @@ class ReadsOfSteps:
 
     def again_seconds(self, first_step: int) -> float:
         """How long the disk takes for the same pieces in the same order, where nobody computes."""
-        from edge_moe.runtime.direct_reads import DirectReads
-        from edge_moe.runtime.storage_rate import AT_ONCE
+        from edge_moe.runtime.storage_rate import read_by_itself
 
         reads = [read for step in self._steps[first_step:] for read in step]
         pieces = [read.piece for read in reads if read.end_seconds]  # the others were cancelled
         if not pieces:
             return 0.0
-        size = max(piece.num_bytes for piece in pieces)
-        memory = mmap.mmap(-1, AT_ONCE * size)
-        memory.write(bytes(len(memory)))
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         descriptor = self._experts._files.descriptor
-        direct = DirectReads(AT_ONCE)
-        direct.set_list(
-            [
-                (descriptor(each.path), each.offset, start + at % AT_ONCE * size, each.num_bytes)
-                for at, each in enumerate(pieces)
-            ]
-        )
-        begun = over = 0
-        before = time.perf_counter()
-        while over < len(pieces):
-            room = min(AT_ONCE - (begun - over), len(pieces) - begun)
-            if room:
-                begun += direct.begin(range(begun, begun + room))
-            done = direct.over(1)
-            assert all(result > 0 for _, result in done)
-            over += len(done)
-        seconds = time.perf_counter() - before
-        direct.close()
-        return seconds
+        again = [(descriptor(each.path), each.offset, each.num_bytes) for each in pieces]
+        return read_by_itself(again)[1]
 
 
 def paged(path: Path, budget_bytes: int, policy: str) -> tuple[Step, Facts]:

@@ -18,12 +18,13 @@ from edge_moe.runtime.gguf_slices import Place, Slice, SliceFiles, expert_slices
 from edge_moe.runtime.guesses import Guesses
 from edge_moe.runtime.idle_link import IdleLink
 from edge_moe.runtime.llama_region import ExpertRegion
-from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
-from edge_moe.runtime.read_queue import Read, ReadQueue, ThreadQueue
-
-READERS = 4
-"""Threads that read, where the system does not by itself: enough to keep an NVMe disk busy with
-pieces of half a megabyte."""
+from edge_moe.runtime.policy import (
+    EvictionPolicy,
+    Key,
+    LeastRecentlyUsed,
+    PagingStatistics,
+)
+from edge_moe.runtime.read_queue import READERS, Read, ReadQueue, ThreadQueue
 
 _FILLED_TOGETHER = 16
 """Experts."""
@@ -66,7 +67,7 @@ class GgufExperts:
         model: GgufModel,
         region: ExpertRegion,
         limit_bytes: int,
-        policy: EvictionPolicy,
+        policy: type[EvictionPolicy],
         places: Mapping[str, Place] | None = None,
     ) -> None:
         """`region` holds the model's expert tensors, loaded and settled.
@@ -80,12 +81,13 @@ class GgufExperts:
         self.statistics = PagingStatistics()
         self.layer_ids = tuple(sorted(model.layers))
         self._region = region
-        self._policy = policy
         places = places or {}
         sizes = expert_sizes(model, {name: offset for name, (_, offset) in places.items()})
         self._sizes = {
             (layer, row): size for layer, rows in enumerate(sizes) for row, size in enumerate(rows)
         }
+        # where nothing ever leaves, the order that takes next to no memory and time
+        self._policy = (policy if self.is_paging else LeastRecentlyUsed)()
         self._slices = expert_slices(model, region, places, are_apart=self.is_paging)
         self._files = SliceFiles({each.path for rows in self._slices.values() for each in rows})
         self._order = [

@@ -139,7 +139,7 @@ class GgufSession(TextSession):
             loaded = LoadedModel(model, gpu_layers, rearranges_dense=rearranged is not None)
             held.callback(loaded.close)
             places = _places(model, loaded, rearranged, on_bytes)
-            experts = GgufExperts(model, loaded.region, limit_bytes, policy(), places)
+            experts = GgufExperts(model, loaded.region, limit_bytes, policy, places)
             held.callback(experts.close)
             is_paging = experts.is_paging
             if not is_paging:

@@ -15,8 +15,13 @@ _UNSEEN = 1e-3
 """Share of an expert that was never used: less than one use in a few hundred visits gives."""
 _ABSENT = -np.inf
 """Gap of an expert that is not resident."""
-ROWS_AT_ONCE = 16
+_ROWS_AT_ONCE = 16
 """Rows come by so many, so that arrays are seldom copied."""
+_BYTES_PER_PAIR = 4
+_BYTES_PER_ROW = 8 + 8 + 8 + 1
+"""Two float64 of expectation, one share, and whether it is resident."""
+_BYTES_PER_PAIR_OF_LAYERS = 8
+_BYTES_PER_LAYER = 8 + 8
 
 _Shares = npt.NDArray[np.floating]
 
@@ -60,12 +65,13 @@ class _Visits:
         expected /= 2
         return expected
 
-    def grow(self, num_rows: int) -> None:
-        """There are `num_rows` experts now."""
-        old = len(self._after)
-        after = np.full((num_rows, num_rows), _UNSEEN, np.float32)
-        after[:old, :old] = self._after
-        self._after = after
+    def grown(self, num_rows: int) -> _Visits:
+        """The same of a layer of `num_rows` experts, which are more."""
+        old, found = len(self._after), _Visits(num_rows)
+        found._after.fill(_UNSEEN)
+        found._after[:old, :old] = self._after
+        found.chosen, found._before, found._known = self.chosen, self._before, self._known
+        return found
 
 
 class SoonestNextUse(EvictionPolicy):
@@ -104,6 +110,12 @@ class SoonestNextUse(EvictionPolicy):
         """[L, L] after how many layers another one is asked, seen from each."""
         self._layer = -1
 
+    @classmethod
+    def order_bytes(cls, num_layers: int, num_rows: int) -> int:
+        rows = -(-num_rows // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
+        per_layer = rows * (_BYTES_PER_PAIR * rows + _BYTES_PER_ROW) + _BYTES_PER_LAYER
+        return num_layers * (per_layer + _BYTES_PER_PAIR_OF_LAYERS * num_layers)
+
     def admit(self, key: Key) -> None:
         self._reach(key)
         layer, row = key
@@ -131,10 +143,16 @@ class SoonestNextUse(EvictionPolicy):
 
     def forget(self, key: Key) -> None:
         layer, row = key
+        if not self._is_resident[key]:
+            raise KeyError(key)
+        was_stale = layer in self._stale
+        self._stale.add(layer)  # until all of it is done: Ctrl-C may come at any line
         self._is_resident[key] = False
         self._gaps[key] = _ABSENT
         if self._last_rows[layer] == row:
             self._find_last(layer)
+        if not was_stale:
+            self._stale.remove(layer)
 
     def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
         self._settle()
@@ -178,16 +196,23 @@ class SoonestNextUse(EvictionPolicy):
         layers, rows = self._shares.shape
         if key[0] < layers and key[1] < rows:
             return
-        num_rows = -(-(key[1] + 1) // ROWS_AT_ONCE) * ROWS_AT_ONCE
+        num_rows = -(-(key[1] + 1) // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
         shape = max(layers, key[0] + 1), max(rows, num_rows)
         shares, is_resident = np.full(shape, _UNSEEN), np.zeros(shape, np.bool_)
         shares[:layers, :rows], is_resident[:layers, :rows] = self._shares, self._is_resident
-        self._shares, self._is_resident = shares, is_resident
-        self._expected, self._gaps = np.zeros(shape), np.full(shape, _ABSENT)
-        self._last_rows, self._last_gaps = np.zeros(shape[0], np.int64), np.full(shape[0], _ABSENT)
-        self._used, self._stale = set(range(shape[0])), set(range(shape[0]))
         every = np.arange(shape[0])
-        self._ahead = shape[0] - (every[:, None] - every) % shape[0]
-        for visits in self._visits:
-            visits.grow(shape[1])
-        self._visits += [_Visits(shape[1]) for _ in range(shape[0] - layers)]
+        visits = [each.grown(shape[1]) for each in self._visits]
+        visits += [_Visits(shape[1]) for _ in range(shape[0] - layers)]
+        larger = {
+            "_shares": shares,
+            "_is_resident": is_resident,
+            "_expected": np.zeros(shape),
+            "_gaps": np.full(shape, _ABSENT),
+            "_last_rows": np.zeros(shape[0], np.int64),
+            "_last_gaps": np.full(shape[0], _ABSENT),
+            "_used": set(range(shape[0])),
+            "_stale": set(range(shape[0])),
+            "_ahead": shape[0] - (every[:, None] - every) % shape[0],
+            "_visits": visits,
+        }
+        vars(self).update(larger)  # at once: Ctrl-C may come at any line

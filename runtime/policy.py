@@ -25,6 +25,11 @@ class EvictionPolicy(ABC):
 
     name: str
 
+    @classmethod
+    def order_bytes(cls, num_layers: int, num_rows: int) -> int:
+        """Memory over so many layers of `num_rows` experts; 0: a few numbers per resident."""
+        return 0
+
     @abstractmethod
     def admit(self, key: Key) -> None:
         """`key` got a slot."""

@@ -9,6 +9,10 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Generic, TypeVar
 
+READERS = 4
+"""Threads that read, where the system does not by itself: enough to keep an NVMe disk busy with
+pieces of half a megabyte."""
+
 Piece = TypeVar("Piece")
 
 

@@ -3,12 +3,13 @@
 The file has the rearranged tensors one after the other, each from a page's start on, in the order
 of the model's layers. It is made once, takes as many bytes as they do, and is checked against the
 model whenever it is opened: first and last rows of every tensor are rearranged anew, so that
-another CPU, llama.cpp or model is noticed.
+another CPU, llama.cpp or model is noticed. Files of what the model was before are removed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import mmap
 import os
@@ -75,12 +76,13 @@ def rearranged_places(
             f"{model.path}: llama.cpp has no faster kernels for its experts on this CPU: leave out "
             "--rearranged"
         )
-    path = folder / f"{model.path.resolve().stem}-{_identity(model)}.experts"
+    path = folder / f"{_name(model.path)}-{_identity(model)}.experts"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not _is_current(path, tensors, rearranger):
             with _alone(path.with_suffix(".lock")):  # another process may be making it
                 if not _is_current(path, tensors, rearranger):
+                    _remove_older(path, model.path)
                     _write(path, tensors, rearranger, on_bytes or (lambda *_: None))
     except OSError as error:
         if error.filename is not None:
@@ -105,6 +107,19 @@ def _layout(model: GgufModel, region: ExpertRegion, rearranger: Rearranger) -> l
             if rearranger.adopt(info.name, region.tensor(info.name)):
                 found.append(_Tensor(info, found[-1].end if found else 0))
     return found
+
+
+def _name(model: Path) -> str:
+    """Of all files for the model at this place, whatever it is."""
+    place = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:8]
+    return f"{model.resolve().stem}-{place}"
+
+
+def _remove_older(path: Path, model: Path) -> None:
+    """Files of what the model was before it was written anew: nobody else will ever use them."""
+    for each in path.parent.glob(f"{glob.escape(_name(model))}-*"):
+        if each.stem != path.stem:
+            each.unlink(missing_ok=True)
 
 
 def _identity(model: GgufModel) -> str:

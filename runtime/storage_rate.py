@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,8 @@ import numpy as np
 from edge_moe.errors import InputError
 from edge_moe.runtime.direct_file import open_direct
 from edge_moe.runtime.direct_reads import DirectReads
+from edge_moe.runtime.read_queue import READERS
 
-READERS = 4
-"""Threads, where the system does not read by itself."""
 AT_ONCE = 12
 """Reads that the system is given at a time: a few experts of three matrices."""
 _PAGE_BYTES = 4096
@@ -27,6 +26,8 @@ _PLACES = 4096
 
 _Places = list[tuple[int, int]]
 """(descriptor, offset)"""
+Piece = tuple[int, int, int]
+"""(descriptor, offset, bytes), the last two multiples of a page."""
 
 
 def storage_rate(files: Sequence[Path], piece_bytes: int) -> tuple[float, str]:
@@ -36,6 +37,7 @@ def storage_rate(files: Sequence[Path], piece_bytes: int) -> tuple[float, str]:
         InputError: a file that cannot be read.
     """
     size = max(_PAGE_BYTES, piece_bytes // _PAGE_BYTES * _PAGE_BYTES)
+    what = f"pieces of {size} bytes"
     with ExitStack() as held:
         try:
             opened = [open_direct(file) for file in files]
@@ -45,46 +47,57 @@ def storage_rate(files: Sequence[Path], piece_bytes: int) -> tuple[float, str]:
             held.callback(os.close, descriptor)
         places = _random_places([descriptor for descriptor, _ in opened], size)
         is_direct = all(each for _, each in opened)
-        rate = _rate_by_itself(places, size) if is_direct else None
-        if rate is not None:
-            how = f"{AT_ONCE} pieces of {size} bytes at a time past the page cache"
-            return rate, how
+        with suppress(OSError):  # the system does not read without threads
+            if is_direct:
+                found, seconds = read_by_itself([(*place, size) for place in places], _SECONDS)
+                return found / seconds, f"{AT_ONCE} {what} at a time past the page cache"
         past = "past" if is_direct else "through"
-        how = f"{READERS} threads read pieces of {size} bytes {past} the page cache"
+        how = f"{READERS} threads read {what} {past} the page cache"
         return _rate_of_threads(places, size), how
 
 
-def _rate_by_itself(places: _Places, size: int) -> float | None:
-    """None where the system does not read without threads."""
-    try:
-        reads = DirectReads(AT_ONCE)
-    except OSError:
-        return None
-    with closing(reads), mmap.mmap(-1, AT_ONCE * size) as memory:
+def read_by_itself(pieces: Sequence[Piece], seconds: float | None = None) -> tuple[int, float]:
+    """(bytes, seconds) of reading without threads, `AT_ONCE` pieces at a time.
+
+    In order, once; or again and again for so many seconds.
+
+    Raises:
+        OSError: the system does not read without threads, or cannot read a piece.
+    """
+    size = max(num_bytes for *_, num_bytes in pieces)
+    with closing(DirectReads(AT_ONCE)) as reads, mmap.mmap(-1, AT_ONCE * size) as memory:
         memory.write(bytes(len(memory)))
-        start = _address(memory)
+        places = (_address(memory) + at % AT_ONCE * size for at in range(len(pieces)))
         reads.set_list(
             [
-                (descriptor, offset, start + at % AT_ONCE * size, size)
-                for at, (descriptor, offset) in enumerate(places)
+                (descriptor, offset, place, num_bytes)
+                for (descriptor, offset, num_bytes), place in zip(pieces, places, strict=True)
             ]
         )
-        return _rate(reads, len(places))
+        start = time.perf_counter()
+        end = None if seconds is None else start + seconds
+        num_bytes = _read_list(reads, len(pieces), end)
+        return num_bytes, time.perf_counter() - start
 
 
-def _rate(reads: DirectReads, num_places: int) -> float | None:
+def _read_list(reads: DirectReads, num_pieces: int, end: float | None) -> int:
+    """Bytes of all pieces once, or again and again until `end`."""
     begun = under_way = num_bytes = 0
-    start = time.perf_counter()
-    while (is_on := time.perf_counter() < start + _SECONDS) or under_way:
+    while (is_on := _goes_on(begun, num_pieces, end)) or under_way:
         while is_on and under_way < AT_ONCE:
-            under_way += reads.begin([begun % num_places])
+            under_way += reads.begin([begun % num_pieces])
             begun += 1
+            is_on = _goes_on(begun, num_pieces, end)
         for _, result in reads.over(1):
             under_way -= 1
             if result < 0:
-                return None
+                raise OSError(-result, os.strerror(-result))
             num_bytes += result
-    return num_bytes / (time.perf_counter() - start)
+    return num_bytes
+
+
+def _goes_on(begun: int, num_pieces: int, end: float | None) -> bool:
+    return begun < num_pieces if end is None else time.perf_counter() < end
 
 
 def _rate_of_threads(places: _Places, size: int) -> float:

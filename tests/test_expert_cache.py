@@ -24,6 +24,7 @@ from edge_moe.errors import BudgetError, InputError
 from edge_moe.runtime.allotment import allot
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
+from edge_moe.runtime.next_use import SoonestNextUse
 from edge_moe.runtime.policy import EvictionPolicy, Key, LeastFrequentlyUsed, LeastRecentlyUsed
 from edge_moe.runtime.slots import (
     SlotBuffers,
@@ -217,7 +218,9 @@ def interrupted_at(line: int) -> Iterator[None]:
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal left
-        if Path(frame.f_code.co_filename).name not in ("expert_cache.py", "policy.py"):
+        if Path(frame.f_code.co_filename).name not in (
+            *("expert_cache.py", "policy.py", "next_use.py"),
+        ):
             return None
         left -= event == "line"
         if left == 0:
@@ -264,7 +267,7 @@ def require_every_slot(cache: ExpertCache, store: MemoryStore, held: int) -> Non
         cache.check_integrity()
 
 
-@pytest.mark.parametrize("policy", [LeastRecentlyUsed, LeastFrequentlyUsed])
+@pytest.mark.parametrize("policy", [LeastRecentlyUsed, LeastFrequentlyUsed, SoonestNextUse])
 @pytest.mark.parametrize(("start", "num_readers"), [(begin, 0), (begin, 2), (claim, 0)])
 def test_an_interrupt_at_any_line_loses_no_slot(
     start: Callable[[ExpertCache, Key], Callable[[], object]],

@@ -38,8 +38,9 @@ from edge_moe.runtime import (
 from edge_moe.runtime.direct_reads import DirectReads
 from edge_moe.runtime.gguf_session import GgufSession
 from edge_moe.runtime.interleaved_trial import FastestOf
+from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import LeastRecentlyUsed
-from edge_moe.runtime.policy_memory import TERM_NAME, order_bytes
+from edge_moe.runtime.policy_memory import TERM_NAME
 from edge_moe.runtime.predictor_choice import PREDICTORS
 from edge_moe.runtime.predictors import Repeat, Transitions
 from edge_moe.runtime.read_ahead import ReadAhead
@@ -309,7 +310,7 @@ def rearrange(path: Path, folder: Path) -> list[tuple[int, int]]:
 
 
 def test_rearranged_experts_are_kept_and_made_anew_where_they_are_not_the_models(
-    wide: Path, tmp_path: Path
+    wide: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     told = rearrange(wide, tmp_path)
     (file,) = tmp_path.iterdir()
@@ -333,8 +334,11 @@ def test_rearranged_experts_are_kept_and_made_anew_where_they_are_not_the_models
     moment = partial.stat().st_ino
     assert rearrange(wide, tmp_path) == told
     assert file.read_bytes() == expected and file.stat().st_ino == moment, "it goes on"
+    other = Path(shutil.copy(wide, tmp_path_factory.mktemp("other") / wide.name))
+    assert rearrange(other, tmp_path) == told and file in tmp_path.iterdir()
     os.utime(wide, ns=(1, 1))
-    assert rearrange(wide, tmp_path) == told and len(list(tmp_path.iterdir())) == 2
+    assert rearrange(wide, tmp_path) == told
+    assert len(list(tmp_path.iterdir())) == 2 and not file.exists(), "of what it was before"
 
 
 def test_two_processes_rearrange_one_after_the_other(wide: Path, tmp_path: Path) -> None:
@@ -490,7 +494,7 @@ def test_budgets_and_slots_that_are_too_small(quantised: Path) -> None:
         assert any("nearly every expert is read anew" in each for each in session.warnings)
         terms = {term.name: term.num_bytes for term in session.memory()}
         assert sum(terms.values()) <= error.value.minimum_bytes
-        assert terms[TERM_NAME] == order_bytes(
+        assert terms[TERM_NAME] == DEFAULT_POLICY.order_bytes(
             session.spec.num_moe_layers, session.spec.num_experts
         )
     with GgufSession.open(quantised, num_slots=8, policy=LeastRecentlyUsed) as session:

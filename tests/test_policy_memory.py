@@ -15,7 +15,7 @@ from edge_moe.runtime.allotment import eviction_terms, host_terms, open_store, r
 from edge_moe.runtime.next_use import SoonestNextUse
 from edge_moe.runtime.policies import DEFAULT_POLICY
 from edge_moe.runtime.policy import LeastRecentlyUsed
-from edge_moe.runtime.policy_memory import TERM_NAME, order_bytes, order_terms
+from edge_moe.runtime.policy_memory import TERM_NAME, order_terms
 from edge_moe.runtime.session import Session
 
 
@@ -37,16 +37,20 @@ def test_the_formula_is_what_the_arrays_take(num_layers: int, num_rows: int) -> 
             policy.admit((layer, row))
     policy.use_all(0, [0, 1])
     assert policy.victim(lambda _: True) is not None
-    assert sum(each.nbytes for each in arrays(policy)) == order_bytes(num_layers, num_rows)
+    assert sum(each.nbytes for each in arrays(policy)) == SoonestNextUse.order_bytes(
+        num_layers, num_rows
+    )
 
 
 def test_an_order_of_many_experts_takes_megabytes() -> None:
-    assert order_bytes(48, 128) == pytest.approx(48 * 4 * 128**2, rel=0.07)
-    assert order_bytes(60, 512) == pytest.approx(60 * 4 * 512**2, rel=0.02)
+    assert SoonestNextUse.order_bytes(48, 128) == pytest.approx(48 * 4 * 128**2, rel=0.07)
+    assert SoonestNextUse.order_bytes(60, 512) == pytest.approx(60 * 4 * 512**2, rel=0.02)
     assert not order_terms([128] * 48, policy=LeastRecentlyUsed)
     sizes = [[1] * 60 + [2] * 4] * 3
     [term] = eviction_terms(sizes)
-    assert term.num_bytes == 2 * order_bytes(3, 64), "every record size has an order of its own"
+    assert term.num_bytes == 2 * SoonestNextUse.order_bytes(3, 64), (
+        "every record size has an order of its own"
+    )
     assert [term.name for term in host_terms(sizes, "cuda", None, is_paging=True)] == [
         "staging",
         TERM_NAME,
@@ -56,7 +60,7 @@ def test_an_order_of_many_experts_takes_megabytes() -> None:
 def test_a_session_that_pages_is_billed_for_it(tiny_checkpoint: TinyCheckpoint) -> None:
     folder = tiny_checkpoint("olmoe")
     sizes = record_sizes(open_store(Checkpoint(folder)))
-    expected = order_bytes(len(sizes), len(sizes[0]))
+    expected = SoonestNextUse.order_bytes(len(sizes), len(sizes[0]))
     with_budget = billed(folder, budget_bytes=10**10)  # measures the process, where nobody has yet
     whole = billed(folder)
     fixed = sum(size for name, size in whole.items() if name != "experts")
