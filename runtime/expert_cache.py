@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 
 import torch
 
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.host_tier import HostTier
 from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
+from edge_moe.runtime.slot_filler import SlotFiller
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.runtime.streams import Mark
 from edge_moe.runtime.transfer import DirectTransfer, Transfer
@@ -77,15 +77,13 @@ class ExpertCache:
         self._store = store
         self._buffers = buffers
         self._policies = {size: policy() for size in buffers.counts}
-        self._host = host
         self._transfer = transfer or DirectTransfer()
+        self._filler = SlotFiller(store, buffers, host, self._transfer)
         self._readers: ThreadPoolExecutor | None = None
         if num_readers:
             self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="edge-moe-page-in")
         self._read_until = 0.0
         """Of all reads that are over."""
-        self._used_until: dict[tuple[int, int], Mark] = {}
-        """By size and slot: the last use of what it held before."""
         self._lock = threading.RLock()  # left in C: Ctrl-C cannot come before it is let go of
         self._changed = threading.Condition(self._lock)
         self._entries: dict[Key, Entry] = {}
@@ -281,7 +279,7 @@ class ExpertCache:
                 self._begin_load(key, entry, is_filling=True)
                 entries.append(entry)
             elif not is_here:
-                self._fill_host(key, size)
+                self._filler.fill_host(key)
         for entry in entries:
             entry.ready.wait()
             if entry.error is not None:
@@ -411,8 +409,7 @@ class ExpertCache:
 
     def _remove(self, key: Key, entry: Entry) -> None:
         entry.error = None  # its traceback leads here: slots would stay until a collection
-        if entry.last_use is not None:  # else what is known of the slot stays true
-            self._used_until[entry.record_bytes, entry.slot] = entry.last_use
+        self._filler.note_use(entry.record_bytes, entry.slot, entry.last_use)
         try:
             del self._entries[key]
             self._policies[entry.record_bytes].forget(key)
@@ -463,7 +460,7 @@ class ExpertCache:
 
     def _begin_load(self, key: Key, entry: Entry, *, is_filling: bool = False) -> None:
         """Have a reader fill the slot of a new entry; without readers, or from RAM, fill it."""
-        is_near = not is_filling and self._host is not None and self._host.has(key)
+        is_near = not is_filling and self._filler.is_in_ram(key)
         if self._readers is None or is_near:
             self._load(key, entry, is_demand=not is_filling, is_filling=is_filling)
             if entry.error is not None and not isinstance(entry.error, Exception):
@@ -482,15 +479,17 @@ class ExpertCache:
         self, key: Key, entry: Entry, *, is_demand: bool, is_filling: bool = False
     ) -> Mark | None:
         """Fill the slot of a new entry; when it is there, unless that is now."""
-        start, arrival = time.perf_counter(), None
+        start, arrival, was_in_ram = time.perf_counter(), None, False
         try:
-            entry.arrival = arrival = self._page_in(key, entry, is_filling)
+            arrival, was_in_ram = self._filler.fill(key, entry.slot, uses_ram=not is_filling)
+            entry.arrival = arrival
             entry.state = State.RESIDENT
         except BaseException as error:
             entry.error, entry.state = error, State.FAILED
         end, num_bytes = time.perf_counter(), self._store.read_bytes(key)
         with self._lock:
             self.statistics.page_in_bytes += num_bytes
+            self.statistics.host_hits += was_in_ram
             self.statistics.page_in_seconds += max(0.0, end - max(start, self._read_until))
             self.statistics.stall_seconds += end - start if is_demand else 0.0
             self._read_until = max(self._read_until, end)
@@ -500,29 +499,3 @@ class ExpertCache:
             self._changed.notify_all()
         entry.ready.set()
         return arrival
-
-    def _page_in(self, key: Key, entry: Entry, is_filling: bool) -> Mark | None:
-        slot = self._buffers.view(entry.record_bytes, entry.slot)
-        after = self._used_until.get((entry.record_bytes, entry.slot))
-        fill = partial(self._store.read_into, key)
-        if self._host is None or is_filling:
-            return self._transfer.from_storage(fill, slot, after)
-        kept = self._host.hold(key)
-        self.statistics.host_hits += kept is not None
-        if kept is None:
-            kept = self._host.read(key, entry.record_bytes, fill)
-        if kept is None:
-            return self._transfer.from_storage(fill, slot, after)
-        arrival = None
-        try:
-            arrival = self._transfer.from_host(kept, slot, after)
-        finally:
-            self._host.let_go(key, arrival)
-        return arrival
-
-    def _fill_host(self, key: Key, record_bytes: int) -> None:
-        host = self._host
-        if host is None or not host.has_room(record_bytes):
-            return
-        if host.read(key, record_bytes, partial(self._store.read_into, key)) is not None:
-            host.let_go(key, None)
