@@ -38,6 +38,7 @@ from edge_moe.measurement import (
 from edge_moe.metrics import Comparison, Estimate, TokenScores
 from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.package import is_package
+from edge_moe.runtime.comparable import check_same_tokenizer, check_same_vocabulary
 from edge_moe.runtime.heldout import is_in_task, text_to_score
 from edge_moe.runtime.kernel_choice import Kernels
 from edge_moe.runtime.policy import PagingStatistics, RoutedCounts
@@ -55,7 +56,6 @@ _ANSWER_TOKENS = 48
 _PROBLEM_CONTEXT_TOKENS = 256
 _PROGRAMS: dict[ModelKind, str] = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 """What runs a model that does not run in our own runtime."""
-_PROBE = 'The answer is 12.\n\tdef f(x):  # "naïve" {1: [2, 3]} SELECT *'
 
 Advance = Callable[[], None]
 
@@ -276,7 +276,7 @@ def score_windows(
         base_logits = _finite_logits("the reference", base, window)
         for name, model in models.items():
             logits = _finite_logits(name, model, window)
-            _check_same_vocabulary(name, logits, base_logits)
+            check_same_vocabulary(name, logits, base_logits)
             parts[name].append(metrics.compare_tokens(logits, base_logits, window))
         advance()
     return {name: TokenScores.join(found) for name, found in parts.items()}
@@ -305,26 +305,6 @@ def task_problems(task: str, max_problems: int) -> list[dict[str, str]]:
     lines = (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
     problems = [json.loads(line) for line in lines[:max_problems]]
     return problems if len(problems) >= 2 else []
-
-
-def check_same_tokenizer(models: Mapping[str, LanguageModel]) -> None:
-    """Compare the token ids of a probe text.
-
-    Raises:
-        InputError: two models split it differently, so their logits cannot be compared.
-    """
-    ids = {
-        name: list(model.tokenizer.encode(_PROBE, add_special_tokens=False))
-        for name, model in models.items()
-    }
-    first = next(iter(ids))
-    for name, found in ids.items():
-        if found != ids[first]:
-            raise InputError(
-                f"{first} and {name} have different tokenizers (a probe text of {len(_PROBE)} "
-                f"characters gives {len(ids[first])} and {len(found)} tokens): "
-                "compare models of the same origin"
-            )
 
 
 @contextmanager
@@ -494,13 +474,3 @@ def _finite_logits(
             "not suit this engine; build it again"
         )
     return logits
-
-
-def _check_same_vocabulary(
-    name: str, logits: npt.NDArray[np.float32], base_logits: npt.NDArray[np.float32]
-) -> None:
-    if logits.shape != base_logits.shape:
-        raise InputError(
-            f"{name} has a vocabulary of {logits.shape[-1]} tokens, the reference of "
-            f"{base_logits.shape[-1]}: compare models of the same origin"
-        )
