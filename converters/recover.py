@@ -20,6 +20,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import state_memory
 from edge_moe.converters.recover_memory import (
     branch_terms,
+    num_branch_weights,
     original_terms,
     require_memory,
     router_terms,
@@ -31,7 +32,7 @@ from edge_moe.converters.recover_text import TrainText, split_text
 from edge_moe.converters.recover_train import BranchTraining, TrainSettings
 from edge_moe.converters.recover_write import RECOVERY_NAME, write_recovered
 from edge_moe.converters.staging import BuildFolder, build_folder
-from edge_moe.converters.window_training import LossRow
+from edge_moe.converters.window_training import LossRow, state_bytes
 from edge_moe.errors import InputError, PackageError
 from edge_moe.files import require_free_disk, require_new_output
 from edge_moe.measurement import Provenance
@@ -182,9 +183,10 @@ def _train(
     windows = job.text.windows
     teacher = TeacherCache(scratch / "original")
     missing = teacher.missing(range(len(windows)))
+    needed_bytes = cache_bytes(sum(len(windows[index]) for index in missing))
+    needed_bytes += state_bytes(num_branch_weights(job.package, job.settings.rank))
+    require_free_disk(scratch, needed_bytes, "the original's predictions and the training's state")
     if missing:
-        num_tokens = sum(len(windows[index]) for index in missing)
-        require_free_disk(scratch, cache_bytes(num_tokens), "the original's predictions")
         with (
             Session.open(job.original.folder, context_tokens=max(map(len, windows))) as session,
             progress("the original predicts", len(missing)) as advance,

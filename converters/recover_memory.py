@@ -18,6 +18,7 @@ from edge_moe.plan import MemoryTerm, formula_terms
 from edge_moe.runtime.allotment import dense_tensors
 from edge_moe.units import format_bytes
 
+BRANCHED_LAYER = "self_attn.o_proj"
 _BRANCH_COPIES = 8  # value, gradient, two moments, best value, what the optimiser and saving make
 _ALLOWANCE_BYTES = 160_000_000  # libraries paged in by the first backward pass, allocator slack
 
@@ -49,6 +50,16 @@ def router_terms(original: Checkpoint, package: Package, num_tokens: int) -> lis
     )
 
 
+def num_branch_weights(package: Package, rank: int) -> int:
+    """r x (in + out) of every attention output."""
+    outputs = [
+        info.shape
+        for info in dense_tensors(package)
+        if info.name.endswith(f"{BRANCHED_LAYER}.weight")
+    ]
+    return rank * sum(map(sum, outputs))
+
+
 def branch_terms(package: Package, rank: int, window_tokens: int) -> list[MemoryTerm]:
     """While branches are trained; one window at a time.
 
@@ -59,7 +70,6 @@ def branch_terms(package: Package, rank: int, window_tokens: int) -> list[Memory
     """
     spec = package.spec
     dense = dense_tensors(package)
-    outputs = [info.shape for info in dense if info.name.endswith("self_attn.o_proj.weight")]
     attention = [info.shape for info in dense if ".self_attn." in info.name]
     widest = max((max(shape) for shape in attention), default=spec.hidden_size)
     kept = sum(len(layer.experts) for layer in package.manifest.layers)
@@ -69,7 +79,7 @@ def branch_terms(package: Package, rank: int, window_tokens: int) -> list[Memory
     return _terms(
         {
             "student": 4 * (kept * spec.expert_weights + sum(math.prod(i.shape) for i in dense)),
-            "branches": 4 * _BRANCH_COPIES * rank * sum(sum(shape) for shape in outputs),
+            "branches": 4 * _BRANCH_COPIES * num_branch_weights(package, rank),
             "activations": 4 * window_tokens * (spec.num_layers * row + 8 * spec.vocab_size)
             + scores,
         }

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_moe.converters.layer_stream import LayerStream
+from edge_moe.converters.recover_memory import BRANCHED_LAYER
 from edge_moe.converters.source_bytes import read_all
 from edge_moe.converters.stacked_experts import STACKED, empty_stacks, put_expert
 from edge_moe.errors import InputError
@@ -36,9 +37,6 @@ def experts_implementation(spec: ModelSpec) -> str:
     """What runs stacks [R, 2I, H] of the family: transformers' own where it lays them out so."""
     is_ours = spec.family.is_transposed or not spec.has_gate
     return STACKED if is_ours else EXPERTS_IMPLEMENTATION
-
-
-BRANCHED_LAYER = "self_attn.o_proj"
 
 
 class PackageSource:

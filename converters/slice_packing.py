@@ -8,11 +8,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.formats.dequantise import dequantise
 from edge_moe.formats.quantise import pack_matrix
 from edge_moe.gguf_header import GgufTensorInfo
 from edge_moe.gguf_tensors import EXPERT_MATRIX
-from edge_moe.tensor_info import read_range
+from edge_moe.gguf_values import read_values
 
 
 class InputSquares(Protocol):
@@ -40,6 +39,9 @@ class SlicePacker:
         """Flat bytes of an expert's part of the tensor `info` [E, rows, width] in `form`.
 
         Memory: that part packed twice and in float32, beside what is kept.
+
+        Raises:
+            CheckpointError: NaN or infinity.
         """
         key = info.name, expert_id, form
         if key in self._kept:
@@ -57,8 +59,7 @@ class SlicePacker:
         assert match is not None
         num_experts, rows, width = info.shape
         stride = info.num_bytes // num_experts
-        raw = read_range(info.path, info.offset + expert_id * stride, stride)
-        weights = dequantise(info.type_name, raw, rows * width).reshape(rows, width)
+        weights = read_values(info, info.offset + expert_id * stride, stride, (rows, width))
         known = None
         if self._squares is not None:
             known = self._squares(int(match.group(1)), expert_id, match.group(2) == "down")

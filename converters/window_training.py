@@ -142,9 +142,9 @@ def windows_read(text: TrainText, settings: WindowSettings) -> list[int]:
     return sorted(learned | set(text.indices(False)))
 
 
-def state_bytes(parameters: Mapping[str, Tensor]) -> int:
+def state_bytes(num_weights: int) -> int:
     """Disk bytes of a training's state at most: while it is written, the last one is there too."""
-    return 2 * 4 * _STATE_COPIES * sum(value.numel() for value in parameters.values())
+    return 2 * 4 * _STATE_COPIES * num_weights
 
 
 class WindowTraining:

@@ -16,6 +16,7 @@ from hand_plan import hand_plan, uniform_forms
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.export_gguf import export_gguf
+from edge_moe.converters.slice_packing import SlicePacker
 from edge_moe.errors import CheckpointError, EdgeMoeError, SpecError
 from edge_moe.formats import FORM_NAMES, get_form
 from edge_moe.formats.dequantise import dequantise
@@ -346,6 +347,10 @@ def test_nan_is_noticed(tmp_path: Path) -> None:
     model.expert(0, 0)
     with pytest.raises(CheckpointError, match="holds NaN or infinity"):
         model.expert(0, 1)
+    up, packer = model.tensors["blk.0.ffn_up_exps.weight"], SlicePacker("nearest")
+    assert packer.packed(up, 0, "q8_0").size
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
+        packer.packed(up, 1, "q8_0")
 
 
 def test_every_truncation_is_one_error(tmp_path: Path) -> None:

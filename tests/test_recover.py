@@ -26,10 +26,10 @@ from edge_moe.converters.build import build
 from edge_moe.converters.recover import RecoveryReport, recover
 from edge_moe.converters.recover_memory import branch_terms, total_bytes
 from edge_moe.converters.recover_student import add_branches, load_student
-from edge_moe.converters.recover_teacher import TeacherCache
+from edge_moe.converters.recover_teacher import TeacherCache, cache_bytes
 from edge_moe.converters.recover_text import split_text
 from edge_moe.converters.recover_train import BranchTraining, TrainSettings
-from edge_moe.errors import BudgetError, EdgeMoeError, InputError
+from edge_moe.errors import BudgetError, DiskSpaceError, EdgeMoeError, InputError
 from edge_moe.package import Package
 from edge_moe.runtime.evaluate import evaluate
 from edge_moe.runtime.session import Session
@@ -289,6 +289,18 @@ def test_the_bill_of_the_branches(pair: Any) -> None:
 
 
 # ---------------------------------------------------------------------------- bad input
+
+
+def test_no_room_for_the_state_is_said_before_training(
+    pair: Any, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, package = pair
+    text = split_text([task], load_tokenizer(package), 512, 64, None)
+    predictions_bytes = cache_bytes(sum(map(len, text.windows)))
+    usage = shutil.disk_usage(tmp_path)._replace(free=predictions_bytes)
+    monkeypatch.setattr("edge_moe.files.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(DiskSpaceError, match="predictions and the training's state needs"):
+        recovered(package, source, task, tmp_path / "out", routers=False)
 
 
 def _existing(paths: dict[str, Path]) -> dict[str, Any]:

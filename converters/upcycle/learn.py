@@ -53,7 +53,8 @@ def learn(
     teacher = TeacherCache(scratch / "original") if is_compared else None
     missing = teacher.missing(windows_read(text, settings)) if teacher is not None else []
     num_tokens = sum(len(text.windows[index]) for index in missing)
-    needed_bytes = cache_bytes(num_tokens) + state_bytes(student.parameters)
+    num_weights = sum(value.numel() for value in student.parameters.values())
+    needed_bytes = cache_bytes(num_tokens) + state_bytes(num_weights)
     require_free_disk(scratch, needed_bytes, "the state of the training")
     if teacher is not None:
         with progress("the dense model predicts", len(missing)) as advance:
