@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from edge_moe import __version__
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.calibration_memory import state_memory
@@ -32,7 +30,7 @@ from edge_moe.converters.recover_text import TrainText, split_text
 from edge_moe.converters.recover_train import BranchTraining, TrainSettings
 from edge_moe.converters.recover_write import RECOVERY_NAME, write_recovered
 from edge_moe.converters.staging import BuildFolder, build_folder
-from edge_moe.converters.window_training import LossRow, state_bytes
+from edge_moe.converters.window_training import JudgedTraining, state_bytes
 from edge_moe.errors import InputError, PackageError
 from edge_moe.files import require_free_disk, require_new_output
 from edge_moe.measurement import Provenance
@@ -47,10 +45,8 @@ from edge_moe.tasks import task_label
 WINDOW_TOKENS = 256
 
 
-class RecoveryReport(BaseModel):
+class RecoveryReport(JudgedTraining):
     """recovery.json of a recovered package: what was done, and what it did on held-out windows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     provenance: Provenance
     model_fingerprint: str
@@ -66,7 +62,6 @@ class RecoveryReport(BaseModel):
     """Empty where routers were left alone."""
     settings: TrainSettings | None
     """None where no branches were trained."""
-    losses: list[LossRow]
     kept_step: int | None
     """The step whose branches were kept; 0 or None: there are none."""
 
@@ -74,10 +69,6 @@ class RecoveryReport(BaseModel):
     def has_gained(self) -> bool:
         """Whether a router or a branch was kept."""
         return bool(self.kept_step) or any(fit.is_kept for fit in self.routers)
-
-    def row(self, step: int | None) -> LossRow | None:
-        """The judgement at `step`."""
-        return next((row for row in self.losses if row.step == step), None)
 
 
 @dataclass(frozen=True)

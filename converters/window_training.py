@@ -94,6 +94,18 @@ class LossRow(BaseModel):
     seconds: float
 
 
+class JudgedTraining(BaseModel):
+    """The part of a record that says how the training went."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    losses: list[LossRow]
+
+    def row(self, step: int | None) -> LossRow | None:
+        """The judgement at `step`."""
+        return next((row for row in self.losses if row.step == step), None)
+
+
 class Losses(NamedTuple):
     """Of one window: means over its tokens, in nats."""
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from edge_moe.converters.model_card import base_model, carried_front_matter
 from edge_moe.converters.upcycle.student import UpcycleSettings
-from edge_moe.converters.window_training import LossRow
+from edge_moe.converters.window_training import JudgedTraining
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
 from edge_moe.units import format_bytes
@@ -18,10 +16,11 @@ RECORD_NAME = "upcycle.json"
 LOG_NAME = "upcycle_log.jsonl"
 
 
-class UpcycleRecord(BaseModel):
-    """upcycle.json: what was done, and what it did on windows that only judged."""
+class UpcycleRecord(JudgedTraining):
+    """upcycle.json: what was done, and what it did on windows that only judged.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    The first of the `losses`, of step 0, is the dense model's.
+    """
 
     provenance: Provenance
     source: str
@@ -34,8 +33,6 @@ class UpcycleRecord(BaseModel):
     window_tokens: int
     num_training_windows: int
     num_judging_windows: int
-    losses: list[LossRow]
-    """The first one, of step 0, is the dense model's."""
     kept_step: int
     """0: no step was better than the dense model, which is what the experts add nothing to."""
     memory_terms: list[MemoryTerm]
@@ -45,10 +42,6 @@ class UpcycleRecord(BaseModel):
     """Routed experts as they are stored here."""
     packed_bytes: dict[str, int]
     """Routed experts packed without loss; empty where they are not ternary."""
-
-    def row(self, step: int) -> LossRow | None:
-        """The judgement at `step`."""
-        return next((row for row in self.losses if row.step == step), None)
 
 
 def card_head(source: str, location: Path, name: str) -> tuple[str, str]:

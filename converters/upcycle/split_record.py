@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edge_moe.converters.upcycle.record import card_head
 from edge_moe.converters.upcycle.split_student import DistilSettings
-from edge_moe.converters.window_training import LossRow
+from edge_moe.converters.window_training import JudgedTraining
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
 
@@ -38,10 +38,8 @@ class LayerRecord(BaseModel):
     """See `split_router.tilt_bound`."""
 
 
-class SplitRecord(BaseModel):
+class SplitRecord(JudgedTraining):
     """split.json: what was done."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     provenance: Provenance
     source: str
@@ -57,7 +55,6 @@ class SplitRecord(BaseModel):
     """Of calibration text."""
     layers: list[LayerRecord]
     distillation: DistilSettings
-    losses: list[LossRow]
     """Of the distillation, on windows that only judged; step 0 is the split as it is."""
     kept_step: int
     memory_terms: list[MemoryTerm]
@@ -68,10 +65,6 @@ class SplitRecord(BaseModel):
     def recall(self) -> float:
         """Mean over the layers."""
         return sum(layer.recall for layer in self.layers) / len(self.layers)
-
-    def row(self, step: int) -> LossRow | None:
-        """The judgement at `step`."""
-        return next((row for row in self.losses if row.step == step), None)
 
 
 def split_card(record: SplitRecord, location: Path, name: str) -> str:
