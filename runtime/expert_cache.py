@@ -479,23 +479,30 @@ class ExpertCache:
         self, key: Key, entry: Entry, *, is_demand: bool, is_filling: bool = False
     ) -> Mark | None:
         """Fill the slot of a new entry; when it is there, unless that is now."""
-        start, arrival, was_in_ram = time.perf_counter(), None, False
+        start, num_bytes = time.perf_counter(), self._store.read_bytes(key)
+        arrival, was_in_ram = None, False
         try:
             arrival, was_in_ram = self._filler.fill(key, entry.slot, uses_ram=not is_filling)
-            entry.arrival = arrival
-            entry.state = State.RESIDENT
         except BaseException as error:
-            entry.error, entry.state = error, State.FAILED
-        end, num_bytes = time.perf_counter(), self._store.read_bytes(key)
-        with self._lock:
-            self.statistics.page_in_bytes += num_bytes
-            self.statistics.host_hits += was_in_ram
-            self.statistics.page_in_seconds += max(0.0, end - max(start, self._read_until))
-            self.statistics.stall_seconds += end - start if is_demand else 0.0
-            self._read_until = max(self._read_until, end)
-            is_given_up = entry.is_begun and not is_filling and entry.pins == 0
-            if entry.state is State.FAILED and is_given_up:
-                self._remove(key, entry)
-            self._changed.notify_all()
-        entry.ready.set()
+            entry.error = error
+        end = time.perf_counter()
+        try:
+            with self._lock:
+                entry.arrival = arrival
+                entry.state = State.RESIDENT if entry.error is None else State.FAILED
+                self._count_read(num_bytes, start, end)
+                self.statistics.host_hits += was_in_ram
+                self.statistics.stall_seconds += end - start if is_demand else 0.0
+                is_given_up = entry.is_begun and entry.pins == 0 and not is_filling
+                if entry.state is State.FAILED and is_given_up:
+                    self._remove(key, entry)  # who asked has let go of it: nobody else would
+                self._changed.notify_all()
+        finally:
+            entry.ready.set()
         return arrival
+
+    def _count_read(self, num_bytes: int, start: float, end: float) -> None:
+        """Seconds of reads at the same time count once."""
+        self.statistics.page_in_bytes += num_bytes
+        self.statistics.page_in_seconds += max(0.0, end - max(start, self._read_until))
+        self._read_until = max(self._read_until, end)

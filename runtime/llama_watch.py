@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from edge_moe.errors import InputError
+from edge_moe.runtime.held_interrupts import HeldInterrupts
 from edge_moe.runtime.llama_api import BEGINNING_BYTES, LlamaApi
 from edge_moe.runtime.llama_log import llama_log
 
@@ -34,7 +32,12 @@ class WatchedGraph(ABC):
         self._short = tuple(each for each in beginnings if len(each) < BEGINNING_BYTES)
         self._path = path
         self._error: BaseException | None = None
-        self._is_interrupted = self._is_holding = False
+        self._interrupts = HeldInterrupts()
+        """They stop the graph at its next node.
+
+        In a callback one would be raised before the first line, ctypes would drop it, and llama.cpp
+        take the node for one that nobody wants.
+        """
         # ctypes keeps no reference: the library would call freed memory
         self._callback = api.llama.ggml_backend_sched_eval_callback(self._on_node)
 
@@ -69,7 +72,7 @@ class WatchedGraph(ABC):
                 batch.seq_id[index][0] = 0
                 batch.logits[index] = wants_logits(index)
             self._error = None
-            with llama_log() as log, self._holding_interrupts():
+            with llama_log() as log, self._interrupts.hold():
                 code = llama.llama_decode(context, batch)
         finally:
             llama.llama_batch_free(batch)
@@ -81,38 +84,9 @@ class WatchedGraph(ABC):
                 "belong to this file?"
             )
 
-    @contextmanager
-    def _holding_interrupts(self) -> Iterator[None]:
-        """Ctrl-C stops the graph at its next node, and is raised when the block ends.
-
-        In a callback it would be raised before the first line, ctypes would drop it, and llama.cpp
-        take the node for one that nobody wants.
-
-        Raises:
-            KeyboardInterrupt: it came meanwhile.
-        """
-        is_ours = threading.current_thread() is threading.main_thread()
-        if self._is_holding or not is_ours or not _is_default_handler():
-            yield
-            return
-
-        def note(*_: object) -> None:
-            self._is_interrupted = True
-
-        self._is_holding, self._is_interrupted = True, False
-        before = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-            self._is_holding, was_interrupted = False, self._is_interrupted
-            self._is_interrupted = False
-            if was_interrupted:
-                raise KeyboardInterrupt
-
     def _on_node(self, tensor: int, is_asking: bool, _data: object) -> bool:
         """llama.cpp's callback: asked whether a node is wanted, then given it."""
-        if self._error is not None or self._is_interrupted:
+        if self._error is not None or self._interrupts.has_come:
             return False
         if is_asking and not self._may_be_wanted(self._api.beginning(tensor)):
             return False
@@ -130,7 +104,3 @@ class WatchedGraph(ABC):
         return bool(self._short) and word.to_bytes(BEGINNING_BYTES, sys.byteorder).startswith(
             self._short
         )
-
-
-def _is_default_handler() -> bool:
-    return signal.getsignal(signal.SIGINT) is signal.default_int_handler

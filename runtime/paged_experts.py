@@ -22,6 +22,7 @@ from edge_moe.runtime.delta_tail import tail_of
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.held_experts import held_groups
+from edge_moe.runtime.held_interrupts import HeldInterrupts
 from edge_moe.runtime.kernels.unpack import unpack
 from edge_moe.runtime.model import EXPERTS_IMPLEMENTATION
 from edge_moe.runtime.moe_block import MODULE_STACKS, MoeBlock, expert_output
@@ -57,6 +58,7 @@ class ExpertPager:
         self.prefetcher = prefetcher
         self._skip = skip
         self._routing = routing
+        self._interrupts = HeldInterrupts()
         self._sizes = [np.array(layer) for layer in record_sizes(store)]
         self.packed: SlotExperts | None = None
         """What computes experts without unpacking them, where it was chosen."""
@@ -81,14 +83,15 @@ class ExpertPager:
 
         Returns: [T, H]
         """
-        if self._routing is not None:
-            rows, weights = self._routing.choice(layer, rows, weights)
-        rows, weights = self._chosen(layer, hidden, rows, weights)
-        if self.shadowed is not None:
-            return self.shadowed.forward(experts, layer, hidden, rows, weights)
-        if len(hidden) == 1 and self.prefetcher is not None:
-            self._read_ahead(self.prefetcher, layer, hidden, rows[0].tolist())
-        return self.compute(experts, layer, hidden, rows, weights)
+        with self._interrupts.hold():  # else an expert could stay pinned for good
+            if self._routing is not None:
+                rows, weights = self._routing.choice(layer, rows, weights)
+            rows, weights = self._chosen(layer, hidden, rows, weights)
+            if self.shadowed is not None:
+                return self.shadowed.forward(experts, layer, hidden, rows, weights)
+            if len(hidden) == 1 and self.prefetcher is not None:
+                self._read_ahead(self.prefetcher, layer, hidden, rows[0].tolist())
+            return self.compute(experts, layer, hidden, rows, weights)
 
     def compute(
         self, experts: Any, layer: int, hidden: Tensor, rows: Tensor, weights: Tensor

@@ -280,7 +280,7 @@ class PagedContext(WatchedGraph):
         held, self._sequence = self._sequence, []  # unknown, should it fail
         if self._recorder is not None:
             self._recorder.begin(token_ids)
-        with self._holding_interrupts():  # not between two lines of bookkeeping, either
+        with self._interrupts.hold():  # not between two lines of bookkeeping, either
             self._compute(
                 *(self._context, token_ids, start),
                 lambda index: is_recorded or keep_all or (is_last and index == count - 1),

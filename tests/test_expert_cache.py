@@ -6,9 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from random import Random
 from types import FrameType
 from typing import Any
 
@@ -24,8 +25,10 @@ from edge_moe.errors import BudgetError, InputError
 from edge_moe.runtime.allotment import allot
 from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.expert_store import ExpertStore, RecordInfo
+from edge_moe.runtime.held_experts import held_groups
 from edge_moe.runtime.next_use import SoonestNextUse
 from edge_moe.runtime.policy import EvictionPolicy, Key, LeastFrequentlyUsed, LeastRecentlyUsed
+from edge_moe.runtime.products import Member
 from edge_moe.runtime.slots import (
     SlotBuffers,
     allot_by_bytes,
@@ -419,3 +422,41 @@ def test_seconds_of_reads_at_the_same_time_count_once(
     cache.wait_for([(0, 0), (0, 2)])
     assert 0.05 <= cache.statistics.page_in_seconds <= time.perf_counter() - start
     cache.release_residents([(0, 0), (0, 2)])
+
+
+def test_failing_reads_never_share_a_slot() -> None:
+    """Several fail at once, while what was read with them is let go of, and others read ahead."""
+
+    class Failing(MemoryStore):
+        is_down = False
+
+        def read_into(self, key: Key, buffer: memoryview) -> None:
+            time.sleep(1e-4)
+            if self.is_down:
+                raise OSError("no disk")
+            super().read_into(key, buffer)
+
+    store, random, is_over = Failing(num_layers=3, num_rows=12), Random(0), threading.Event()
+    buffers = SlotBuffers({4: 4, 8: 4}, torch.device("cpu"))
+    cache = ExpertCache(store, buffers, LeastRecentlyUsed, num_readers=4)
+
+    def read_ahead() -> None:
+        ahead = Random(1)
+        while not is_over.is_set():
+            cache.prefetch((ahead.randrange(3), ahead.randrange(12)), frozenset())
+
+    thread = threading.Thread(target=read_ahead)
+    thread.start()
+    try:
+        for step in range(1000):
+            store.is_down = step // 5 % 2 == 1
+            rows = sorted(random.sample(range(12), 4))
+            members = [Member(row, place, place + 1) for place, row in enumerate(rows)]
+            with suppress(OSError), closing(held_groups(cache, step % 3, members)) as groups:
+                for group in groups:
+                    group.wait_for(group.members)
+            cache.check_integrity()
+    finally:
+        is_over.set()
+        thread.join()
+        cache.close()

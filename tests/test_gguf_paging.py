@@ -593,14 +593,6 @@ def test_errors_of_reads_without_threads_end_in_an_error_too(
     assert recovers(running)
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Python's own handler, which a process in the background of a shell starts without."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("moment", [0, 3, 40, 500])
 def test_ctrl_c_stops_the_graph_and_leaves_the_session_whole(
