@@ -48,10 +48,15 @@ class DeltaFile:
             DeltaError: missing, truncated, damaged, or of another version.
         """
         self.path = path
+        if not path.exists():
+            raise DeltaError(f"delta {path} does not exist: make one with `edge-moe delta`")
         try:
             tensors, metadata = read_header(path)
         except CheckpointError as error:
-            raise DeltaError(f"delta {error}".replace("download", "copy")) from None
+            again = (
+                str(error).replace("download the checkpoint", "copy it").replace("download", "copy")
+            )
+            raise DeltaError(f"delta {again}") from None
         self.info = read_info(path, metadata)
         self._tables = {name: self._read_table(tensors, name) for name in TABLES}
         if tables_digest(self._tables.values()) != metadata.get(TABLES_KEY):

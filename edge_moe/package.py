@@ -187,9 +187,10 @@ class Package:
         if name not in sizes:
             sizes[name] = path.stat().st_size if path.exists() else 0
         if sizes[name] < needed_bytes:
+            what = f"truncated: {sizes[name]} bytes" if path.exists() else "missing"
             raise PackageError(
-                f"{path} is missing or truncated: {sizes[name]} bytes, at least {needed_bytes} "
-                "needed; build the package again"
+                f"{path} is {what}; at least {needed_bytes} bytes are needed: build the package "
+                "again"
             )
 
 

@@ -13,6 +13,7 @@ from edge_moe import budget as bill
 from edge_moe.budget import STAGING_BUFFERS
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
+from edge_moe.gguf_split import is_gguf_name
 from edge_moe.overhead import known_overhead, runtime_overhead, tokenizer_bytes
 from edge_moe.package import RESIDENT_NAME, Package, is_package
 from edge_moe.plan import Device, MemoryTerm
@@ -67,6 +68,8 @@ def open_source(model: Path) -> Package | Checkpoint:
         InputError: not a folder.
         PackageError, CheckpointError, SpecError: a damaged one.
     """
+    if is_gguf_name(model):
+        raise InputError(f"{model} runs in llama.cpp: open it with `GgufSession`")
     if not model.is_dir():
         raise InputError(
             f"{model} is not a folder: give a native package or a Hugging Face checkpoint"
@@ -207,8 +210,10 @@ def allot(
     if num_slots is not None:
         if num_slots < spec.top_k:
             fewest = max(spec.top_k, len(classes))
+            sizes_too = f" (experts of {fewest} sizes)" if fewest > spec.top_k else ""
             raise InputError(
-                f"{num_slots} slots are fewer than top_k={spec.top_k}: give at least {fewest}"
+                f"{num_slots} slots are fewer than top_k={spec.top_k}: give at least "
+                f"{fewest}{sizes_too}"
             )
         counts = allot_by_count(classes, num_slots)
     elif budget_bytes is None:

@@ -108,8 +108,8 @@ class _OpenFile:
         """Raise PackageError if it was written to: checksums are verified only once."""
         if _state(self.descriptor) != self.state:
             raise PackageError(
-                f"{self.path} has changed while it was running: start again with a file that "
-                "nobody writes to"
+                f"{self.path} has changed while the model was running: start again with a file "
+                "that nobody writes to"
             )
 
     def read(self, buffer: memoryview, offset: int) -> int:

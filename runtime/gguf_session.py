@@ -82,7 +82,7 @@ class GgufSession(TextSession):
     @classmethod
     def open(
         cls,
-        path: Path,
+        path: Path | str,
         *,
         budget_bytes: int | None = None,
         context_tokens: int | None = None,
@@ -121,7 +121,7 @@ class GgufSession(TextSession):
             InputError: llama.cpp cannot run it, or fewer slots than top_k, or no faster kernels.
             MissingExtraError: llama-cpp-python is not installed.
         """
-        start = time.perf_counter()
+        start, path = time.perf_counter(), Path(path)
         memory.limit_arenas()
         require_callback_streams()
         model = GgufModel(path)

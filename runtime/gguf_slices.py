@@ -98,7 +98,7 @@ class SliceFiles:
         for path, descriptor in self._descriptors.items():
             if _state(descriptor) != self._states[path]:
                 raise CheckpointError(
-                    f"{path} has changed while it was running: start again with a file that "
+                    f"{path} has changed while the model was running: start again with a file that "
                     "nobody writes to"
                 )
 
@@ -118,8 +118,8 @@ class SliceFiles:
                 raise OSError(error.errno, os.strerror(error.errno or 0), str(each.path)) from None
             if count == 0:
                 raise CheckpointError(
-                    f"{each.path} ended early: it was truncated while it was running; download it "
-                    "again"
+                    f"{each.path} ended early: it was truncated while the model was running; "
+                    "download it again"
                 )
             done += count
 

@@ -80,7 +80,7 @@ class Session(TextSession):
     @classmethod
     def open(
         cls,
-        model: Path,
+        model: Path | str,
         *,
         budget_bytes: int | None = None,
         context_tokens: int | None = None,
@@ -105,7 +105,8 @@ class Session(TextSession):
         """Load the dense part of `model` and as many experts as there are slots.
 
         Args:
-            model: a native package, or a Hugging Face checkpoint folder.
+            model: a native package, or a Hugging Face checkpoint folder; `GgufSession` opens .gguf
+                files.
             budget_bytes: hard cap on the device's memory; None makes every expert resident.
             context_tokens: longest sequence; default 4096 or the model's limit.
             num_slots: experts in memory at once, instead of a budget.
@@ -149,7 +150,7 @@ class Session(TextSession):
             PackageError, CheckpointError, SpecError, InputError: `model` cannot be used.
             MissingExtraError: kernels ggml without llama-cpp-python, or triton without triton.
         """
-        start = time.perf_counter()
+        start, model = time.perf_counter(), Path(model)
         require_one_limit(budget_bytes, num_slots)
         require_known(predictors, has_linear=linear is not None)
         memory.limit_arenas()
@@ -399,8 +400,10 @@ class Session(TextSession):
         return with_slots(self._terms, self._residency.slots.num_bytes)
 
     def host_memory(self) -> list[MemoryTerm]:
-        """What experts beside the slots take in RAM."""
+        """What experts beside a GPU's slots take in RAM; on a CPU they are in `memory`."""
         options, residency = self._options, self._residency
+        if options.kind == "cpu":
+            return []
         return host_terms(
             *(record_sizes(residency.store), options.kind, options.tier_bytes),
             is_paging=residency.slots.is_paging,

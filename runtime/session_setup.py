@@ -221,6 +221,8 @@ def _bill(
         has_budget=has_budget,
         scored_tokens=scored_tokens,
     )
+    if options.kind == "cpu":  # a GPU's tier is no part of what the device may hold
+        terms += host_terms(record_sizes(store), "cpu", options.tier_bytes)
     if isinstance(store, DeltaStore):
         terms.append(store.term())
     linear = options.linear

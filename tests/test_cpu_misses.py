@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -156,10 +156,26 @@ def test_run_says_what_became_of_the_misses(
     options += ["--device", "cpu", "--ram", "1GB", "--misses", "cpu"]
     assert run(["run", folder, *options]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "misses computed on the CPU;" in said and "experts in RAM" in said
+    assert "misses computed on the CPU;" in said
     assert run(["run", folder, *options, "--json"]) == 0
     measured = RunMeasurement.model_validate_json(capsys.readouterr().out)
     assert measured.paging["cpu_experts"] > 0 and measured.misses == "computed on the CPU"
+    assert "experts in RAM" in [term.name for term in measured.terms] and not measured.host_terms
+
+
+def test_on_a_cpu_experts_beside_the_slots_are_under_the_budget(
+    tiny_checkpoint: TinyCheckpoint,
+) -> None:
+    folder = tiny_checkpoint("qwen3_moe")
+    with Session.open(folder, budget_bytes=10**9) as session:
+        whole = {term.name: term.num_bytes for term in session.memory()}
+        two = 2 * 2 * session.spec.expert_weights
+    options: dict[str, Any] = {"ram_bytes": two, "misses": "cpu", "device": "cpu"}
+    with Session.open(folder, budget_bytes=sum(whole.values()), **options) as session:
+        found = {term.name: term.num_bytes for term in session.memory()}
+    assert found["experts in RAM"] == two
+    assert found["experts"] <= whole["experts"] - two
+    assert sum(found.values()) <= sum(whole.values())
 
 
 @pytest.mark.gpu

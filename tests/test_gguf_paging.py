@@ -524,7 +524,9 @@ def recovers(session: GgufSession) -> bool:
 
 def test_a_file_that_is_written_to_while_it_runs(running: GgufSession, quantised: Path) -> None:
     os.utime(quantised, ns=(1, 1))
-    with pytest.raises(CheckpointError, match=r"quantised\.gguf has changed while it was running"):
+    with pytest.raises(
+        CheckpointError, match=r"quantised\.gguf has changed while the model was running"
+    ):
         running.logits(IDS)
 
 
@@ -685,7 +687,7 @@ def test_results_of_a_changed_file_are_never_given(
     monkeypatch.setattr(running._experts._queue, "submit", changed)
     for _ in range(2):
         running._context.clear()
-        with pytest.raises(CheckpointError, match="has changed while it was running"):
+        with pytest.raises(CheckpointError, match="has changed while the model was running"):
             running._context.decode(IDS[:1], 0)
 
 

@@ -209,7 +209,9 @@ def test_a_package_that_changes_while_it_runs(kind: str, package: Path, running:
     """Checksums are verified only once."""
     running.logits(IDS)
     damage(kind, package)
-    with pytest.raises(PackageError, match=r"experts-.* has changed while it was running: start"):
+    with pytest.raises(
+        PackageError, match=r"experts-.* has changed while the model was running: start"
+    ):
         running.logits(IDS)
 
 

@@ -73,6 +73,10 @@ def answer(
             show(piece)
     except KeyboardInterrupt:
         return "".join(pieces), True
+    except Exception:
+        if pieces:
+            show("\n")  # what went wrong begins a line of its own
+        raise
     return "".join(pieces), False
 
 

@@ -221,7 +221,9 @@ def _open_onnx(path: Path, common: CommonOptions, paging: PagingOptions) -> Onnx
 def _open_gguf(
     path: Path, common: CommonOptions, paging: PagingOptions, *, can_trace: bool
 ) -> GgufSession:
-    paging.refuse(path, "llama.cpp, which routes by itself", ("--linear-map", *_ROUTING))
+    paging.refuse(
+        path, "llama.cpp, for which edge-moe pages experts and no more", ("--linear-map", *_ROUTING)
+    )
     if common.device == "cuda":
         raise TargetError(
             f"{path} runs in llama.cpp with its experts on the CPU: leave out --device cuda and "
