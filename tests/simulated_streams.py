@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ class SimulatedMark:
 
 
 class SimulatedStreams(Streams):
-    """Runs queued work in any order that the marks allow, by the dice of `random`."""
+    """Runs queued work in any order that the marks allow, by the dice of `random`. Thread-safe."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
+        self._lock = threading.RLock()
         self._copies: deque[Callable[[], bool]] = deque()
         self._kernels: deque[Callable[[], bool]] = deque()
         self.host_bytes = 0
@@ -44,10 +46,11 @@ class SimulatedStreams(Streams):
                 raise AssertionError("the queues wait for each other")
 
     def copy(self, source: Tensor, target: Tensor, after: SimulatedMark | None) -> SimulatedMark:
-        if after is not None:
-            self._copies.append(lambda: after.is_reached)
-        self._copies.append(_work(lambda: target.copy_(source)))
-        return self._mark(self._copies)
+        with self._lock:
+            if after is not None:
+                self._copies.append(lambda: after.is_reached)
+            self._copies.append(_work(lambda: target.copy_(source)))
+            return self._mark(self._copies)
 
     def mark_compute(self) -> SimulatedMark:
         return self._mark(self._kernels)
@@ -60,8 +63,9 @@ class SimulatedStreams(Streams):
 
     def wait(self, mark: SimulatedMark) -> None:
         while not mark.is_reached:
-            if not self._step():
-                raise AssertionError("nobody can reach what is waited for")
+            with self._lock:
+                if not mark.is_reached and not self._step():
+                    raise AssertionError("nobody can reach what is waited for")
 
     def stalled_seconds(self) -> float:
         return 0.0
@@ -87,12 +91,13 @@ class SimulatedStreams(Streams):
     def _step(self) -> bool:
         """One piece of work of one queue; False where both are blocked."""
         queues = [self._copies, self._kernels]
-        self._random.shuffle(queues)
-        for queue in queues:
-            if queue and queue[0]():
-                queue.popleft()
-                return True
-        return False
+        with self._lock:
+            self._random.shuffle(queues)
+            for queue in queues:
+                if queue and queue[0]():
+                    queue.popleft()
+                    return True
+            return False
 
 
 def _work(action: Callable[[], object]) -> Callable[[], bool]:

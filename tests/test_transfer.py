@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from random import Random
 
 import pytest
@@ -16,8 +17,10 @@ from edge_moe.budget import STAGING_BUFFERS
 from edge_moe.errors import InputError
 from edge_moe.runtime.allotment import host_slots, host_terms
 from edge_moe.runtime.expert_cache import ExpertCache
+from edge_moe.runtime.held_experts import held_groups
 from edge_moe.runtime.host_tier import HostTier
 from edge_moe.runtime.policy import Key, LeastRecentlyUsed, PagingStatistics
+from edge_moe.runtime.products import Member
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.runtime.streams import CudaStreams, Streams
 from edge_moe.runtime.transfer import StagedTransfer
@@ -28,7 +31,9 @@ CPU = torch.device("cpu")
 class Device:
     """An `ExpertCache` on a simulated device."""
 
-    def __init__(self, random: Random, slots: int, host_cells: int | None = None) -> None:
+    def __init__(
+        self, random: Random, slots: int, host_cells: int | None = None, num_readers: int = 0
+    ) -> None:
         self.store = MemoryStore(num_layers=2, num_rows=6)
         self.streams = SimulatedStreams(random)
         transfer = StagedTransfer(self.streams, max(SIZES))
@@ -39,7 +44,10 @@ class Device:
             self.host = HostTier(buffers, transfer.wait)
         self.buffers = SlotBuffers(dict.fromkeys(SIZES, slots), CPU)
         self.cache = ExpertCache(
-            self.store, self.buffers, LeastRecentlyUsed, host=self.host, transfer=transfer
+            *(self.store, self.buffers, LeastRecentlyUsed),
+            host=self.host,
+            transfer=transfer,
+            num_readers=num_readers,
         )
         self.kernels_run = 0
 
@@ -66,10 +74,22 @@ class Device:
         self.cache.release_residents(keys)
         return True
 
+    def use_beside(self, layer: int, rows: list[int]) -> None:
+        """As the model does: experts that are read side by side."""
+        members = [Member(row, place, place + 1) for place, row in enumerate(rows)]
+        with closing(held_groups(self.cache, layer, members)) as groups:
+            for group in groups:
+                absent = group.absent()
+                for member in sorted(group.members, key=lambda member: member.row in absent):
+                    group.wait_for([member])
+                    self.launch((layer, member.row), group.packed(member))
+
 
 KEYS = st.tuples(st.integers(0, 1), st.integers(0, 5))
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["use", "use", "together", "prefetch", "run", "fail"]), KEYS),
+    st.tuples(
+        st.sampled_from(["use", "use", "together", "beside", "prefetch", "run", "fail"]), KEYS
+    ),
     max_size=60,
 )
 
@@ -81,11 +101,17 @@ STEPS = st.lists(
     slots=st.integers(1, 3),
     host_cells=st.none() | st.integers(0, 4),
     is_filled=st.booleans(),
+    num_readers=st.sampled_from([0, 2]),
 )
 def test_every_kernel_finds_its_expert_in_any_order_of_the_queues(
-    steps: list[tuple[str, Key]], seed: int, slots: int, host_cells: int | None, is_filled: bool
+    steps: list[tuple[str, Key]],
+    seed: int,
+    slots: int,
+    host_cells: int | None,
+    is_filled: bool,
+    num_readers: int,
 ) -> None:
-    device = Device(Random(seed), slots, host_cells)
+    device = Device(Random(seed), slots, host_cells, num_readers)
     launched = 0
     if is_filled:
         device.cache.fill()
@@ -96,6 +122,9 @@ def test_every_kernel_finds_its_expert_in_any_order_of_the_queues(
         elif verb == "together":
             other = (key[0], (key[1] + 1) % 6)
             launched += 2 * device.use_together([key, other])
+        elif verb == "beside":
+            device.use_beside(key[0], list(range(key[1], 6)))
+            launched += 6 - key[1]
         elif verb == "prefetch":
             device.cache.prefetch(key, frozenset())
         elif verb == "run":
@@ -109,6 +138,7 @@ def test_every_kernel_finds_its_expert_in_any_order_of_the_queues(
                 assert not device.cache.is_resident(key)
             device.store.broken = set()
         device.cache.check_integrity()
+    device.cache.close()
     device.streams.run_all()
     assert device.kernels_run == launched
 
