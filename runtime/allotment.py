@@ -210,10 +210,10 @@ def allot(
     if num_slots is not None:
         if num_slots < spec.top_k:
             fewest = max(spec.top_k, len(classes))
-            sizes_too = f" (experts of {fewest} sizes)" if fewest > spec.top_k else ""
+            sizes_too = f" and the {fewest} sizes of experts" if fewest > spec.top_k else ""
             raise InputError(
-                f"{num_slots} slots are fewer than top_k={spec.top_k}: give at least "
-                f"{fewest}{sizes_too}"
+                f"{num_slots} slots are fewer than top_k={spec.top_k}{sizes_too}: give at least "
+                f"{fewest}"
             )
         counts = allot_by_count(classes, num_slots)
     elif budget_bytes is None:
