@@ -159,6 +159,7 @@ def upcycled(job: Job, name: str, **changes: object) -> tuple[Path, Training]:
         )
         write_text(timing, f"{time.perf_counter() - start:.1f}\n")
     record = UpcycleRecord.model_validate_json((output / RECORD_NAME).read_bytes())
+    record = record.model_copy(update={"provenance": record.provenance.without_folder()})
     seconds = float(timing.read_text()) if timing.exists() else 0.0
     return output, Training(name=name, seconds=seconds, record=record)
 
@@ -330,7 +331,8 @@ def main() -> None:
     result = measure(job)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"upcycle-{dense.stem}.json"
-    write_text(path, result.model_dump_json(indent=1) + "\n")
+    text = result.model_dump_json(indent=1).replace(str(args.work), "DIR")
+    write_text(path, text + "\n")
     console = Console(width=220)
     print_table(result, console)
     machine = result.provenance.machine

@@ -82,7 +82,11 @@ class Provenance(_Model):
     @classmethod
     def published(cls) -> Provenance:
         """This process, now, for a file that leaves this machine, where the folder says nothing."""
-        return cls.here().model_copy(update={"folder": ""})
+        return cls.here().without_folder()
+
+    def without_folder(self) -> Self:
+        """The same for a file that leaves this machine."""
+        return self.model_copy(update={"folder": ""})
 
 
 class _Record(_Model):
