@@ -53,10 +53,7 @@ class DeltaFile:
         try:
             tensors, metadata = read_header(path)
         except CheckpointError as error:
-            again = (
-                str(error).replace("download the checkpoint", "copy it").replace("download", "copy")
-            )
-            raise DeltaError(f"delta {again}") from None
+            raise DeltaError(f"delta {error}".replace("download", "copy")) from None
         self.info = read_info(path, metadata)
         self._tables = {name: self._read_table(tensors, name) for name in TABLES}
         if tables_digest(self._tables.values()) != metadata.get(TABLES_KEY):

@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from edge_moe.runtime.expert_cache import Entry, ExpertCache
+from edge_moe.runtime.expert_cache import ExpertCache
 from edge_moe.runtime.policy import AdmissionRule
+from edge_moe.runtime.slot_entry import Entry
 from edge_moe.runtime.stalls import Miss
 
 

@@ -7,45 +7,17 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import Enum
 
 import torch
 
 from edge_moe.runtime.expert_store import ExpertStore
 from edge_moe.runtime.host_tier import HostTier
 from edge_moe.runtime.policy import EvictionPolicy, Key, PagingStatistics
+from edge_moe.runtime.slot_entry import Entry, State
 from edge_moe.runtime.slot_filler import SlotFiller
 from edge_moe.runtime.slots import SlotBuffers
 from edge_moe.runtime.streams import Mark
 from edge_moe.runtime.transfer import DirectTransfer, Transfer
-
-
-class State(Enum):
-    """Life of a slot's contents."""
-
-    LOADING = "loading"
-    RESIDENT = "resident"  # or on its way: see `Entry.arrival`
-    FAILED = "failed"
-
-
-@dataclass(eq=False)
-class Entry:
-    """One expert that has a slot."""
-
-    record_bytes: int
-    slot: int
-    state: State
-    is_prefetched: bool
-    is_begun: bool = False
-    """By a reader, which goes through with it."""
-    pins: int = 0
-    arrival: Mark | None = None
-    """When the bytes are there, while that is not sure."""
-    last_use: Mark | None = None
-    """When the kernels that were launched for it are done."""
-    error: BaseException | None = None
-    ready: threading.Event = field(default_factory=threading.Event)
 
 
 class ExpertCache:

@@ -65,13 +65,13 @@ def read_by_itself(pieces: Sequence[Piece], seconds: float | None = None) -> tup
         OSError: the system does not read without threads, or cannot read a piece.
     """
     size = max(num_bytes for *_, num_bytes in pieces)
-    with closing(DirectReads(AT_ONCE)) as reads, mmap.mmap(-1, AT_ONCE * size) as memory:
+    with mmap.mmap(-1, AT_ONCE * size) as memory, closing(DirectReads(AT_ONCE)) as reads:
         memory.write(bytes(len(memory)))
-        places = (_address(memory) + at % AT_ONCE * size for at in range(len(pieces)))
+        first = _address(memory)
         reads.set_list(
             [
-                (descriptor, offset, place, num_bytes)
-                for (descriptor, offset, num_bytes), place in zip(pieces, places, strict=True)
+                (descriptor, offset, first + at % AT_ONCE * size, num_bytes)
+                for at, (descriptor, offset, num_bytes) in enumerate(pieces)
             ]
         )
         start = time.perf_counter()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from functools import partial
-from pathlib import Path
 from random import Random
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +15,7 @@ from conftest import TinyCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slot_reading import acquire
+from traced_lines import at_line
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError, InputError
@@ -38,6 +35,7 @@ from edge_moe.runtime.slots import (
 )
 
 SIZES = (4, 8)
+BOOKKEEPING = ("expert_cache.py", "policy.py", "next_use.py")
 
 
 class MemoryStore(ExpertStore):
@@ -214,28 +212,8 @@ def test_an_interrupted_acquire_leaves_no_pin() -> None:
     read(cache, store, (0, 2))
 
 
-@contextmanager
-def interrupted_at(line: int) -> Iterator[None]:
-    """Raises KeyboardInterrupt before the cache or its policy runs their `line`-th line."""
-    left = line
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal left
-        if Path(frame.f_code.co_filename).name not in (
-            *("expert_cache.py", "policy.py", "next_use.py"),
-        ):
-            return None
-        left -= event == "line"
-        if left == 0:
-            raise KeyboardInterrupt  # Python stops tracing then
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def begin(cache: ExpertCache, key: Key) -> Callable[[], object]:
@@ -287,7 +265,7 @@ def test_an_interrupt_at_any_line_loses_no_slot(
             read(cache, store, key)
         ends: list[Callable[[], object]] = []
         try:
-            with interrupted_at(line):
+            with at_line(line, BOOKKEEPING, interrupt):
                 for key in ((0, 0), (0, 3), (1, 0), (1, 2)):
                     ends.append(start(cache, key))
             is_over = True

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 from conftest import TinyCheckpoint
+from traced_lines import at_line
 
 from edge_moe.runtime.held_interrupts import HeldInterrupts
 from edge_moe.runtime.session import Session
@@ -21,26 +16,8 @@ PAGING = ("expert_cache.py", "held_experts.py", "next_use.py", "paged_experts.py
 EVERY_SO_MANY_LINES = 29
 
 
-@contextmanager
-def ctrl_c_at(line: int) -> Iterator[None]:
-    """As if it came before the `line`-th line that pages is run."""
-    left = line
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal left
-        if Path(frame.f_code.co_filename).name not in PAGING:
-            return None
-        left -= event == "line"
-        if left == 0:
-            signal.raise_signal(signal.SIGINT)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -53,7 +30,7 @@ def test_an_interrupted_token_leaves_the_session_as_it_was(
         line, is_over = 1, False
         while not is_over:
             try:
-                with ctrl_c_at(line):
+                with at_line(line, PAGING, press_ctrl_c):
                     session.generate_ids(PROMPT, 2, stop_at_eos=False)
                 is_over = True
             except KeyboardInterrupt:
