@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from edge_moe.errors import StatsError
 from edge_moe.exact_sum import ExactSum
-from edge_moe.files import atomic_path, read_json, write_text
+from edge_moe.files import atomic_path, write_text
+from edge_moe.json_files import checked, read_json
 
 if TYPE_CHECKING:
     from edge_moe.stats import StatsInfo
@@ -110,14 +110,11 @@ class AdditiveStats(ABC, Generic[InfoT]):
         path = cls.settings_path(folder)
         missing = f"{folder} holds no finished statistics (no {path.name}): {cls.REMEDY}"
         raw = read_json(path, StatsError, missing=missing, damaged="calibrate again")
-        if isinstance(raw, dict) and raw.get("version") != cls.VERSION:
-            raise StatsError(
-                f"{path} has version {raw.get('version')}, this edge-moe reads "
-                f"{cls.VERSION}: calibrate again"
-            )
+        versions, again = (cls.VERSION,), "calibrate again"
+        info = checked(raw, cls.INFO, str(path), versions=versions, again=again, kind=StatsError)
         try:
-            info, arrays = cls.INFO.model_validate(raw), load_file(path.with_suffix(".safetensors"))
-        except (OSError, ValueError, ValidationError, SafetensorError) as error:
+            arrays = load_file(path.with_suffix(".safetensors"))
+        except (OSError, ValueError, SafetensorError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise StatsError(f"{folder} is damaged ({reason}): calibrate again") from None
         return cls.from_arrays(info, arrays)

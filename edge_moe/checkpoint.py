@@ -13,8 +13,8 @@ import numpy as np
 from edge_moe.config_reader import read_config, text_config
 from edge_moe.dense_shapes import dense_shapes
 from edge_moe.errors import CheckpointError, InputError
-from edge_moe.files import read_json
 from edge_moe.gguf_split import is_gguf_name
+from edge_moe.json_files import read_json
 from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.packed_tensors import PackedInfo, unpacked_tensors
 from edge_moe.safetensors_header import header_length, read_header

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_moe.errors import SpecError
-from edge_moe.files import read_json
+from edge_moe.json_files import read_json
 
 CONFIG_NAME = "config.json"
 TEXT_CONFIG = "text_config"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edge_moe.delta_layout import REMEDY
 from edge_moe.errors import DeltaError
-from edge_moe.files import parse_info
+from edge_moe.json_files import parse_info
 
 DELTA_VERSION = 1
 INFO_KEY = "edge_moe_delta"

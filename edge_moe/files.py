@@ -6,22 +6,15 @@ Errors of the operating system always name the path that the user knows, the rea
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_moe.errors import DiskSpaceError, EdgeMoeError, InputError
 from edge_moe.units import format_bytes
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-InfoT = TypeVar("InfoT", bound="BaseModel")
 
 _REMEDIES = {
     errno.EACCES: "change its permissions",
@@ -41,50 +34,6 @@ def os_problem(error: OSError) -> str:
     """`Permission denied; change its permissions`: the reason and the remedy."""
     remedy = _REMEDIES.get(error.errno or 0, "check the path and its permissions")
     return f"{error.strerror or error}; {remedy}"
-
-
-def read_json(path: Path, kind: type[EdgeMoeError], *, missing: str, damaged: str) -> Any:
-    """The JSON in file `path`; whatever goes wrong is one `kind`.
-
-    `missing` is the whole message where there is no such file; `damaged` says what to do with a
-    file that is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise kind(missing) from None
-    except OSError as error:
-        raise kind(f"{path} cannot be read: {os_problem(error)}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        raise kind(f"{path} is not readable JSON ({error}): {damaged}") from None
-
-
-def parse_info(
-    path: Path,
-    text: str,
-    info_type: type[InfoT],
-    versions: Sequence[int],
-    *,
-    kind: str,
-    again: str,
-    error: type[EdgeMoeError] = InputError,
-) -> InfoT:
-    """The header that `text` of file `path` is in JSON; whatever is wrong with it is an `error`.
-
-    `kind` says what the file should be, `again` how to get another.
-    """
-    try:
-        raw = json.loads(text)
-        found = raw.get("version") if isinstance(raw, dict) else None
-        if found not in versions:
-            raise error(
-                f"{kind} {path} has version {found}, this edge-moe reads "
-                f"{' and '.join(map(str, versions))}: {again}"
-            )
-        return info_type.model_validate(raw)
-    except (ValueError, RecursionError) as problem:  # no JSON, too deeply nested, or not as wanted
-        reason = str(problem).splitlines()[0]
-        raise error(f"{kind} {path} has a damaged header ({reason}): {again}") from None
 
 
 @contextmanager

@@ -7,7 +7,6 @@ PACKAGE/measurements/eval-<task>.json     EvalResult, written by `eval --record`
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -18,12 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from edge_moe import __version__
 from edge_moe.demo import task_names
 from edge_moe.errors import InputError
 from edge_moe.files import write_text
+from edge_moe.json_files import checked, read_json
 from edge_moe.metrics import Comparison, Estimate
 from edge_moe.plan import MemoryTerm
 
@@ -102,24 +102,9 @@ class _Record(_Model):
         Raises:
             InputError: missing, damaged, or written by another version.
         """
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"measurement {path} is not readable ({error}): remove it") from None
-        found = raw.get("version") if isinstance(raw, dict) else None
-        if found != MEASUREMENT_VERSION:
-            raise InputError(
-                f"measurement {path} has version {found}, this edge-moe reads "
-                f"{MEASUREMENT_VERSION}: remove it and measure again"
-            )
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(
-                f"measurement {path} is damaged: {where}: {first['msg']}: remove it"
-            ) from None
+        what, again = f"measurement {path}", "remove it and measure again"
+        raw = read_json(path, InputError, missing=f"{what} does not exist", damaged=again)
+        return checked(raw, cls, what, versions=(MEASUREMENT_VERSION,), again=again)
 
     def _save(self, folder: Path, name: str) -> Path:
         path = folder / MEASUREMENTS_FOLDER / name

@@ -14,7 +14,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_moe.errors import InputError
-from edge_moe.files import read_json, write_text
+from edge_moe.files import write_text
+from edge_moe.json_files import first_problem, read_json
 
 MODEL_NAME = "model.onnx"
 HEAD_NAME = "model_head.onnx"
@@ -94,7 +95,7 @@ def _read_checksums(folder: Path) -> Checksums:
         found = Checksums.model_validate(raw)
     except ValidationError as error:
         raise InputError(
-            f"{path} is damaged ({error.errors()[0]['msg']}): build {folder} again"
+            f"{path} is damaged ({first_problem(error)}): build {folder} again"
         ) from None
     outside = [name for name in found.files if not _is_plain(name)]
     if outside:

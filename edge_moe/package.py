@@ -21,11 +21,11 @@ import hashlib
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from edge_moe.errors import FormError, InputError, PackageError
-from edge_moe.files import read_json
 from edge_moe.formats import FORM_NAMES, expert_bytes
+from edge_moe.json_files import checked, read_json
 from edge_moe.plan import Plan
 from edge_moe.shadow import check_shadow, needs_shadow
 from edge_moe.spec import ModelSpec
@@ -206,14 +206,7 @@ def _read_manifest(folder: Path) -> PackageManifest:
         "run or resume `edge-moe build`"
     )
     raw = read_json(path, PackageError, missing=missing, damaged="build again")
-    version = raw.get("version") if isinstance(raw, dict) else None
-    if version != PACKAGE_VERSION:
-        raise PackageError(
-            f"{path} has version {version}, this edge-moe reads {PACKAGE_VERSION}: build again"
-        )
-    try:
-        return PackageManifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PackageError(f"{path} is damaged: {where}: {first['msg']}: build again") from None
+    versions, again = (PACKAGE_VERSION,), "build again"
+    return checked(
+        raw, PackageManifest, str(path), versions=versions, again=again, kind=PackageError
+    )

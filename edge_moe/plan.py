@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edge_moe.errors import PlanError
-from edge_moe.files import read_json, write_text
+from edge_moe.files import write_text
 from edge_moe.formats import DROP, is_form
+from edge_moe.json_files import checked, read_json
 
 PLAN_VERSION = 1
 _MODEL_SUFFIXES = (".gguf", ".safetensors", ".onnx")
@@ -265,18 +266,6 @@ class Plan(_Model):
             )
         missing = f"plan {path} does not exist: make one with `edge-moe plan`"
         raw = read_json(path, PlanError, missing=missing, damaged="make it again")
-        version = raw.get("version") if isinstance(raw, dict) else None
-        if version != PLAN_VERSION:
-            raise PlanError(
-                f"plan {path} has version {version}, this edge-moe reads {PLAN_VERSION}: "
-                "make it again with `edge-moe plan`"
-            )
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "plan"
-            problem = first["msg"].removeprefix("Value error, ")
-            raise PlanError(
-                f"plan {path} is damaged: {where}: {problem}: make it again with `edge-moe plan`"
-            ) from None
+        again = "make it again with `edge-moe plan`"
+        versions = (PLAN_VERSION,)
+        return checked(raw, cls, f"plan {path}", versions=versions, again=again, kind=PlanError)

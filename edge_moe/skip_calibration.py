@@ -5,14 +5,14 @@ A JSON file of its own. w_0 is a token's largest router weight and w_i another o
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from edge_moe.errors import StatsError
 from edge_moe.files import write_text
+from edge_moe.json_files import checked, read_json
 
 SKIP_CALIBRATION_VERSION = 1
 
@@ -48,27 +48,11 @@ class SkipCalibration(BaseModel):
         Raises:
             StatsError: missing, damaged, or written by another version.
         """
-        remedy = "run `edge-moe calibrate-skipping` again"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StatsError(
-                f"skip calibration {path} is not readable ({error}): {remedy}"
-            ) from None
-        found = raw.get("version") if isinstance(raw, dict) else None
-        if found != SKIP_CALIBRATION_VERSION:
-            raise StatsError(
-                f"skip calibration {path} has version {found}, this edge-moe reads "
-                f"{SKIP_CALIBRATION_VERSION}: {remedy}"
-            )
-        try:
-            calibration = cls.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise StatsError(
-                f"skip calibration {path} is damaged: {where}: {first['msg']}: {remedy}"
-            ) from None
+        what, remedy = f"skip calibration {path}", "run `edge-moe calibrate-skipping` again"
+        missing = f"{what} does not exist: run `edge-moe calibrate-skipping`"
+        raw = read_json(path, StatsError, missing=missing, damaged=remedy)
+        versions = (SKIP_CALIBRATION_VERSION,)
+        calibration = checked(raw, cls, what, versions=versions, again=remedy, kind=StatsError)
         if len(calibration.median_ratios) != len(calibration.moe_layer_ids):
             raise StatsError(
                 f"skip calibration {path} has {len(calibration.median_ratios)} ratios for "

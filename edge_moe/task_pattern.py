@@ -18,11 +18,12 @@ from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 import edge_moe
 from edge_moe.errors import InputError, StatsError
 from edge_moe.files import write_text
+from edge_moe.json_files import checked, parse_json
 from edge_moe.stats import ExpertStats
 
 TASK_PATTERN_VERSION = 1
@@ -91,27 +92,12 @@ class TaskPattern(BaseModel):
         Raises:
             StatsError: damaged, or written by another version.
         """
-        remedy = "run `edge-moe patterns` again"
-        try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise StatsError(f"task pattern {source} is not JSON ({error}): {remedy}") from None
-        found = raw.get("version") if isinstance(raw, dict) else None
-        if found != TASK_PATTERN_VERSION:
-            raise StatsError(
-                f"task pattern {source} has version {found}, this edge-moe reads "
-                f"{TASK_PATTERN_VERSION}: {remedy}"
-            )
-        try:
-            pattern = cls.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise StatsError(
-                f"task pattern {source} is damaged: {where}: {first['msg']}: {remedy}"
-            ) from None
+        what, remedy = f"task pattern {source}", "run `edge-moe patterns` again"
+        raw = parse_json(text, what, StatsError, remedy)
+        versions = (TASK_PATTERN_VERSION,)
+        pattern = checked(raw, cls, what, versions=versions, again=remedy, kind=StatsError)
         if problem := pattern._problem():
-            raise StatsError(f"task pattern {source} is damaged: {problem}: {remedy}")
+            raise StatsError(f"{what} is damaged: {problem}: {remedy}")
         return pattern
 
     def _problem(self) -> str | None:

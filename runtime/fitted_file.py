@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from edge_moe.errors import InputError
-from edge_moe.files import parse_info
+from edge_moe.json_files import parse_info
 from edge_moe.runtime.tensor_file import read_tensor_file, write_tensor_file
 
 

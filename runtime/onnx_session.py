@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from edge_moe.budget import memory_terms
 from edge_moe.errors import BudgetError, InputError, TargetError, install_command
-from edge_moe.files import read_json
 from edge_moe.formats import DROP, EXACT
+from edge_moe.json_files import read_json
 from edge_moe.measurement import usable_cores
 from edge_moe.onnx_folder import HEAD_NAME, MODEL_NAME, require_whole
 from edge_moe.package import PLAN_NAME

@@ -237,7 +237,7 @@ def test_bad_requests(trained: Path, tmp_path: Path, arguments: list[str], messa
 
 def test_a_damaged_cell_is_refused(tmp_path: Path) -> None:
     (tmp_path / "code-native-0.5.json").write_text(json.dumps({"version": 1}))
-    with pytest.raises(InputError, match="damaged at .* delete it"):
+    with pytest.raises(InputError, match="is damaged: settings: Field required: delete it"):
         load_cells(tmp_path)
     with pytest.raises(InputError, match="holds no comparison"):
         load_cells(tmp_path / "empty")

@@ -252,14 +252,14 @@ def rewritten(made: bytes, path: Path, **changes: object) -> Path:
     [
         ({"version": 9}, "has version 9, this edge-moe reads 1"),
         ({"num_experts": 2**30}, "scales for"),
-        ({"num_experts": 0}, "damaged header"),
+        ({"num_experts": 0}, "is damaged: num_experts: "),
         ({"dense": []}, "scales for"),
-        ({"density": "nan"}, "damaged header"),
+        ({"density": "nan"}, "is damaged: density: "),
         ({"moe_layer_ids": [0, 0]}, "twice"),
         ({"moe_layer_ids": [0, 5]}, "no 'layers.5'"),
         ({"expert_shapes": [[2**30, 2**30]] * 3}, "tables that are not of"),
-        ({"scale_rule": "other"}, "damaged header"),
-        ({"extra": 1}, "damaged header"),
+        ({"scale_rule": "other"}, "is damaged: scale_rule: "),
+        ({"extra": 1}, "is damaged: extra: "),
     ],
 )
 def test_header_that_promises_something_else(

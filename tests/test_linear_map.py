@@ -94,7 +94,7 @@ def test_damaged_maps(change: dict[str, Any], message: str, tmp_path: Path) -> N
     save_file(load_file(path) | change, path, metadata=metadata)
     with pytest.raises(InputError, match=message):
         LinearMap.load(path)
-    for text, words in (("{}", "has version None"), ('{"version": 1}', "damaged header")):
+    for text, words in (("{}", "has version None"), ('{"version": 1}', "header of .* is damaged")):
         save_file(load_file(path), path, metadata={"edge_moe_linear_map": text})
         with pytest.raises(InputError, match=words):
             LinearMap.load(path)

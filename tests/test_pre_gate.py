@@ -137,7 +137,7 @@ def test_damaged_files(change: dict[str, Any], message: str, tmp_path: Path) -> 
     save_file(load_file(path) | change, path, metadata=metadata)
     with pytest.raises(InputError, match=message):
         PreGate.load(path)
-    for text, words in (("{}", "has version None"), ('{"version": 1}', "damaged header")):
+    for text, words in (("{}", "has version None"), ('{"version": 1}', "header of .* is damaged")):
         save_file({}, path, metadata={"edge_moe_pre_gate": text})
         with pytest.raises(InputError, match=words):
             PreGate.load(path)

@@ -134,7 +134,7 @@ def test_damaged_traces(change: dict[str, Any], message: str, tmp_path: Path) ->
         Trace.load(path)
     for text in (INFO.model_copy(update={"top_k": 0}).model_dump_json(), "[" * 10**5, "9" * 5000):
         save_file(arrays, path, metadata={"edge_moe_trace": text})
-        with pytest.raises(InputError, match="damaged header"):
+        with pytest.raises(InputError, match="is damaged|is not readable JSON"):
             Trace.load(path)
     save_torch({"rows": torch.zeros(2, dtype=torch.bfloat16)}, path, metadata=metadata)
     with pytest.raises(InputError, match="(is not readable|is damaged).*bfloat16"):

@@ -10,7 +10,7 @@ from typing import Any
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.onnx.states import State, past_name, present_name
 from edge_moe.errors import CheckpointError
-from edge_moe.files import read_json
+from edge_moe.json_files import read_json
 
 GENAI_CONFIG_NAME = "genai_config.json"
 _TYPE, _CONVOLUTION_TYPE = "decoder", "lfm2"

@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from edge_moe.compare.contenders import Kind
 from edge_moe.demo import task_names
 from edge_moe.errors import InputError
-from edge_moe.files import read_json, write_text
+from edge_moe.files import write_text
+from edge_moe.json_files import checked, read_json
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate
 from edge_moe.plan import SearchRecord, Target
@@ -173,11 +174,8 @@ def load_cell(path: Path) -> Cell:
         InputError: missing, damaged, or of another version.
     """
     raw = read_json(path, InputError, missing=f"{path} does not exist", damaged="delete it")
-    try:
-        return Cell.model_validate(raw)
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise InputError(f"comparison {path} is damaged at {where}: delete it") from None
+    versions = (COMPARISON_VERSION,)
+    return checked(raw, Cell, f"comparison {path}", versions=versions, again="delete it")
 
 
 def load_cells(folder: Path) -> list[Cell]:
