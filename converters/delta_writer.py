@@ -86,9 +86,8 @@ class DeltaDraft:
         parts = [self._stored(part) for part in self.parts]
         entries += [TensorEntry(each.name, each.dtype, each.shape) for each in parts]
         update = {"scale_rule": scaling.rule, "alpha": scaling.alpha}
-        info = self.info.model_copy(update=update)
-        digest = tables_digest(arrays.values())
-        metadata = {INFO_KEY: info.model_dump_json(), TABLES_KEY: digest}
+        info = self.info.model_copy(update=update).model_dump_json()
+        metadata = {INFO_KEY: info, TABLES_KEY: tables_digest(info, arrays.values())}
         with safetensors_file(output, entries, metadata=metadata) as writer:
             for name, array in arrays.items():
                 writer.write(name, [np.ascontiguousarray(array).tobytes()])

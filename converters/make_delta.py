@@ -37,7 +37,7 @@ from edge_moe.converters.staging import BuildFolder, locked
 from edge_moe.delta_file import DeltaFile
 from edge_moe.delta_info import DeltaInfo, DenseTensor
 from edge_moe.delta_layout import num_segments
-from edge_moe.errors import DeltaError, InputError
+from edge_moe.errors import BudgetError, DiskSpaceError, EdgeMoeError, InputError
 from edge_moe.files import atomic_path, require_file_output, require_free_disk
 from edge_moe.package import is_package
 from edge_moe.packed_tensors import PackedInfo
@@ -107,7 +107,7 @@ def make_delta(
         raise InputError(f"--density is {density}: give a share of the weights, such as 0.05")
     require_file_output(output, ".delta")
     source, target = _open(base), _open(tuned)
-    if source.fingerprint == target.fingerprint:
+    if source.folder.resolve() == target.folder.resolve():
         raise _no_difference(base, tuned)
     check_pair(source, target)
     info = _info(source, target, density)
@@ -194,8 +194,9 @@ def _work_folder(output: Path, info: DeltaInfo) -> Iterator[BuildFolder]:
         work = BuildFolder(output, folder, identity)
         try:
             yield work
-        except (InputError, DeltaError):
-            shutil.rmtree(folder)
+        except EdgeMoeError as error:
+            if not isinstance(error, (BudgetError, DiskSpaceError)):
+                shutil.rmtree(folder)
             raise
     shutil.rmtree(folder)
 

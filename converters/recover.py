@@ -131,7 +131,7 @@ def recover(
 
 
 def _recover(job: _Job, labels: list[str], window_tokens: int, work: BuildFolder) -> RecoveryReport:
-    scratch = work.path.parent
+    scratch = work.scratch
     rows, fits = _calibrate(job, scratch) if job.has_routers else ({}, [])
     training = _train(job, rows, scratch) if job.settings else None
     report = RecoveryReport(

@@ -4,6 +4,7 @@
     lock            held while a build runs
     progress.json   fingerprint of the build, and what is known of every finished file
     output/         becomes NAME
+    ...             what the work keeps meanwhile: the state of a training, its predictions, samples
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from edge_moe.errors import DiskSpaceError, EdgeMoeError, InputError
 from edge_moe.file_lock import lock_if_possible
 from edge_moe.files import require_new_output, write_text
 
+_LOCK, _PROGRESS = "lock", "progress.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 class BuildFolder:
-    """The files of an unfinished build. `path` is the folder to write into."""
+    """The files of an unfinished build. `path` is the folder to write into, `scratch` the one for
+    what a later call need not make again; it is removed when the build is complete."""
 
     def __init__(self, output: Path, folder: Path, fingerprint: str) -> None:
         """Continue the unfinished build of `output` in the hidden `folder`, or start one.
@@ -37,7 +40,8 @@ class BuildFolder:
         """
         self.output = output
         self.path = folder / "output"
-        self._progress = folder / "progress.json"
+        self.scratch = folder
+        self._progress = folder / _PROGRESS
         self._fingerprint = fingerprint
         self._files: dict[str, dict[str, Any]] = self._load(folder)
         self.path.mkdir(exist_ok=True)
@@ -62,6 +66,19 @@ class BuildFolder:
         """Bytes that finished files take already."""
         names = [name for name in self._files if self.finished(name) is not None]
         return sum(int(self._files[name]["num_bytes"]) for name in names)
+
+    def is_begun(self) -> bool:
+        """Whether files for the output are there, finished or not."""
+        return bool(self.written_bytes() or unfinished_bytes(self.path))
+
+    def has_scratch(self) -> bool:
+        """Whether anything was kept beside them."""
+        for path in self.scratch.rglob("*"):
+            is_own = path.parent == self.scratch and path.name in (_LOCK, _PROGRESS)
+            is_left_over = path.suffix == ".tmp" or self.path in path.parents
+            if path.is_file() and not is_own and not is_left_over:
+                return True
+        return False
 
     def _save(self) -> None:
         state = {"fingerprint": self._fingerprint, "files": self._files}
@@ -90,7 +107,8 @@ def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
     """Yield the folder to build in; when the block ends well it becomes `output`.
 
     An interrupted or killed build, or one that met a full disk, stays in the hidden folder and is
-    resumed by the next call. A build that failed for its input is removed.
+    resumed by the next call. A build that failed for its input is removed, unless there is scratch:
+    nobody wants to train again because the last file could not be written.
 
     Raises:
         InputError: `output` exists, cannot be written, or is being built already.
@@ -104,7 +122,7 @@ def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(
-            folder / "lock",
+            folder / _LOCK,
             f"output {output} is being built by another process: wait for it to finish",
         ):
             work = BuildFolder(output, folder, fingerprint)
@@ -112,7 +130,7 @@ def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
             os.rename(work.path, output)
             shutil.rmtree(folder)
     except OSError as error:
-        if not (folder / "progress.json").exists():
+        if not (folder / _PROGRESS).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise _explained(error, output) from error
 
@@ -122,7 +140,7 @@ def _failing_cleanly(work: BuildFolder, folder: Path) -> Iterator[BuildFolder]:
         yield work
     except Exception as error:
         may_go_on = isinstance(error, DiskSpaceError) or not isinstance(error, EdgeMoeError)
-        if not may_go_on or not (work.written_bytes() or unfinished_bytes(work.path)):
+        if not work.has_scratch() and not (may_go_on and work.is_begun()):
             shutil.rmtree(folder)
         raise
 

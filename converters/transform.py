@@ -102,7 +102,7 @@ def transform(
             request.checkpoint.spec.hidden_size, request.info.num_tokens
         )
         files.require_disk(2 * hidden_bytes)
-        scores = given or measure_scores(request, work.path.parent)
+        scores = given or measure_scores(request, work.scratch)
         run = _Run(request, work, files, scores)
         run.layers()
         return run.finish()
@@ -152,7 +152,7 @@ class _Run:
 
     def _stream_layers(self) -> None:
         """Run the sampled windows through every layer, transforming MoE layers on the way."""
-        request, folder = self._request, self._work.path.parent / "samples"
+        request, folder = self._request, self._work.scratch / "samples"
         stream = LayerStream(request.checkpoint, SAMPLE)
         lengths = [len(text) for text in request.texts]
         with calibration_work(folder, request.sample_info(), lengths) as samples:

@@ -194,6 +194,8 @@ class WindowTraining:
         self._best = {name: value.detach().clone() for name, value in parameters.items()}
         self._recent: list[float] = []
         self._seconds = 0.0
+        self._is_updating = False
+        self._saved_step = 0
         self.step = 0
         self.log: list[LossRow] = []
         if state_path.exists():
@@ -214,8 +216,8 @@ class WindowTraining:
     ) -> None:
         """Train to the end; afterwards the parameters hold the state that judged best.
 
-        The state is saved every `save_every` steps where `save_seconds` have passed since, and at
-        the end. `advance` is called once per step.
+        The state is saved every `save_every` steps where `save_seconds` have passed since, when
+        Ctrl-C ends a step, and at the end. `advance` is called once per step.
         """
         settings = self._settings
         if not self.log:
@@ -223,7 +225,12 @@ class WindowTraining:
         saved = time.monotonic()
         while self.step < settings.steps:
             start = time.perf_counter()
-            self._take_step()
+            try:
+                self._take_step()
+            except KeyboardInterrupt:
+                if not self._is_updating and self.step > self._saved_step:
+                    self._save()  # what was learned; the step that was cut short is taken again
+                raise
             self._seconds += time.perf_counter() - start
             is_judged = settings.is_judged(self.step)
             if is_judged:
@@ -241,6 +248,7 @@ class WindowTraining:
 
     def _take_step(self) -> None:
         settings = self._settings
+        self._is_updating = False
         for group in self._optimiser.param_groups:
             group["lr"] = settings.rate(self.step)
         first = self.step * settings.batch_windows
@@ -250,6 +258,7 @@ class WindowTraining:
             loss = settings.kl_weight * kl + settings.lm_weight * lm + penalty
             torch.autograd.backward(loss / settings.batch_windows)
             found.append([float(each.detach()) for each in (kl, lm, penalty)])
+        self._is_updating = True
         self._objective.end()
         torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), settings.clip_norm)
         rate = settings.rate(self.step)
@@ -306,6 +315,7 @@ class WindowTraining:
         with safetensors_file(self._state_path, entries, metadata=about) as writer:
             for name, value in tensors.items():
                 writer.write(name, [value.numpy().tobytes()])
+        self._saved_step = self.step
 
     def _restore(self) -> None:
         try:
@@ -318,7 +328,7 @@ class WindowTraining:
 
     def _read_state(self, handle: Any) -> None:
         about = handle.metadata()
-        self.step = int(about["step"])
+        self.step = self._saved_step = int(about["step"])
         self._seconds = float(about["seconds"])
         self._recent = list(json.loads(about["recent"]))
         self.log = [LossRow.model_validate(row) for row in json.loads(about["log"])]

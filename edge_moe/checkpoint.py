@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from edge_moe.gguf_split import is_gguf_name
 from edge_moe.json_files import read_json
 from edge_moe.onnx_folder import is_onnx_folder
 from edge_moe.packed_tensors import PackedInfo, unpacked_tensors
-from edge_moe.safetensors_header import header_length, read_header
+from edge_moe.safetensors_header import data_start, read_header
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import FloatArray, TensorInfo, read_range, to_float32
+from edge_moe.weight_samples import sampled_digest
 
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
 _PIECE_BYTES = 16 * 2**20
@@ -119,7 +120,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over config.json, every header and sixteen 4 KiB samples of each weight file."""
+        """sha256 over config.json, every header and a sample of every matrix."""
         return checkpoint_fingerprint(self.folder, self.tensors.values())
 
     def read(self, name: str) -> FloatArray:
@@ -351,12 +352,6 @@ def expert_axis(info: TensorInfo, num_experts: int) -> int | None:
     return 1 if info.shape == (1, num_experts) else None
 
 
-def _paths(info: TensorInfo) -> tuple[Path, ...]:
-    if isinstance(info, PackedInfo):
-        return tuple(part.path for part in info.packing.stored)
-    return (info.path,)
-
-
 def _turned(matrix: FloatArray) -> FloatArray:
     return np.ascontiguousarray(matrix.T)
 
@@ -370,12 +365,15 @@ def _require_float(info: TensorInfo) -> None:
 
 
 def checkpoint_fingerprint(folder: Path, tensors: Iterable[TensorInfo]) -> str:
-    """sha256 over config.json, every header and sixteen 4 KiB samples of each weight file."""
+    """sha256 over config.json, every header and a sample of every matrix."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted({path for info in tensors for path in _paths(info)}):
+    ranges: dict[Path, list[TensorInfo]] = {}
+    for info in tensors:
+        for stored in info.packing.stored if isinstance(info, PackedInfo) else (info,):
+            ranges.setdefault(stored.path, []).append(stored)
+    for path in sorted(ranges):
         digest.update(path.name.encode())
-        for piece in _samples(path):
-            digest.update(piece)
+        digest.update(sampled_digest(path, data_start(path), ranges[path]))
     return digest.hexdigest()
 
 
@@ -421,14 +419,3 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{index}: weight file {name!r} points outside the folder: download it again"
             )
     return [folder / name for name in names]
-
-
-def _samples(path: Path, count: int = 16, sample_bytes: int = 4096) -> Iterator[bytes]:
-    """The header and `count` evenly spaced pieces of the file."""
-    file_bytes = path.stat().st_size
-    with path.open("rb") as handle:
-        header_bytes = header_length(handle.read(8), file_bytes, path)
-        yield handle.read(header_bytes)
-        for index in range(count):
-            handle.seek(8 + header_bytes + (file_bytes - 8 - header_bytes) * index // count)
-            yield handle.read(sample_bytes)

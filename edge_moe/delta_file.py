@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edge_moe.delta_info import read_info
+from edge_moe.delta_info import INFO_KEY, read_info
 from edge_moe.delta_layout import (
     DENSE_NAME,
     NUMPY_DTYPES,
@@ -56,8 +56,9 @@ class DeltaFile:
             raise DeltaError(f"delta {error}".replace("download", "copy")) from None
         self.info = read_info(path, metadata)
         self._tables = {name: self._read_table(tensors, name) for name in TABLES}
-        if tables_digest(self._tables.values()) != metadata.get(TABLES_KEY):
-            raise self._damaged("the checksum of its tables differs")
+        digest = tables_digest(metadata[INFO_KEY], self._tables.values())
+        if digest != metadata.get(TABLES_KEY):
+            raise self._damaged("the checksum of its header and tables differs")
         self._check_tables(tensors)
         self._layers = {layer: index for index, layer in enumerate(self.info.moe_layer_ids)}
 

@@ -12,7 +12,7 @@ from edge_moe.delta_layout import REMEDY
 from edge_moe.errors import DeltaError
 from edge_moe.json_files import parse_info
 
-DELTA_VERSION = 1
+DELTA_VERSION = 2
 INFO_KEY = "edge_moe_delta"
 """Of the file's metadata."""
 

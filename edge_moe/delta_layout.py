@@ -2,7 +2,8 @@
 
 A safetensors file, without pickle:
 
-    __metadata__  edge_moe_delta: JSON of `DeltaInfo`; edge_moe_tables: sha256 of the five tables
+    __metadata__  edge_moe_delta: JSON of `DeltaInfo`
+                  edge_moe_tables: sha256 of that, and of the five tables
     scales        F32 [T]  per tensor
     kept          I32 [S]  signs of every segment
     sizes         I32 [S]  its bytes
@@ -99,9 +100,9 @@ def layer_name(layer_id: int) -> str:
     return f"layers.{layer_id}"
 
 
-def tables_digest(tables: Iterable[npt.NDArray[np.generic]]) -> str:
-    """sha256 of the tables in their order."""
-    digest = hashlib.sha256()
+def tables_digest(info: str, tables: Iterable[npt.NDArray[np.generic]]) -> str:
+    """sha256 of the header's JSON, and of the tables in their order."""
+    digest = hashlib.sha256(info.encode())
     for table in tables:
         digest.update(np.ascontiguousarray(table).tobytes())
     return digest.hexdigest()

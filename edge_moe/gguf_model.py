@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from edge_moe.gguf_tensors import (
 from edge_moe.gguf_values import read_values, read_whole
 from edge_moe.spec import ModelSpec
 from edge_moe.tensor_info import FloatArray
+from edge_moe.weight_samples import sampled_digest
 
 Types = tuple[str, str, str]
 """Names of the ggml types of (gate_proj, up_proj, down_proj), lower case as forms are."""
@@ -119,12 +120,8 @@ class GgufModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over each part's header and sixteen 4 KiB samples; file names do not count."""
-        digest = hashlib.sha256(b"gguf")
-        for part in self.parts:
-            for piece in _samples(part):
-                digest.update(piece)
-        return digest.hexdigest()
+        """sha256 over each part's header and a sample of every matrix, whatever their names."""
+        return parts_fingerprint(self.parts)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -304,11 +301,9 @@ class GgufModel:
             )
 
 
-def _samples(part: GgufHeader, count: int = 16, sample_bytes: int = 4096) -> Iterator[bytes]:
-    """The header and `count` evenly spaced pieces behind it."""
-    data_bytes = max(part.total_bytes - part.data_start, 0)
-    with part.path.open("rb") as handle:
-        yield handle.read(part.data_start)
-        for index in range(count):
-            handle.seek(part.data_start + data_bytes * index // count)
-            yield handle.read(sample_bytes)
+def parts_fingerprint(parts: Iterable[GgufHeader]) -> str:
+    """sha256 over each part's header and a sample of every matrix; file names do not count."""
+    digest = hashlib.sha256(b"gguf")
+    for part in parts:
+        digest.update(sampled_digest(part.path, part.data_start, part.tensors))
+    return digest.hexdigest()

@@ -23,7 +23,8 @@ def solve(problem: Problem, time_limit_seconds: float = TIME_LIMIT_SECONDS) -> S
     """The least total loss within `problem.budget_bytes`, to a relative gap of 1e-6.
 
     Ties go to fewer bytes. A budget that holds every expert in its whole form takes that where
-    nothing loses less. At the time limit the best choice so far is returned, with its gap.
+    nothing loses less, but smaller forms for experts that were measured to lose nothing in them.
+    At the time limit the best choice so far is returned, with its gap.
 
     Raises:
         BudgetError: no choice fits; carries the fewest bytes that do.
@@ -39,7 +40,7 @@ def solve(problem: Problem, time_limit_seconds: float = TIME_LIMIT_SECONDS) -> S
             least_bytes,
         )
     if _whole_is_best(problem):
-        return Solution.of(problem, problem.whole_form)
+        return Solution.of(problem, _without_idle_bytes(problem))
     if problem.scope != "expert":
         return UniformFrontier(problem).best(problem.budget_bytes)
     return _solve_per_expert(problem, time_limit_seconds)
@@ -52,6 +53,17 @@ def _whole_is_best(problem: Problem) -> bool:
     lossless = (_loss_here(problem, whole) <= problem.loss.min(axis=-1)).all()
     shared = {"expert": whole, "layer": whole[:, :1], "model": whole[:1, :1]}[problem.scope]
     return bool(fits and lossless and problem.can_keep.all() and (whole == shared).all())
+
+
+def _without_idle_bytes(problem: Problem) -> IntArray:
+    """[L, E] the whole forms, or the smallest that lose no more and yet more would be lost without
+    the expert: nothing is known of one that dropping costs nothing, so it stays whole."""
+    whole = problem.whole_form
+    least = _loss_here(problem, whole)[..., None]
+    is_as_good = problem.allowed & (problem.loss <= least) & (problem.loss[..., :1] > least)
+    axes = {"expert": (), "layer": (1,), "model": (0, 1)}[problem.scope]
+    is_as_good &= is_as_good.all(axis=axes, keepdims=True)
+    return np.where(is_as_good.any(axis=-1), is_as_good.argmax(axis=-1), whole)
 
 
 def _solve_per_expert(problem: Problem, time_limit_seconds: float) -> Solution:

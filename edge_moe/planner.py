@@ -174,6 +174,8 @@ def _written(
     forms = name_forms(solution.choice, offer.forms)
     rivals, missing_rivals = find_rivals(problem, offer.forms, solution.expert_bytes)
     is_search_expected = spec.is_gguf or asked.is_measured
+    below = np.array([0 < least_bits(form) < MINIMUM_BITS for form in offer.forms])
+    limited = evidence.supers & ~(_lossless_forms(problem.loss) & below).any(axis=-1)
     return Plan(
         edge_moe_version=__version__,
         model=asked.model,
@@ -200,7 +202,7 @@ def _written(
         super_experts=_expert_keys(spec, evidence.supers),
         form_bytes=dict(zip(offer.forms, problem.form_bytes.tolist(), strict=True)),
         stored_forms=list(offer.stored) if spec.is_gguf else [],
-        limits=[*offer.limits, *super_expert_limits(spec, evidence.supers, setting.target)],
+        limits=[*offer.limits, *super_expert_limits(spec, limited, setting.target)],
         warnings=[
             *solver_warnings(solution),
             *context_warnings(asked.context_tokens, setting.context_tokens),
@@ -272,13 +274,14 @@ def build_problem(
 ) -> Problem:
     """The optimiser's input: [L, E, F] `losses`, bytes of `forms`, rules of `target`.
 
-    `supers` [L, E] are neither dropped nor stored below 4 bits, or stay as they are stored.
+    `supers` [L, E] are neither dropped nor stored below 4 bits, or stay as they are stored; smaller
+    forms that were measured to lose nothing will do.
     """
     protected = np.array([least_bits(form) >= MINIMUM_BITS for form in forms])  # [F]
     if offer is not None:
         as_stored = [[form == own for form in forms] for own in offer.stored]
         protected = protected | np.array(as_stored)[:, None]  # [L, 1, F]
-    allowed = ~supers[..., None] | protected
+    allowed = ~supers[..., None] | protected | _lossless_forms(losses)
     if offer is not None:
         allowed &= offer.allowed[:, None]
     if drops_none:
@@ -295,6 +298,11 @@ def build_problem(
         top_groups=spec.router.top_groups,
         scope=TARGET_RULES[target].scope,
     )
+
+
+def _lossless_forms(losses: FloatArray) -> BoolArray:
+    """[L, E, F] forms that lose nothing of an expert without which something would be lost."""
+    return (losses == 0) & (losses[..., :1] > 0)
 
 
 def stats_fingerprint(stats: AdditiveStats[Any]) -> str:

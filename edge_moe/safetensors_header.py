@@ -75,6 +75,17 @@ def _check_overlaps(tensors: Iterable[TensorInfo], path: Path) -> None:
         end, last = info.offset + info.num_bytes, info.name
 
 
+def data_start(path: Path) -> int:
+    """First byte of a file's data, which tensors' offsets count from.
+
+    Raises:
+        CheckpointError: no such header.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as handle:
+        return 8 + header_length(handle.read(8), path.stat().st_size, path)
+
+
 def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
     """Bytes of the JSON, as the first eight of the file state.
 

@@ -86,10 +86,12 @@ def _value(model: Any, name: str, delta: DeltaFile) -> torch.Tensor:
     """A parameter or buffer, as a plain tensor that shares its memory."""
     module_name, _, attribute = name.rpartition(".")
     try:
-        found: torch.Tensor = getattr(model.get_submodule(module_name), attribute)
+        found = getattr(model.get_submodule(module_name), attribute)
     except AttributeError:
+        found = None
+    if not isinstance(found, torch.Tensor):
         raise DeltaError(
             f"delta {delta.path}: the model has no tensor {name!r}: make it again with "
             "`edge-moe delta`"
-        ) from None
+        )
     return found.detach()

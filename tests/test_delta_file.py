@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tracemalloc
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint
 from hand_plan import edit_config, fused_copy, hand_plan
+from safetensors.numpy import load as load_numpy
 from safetensors.torch import load_file, save_file
 from tuned_models import noise, tuned_copy
 
@@ -24,7 +26,7 @@ from edge_moe.converters.make_delta import make_delta
 from edge_moe.converters.sparsify import sparsify
 from edge_moe.delta_file import DeltaFile
 from edge_moe.delta_layout import DeltaTensor, unpack_tensor
-from edge_moe.errors import DeltaError, InputError
+from edge_moe.errors import CheckpointError, DeltaError, InputError
 from edge_moe.tensor_info import FloatArray, read_range
 
 
@@ -181,6 +183,32 @@ def test_models_without_a_difference(tiny_checkpoint: TinyCheckpoint, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
 
+def test_what_was_tuned_in_routers_alone_is_a_difference(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    def change(name: str, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.ones_like(value) * name.endswith("mlp.gate.weight")
+
+    folder = tiny_checkpoint("qwen3_moe")
+    tuned = tuned_copy(folder, tmp_path / "tuned", change)
+    make_delta(folder, tuned, tmp_path / "it.delta", density=1.0)
+    delta = DeltaFile(tmp_path / "it.delta")
+    assert delta.num_kept == 2 * 8 * 64  # two routers [8, 64]
+    delta.require_base(Checkpoint(folder).fingerprint)
+    with pytest.raises(DeltaError, match="not for this model"):
+        delta.require_base(Checkpoint(tuned).fingerprint)
+
+
+def test_a_damaged_model_leaves_nothing(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint("qwen3_moe")
+    tuned = tuned_copy(
+        folder, tmp_path / "tuned", lambda name, value, _: torch.full_like(value, torch.nan)
+    )
+    with pytest.raises(CheckpointError, match="NaN"):
+        make_delta(folder, tuned, tmp_path / "it.delta")
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
+
+
 def test_other_architectures_are_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     folder, out = tiny_checkpoint("qwen3_moe"), tmp_path / "it.delta"
     with pytest.raises(DeltaError, match=r"has model_type olmoe.*one architecture"):
@@ -237,11 +265,15 @@ def test_truncated_anywhere(made: bytes, tmp_path: Path) -> None:
 
 
 def rewritten(made: bytes, path: Path, **changes: object) -> Path:
-    """The same tensors under another header; the data starts where it must."""
+    """The same tensors under another header that its digest knows."""
     length = int.from_bytes(made[:8], "little")
     header = json.loads(made[8 : 8 + length])
-    info = json.loads(header["__metadata__"]["edge_moe_delta"]) | changes
-    header["__metadata__"]["edge_moe_delta"] = json.dumps(info)
+    info = json.dumps(json.loads(header["__metadata__"]["edge_moe_delta"]) | changes)
+    tables = load_numpy(made)
+    digest = hashlib.sha256(info.encode())
+    for name in ("scales", "kept", "sizes", "checksums", "coding"):
+        digest.update(tables[name].tobytes())
+    header["__metadata__"] = {"edge_moe_delta": info, "edge_moe_tables": digest.hexdigest()}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + made[8 + length :])
     return path
@@ -250,7 +282,7 @@ def rewritten(made: bytes, path: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 9}, "has version 9, this edge-moe reads 1"),
+        ({"version": 9}, "has version 9, this edge-moe reads 2"),
         ({"num_experts": 2**30}, "scales for"),
         ({"num_experts": 0}, "is damaged: num_experts: "),
         ({"dense": []}, "scales for"),
@@ -267,6 +299,17 @@ def test_header_that_promises_something_else(
 ) -> None:
     with pytest.raises(DeltaError, match=message):
         DeltaFile(rewritten(made, tmp_path / "it.delta", **changes))
+
+
+def test_a_changed_header_is_seen(made: bytes, tmp_path: Path) -> None:
+    path = rewritten(made, tmp_path / "it.delta")
+    DeltaFile(path)
+    path.write_bytes(path.read_bytes().replace(b'moe_layer_ids\\": [0', b'moe_layer_ids\\": [1', 1))
+    with pytest.raises(DeltaError):
+        DeltaFile(path)
+    path.write_bytes(made.replace(b'alpha\\":null', b'alpha\\":1e00', 1))
+    with pytest.raises(DeltaError, match="the checksum of its header and tables differs"):
+        DeltaFile(path)
 
 
 def test_changed_bytes_are_never_taken_for_others(made: bytes, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from conftest import FAMILY_NAMES, TinyCheckpoint
 from hand_plan import hand_plan
 from safetensors.torch import load_file, save_file
-from test_delta_file import values_of
+from test_delta_file import rewritten, values_of
 from test_packed_tensors import make_fp8
 from tuned_models import noise, tuned_copy
 
@@ -236,6 +236,19 @@ def test_damaged_expert_is_named(tiny_checkpoint: TinyCheckpoint, tmp_path: Path
         handle.seek(tensor.offset + 5)
         handle.write(bytes([byte[0] ^ 1]))
     with pytest.raises(DeltaError, match=r"layer 1 expert 3 is damaged \(its checksum differs\)"):
+        Session.open(folder, delta=path)
+
+
+@pytest.mark.parametrize("name", ["model.norm", "model.embed_tokens.forward", "model.training"])
+def test_names_of_what_is_no_tensor_are_refused(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, name: str
+) -> None:
+    folder, path = tiny_checkpoint("qwen3_moe"), tmp_path / "it.delta"
+    make_delta(folder, tuned_copy(folder, tmp_path / "tuned", noise), path)
+    dense = [each.model_dump(mode="json") for each in DeltaFile(path).info.dense]
+    dense[0]["name"] = name
+    rewritten(path.read_bytes(), path, dense=dense)
+    with pytest.raises(DeltaError, match=f"no tensor '{name}'"):
         Session.open(folder, delta=path)
 
 

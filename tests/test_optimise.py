@@ -209,6 +209,18 @@ def test_everything_whole_when_the_budget_holds_it() -> None:
     assert (solve(two_by_three(30)).choice == 2).all()
 
 
+def test_whole_experts_shrink_where_nothing_is_lost() -> None:
+    """Two experts are exact in two bytes, and one that is never chosen loses nothing anywhere."""
+    loss = two_by_three(30).loss.copy()
+    loss[0, 1, 1] = loss[1, 0, 1] = 0.0
+    assert solve(two_by_three(30, loss=loss)).choice.tolist() == [[2, 1, 2], [1, 2, 2]]
+    assert (solve(two_by_three(30, loss=loss, scope="layer")).choice == 2).all()
+    loss[0, :, 1] = 0.0  # a whole layer
+    found = solve(two_by_three(30, loss=loss, scope="layer"))
+    assert found.choice.tolist() == [[1, 1, 1], [2, 2, 2]]
+    assert (solve(two_by_three(30, loss=loss, scope="model")).choice == 2).all()
+
+
 def test_experts_that_lose_nothing_take_no_bytes() -> None:
     found = solve(two_by_three(29))
     assert found.loss == 0.0

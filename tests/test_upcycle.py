@@ -18,13 +18,15 @@ import torch
 from hand_plan import edit_config, tree
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from tiny_models import make_tiny_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
-from edge_moe.converters.upcycle import learn
+from edge_moe.converters.text_objective import TextObjective
+from edge_moe.converters.upcycle import learn, write_moe
 from edge_moe.converters.upcycle.balance import switch_loss
 from edge_moe.converters.upcycle.dense_model import open_dense
 from edge_moe.converters.upcycle.memory import student_terms
@@ -40,9 +42,10 @@ from edge_moe.converters.upcycle.trained_layers import (
     untrained_layers,
 )
 from edge_moe.converters.upcycle.upcycle import upcycle
-from edge_moe.converters.window_training import LossLog
-from edge_moe.errors import InputError
+from edge_moe.converters.window_training import LossLog, WindowTraining
+from edge_moe.errors import DiskSpaceError, InputError
 from edge_moe.formats import get_form, pack_expert, unpack_expert
+from edge_moe.plan import Plan
 from edge_moe.stats import ExpertStats
 
 IDS = [(7 * i * i + 3 * i) % 250 + 1 for i in range(40)]
@@ -242,6 +245,12 @@ def test_a_plan_finds_nothing_lost(
     for form in ("tq1_0", "tq2_0"):
         assert not losses[..., found.form_index(form)].any()
     assert losses[..., found.form_index("drop")].all()
+    for target in ("native", "gguf"):  # no bytes are spent on what nothing gains from
+        path = tmp_path / f"{target}.json"
+        command = ["plan", str(output), "--stats", str(stats), "--target", target, "--no-search"]
+        assert run([*command, "--budget", "10GB", "-o", str(path)]) == 0
+        plan = Plan.load(path)
+        assert plan.loss == 0 and {form for row in plan.forms for form in row} == {"tq1_0"}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
@@ -385,6 +394,54 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(
     whole, broken = tree(tmp_path / "whole"), tree(tmp_path / "broken")
     assert whole.keys() == broken.keys()
     assert whole["model.safetensors"] == broken["model.safetensors"]
+
+
+def test_ctrl_c_keeps_the_steps_that_were_taken(
+    dense: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a forward pass of the fifth step; and in an update, where weights are half new."""
+    chosen = FEW.model_copy(update={"steps": 6, "num_judgements": 1})
+    in_fifth_step = make(dense, text, tmp_path / "whole", chosen).num_judging_windows + 4 * 4 + 2
+    whole = (tmp_path / "whole/model.safetensors").read_bytes()
+    for place, kept in ((TextObjective, "losses"), 4), ((Student, "end"), 0):
+        calls, method = itertools.count(1), getattr(*place)
+
+        def stopping(*given: Any, calls: Any = calls, method: Any = method) -> Any:
+            found = method(*given)
+            if next(calls) == {"losses": in_fifth_step, "end": 3}[method.__name__]:
+                raise KeyboardInterrupt
+            return found
+
+        output = tmp_path / place[1]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*place, stopping)
+            make(dense, text, output, chosen)
+        state = output.with_name(f".{output.name}.building") / "training.safetensors"
+        assert state.exists() == bool(kept)
+        if kept:
+            with safe_open(state, "np") as handle:
+                assert handle.metadata()["step"] == str(kept)
+        make(dense, text, output, chosen)
+        assert (output / "model.safetensors").read_bytes() == whole
+
+
+def test_a_full_disk_at_the_end_costs_no_training(
+    dense: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = FEW.model_copy(update={"steps": 4})
+    with monkeypatch.context() as patch, pytest.raises(DiskSpaceError):
+        patch.setattr(write_moe, "require_free_disk", failing_with(DiskSpaceError("full")))
+        make(dense, text, tmp_path / "moe", chosen)
+    with monkeypatch.context() as patch:
+        patch.setattr(WindowTraining, "_take_step", failing_with(AssertionError("a step")))
+        assert make(dense, text, tmp_path / "moe", chosen).losses[-1].step == 4
+
+
+def failing_with(error: Exception) -> Callable[..., Any]:
+    def fail(*given: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def test_the_bill_grows_with_what_is_trained(dense: Path) -> None:

@@ -7,7 +7,6 @@ them half a head apart. Names and keys are those of src/llama-arch.cpp.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,10 @@ from edge_moe.errors import CheckpointError, InputError, MissingExtraError
 from edge_moe.files import os_problem
 from edge_moe.gguf_header import GgufHeader, GgufTensorInfo
 from edge_moe.gguf_keys import GgufKeys
+from edge_moe.gguf_model import parts_fingerprint
 from edge_moe.gguf_split import read_parts
 from edge_moe.gguf_values import read_whole
-from edge_moe.tensor_info import FloatArray, read_range
+from edge_moe.tensor_info import FloatArray
 
 _ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's architecture -> transformers' model_type; Mistral's files say `llama`."""
@@ -64,15 +64,11 @@ def open_dense_gguf(path: Path) -> DenseModel:
     infos = {info.name: info for part in parts for info in part.tensors}
     config = _config(header, infos)
     tensors = [_tensor(info, config, header) for info in infos.values()]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{part.total_bytes}\n".encode())
-        digest.update(read_range(part.path, 0, min(part.data_start + 2**16, part.total_bytes)))
     return dense_model(
         path,
         config,
         {tensor.name: tensor for tensor in tensors},
-        digest.hexdigest(),
+        parts_fingerprint(parts),
         _TOKENIZER_ALLOWANCE_BYTES,
         lambda folder: _write_tokenizer(path, folder),
     )

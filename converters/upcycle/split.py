@@ -152,7 +152,7 @@ def _state_memory(job: _Job, window_tokens: int) -> list[MemoryTerm]:
 def _split(
     job: _Job, work: BuildFolder, terms: list[MemoryTerm], labels: list[str], source: str
 ) -> SplitRecord:
-    dense, target, shape, scratch = job.dense, job.target, job.shape, work.path.parent
+    dense, target, shape, scratch = job.dense, job.target, job.shape, work.scratch
     layers = _split_all(job, scratch)
     blocks, training = split_layers(dense, target, shape, layers), None
     if job.text is not None:

@@ -121,7 +121,7 @@ def _upcycle(
             student,
             job.text,
             job.settings,
-            work.path.parent,
+            work.scratch,
             "training experts",
             is_compared=bool(job.settings.kl_weight),
             log_path=work.path / LOG_NAME,
