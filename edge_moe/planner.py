@@ -302,7 +302,7 @@ def build_problem(
 
 def _lossless_forms(losses: FloatArray) -> BoolArray:
     """[L, E, F] forms that lose nothing of an expert without which something would be lost."""
-    return (losses == 0) & (losses[..., :1] > 0)
+    return np.asarray((losses == 0) & (losses[..., :1] > 0))
 
 
 def stats_fingerprint(stats: AdditiveStats[Any]) -> str:

@@ -414,7 +414,7 @@ def test_ctrl_c_keeps_the_steps_that_were_taken(
 
         output = tmp_path / place[1]
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(*place, stopping)
+            patch.setattr(place[0], place[1], stopping)
             make(dense, text, output, chosen)
         state = output.with_name(f".{output.name}.building") / "training.safetensors"
         assert state.exists() == bool(kept)
