@@ -4,7 +4,8 @@
     lock            held while a build runs
     progress.json   fingerprint of the build, and what is known of every finished file
     output/         becomes NAME
-    ...             what the work keeps meanwhile: the state of a training, its predictions, samples
+    FILE            the state of a training
+    FOLDER/         other things that a later call need not make again: predictions, samples
 """
 
 from __future__ import annotations
@@ -71,14 +72,16 @@ class BuildFolder:
         """Whether files for the output are there, finished or not."""
         return bool(self.written_bytes() or unfinished_bytes(self.path))
 
+    def has_state(self) -> bool:
+        """Whether a training left its state beside them."""
+        names = [path.name for path in self.scratch.iterdir() if path.is_file()]
+        return any(name not in (_LOCK, _PROGRESS) and not name.endswith(".tmp") for name in names)
+
     def has_scratch(self) -> bool:
         """Whether anything was kept beside them."""
-        for path in self.scratch.rglob("*"):
-            is_own = path.parent == self.scratch and path.name in (_LOCK, _PROGRESS)
-            is_left_over = path.suffix == ".tmp" or self.path in path.parents
-            if path.is_file() and not is_own and not is_left_over:
-                return True
-        return False
+        folders = [path for path in self.scratch.iterdir() if path.is_dir() and path != self.path]
+        found = [path for folder in folders for path in folder.rglob("*")]
+        return self.has_state() or any(path.is_file() and path.suffix != ".tmp" for path in found)
 
     def _save(self) -> None:
         state = {"fingerprint": self._fingerprint, "files": self._files}
@@ -107,8 +110,8 @@ def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
     """Yield the folder to build in; when the block ends well it becomes `output`.
 
     An interrupted or killed build, or one that met a full disk, stays in the hidden folder and is
-    resumed by the next call. A build that failed for its input is removed, unless there is scratch:
-    nobody wants to train again because the last file could not be written.
+    resumed by the next call. A build that failed for its input is removed, unless a training has
+    left its state: nobody wants to train again because the last file could not be written.
 
     Raises:
         InputError: `output` exists, cannot be written, or is being built already.
@@ -140,7 +143,8 @@ def _failing_cleanly(work: BuildFolder, folder: Path) -> Iterator[BuildFolder]:
         yield work
     except Exception as error:
         may_go_on = isinstance(error, DiskSpaceError) or not isinstance(error, EdgeMoeError)
-        if not work.has_scratch() and not (may_go_on and work.is_begun()):
+        has_more = may_go_on and (work.has_scratch() or work.is_begun())
+        if not work.has_state() and not has_more:
             shutil.rmtree(folder)
         raise
 
