@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file
 from tiny_models import make_tiny_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -26,7 +28,13 @@ from edge_moe.converters.upcycle.split_layer import SplitLayer, choose, split_la
 from edge_moe.converters.upcycle.split_layers import split_block
 from edge_moe.converters.upcycle.split_neurons import DenseFfn, NeuronSplit
 from edge_moe.converters.upcycle.split_record import RECORD_NAME, SplitSettings
-from edge_moe.converters.upcycle.split_router import bounded_rows, score_reach, tilt_bound
+from edge_moe.converters.upcycle.split_router import (
+    NormalEquations,
+    bounded_rows,
+    router_rows,
+    score_reach,
+    tilt_bound,
+)
 from edge_moe.converters.upcycle.split_shape import split_shape
 from edge_moe.converters.upcycle.split_student import DistilSettings, SplitStudent
 from edge_moe.converters.upcycle.target import Glm4MoeTarget, Qwen2MoeTarget, choose_target
@@ -85,6 +93,27 @@ def test_all_experts_together_are_the_dense_model(case: str, text: Path, tmp_pat
     assert np.abs(some - expected).max() > 0.01
     with Session.open(tmp_path / "moe", num_slots=3) as session:
         np.testing.assert_allclose(session.logits(IDS), some, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp.down_proj", "post_attention_layernorm"])
+def test_a_layer_that_adds_nothing(name: str, text: Path, tmp_path: Path) -> None:
+    """Pruned layers are such: nothing tells the experts apart, and their router is 0."""
+    dense = make_tiny_dense(tmp_path / "dense", "llama")
+    tensors = load_torch_file(dense / "model.safetensors")
+    tensors[f"model.layers.1.{name}.weight"].zero_()
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    record = split_tiny(dense, text, tmp_path / "moe", settings=SplitSettings(max_tilt=1e-6))
+    assert record.layers[0].tilt_bound > 0 == record.layers[1].tilt_bound
+    assert not Checkpoint(tmp_path / "moe").read("model.layers.1.mlp.gate.weight").any()
+    np.testing.assert_allclose(logits(tmp_path / "moe", 4), logits(dense), atol=2e-5, rtol=0)
+
+
+def test_inputs_that_fix_no_router_have_one() -> None:
+    """Two coordinates that are always alike share what one would get; a dead one gets nothing."""
+    equations = NormalEquations.zeros(3, 1)
+    equations.add(torch.tensor([[1.0, 1, 0], [2, 2, 0]]), torch.tensor([[4.0], [8]]))
+    torch.testing.assert_close(equations.solve(0.0), torch.tensor([[2.0, 2, 0]]))
+    assert router_rows(NormalEquations.zeros(2, 4), 0.01, 1.0).tolist() == [[0, 0]] * 4
 
 
 def test_scores_by_hand() -> None:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LEAST_RIDGE = 1e-9
+"""What float64 tells from 0 in a sum of squares."""
+
 
 @dataclass
 class NormalEquations:
@@ -35,11 +38,11 @@ class NormalEquations:
     def solve(self, ridge: float, toward: Tensor | None = None) -> Tensor:
         """The W [O, N] that minimises sum ||W x - y||^2 + r ||W - toward||^2.
 
-        r is `ridge` times the mean square of an input, times the number of tokens; `toward`
-        defaults to 0.
+        r is `ridge` times the mean square of an input, times the number of tokens, and never 0, so
+        that inputs which are always 0 or alike have a solution too; `toward` defaults to 0.
         """
         gram = self.gram.double()
-        strength = ridge * gram.diagonal().mean()
+        strength = max(ridge, _LEAST_RIDGE) * float(gram.diagonal().mean()) or 1.0
         cross = self.cross.double()
         if toward is not None:
             cross = cross + strength * toward.T.double()
@@ -58,11 +61,13 @@ def router_rows(equations: NormalEquations, ridge: float, spread: float) -> Tens
 
     The mean over experts is taken off, which softmax does not see, and the rows are scaled so that
     scores have the root mean square `spread` over tokens: small, so that every softmax weight is
-    nearly 1 / E and the experts' weights alone decide what they add.
+    nearly 1 / E and the experts' weights alone decide what they add. Where nothing tells experts
+    apart, as in a layer that adds nothing, they are 0.
     """
     rows = equations.solve(ridge)
     rows = rows - rows.mean(0, keepdim=True)
-    return rows * (spread / equations.spread(rows))
+    found = equations.spread(rows)
+    return rows * (spread / found) if found > 0 else torch.zeros_like(rows)
 
 
 def score_reach(rows: Tensor, norm_weight: Tensor, *, is_softmax: bool) -> float:
