@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
+from edge_moe.converters.recover_train import TrainSettings
 from edge_moe.converters.text_objective import TextObjective
 from edge_moe.converters.upcycle import learn, write_moe
 from edge_moe.converters.upcycle.balance import switch_loss
@@ -32,6 +34,7 @@ from edge_moe.converters.upcycle.dense_model import open_dense
 from edge_moe.converters.upcycle.memory import student_terms
 from edge_moe.converters.upcycle.record import LOG_NAME, UpcycleRecord
 from edge_moe.converters.upcycle.routed_weights import Quantiser, RoutedMatrix, round_to_int8
+from edge_moe.converters.upcycle.split_student import DistilSettings
 from edge_moe.converters.upcycle.student import Student, UpcycleSettings
 from edge_moe.converters.upcycle.target import MoeShape, choose_target
 from edge_moe.converters.upcycle.train_text import dense_tokenizer, read_train_text
@@ -42,7 +45,12 @@ from edge_moe.converters.upcycle.trained_layers import (
     untrained_layers,
 )
 from edge_moe.converters.upcycle.upcycle import upcycle
-from edge_moe.converters.window_training import LossLog, WindowTraining
+from edge_moe.converters.window_training import (
+    LossLog,
+    WindowSettings,
+    WindowTraining,
+    checked_settings,
+)
 from edge_moe.errors import DiskSpaceError, InputError
 from edge_moe.formats import get_form, pack_expert, unpack_expert
 from edge_moe.plan import Plan
@@ -488,6 +496,21 @@ def test_peak_memory_stays_below_what_was_stated(text: str, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.parametrize("kind", [UpcycleSettings, DistilSettings, TrainSettings])
+def test_whatever_is_trained_has_numbers_and_a_loss(kind: type[WindowSettings]) -> None:
+    def said(**values: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            checked_settings(kind, **values)
+        return str(caught.value)
+
+    assert "learning_rate is inf: Input should be a finite number" in said(learning_rate=math.inf)
+    assert "clip_norm is nan: Input should be a finite number" in said(clip_norm=math.nan)
+    assert "seed is -1: Input should be greater than or equal to 0" in said(seed=-1)
+    assert "seed is 4294967296: " in said(seed=2**32)
+    assert said(steps=1, kl_weight=0, lm_weight=0).endswith("nothing to learn from: raise one")
+    assert checked_settings(kind, steps=1, kl_weight=0, lm_weight=0.5).lm_weight == 0.5
+
+
 @pytest.mark.parametrize(
     ("sizes", "group", "message"),
     [
@@ -515,6 +538,10 @@ def test_rows_that_no_ternary_block_fits(sizes: tuple[int, int], group: int, mes
         (["--steps", "5"], "no text is given"),
         (["--top-k", "5", "--steps", "0"], "top_k is 5 of 4 experts"),
         (["--lr", "0", "--steps", "0"], "learning_rate is 0.0"),
+        (["--lr", "inf"], "learning_rate is inf: Input should be a finite number"),
+        (["--kl-weight", "inf"], "kl_weight is inf: Input should be a finite number"),
+        (["--balance-weight", "nan"], "balance_weight is nan: Input should be a finite number"),
+        (["--lm-weight", "0"], "kl_weight and lm_weight are both 0, which leaves nothing to learn"),
         (["--data", "nosuch.txt"], "neither a shipped task"),
     ],
 )

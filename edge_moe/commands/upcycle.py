@@ -13,6 +13,7 @@ from edge_moe.commands.options import Revision
 from edge_moe.commands.upcycle_add import AddOptions, add_command
 from edge_moe.commands.upcycle_split import SplitOptions, split_command
 from edge_moe.errors import InputError
+from edge_moe.units import MAX_SEED
 
 
 class ActivationsName(StrEnum):
@@ -129,7 +130,9 @@ def upcycle_command(
             "file that it cannot load, `edge-moe build --target gguf` one that it can.",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Start of the routers, order of the text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Start of the routers, order of the text.")
+    ] = 0,
     revision: Revision = None,
 ) -> None:
     """Add routed experts to a dense model, which stays as the shared expert. Resumes after a kill.
