@@ -270,6 +270,16 @@ def test_without_steps_it_is_the_dense_model(model_type: str, tmp_path: Path) ->
     assert (tmp_path / "moe/tokenizer.json").exists()
 
 
+def test_without_steps_no_text_is_recorded(dense: Path, tmp_path: Path) -> None:
+    record = upcycle(dense, ["nosuch.txt"], tmp_path / "moe", settings=UpcycleSettings(steps=0))
+    assert (record.data, record.losses) == ([], [])
+    card = (tmp_path / "moe/README.md").read_text()
+    assert "4 full-precision routed experts per layer add nothing yet, top-1." in card
+    assert "learned" not in card and LOG_NAME not in card
+    assert "`upcycle.json` has the settings.\n" in card
+    assert not (tmp_path / "moe" / LOG_NAME).exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -537,7 +547,14 @@ def test_rows_that_no_ternary_block_fits(sizes: tuple[int, int], group: int, mes
         (["--ternary"], "use --group 64"),
         (["--steps", "5"], "no text is given"),
         (["--top-k", "5", "--steps", "0"], "top_k is 5 of 4 experts"),
-        (["--lr", "0", "--steps", "0"], "learning_rate is 0.0"),
+        (["--lr", "0"], "learning_rate is 0.0"),
+        (
+            ["--steps", "0", "--data", "nosuch.txt", "--lr", "1", "--lm-weight", "1"],
+            "--steps 0 learns nothing: leave out --data, --lr, --lm-weight, or raise --steps",
+        ),
+        (["--steps", "0", "--train", "all-moe"], "leave out --train, or raise"),
+        (["--steps", "0", "--group", "64"], "--group is about the scales of ternary experts: add"),
+        (["--group", "64"], "add --ternary"),
         (["--lr", "inf"], "learning_rate is inf: Input should be a finite number"),
         (["--kl-weight", "inf"], "kl_weight is inf: Input should be a finite number"),
         (["--balance-weight", "nan"], "balance_weight is nan: Input should be a finite number"),
@@ -550,7 +567,7 @@ def test_bad_options_are_named(
 ) -> None:
     source = make_tiny_dense(tmp_path / "dense", "llama")
     assert run(["upcycle", str(source), *arguments, "-o", str(tmp_path / "moe")]) == 2
-    assert message in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "moe").exists()
 
 

@@ -287,6 +287,8 @@ def test_command_line(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--ternary", "--lm-weight", "0.5"], "leave out --ternary, --lm-weight"),
         (["--train", "routed"], "leave out --train routed"),
         (["--experts", "6"], "use 4, 8, 16"),
+        (["--lr", "0.1", "--train", "routers"], "leave out --train, --lr, or add --steps"),
+        (["--steps", "0", "--batch", "2"], "leave out --batch, or add --steps"),
     ]:
         assert run([*asked, "-o", str(tmp_path / "bad"), *options]) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -77,7 +77,7 @@ def upcycle(
 ) -> UpcycleRecord:
     """Write the MoE made of the dense checkpoint `model` to the new folder `output`.
 
-    `data` are texts as tasks are named. With no steps there is nothing to read, and the result
+    `data` are texts as tasks are named. With no steps none is read or recorded, and the result
     computes what the dense model does. Memory: `memory.student_terms`, stated on stderr.
 
     Raises:
@@ -106,7 +106,8 @@ def upcycle(
         terms = student_terms(dense, shape, chosen, window_tokens)
     state_and_require_memory(_subject(job), terms, _REMEDY)
     with build_folder(output, _fingerprint(job)) as work:
-        return _upcycle(job, work, terms, [task_label(each) for each in data], name or str(model))
+        labels = [task_label(each) for each in data] if text is not None else []
+        return _upcycle(job, work, terms, labels, name or str(model))
 
 
 def _upcycle(
