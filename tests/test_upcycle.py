@@ -20,6 +20,7 @@ from hand_plan import edit_config, tree
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -366,6 +367,25 @@ def test_untrained_layers_are_what_training_starts_from(dense: Path, is_ternary:
             for a, b in zip(left, right, strict=True):
                 assert a.entry == b.entry
                 np.testing.assert_array_equal(a.read(), b.read())
+
+
+@pytest.mark.parametrize(("is_ternary", "stored"), [(True, "F16"), (False, "F32")])
+def test_experts_are_stored_as_the_dense_layer_is(
+    is_ternary: bool, stored: str, text: str, tmp_path: Path
+) -> None:
+    """Not as the embedding, which GGUF files keep in F16 beside packed layers."""
+    source = make_tiny_dense(tmp_path / "dense", "llama", width=256, dtype="float32")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].half()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for steps in (0, 1):
+        chosen = UpcycleSettings(steps=steps, batch_windows=1, is_ternary=is_ternary)
+        record = make(source, text, tmp_path / f"moe{steps}", chosen)
+        checkpoint = Checkpoint(tmp_path / f"moe{steps}")
+        experts = [info for name, info in checkpoint.tensors.items() if ".experts." in name]
+        assert {info.dtype for info in experts} == {stored}
+        assert record.routed_bytes == sum(info.num_bytes for info in experts)
+        assert checkpoint.spec.dtype == "float32"
 
 
 def test_checkpointing_changes_no_gradient(dense: Path) -> None:

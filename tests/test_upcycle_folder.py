@@ -194,7 +194,11 @@ def dense_gguf(
     writer.add_key_length(config.head_width)
     writer.add_value_length(config.head_width)
     writer.add_rope_freq_base(config.rope["rope_theta"])
-    add_key = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add_key: dict[type, Any] = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for key, value in {"rope.dimension_count": config.head_width, **(keys or {})}.items():
         add_key[type(value)](f"{arch}.{key}", value)
     writer.add_layer_norm_rms_eps(config.carried["rms_norm_eps"])
@@ -271,6 +275,7 @@ def test_factors_that_stretch_nothing_are_no_scaling(
 ) -> None:
     """llama.cpp takes 0 for none."""
     pytest.importorskip("gguf")
+    keys: dict[str, int | float | str]
     keys = {"rope.scale_linear": 1.0, "rope.scaling.factor": 0.0, "rope.scaling.type": "none"}
     file = dense_gguf(dense_folder("llama"), tmp_path / "a.gguf", "llama", "F32", keys=keys)
     assert open_dense(file).config.rope["rope_type"] == "default"

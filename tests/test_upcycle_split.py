@@ -37,6 +37,7 @@ from edge_moe.converters.upcycle.split_router import (
 )
 from edge_moe.converters.upcycle.split_shape import split_shape
 from edge_moe.converters.upcycle.split_student import DistilSettings, SplitStudent
+from edge_moe.converters.upcycle.stored_tensor import from_values
 from edge_moe.converters.upcycle.target import Glm4MoeTarget, Qwen2MoeTarget, choose_target
 from edge_moe.converters.window_training import WindowTraining
 from edge_moe.errors import InputError
@@ -161,7 +162,8 @@ def test_chosen_experts_are_the_masked_dense_network() -> None:
     split = NeuronSplit(torch.tensor([4, 9]), torch.tensor([[0, 7], [1, 3], [2, 8], [5, 6]]))
     layer = SplitLayer(split, torch.randn(4, 6, generator=generator), recall=1.0)
     arrays = tuple(each.numpy() for each in (gate, up, ffn.down))
-    block = split_block(lambda: arrays, "F32", layer, 4.0)  # type: ignore[arg-type, return-value]
+    stored = tuple(from_values("", "F32", array) for array in arrays)
+    block = split_block(lambda: arrays, stored, layer, 4.0)  # type: ignore[arg-type, return-value]
     inputs = torch.randn(5, 6, generator=generator)
 
     def output(matrices: Any) -> Tensor:
@@ -173,6 +175,27 @@ def test_chosen_experts_are_the_masked_dense_network() -> None:
     expected = (ffn.activations(inputs) * split.mask(chosen)) @ ffn.down.T
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output(block.shared) + parts.sum(dim=1), ffn.output(inputs))
+
+
+def test_experts_are_stored_as_their_own_neurons_are(text: Path, tmp_path: Path) -> None:
+    """GGUF files keep embeddings in F16 beside packed layers, whose values only F32 holds."""
+    dense = make_tiny_dense(tmp_path / "dense", "llama", dtype="float32")
+    tensors = load_torch_file(dense / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].half()
+    up = "model.layers.1.mlp.up_proj.weight"
+    tensors[up] = tensors[up].bfloat16()
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    learn = DistilSettings(steps=1, batch_windows=1)
+    split_tiny(dense, text, tmp_path / "moe", settings=SplitSettings(max_tilt=1e-6))
+    split_tiny(dense, text, tmp_path / "learned", distil=learn)
+    for folder in (tmp_path / "moe", tmp_path / "learned"):
+        found = load_torch_file(folder / "model.safetensors")
+        matrices = {name: values.dtype for name, values in found.items() if "_proj" in name}
+        is_16_bit = {name for name, dtype in matrices.items() if dtype == torch.bfloat16}
+        assert is_16_bit == {name for name in matrices if "layers.1.mlp" in name and "up" in name}
+        assert set(matrices.values()) == {torch.float32, torch.bfloat16}
+        assert Checkpoint(folder).spec.dtype == "float32"
+    np.testing.assert_allclose(logits(tmp_path / "moe", 4), logits(dense), atol=2e-5, rtol=0)
 
 
 def test_a_killed_split_goes_on(

@@ -139,11 +139,11 @@ class SplitStudent:
             return both[:width] if name == PROJECTIONS[0] else both[width:]
 
         def matrices(read: Any, width: int) -> Matrices:
-            hidden, dtype = dense.config.hidden_size, dense.dtype
-            wide, tall = (width, hidden), (hidden, width)
+            wide, tall = (width, dense.config.hidden_size), (dense.config.hidden_size, width)
+            sizes, ffn = (wide, wide, tall), dense.ffn(layer_id)
             gate, up, down = (
-                StoredTensor(TensorEntry("", dtype, size), partial(read, name))
-                for name, size in zip(PROJECTIONS, (wide, wide, tall), strict=True)
+                StoredTensor(TensorEntry("", matrix.dtype, size), partial(read, name))
+                for name, size, matrix in zip(PROJECTIONS, sizes, ffn, strict=True)
             )
             return gate, up, down
 
