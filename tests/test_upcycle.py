@@ -566,6 +566,7 @@ def test_rows_that_no_ternary_block_fits(sizes: tuple[int, int], group: int, mes
     [
         (["--ternary"], "use --group 64"),
         (["--steps", "5"], "no text is given"),
+        (["--experts", "1025", "--steps", "0"], "no model with more than 1024 per layer: lower it"),
         (["--top-k", "5", "--steps", "0"], "top_k is 5 of 4 experts"),
         (["--lr", "0"], "learning_rate is 0.0"),
         (

@@ -305,7 +305,8 @@ def test_command_line(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert record["losses"] == [] and record["expert_width"] == 12
     learning = ["--steps", "2", "--batch", "1", "--max-windows", "6", "--train", "routers"]
     assert run([*asked, "-o", str(tmp_path / "learned"), *learning]) == 0
-    assert "nats per token, kept step" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nats per token, kept step" in said and "Loading" not in said
     for options, message in [
         (["--ternary", "--lm-weight", "0.5"], "leave out --ternary, --lm-weight"),
         (["--train", "routed"], "leave out --train routed"),
