@@ -1,8 +1,7 @@
-"""Closed-form fits: the router, and down_proj once the router decides what is missing.
+"""The router in closed form, and how far its scores may tilt the experts' weights.
 
-Both are ridge regressions from sums over tokens, so tokens may come in any portions. Letters as in
-`split_neurons`. The refit is the least-squares compensation known from pruning (SparseGPT, arXiv
-2301.00774): the neurons that run make up for the experts that a token does not use.
+It is a ridge regression from sums over tokens, so tokens may come in any portions. Letters as in
+`split_neurons`.
 """
 
 from __future__ import annotations
@@ -35,19 +34,16 @@ class NormalEquations:
         self.cross.addmm_(inputs.T, outputs)
         self.num_tokens += len(inputs)
 
-    def solve(self, ridge: float, toward: Tensor | None = None) -> Tensor:
-        """The W [O, N] that minimises sum ||W x - y||^2 + r ||W - toward||^2.
+    def solve(self, ridge: float) -> Tensor:
+        """The W [O, N] that minimises sum ||W x - y||^2 + r ||W||^2.
 
         r is `ridge` times the mean square of an input, times the number of tokens, and never 0, so
-        that inputs which are always 0 or alike have a solution too; `toward` defaults to 0.
+        that inputs which are always 0 or alike have a solution too.
         """
         gram = self.gram.double()
         strength = max(ridge, _LEAST_RIDGE) * float(gram.diagonal().mean()) or 1.0
-        cross = self.cross.double()
-        if toward is not None:
-            cross = cross + strength * toward.T.double()
         gram = gram + strength * torch.eye(len(gram), dtype=torch.float64)
-        solution: Tensor = torch.linalg.solve(gram, cross)
+        solution: Tensor = torch.linalg.solve(gram, self.cross.double())
         return solution.T.float()
 
     def spread(self, weights: Tensor) -> float:
