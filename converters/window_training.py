@@ -14,11 +14,11 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.safetensors_writer import TensorEntry, safetensors_file
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path
+from edge_moe.units import MAX_SEED
 
 _BETAS = (0.9, 0.95)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,7 +36,7 @@ _STATE_COPIES = 4  # value, best value, two moments
 class WindowSettings(BaseModel):
     """How anything is trained on windows of text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(default=300, ge=0)
     batch_windows: int = Field(default=2, gt=0)
@@ -47,7 +48,16 @@ class WindowSettings(BaseModel):
     clip_norm: float = Field(default=1.0, gt=0)
     num_judgements: int = Field(default=6, gt=0)
     """How often the held-out windows judge."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+
+    @model_validator(mode="after")
+    def _require_a_loss(self) -> Self:
+        """Without either there is nothing to learn, and no state is better than another."""
+        if self.steps and not self.kl_weight and not self.lm_weight:
+            raise ValueError(
+                "kl_weight and lm_weight are both 0, which leaves nothing to learn from: raise one"
+            )
+        return self
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ..."""
@@ -67,14 +77,16 @@ def checked_settings(kind: type[S], **values: Any) -> S:
     """Settings from options.
 
     Raises:
-        InputError: names the first one that is out of range.
+        InputError: names the first one that is out of range, or those that do not go together.
     """
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise InputError(f"{name} is {first['input']!r}: {first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # it is about several of them
+            raise InputError(reason) from None
+        raise InputError(f"{first['loc'][0]} is {first['input']!r}: {reason}") from None
 
 
 class LossRow(BaseModel):

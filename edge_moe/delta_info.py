@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from edge_moe.delta_layout import REMEDY
 from edge_moe.errors import DeltaError
@@ -15,11 +16,19 @@ from edge_moe.json_files import parse_info
 DELTA_VERSION = 2
 INFO_KEY = "edge_moe_delta"
 """Of the file's metadata."""
+_MOST_ENTRIES = 2**48
 
 ScaleRule = Literal["l1", "least-squares", "alpha"]
 """How a tensor's scale was chosen. `l1`: signs and scale have the L1 norm of tau; `least-squares`:
 the mean magnitude of what is kept, nearest to tau; `alpha` times the standard deviation of tau."""
 Size = Annotated[int, Field(gt=0, lt=2**40)]
+LayerId = Annotated[int, Field(ge=0, lt=2**16)]
+
+
+def _require_few(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) >= _MOST_ENTRIES:
+        raise ValueError("a tensor of 2^48 entries or more")
+    return shape
 
 
 class _Model(BaseModel):
@@ -31,7 +40,7 @@ class DenseTensor(_Model):
 
     name: str
     """As the checkpoint calls it."""
-    shape: tuple[Size, ...]
+    shape: Annotated[tuple[Size, ...], Field(max_length=8), AfterValidator(_require_few)]
 
 
 class DeltaInfo(_Model):
@@ -50,7 +59,7 @@ class DeltaInfo(_Model):
     alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Of the rule `alpha`."""
     dense: tuple[DenseTensor, ...]
-    moe_layer_ids: tuple[int, ...]
+    moe_layer_ids: tuple[LayerId, ...]
     num_experts: Size
     expert_shapes: tuple[tuple[Size, Size], ...] = Field(min_length=2, max_length=3)
     """[rows, columns] of gate_proj where there is one, up_proj and down_proj."""

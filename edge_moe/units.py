@@ -10,6 +10,8 @@ from decimal import Decimal
 
 from edge_moe.errors import InputError
 
+MAX_SEED = 2**32 - 1
+"""Every generator takes it, and seeds of its own that are made of it."""
 _BYTE_UNITS = {
     "b": 1,
     "kb": 10**3,

@@ -26,7 +26,7 @@ from edge_moe.errors import InputError
 from edge_moe.runtime.pre_gate import PreGate, PreGateInfo
 from edge_moe.runtime.pre_gated_routing import require_pre_gateable
 from edge_moe.runtime.session import Session
-from edge_moe.units import format_bytes
+from edge_moe.units import MAX_SEED, format_bytes
 
 LIMIT_BYTES = 2 * 10**9
 _JUDGE_EVERY = 8
@@ -51,6 +51,8 @@ class PreGateSettings:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} is {getattr(self, name)}: use 1 or more")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InputError(f"--seed is {self.seed}: use 0 to {MAX_SEED}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"--learning-rate is {self.learning_rate}: use a number above 0")
 

@@ -135,6 +135,11 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["calibrate", "x", "--task", "code", "--forms", ","], "','"),
         (["build", "nowhere.json", "-o", "out"], "nowhere.json does not exist"),
         (["stats", "show", "nowhere"], "nowhere holds no finished statistics"),
+        (["recover", "x", *"--against x --task t -o o --seed -1".split()], "'--seed': Input"),
+        (["upcycle", "x", "-o", "o", "--seed", "-1"], "should be greater than or equal to 0"),
+        (["upcycle", "x", "-o", "o", "--seed", str(2**32)], "less than or equal to 4294967295"),
+        (["simulate", "x", "y", "--seed", "-1"], "'--seed': Input should be greater than"),
+        (["fit-pre-gate", "x", *"--task t -o o --seed -1".split()], "'--seed': Input should be"),
         (["inspect", "nowhere"], "'nowhere' does not exist: give a checkpoint folder"),
     ],
 )

@@ -283,6 +283,8 @@ def test_what_cannot_be_fitted(tiny_checkpoint: TinyCheckpoint) -> None:
             fit_pre_gate(session, TEXT, ["text"], QUICK, limit_bytes=1000)
         with pytest.raises(InputError, match="--width is 0"):
             fit_pre_gate(session, TEXT, ["text"], PreGateSettings(width=0))
+        with pytest.raises(InputError, match="--seed is -1: use 0 to"):
+            fit_pre_gate(session, TEXT, ["text"], PreGateSettings(seed=-1))
         with pytest.raises(InputError, match="training diverged"):
             fit_pre_gate(session, TEXT, ["text"], PreGateSettings(learning_rate=1e30))
         gate = random_gate(session)

@@ -20,7 +20,7 @@ from edge_moe.converters.upcycle.split_neurons import (
 )
 from edge_moe.converters.upcycle.split_router import NormalEquations, router_rows
 from smollm2.block import block_tensors
-from smollm2.layer import refit_down
+from smollm2.layer import refit_down, running
 from smollm2.source import halves_first
 
 HIDDEN, WIDTH, SHARED, EXPERTS, EACH = 12, 32, 8, 4, 6
@@ -119,7 +119,7 @@ def test_the_strongest_neurons_are_always_on() -> None:
 
 def test_mask_and_energy_by_hand() -> None:
     split = NeuronSplit(torch.tensor([3]), torch.tensor([[0, 4], [2, 1]]))
-    assert split.mask(torch.tensor([[1], [0]])).tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 1, 1]]
+    assert running(split, torch.tensor([[1], [0]])).tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 1, 1]]
     energy = split.energy(torch.tensor([[3.0, 5, 12, 9, 4]]))
     assert energy.tolist() == [[5, 13]]
 
@@ -140,7 +140,7 @@ def test_some_experts_are_the_masked_dense_network() -> None:
     ffn, inputs, split = _ffn(), _inputs(20), _random_split()
     router = 1e-4 * torch.randn(EXPERTS, HIDDEN, generator=_generator(3))
     block = _block(ffn, split, router, top_k=2)
-    mask = split.mask(choose(router, inputs, 2))
+    mask = running(split, choose(router, inputs, 2))
     expected = (ffn.activations(inputs) * mask) @ ffn.down.T
     with torch.no_grad():
         found = block(inputs[None])[0]
@@ -159,15 +159,14 @@ def test_shared_gate_is_never_exactly_zero() -> None:
 
 def test_ridge_agrees_with_least_squares() -> None:
     inputs, outputs = _inputs(30), _inputs(30, seed=5)[:, :3]
-    toward = torch.randn(3, HIDDEN, generator=_generator(6))
     equations = NormalEquations.zeros(HIDDEN, 3)
     equations.add(inputs[:11], outputs[:11])
     equations.add(inputs[11:], outputs[11:])
     strength = (0.1 * inputs.square().sum(0).mean()).sqrt() * torch.eye(HIDDEN)
     rows = torch.cat([inputs, strength])
-    wanted = torch.cat([outputs, strength @ toward.T])
+    wanted = torch.cat([outputs, torch.zeros(HIDDEN, 3)])
     expected = torch.linalg.lstsq(rows, wanted).solution.T
-    assert torch.allclose(equations.solve(0.1, toward), expected, atol=1e-4)
+    assert torch.allclose(equations.solve(0.1), expected, atol=1e-4)
 
 
 def test_router_orders_experts_by_energy() -> None:
@@ -192,6 +191,8 @@ def test_refit_lowers_the_error_and_needs_nothing_when_all_experts_run() -> None
     assert (refit.outputs - _dense_output(ffn, inputs)).norm() ** 2 == pytest.approx(
         refit.error_after * float(_dense_output(ffn, inputs).norm() ** 2), rel=1e-3
     )
+    stiff = refit_down(ffn, layer, inputs, top_k=2, ridge=1e6)
+    assert torch.allclose(stiff.down, ffn.down, atol=1e-3)  # drawn towards what it was
     everything = refit_down(ffn, layer, inputs, top_k=EXPERTS, ridge=1e-3)
     assert torch.allclose(everything.down, ffn.down, atol=1e-4)
     untouched = refit_down(ffn, layer, inputs, top_k=2, ridge=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from hand_plan import edit_config, tree
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
+from edge_moe.converters.recover_train import TrainSettings
 from edge_moe.converters.text_objective import TextObjective
 from edge_moe.converters.upcycle import learn, write_moe
 from edge_moe.converters.upcycle.balance import switch_loss
@@ -32,6 +35,7 @@ from edge_moe.converters.upcycle.dense_model import open_dense
 from edge_moe.converters.upcycle.memory import student_terms
 from edge_moe.converters.upcycle.record import LOG_NAME, UpcycleRecord
 from edge_moe.converters.upcycle.routed_weights import Quantiser, RoutedMatrix, round_to_int8
+from edge_moe.converters.upcycle.split_student import DistilSettings
 from edge_moe.converters.upcycle.student import Student, UpcycleSettings
 from edge_moe.converters.upcycle.target import MoeShape, choose_target
 from edge_moe.converters.upcycle.train_text import dense_tokenizer, read_train_text
@@ -42,7 +46,12 @@ from edge_moe.converters.upcycle.trained_layers import (
     untrained_layers,
 )
 from edge_moe.converters.upcycle.upcycle import upcycle
-from edge_moe.converters.window_training import LossLog, WindowTraining
+from edge_moe.converters.window_training import (
+    LossLog,
+    WindowSettings,
+    WindowTraining,
+    checked_settings,
+)
 from edge_moe.errors import DiskSpaceError, InputError
 from edge_moe.formats import get_form, pack_expert, unpack_expert
 from edge_moe.plan import Plan
@@ -262,6 +271,16 @@ def test_without_steps_it_is_the_dense_model(model_type: str, tmp_path: Path) ->
     assert (tmp_path / "moe/tokenizer.json").exists()
 
 
+def test_without_steps_no_text_is_recorded(dense: Path, tmp_path: Path) -> None:
+    record = upcycle(dense, ["nosuch.txt"], tmp_path / "moe", settings=UpcycleSettings(steps=0))
+    assert (record.data, record.losses) == ([], [])
+    card = (tmp_path / "moe/README.md").read_text()
+    assert "4 full-precision routed experts per layer add nothing yet, top-1." in card
+    assert "learned" not in card and LOG_NAME not in card
+    assert "`upcycle.json` has the settings.\n" in card
+    assert not (tmp_path / "moe" / LOG_NAME).exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -348,6 +367,25 @@ def test_untrained_layers_are_what_training_starts_from(dense: Path, is_ternary:
             for a, b in zip(left, right, strict=True):
                 assert a.entry == b.entry
                 np.testing.assert_array_equal(a.read(), b.read())
+
+
+@pytest.mark.parametrize(("is_ternary", "stored"), [(True, "F16"), (False, "F32")])
+def test_experts_are_stored_as_the_dense_layer_is(
+    is_ternary: bool, stored: str, text: str, tmp_path: Path
+) -> None:
+    """Not as the embedding, which GGUF files keep in F16 beside packed layers."""
+    source = make_tiny_dense(tmp_path / "dense", "llama", width=256, dtype="float32")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].half()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for steps in (0, 1):
+        chosen = UpcycleSettings(steps=steps, batch_windows=1, is_ternary=is_ternary)
+        record = make(source, text, tmp_path / f"moe{steps}", chosen)
+        checkpoint = Checkpoint(tmp_path / f"moe{steps}")
+        experts = [info for name, info in checkpoint.tensors.items() if ".experts." in name]
+        assert {info.dtype for info in experts} == {stored}
+        assert record.routed_bytes == sum(info.num_bytes for info in experts)
+        assert checkpoint.spec.dtype == "float32"
 
 
 def test_checkpointing_changes_no_gradient(dense: Path) -> None:
@@ -488,6 +526,21 @@ def test_peak_memory_stays_below_what_was_stated(text: str, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.parametrize("kind", [UpcycleSettings, DistilSettings, TrainSettings])
+def test_whatever_is_trained_has_numbers_and_a_loss(kind: type[WindowSettings]) -> None:
+    def said(**values: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            checked_settings(kind, **values)
+        return str(caught.value)
+
+    assert "learning_rate is inf: Input should be a finite number" in said(learning_rate=math.inf)
+    assert "clip_norm is nan: Input should be a finite number" in said(clip_norm=math.nan)
+    assert "seed is -1: Input should be greater than or equal to 0" in said(seed=-1)
+    assert "seed is 4294967296: " in said(seed=2**32)
+    assert said(steps=1, kl_weight=0, lm_weight=0).endswith("nothing to learn from: raise one")
+    assert checked_settings(kind, steps=1, kl_weight=0, lm_weight=0.5).lm_weight == 0.5
+
+
 @pytest.mark.parametrize(
     ("sizes", "group", "message"),
     [
@@ -513,8 +566,20 @@ def test_rows_that_no_ternary_block_fits(sizes: tuple[int, int], group: int, mes
     [
         (["--ternary"], "use --group 64"),
         (["--steps", "5"], "no text is given"),
+        (["--experts", "1025", "--steps", "0"], "no model with more than 1024 per layer: lower it"),
         (["--top-k", "5", "--steps", "0"], "top_k is 5 of 4 experts"),
-        (["--lr", "0", "--steps", "0"], "learning_rate is 0.0"),
+        (["--lr", "0"], "learning_rate is 0.0"),
+        (
+            ["--steps", "0", "--data", "nosuch.txt", "--lr", "1", "--lm-weight", "1"],
+            "--steps 0 learns nothing: leave out --data, --lr, --lm-weight, or raise --steps",
+        ),
+        (["--steps", "0", "--train", "all-moe"], "leave out --train, or raise"),
+        (["--steps", "0", "--group", "64"], "--group is about the scales of ternary experts: add"),
+        (["--group", "64"], "add --ternary"),
+        (["--lr", "inf"], "learning_rate is inf: Input should be a finite number"),
+        (["--kl-weight", "inf"], "kl_weight is inf: Input should be a finite number"),
+        (["--balance-weight", "nan"], "balance_weight is nan: Input should be a finite number"),
+        (["--lm-weight", "0"], "kl_weight and lm_weight are both 0, which leaves nothing to learn"),
         (["--data", "nosuch.txt"], "neither a shipped task"),
     ],
 )
@@ -523,7 +588,7 @@ def test_bad_options_are_named(
 ) -> None:
     source = make_tiny_dense(tmp_path / "dense", "llama")
     assert run(["upcycle", str(source), *arguments, "-o", str(tmp_path / "moe")]) == 2
-    assert message in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "moe").exists()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.converters.staging import build_folder
-from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
+from edge_moe.converters.upcycle.dense_model import EMBEDDING, HEAD, DenseModel, open_dense
 from edge_moe.converters.upcycle.stored_tensor import from_values
 from edge_moe.converters.upcycle.target import MoeLayer, MoeShape, choose_target
 from edge_moe.converters.upcycle.write_moe import write_moe
@@ -164,8 +164,19 @@ def test_shards_and_index(dense_folder: DenseFolder, tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(output), logits(source))
 
 
-def dense_gguf(source: Path, output: Path, arch: str, type_name: str) -> Path:
-    """A GGUF of a dense checkpoint, by the `gguf` package: matrices in one type, vectors in F32."""
+def dense_gguf(
+    source: Path,
+    output: Path,
+    arch: str,
+    type_name: str,
+    *,
+    outer_type: str | None = None,
+    keys: Mapping[str, int | float | str] | None = None,
+) -> Path:
+    """A GGUF of a dense checkpoint, by the `gguf` package: matrices in one type, vectors in F32.
+
+    Embedding and output are in `outer_type`; `keys` are the architecture's, more or other ones.
+    """
     import gguf
 
     from edge_moe.converters.gguf_metadata import add_vocabulary
@@ -182,8 +193,14 @@ def dense_gguf(source: Path, output: Path, arch: str, type_name: str) -> Path:
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_width)
     writer.add_value_length(config.head_width)
-    writer.add_rope_dimension_count(config.head_width)
     writer.add_rope_freq_base(config.rope["rope_theta"])
+    add_key: dict[type, Any] = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
+    for key, value in {"rope.dimension_count": config.head_width, **(keys or {})}.items():
+        add_key[type(value)](f"{arch}.{key}", value)
     writer.add_layer_norm_rms_eps(config.carried["rms_norm_eps"])
     add_vocabulary(writer, read_vocabulary(source, config.vocab_size))
     for name, tensor in dense.tensors.items():
@@ -191,7 +208,8 @@ def dense_gguf(source: Path, output: Path, arch: str, type_name: str) -> Path:
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             halves = values.reshape(-1, 2, config.head_width // 2, *values.shape[1:])
             values = halves.swapaxes(1, 2).reshape(values.shape)
-        add(writer, _gguf_name(name), values, type_name if values.ndim == 2 else "F32")
+        kind = (outer_type if name in (EMBEDDING, HEAD) else None) or type_name
+        add(writer, _gguf_name(name), values, kind if values.ndim == 2 else "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -231,6 +249,36 @@ def test_a_gguf_file_is_a_dense_model_too(
     text = "Grüße, naïve café 42"
     old, new = (AutoTokenizer.from_pretrained(folder) for folder in (source, output))
     assert old.encode(text) == new.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rope.scale_linear": 4.0}, r"\(llama\.rope\.scale_linear is 4\).*Hugging Face folder"),
+        ({"rope.scaling.factor": 0.5}, r"\(llama\.rope\.scaling\.factor is 0\.5\)"),
+        ({"rope.scaling.attn_factor": 2.0}, r"\(llama\.rope\.scaling\.attn_factor is 2\)"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, r"scaled \(yarn\)"),
+        ({"rope.dimension_count": 8}, "dimension_count is 8 of heads 16 wide.*give a model that"),
+    ],
+)
+def test_positions_that_a_gguf_file_turns_otherwise_are_refused(
+    keys: dict[str, int | float | str], message: str, dense_folder: DenseFolder, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    file = dense_gguf(dense_folder("llama"), tmp_path / "a.gguf", "llama", "F32", keys=keys)
+    with pytest.raises(InputError, match=message):
+        open_dense(file)
+
+
+def test_factors_that_stretch_nothing_are_no_scaling(
+    dense_folder: DenseFolder, tmp_path: Path
+) -> None:
+    """llama.cpp takes 0 for none."""
+    pytest.importorskip("gguf")
+    keys: dict[str, int | float | str]
+    keys = {"rope.scale_linear": 1.0, "rope.scaling.factor": 0.0, "rope.scaling.type": "none"}
+    file = dense_gguf(dense_folder("llama"), tmp_path / "a.gguf", "llama", "F32", keys=keys)
+    assert open_dense(file).config.rope["rope_type"] == "default"
 
 
 def edited(source: Path, output: Path, **values: Any) -> Path:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file
 from tiny_models import make_tiny_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -26,13 +28,21 @@ from edge_moe.converters.upcycle.split_layer import SplitLayer, choose, split_la
 from edge_moe.converters.upcycle.split_layers import split_block
 from edge_moe.converters.upcycle.split_neurons import DenseFfn, NeuronSplit
 from edge_moe.converters.upcycle.split_record import RECORD_NAME, SplitSettings
-from edge_moe.converters.upcycle.split_router import bounded_rows, score_reach, tilt_bound
+from edge_moe.converters.upcycle.split_router import (
+    NormalEquations,
+    bounded_rows,
+    router_rows,
+    score_reach,
+    tilt_bound,
+)
 from edge_moe.converters.upcycle.split_shape import split_shape
 from edge_moe.converters.upcycle.split_student import DistilSettings, SplitStudent
+from edge_moe.converters.upcycle.stored_tensor import from_values
 from edge_moe.converters.upcycle.target import Glm4MoeTarget, Qwen2MoeTarget, choose_target
 from edge_moe.converters.window_training import WindowTraining
 from edge_moe.errors import InputError
 from edge_moe.runtime.session import Session
+from smollm2.layer import running
 
 IDS = [(7 * i * i + 3 * i) % 250 + 1 for i in range(40)]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,6 +97,27 @@ def test_all_experts_together_are_the_dense_model(case: str, text: Path, tmp_pat
         np.testing.assert_allclose(session.logits(IDS), some, atol=3e-5)
 
 
+@pytest.mark.parametrize("name", ["mlp.down_proj", "post_attention_layernorm"])
+def test_a_layer_that_adds_nothing(name: str, text: Path, tmp_path: Path) -> None:
+    """Pruned layers are such: nothing tells the experts apart, and their router is 0."""
+    dense = make_tiny_dense(tmp_path / "dense", "llama")
+    tensors = load_torch_file(dense / "model.safetensors")
+    tensors[f"model.layers.1.{name}.weight"].zero_()
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    record = split_tiny(dense, text, tmp_path / "moe", settings=SplitSettings(max_tilt=1e-6))
+    assert record.layers[0].tilt_bound > 0 == record.layers[1].tilt_bound
+    assert not Checkpoint(tmp_path / "moe").read("model.layers.1.mlp.gate.weight").any()
+    np.testing.assert_allclose(logits(tmp_path / "moe", 4), logits(dense), atol=2e-5, rtol=0)
+
+
+def test_inputs_that_fix_no_router_have_one() -> None:
+    """Two coordinates that are always alike share what one would get; a dead one gets nothing."""
+    equations = NormalEquations.zeros(3, 1)
+    equations.add(torch.tensor([[1.0, 1, 0], [2, 2, 0]]), torch.tensor([[4.0], [8]]))
+    torch.testing.assert_close(equations.solve(0.0), torch.tensor([[2.0, 2, 0]]))
+    assert router_rows(NormalEquations.zeros(2, 4), 0.01, 1.0).tolist() == [[0, 0]] * 4
+
+
 def test_scores_by_hand() -> None:
     rows, norm = torch.tensor([[3.0, 0], [0, 2], [0, 0]]), torch.tensor([1.0, 2])
     # times the norm: (3, 0), (0, 4), (0, 0); the first two are 5 apart
@@ -132,7 +163,8 @@ def test_chosen_experts_are_the_masked_dense_network() -> None:
     split = NeuronSplit(torch.tensor([4, 9]), torch.tensor([[0, 7], [1, 3], [2, 8], [5, 6]]))
     layer = SplitLayer(split, torch.randn(4, 6, generator=generator), recall=1.0)
     arrays = tuple(each.numpy() for each in (gate, up, ffn.down))
-    block = split_block(lambda: arrays, "F32", layer, 4.0)  # type: ignore[arg-type, return-value]
+    stored = tuple(from_values("", "F32", array) for array in arrays)
+    block = split_block(lambda: arrays, stored, layer, 4.0)  # type: ignore[arg-type, return-value]
     inputs = torch.randn(5, 6, generator=generator)
 
     def output(matrices: Any) -> Tensor:
@@ -141,9 +173,30 @@ def test_chosen_experts_are_the_masked_dense_network() -> None:
     chosen = choose(layer.router, inputs, 2)
     parts = torch.stack([output(expert) / 4 for expert in block.experts], dim=1)
     found = output(block.shared) + parts.gather(1, chosen[:, :, None].expand(-1, -1, 6)).sum(dim=1)
-    expected = (ffn.activations(inputs) * split.mask(chosen)) @ ffn.down.T
+    expected = (ffn.activations(inputs) * running(split, chosen)) @ ffn.down.T
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output(block.shared) + parts.sum(dim=1), ffn.output(inputs))
+
+
+def test_experts_are_stored_as_their_own_neurons_are(text: Path, tmp_path: Path) -> None:
+    """GGUF files keep embeddings in F16 beside packed layers, whose values only F32 holds."""
+    dense = make_tiny_dense(tmp_path / "dense", "llama", dtype="float32")
+    tensors = load_torch_file(dense / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].half()
+    up = "model.layers.1.mlp.up_proj.weight"
+    tensors[up] = tensors[up].bfloat16()
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    learn = DistilSettings(steps=1, batch_windows=1)
+    split_tiny(dense, text, tmp_path / "moe", settings=SplitSettings(max_tilt=1e-6))
+    split_tiny(dense, text, tmp_path / "learned", distil=learn)
+    for folder in (tmp_path / "moe", tmp_path / "learned"):
+        found = load_torch_file(folder / "model.safetensors")
+        matrices = {name: values.dtype for name, values in found.items() if "_proj" in name}
+        is_16_bit = {name for name, dtype in matrices.items() if dtype == torch.bfloat16}
+        assert is_16_bit == {name for name in matrices if "layers.1.mlp" in name and "up" in name}
+        assert set(matrices.values()) == {torch.float32, torch.bfloat16}
+        assert Checkpoint(folder).spec.dtype == "float32"
+    np.testing.assert_allclose(logits(tmp_path / "moe", 4), logits(dense), atol=2e-5, rtol=0)
 
 
 def test_a_killed_split_goes_on(
@@ -253,11 +306,14 @@ def test_command_line(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert record["losses"] == [] and record["expert_width"] == 12
     learning = ["--steps", "2", "--batch", "1", "--max-windows", "6", "--train", "routers"]
     assert run([*asked, "-o", str(tmp_path / "learned"), *learning]) == 0
-    assert "nats per token, kept step" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nats per token, kept step" in said and "Loading" not in said
     for options, message in [
         (["--ternary", "--lm-weight", "0.5"], "leave out --ternary, --lm-weight"),
         (["--train", "routed"], "leave out --train routed"),
         (["--experts", "6"], "use 4, 8, 16"),
+        (["--lr", "0.1", "--train", "routers"], "leave out --train, --lr, or add --steps"),
+        (["--steps", "0", "--batch", "2"], "leave out --batch, or add --steps"),
     ]:
         assert run([*asked, "-o", str(tmp_path / "bad"), *options]) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -205,7 +205,9 @@ class _Conversion:
         }
         self._save_streams(layer_id + 1, Streams(dense_hidden, moe_hidden))
         named = {f"model.layers.{layer_id}.{name}": value for name, value in tensors.items()}
-        facts = {"measured": measured, "neurons": layer.split.as_lists()}
+        split = layer.split
+        neurons = {"shared": split.shared.tolist(), "experts": split.experts.tolist()}
+        facts = {"measured": measured, "neurons": neurons}
         self._write_shard(self.shards[layer_id + 1], named, facts)
         self._streams_path(layer_id).unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from edge_moe.converters.upcycle.split_layer import SplitLayer, choose
-from edge_moe.converters.upcycle.split_neurons import DenseFfn
+from edge_moe.converters.upcycle.split_neurons import DenseFfn, NeuronSplit
 from edge_moe.converters.upcycle.split_router import NormalEquations
 
 
@@ -59,23 +59,33 @@ class Refit:
     error_after: float
 
 
+def running(split: NeuronSplit, chosen: Tensor) -> Tensor:
+    """Which neurons run, [T, F] of 0 and 1, when `chosen` [T, K] experts do."""
+    on = torch.ones(len(chosen), split.shared.numel() + split.experts.numel())
+    is_chosen = torch.zeros(len(chosen), len(split.experts)).scatter_(1, chosen, 1.0)
+    on[:, split.experts.flatten()] = is_chosen.repeat_interleave(split.experts.shape[1], dim=1)
+    return on
+
+
 def refit_down(
     ffn: DenseFfn, layer: SplitLayer, inputs: Tensor, top_k: int, ridge: float | None
 ) -> Refit:
     """Choose down_proj so that the chosen experts come nearest to the dense FFN on `inputs` [T, H].
 
-    Without a `ridge`, down_proj stays what it was.
+    Without a `ridge`, down_proj stays what it was; else it is drawn towards that. This is the
+    least-squares compensation known from pruning (SparseGPT, arXiv 2301.00774): the neurons that
+    run make up for the experts that a token does not use.
     """
     activations = ffn.activations(inputs)
     wanted = activations @ ffn.down.T
-    activations *= layer.split.mask(choose(layer.router, inputs, top_k))
+    activations *= running(layer.split, choose(layer.router, inputs, top_k))
     outputs = activations @ ffn.down.T
     error_before = _relative_error(outputs, wanted)
     if ridge is None:
         return Refit(ffn.down, outputs, error_before, error_before)
     equations = NormalEquations.zeros(activations.shape[1], wanted.shape[1])
-    equations.add(activations, wanted)
-    down = equations.solve(ridge, toward=ffn.down)
+    equations.add(activations, wanted - outputs)  # what is missing
+    down = ffn.down + equations.solve(ridge)
     outputs = activations @ down.T
     return Refit(down, outputs, error_before, _relative_error(outputs, wanted))
 

@@ -41,8 +41,12 @@ class DenseModel:
 
     @property
     def dtype(self) -> str:
-        """Of the matrices: BF16, F16 or F32."""
-        return self.tensors[EMBEDDING].dtype
+        """BF16, F16 or F32: of the matrices, where they have one; else F32, which holds them all.
+
+        Those of GGUF files often differ: packed ones become F32.
+        """
+        found = {tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) == 2}
+        return found.pop() if len(found) == 1 else "F32"
 
     def ffn(self, layer_id: int) -> tuple[StoredTensor, StoredTensor, StoredTensor]:
         """(gate_proj [I, H], up_proj [I, H], down_proj [H, I]) of one layer."""

@@ -48,6 +48,8 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _PAIRED = ("attn_q", "attn_k")
+_POSITION_FACTORS = ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor")
+"""llama.cpp takes the second, of older files, where the first is missing."""
 _KEPT_DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _TOKENIZER_ALLOWANCE_BYTES = 64 * 2**20
 
@@ -56,7 +58,8 @@ def open_dense_gguf(path: Path) -> DenseModel:
     """The dense model in the GGUF file `path`, or of which it is the first part.
 
     Raises:
-        InputError: another architecture, a mixture of experts, or positions that are scaled.
+        InputError: another architecture, a mixture of experts, or positions that are scaled or of
+            a part of a head.
         SpecError, CheckpointError: a damaged file.
     """
     parts = read_parts(path)
@@ -86,9 +89,10 @@ def _config(header: GgufHeader, infos: dict[str, GgufTensorInfo]) -> DenseConfig
             f"{path}: the architecture {name!r} cannot be upcycled: give a dense model of "
             f"{', '.join(_ARCHITECTURES)}, or its Hugging Face folder"
         )
-    _require_plain_positions(header, infos)
     keys = GgufKeys(header)
     heads, hidden = keys.count("attention.head_count"), keys.count("embedding_length")
+    head_width = keys.count("attention.key_length", hidden // heads)
+    _require_plain_positions(header, infos, head_width)
     epsilon = keys.number("attention.layer_norm_rms_epsilon")
     if epsilon is None:
         raise keys.fail("attention.layer_norm_rms_epsilon", None, "a number")
@@ -99,7 +103,7 @@ def _config(header: GgufHeader, infos: dict[str, GgufTensorInfo]) -> DenseConfig
         "intermediate_size": keys.count("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
-        "head_dim": keys.count("attention.key_length", hidden // heads),
+        "head_dim": head_width,
         "vocab_size": _embedding(infos, path).shape[0],
         "max_position_embeddings": keys.count("context_length"),
         "rms_norm_eps": epsilon,
@@ -117,14 +121,39 @@ def _embedding(infos: dict[str, GgufTensorInfo], path: Path) -> GgufTensorInfo:
     return infos["token_embd.weight"]
 
 
-def _require_plain_positions(header: GgufHeader, infos: dict[str, GgufTensorInfo]) -> None:
-    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in infos:
+def _require_plain_positions(
+    header: GgufHeader, infos: dict[str, GgufTensorInfo], head_width: int
+) -> None:
+    """Refuse positions that llama.cpp stretches, or heads that it rotates a part of."""
+    scaled = _position_scaling(header, infos)
+    if scaled is not None:
         raise InputError(
-            f"{header.path}: rotary positions are scaled "
-            f"({'rope_freqs.weight' if scaling == 'none' else scaling}), of which the file does "
-            "not say everything: give the Hugging Face folder that it was made from"
+            f"{header.path}: rotary positions are scaled ({scaled}), of which the file does not "
+            "say everything: give the Hugging Face folder that it was made from"
         )
+    rotated = GgufKeys(header).count("rope.dimension_count", head_width)
+    if rotated != head_width:
+        raise InputError(
+            f"{header.path}: {header.architecture}.rope.dimension_count is {rotated} of heads "
+            f"{head_width} wide, and the target rotates whole heads: give a model that does"
+        )
+
+
+def _position_scaling(header: GgufHeader, infos: dict[str, GgufTensorInfo]) -> str | None:
+    """What scales the rotary positions, as the message calls it; None where nothing does.
+
+    As in llama.cpp a factor counts without a type, which is linear then, and 0 is none.
+    """
+    if "rope_freqs.weight" in infos:
+        return "rope_freqs.weight"
+    kind = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    if kind != "none":
+        return str(kind)
+    for key in _POSITION_FACTORS:
+        factor = GgufKeys(header).number(key)
+        if factor not in (None, 0.0, 1.0):
+            return f"{header.architecture}.{key} is {factor:g}"
+    return None
 
 
 def _special_tokens(header: GgufHeader) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,20 @@ def empty_model(dense: DenseModel, target: Target, shape: MoeShape, *, is_tied: 
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fill_buffers(model, torch.device("cpu"))
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """transformers shows no bar of its own, which it draws into files too."""
+    from transformers.utils import logging
+
+    is_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_shown:
+            logging.enable_progress_bar()
 
 
 def shared_matrix(block: Any, target: Target, projection: str) -> FloatArray:

@@ -30,6 +30,7 @@ class UpcycleRecord(JudgedTraining):
     top_k: int
     settings: UpcycleSettings
     data: list[str]
+    """Empty where nothing was trained."""
     window_tokens: int
     num_training_windows: int
     num_judging_windows: int
@@ -69,9 +70,11 @@ def upcycle_card(record: UpcycleRecord, location: Path, name: str) -> str:
         head,
         f"{record.architecture} made of the dense model {base} with edge-moe "
         f"{record.provenance.edge_moe_version}: its feed-forward layers are shared experts, beside "
-        f"which {record.num_experts} {kind} routed experts per layer are learned, "
-        f"top-{record.top_k}.",
+        f"which {record.num_experts} {kind} routed experts per layer "
+        f"{'are learned' if first else 'add nothing yet'}, top-{record.top_k}.",
     ]
+    if not first:
+        lines.append("Nothing was trained: it computes what the dense model does.")
     if first and kept:
         lines.append(
             f"Trained on {', '.join(record.data)}: next-token loss on windows that were held out "
@@ -82,5 +85,6 @@ def upcycle_card(record: UpcycleRecord, location: Path, name: str) -> str:
             f"Routed experts pack into {form} without loss: {format_bytes(num_bytes)} instead of "
             f"{format_bytes(record.routed_bytes)}."
         )
-    lines.append(f"\n`{RECORD_NAME}` has the settings and losses, `{LOG_NAME}` every step.")
+    losses = f" and losses, `{LOG_NAME}` every step" if first else ""
+    lines.append(f"\n`{RECORD_NAME}` has the settings{losses}.")
     return "\n".join(lines) + "\n"

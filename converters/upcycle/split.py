@@ -57,7 +57,7 @@ from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
 from edge_moe.tasks import MIN_WINDOW_TOKENS, task_label, task_windows, windows_fingerprint
 
-_ROUTER_SPREAD = 1.0  # any: rows are scaled by their bound afterwards
+_SCORE_SPREAD = 1.0  # any: rows are scaled by their bound afterwards
 _CALIBRATION_WINDOWS = 64
 
 
@@ -246,7 +246,7 @@ def _split_one(
             expert_width=shape.expert_width,
             top_k=shape.top_k,
             ridge=settings.ridge,
-            spread=_ROUTER_SPREAD,
+            spread=_SCORE_SPREAD,
             generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + layer_id),
         )
     rows = bounded_rows(

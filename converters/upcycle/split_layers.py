@@ -35,23 +35,27 @@ def split_layers(
 
     factor = 1 / target.equal_weight(shape.num_experts)
     return [
-        split_block(partial(read, layer_id), dense.dtype, layer, factor)
+        split_block(partial(read, layer_id), dense.ffn(layer_id), layer, factor)
         for layer_id, layer in enumerate(layers)
     ]
 
 
-def split_block(read: FfnReader, dtype: str, layer: SplitLayer, factor: float) -> MoeLayer:
-    """One MoE block, stored in `dtype`; `factor` is what experts' down_proj is multiplied by."""
+def split_block(read: FfnReader, ffn: Matrices, layer: SplitLayer, factor: float) -> MoeLayer:
+    """One MoE block, whose matrices are stored in the dtypes of the `ffn` that `read` gives.
+
+    `factor` is what experts' down_proj is multiplied by.
+    """
     hidden_size = layer.router.shape[1]
+    of_gate, of_up, of_down = (matrix.dtype for matrix in ffn)
 
     def matrices(neurons: Tensor, times: float) -> Matrices:
         rows = neurons.numpy()
         wide, tall = (len(rows), hidden_size), (hidden_size, len(rows))
         return (
-            StoredTensor(TensorEntry("", dtype, wide), lambda: read()[0][rows]),
-            StoredTensor(TensorEntry("", dtype, wide), lambda: read()[1][rows]),
+            StoredTensor(TensorEntry("", of_gate, wide), lambda: read()[0][rows]),
+            StoredTensor(TensorEntry("", of_up, wide), lambda: read()[1][rows]),
             StoredTensor(
-                TensorEntry("", dtype, tall), lambda: read()[2][:, rows] * np.float32(times)
+                TensorEntry("", of_down, tall), lambda: read()[2][:, rows] * np.float32(times)
             ),
         )
 

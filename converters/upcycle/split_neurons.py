@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -59,24 +58,9 @@ class NeuronSplit:
     experts: Tensor
     """Neurons of each expert, [E, I]."""
 
-    @property
-    def num_neurons(self) -> int:
-        return self.shared.numel() + self.experts.numel()
-
-    def as_lists(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return {"shared": self.shared.tolist(), "experts": self.experts.tolist()}
-
     def energy(self, strengths: Tensor) -> Tensor:
         """Root of the sum of squares over each expert's neurons, [T, E], of `strengths` [T, F]."""
         return strengths[:, self.experts].square().sum(-1).sqrt()
-
-    def mask(self, chosen: Tensor) -> Tensor:
-        """Which neurons run, [T, F] of 0 and 1, when `chosen` [T, K] experts do."""
-        on = torch.ones(chosen.shape[0], self.num_neurons)
-        is_chosen = torch.zeros(chosen.shape[0], len(self.experts)).scatter_(1, chosen, 1.0)
-        on[:, self.experts.flatten()] = is_chosen.repeat_interleave(self.experts.shape[1], dim=1)
-        return on
 
 
 def split_neurons(

@@ -11,6 +11,7 @@ from edge_moe.converters.upcycle.split_student import DistilSettings
 from edge_moe.converters.window_training import JudgedTraining
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
+from edge_moe.units import MAX_SEED
 
 RECORD_NAME = "split.json"
 
@@ -18,13 +19,13 @@ RECORD_NAME = "split.json"
 class SplitSettings(BaseModel):
     """How a dense FFN is split."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     ridge: float = Field(default=0.01, ge=0)
     """Of the router, as a share of the inputs' mean square."""
     max_tilt: float = Field(default=1e-3, gt=0, lt=1)
     """How far any expert's weight may stray from that of equal scores, as a share of it."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
 class LayerRecord(BaseModel):

@@ -1,8 +1,7 @@
-"""Closed-form fits: the router, and down_proj once the router decides what is missing.
+"""The router in closed form, and how far its scores may tilt the experts' weights.
 
-Both are ridge regressions from sums over tokens, so tokens may come in any portions. Letters as in
-`split_neurons`. The refit is the least-squares compensation known from pruning (SparseGPT, arXiv
-2301.00774): the neurons that run make up for the experts that a token does not use.
+It is a ridge regression from sums over tokens, so tokens may come in any portions. Letters as in
+`split_neurons`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_LEAST_RIDGE = 1e-9
+"""What float64 tells from 0 in a sum of squares."""
 
 
 @dataclass
@@ -32,19 +34,16 @@ class NormalEquations:
         self.cross.addmm_(inputs.T, outputs)
         self.num_tokens += len(inputs)
 
-    def solve(self, ridge: float, toward: Tensor | None = None) -> Tensor:
-        """The W [O, N] that minimises sum ||W x - y||^2 + r ||W - toward||^2.
+    def solve(self, ridge: float) -> Tensor:
+        """The W [O, N] that minimises sum ||W x - y||^2 + r ||W||^2.
 
-        r is `ridge` times the mean square of an input, times the number of tokens; `toward`
-        defaults to 0.
+        r is `ridge` times the mean square of an input, times the number of tokens, and never 0, so
+        that inputs which are always 0 or alike have a solution too.
         """
         gram = self.gram.double()
-        strength = ridge * gram.diagonal().mean()
-        cross = self.cross.double()
-        if toward is not None:
-            cross = cross + strength * toward.T.double()
+        strength = max(ridge, _LEAST_RIDGE) * float(gram.diagonal().mean()) or 1.0
         gram = gram + strength * torch.eye(len(gram), dtype=torch.float64)
-        solution: Tensor = torch.linalg.solve(gram, cross)
+        solution: Tensor = torch.linalg.solve(gram, self.cross.double())
         return solution.T.float()
 
     def spread(self, weights: Tensor) -> float:
@@ -58,11 +57,13 @@ def router_rows(equations: NormalEquations, ridge: float, spread: float) -> Tens
 
     The mean over experts is taken off, which softmax does not see, and the rows are scaled so that
     scores have the root mean square `spread` over tokens: small, so that every softmax weight is
-    nearly 1 / E and the experts' weights alone decide what they add.
+    nearly 1 / E and the experts' weights alone decide what they add. Where nothing tells experts
+    apart, as in a layer that adds nothing, they are 0.
     """
     rows = equations.solve(ridge)
     rows = rows - rows.mean(0, keepdim=True)
-    return rows * (spread / equations.spread(rows))
+    found = equations.spread(rows)
+    return rows * (spread / found) if found > 0 else torch.zeros_like(rows)
 
 
 def score_reach(rows: Tensor, norm_weight: Tensor, *, is_softmax: bool) -> float:

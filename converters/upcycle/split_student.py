@@ -22,7 +22,7 @@ from torch import Tensor
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
-from edge_moe.converters.upcycle.moe_modules import array, shared_matrix
+from edge_moe.converters.upcycle.moe_modules import array, no_loading_bar, shared_matrix
 from edge_moe.converters.upcycle.stored_tensor import StoredTensor, from_values
 from edge_moe.converters.upcycle.target import Matrices, MoeLayer, MoeShape, Target
 from edge_moe.converters.window_training import WindowSettings
@@ -50,9 +50,10 @@ class SplitStudent:
         """Memory: `split_memory.distil_terms`."""
         from transformers import AutoModelForCausalLM
 
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="eager"
-        )
+        with no_loading_bar():
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, experts_implementation="eager"
+            )
         self.model.eval().requires_grad_(False)
         spec = Checkpoint(folder).spec
         self._blocks = [MoeBlock(self.model, spec, layer_id) for layer_id in spec.moe_layer_ids]
@@ -76,7 +77,11 @@ class SplitStudent:
                 self._blocks[layer_id].router.weight.copy_(scaled)
 
     def end(self) -> None:
-        """What is trained of routers gets their gradients."""
+        """What is trained of routers gets their gradients, not times the factor.
+
+        Adam's steps would be the same but for its epsilon of 1e-8, to which gradients times 5e-5
+        would come near; and the joint norm that clips is that of the model's own weights.
+        """
         for layer_id, block in enumerate(self._blocks):
             weight = block.router.weight
             self.parameters[f"{layer_id}.router"].grad = weight.grad
@@ -139,11 +144,11 @@ class SplitStudent:
             return both[:width] if name == PROJECTIONS[0] else both[width:]
 
         def matrices(read: Any, width: int) -> Matrices:
-            hidden, dtype = dense.config.hidden_size, dense.dtype
-            wide, tall = (width, hidden), (hidden, width)
+            wide, tall = (width, dense.config.hidden_size), (dense.config.hidden_size, width)
+            sizes, ffn = (wide, wide, tall), dense.ffn(layer_id)
             gate, up, down = (
-                StoredTensor(TensorEntry("", dtype, size), partial(read, name))
-                for name, size in zip(PROJECTIONS, (wide, wide, tall), strict=True)
+                StoredTensor(TensorEntry("", matrix.dtype, size), partial(read, name))
+                for name, size, matrix in zip(PROJECTIONS, sizes, ffn, strict=True)
             )
             return gate, up, down
 

@@ -30,7 +30,7 @@ from edge_moe.runtime.model import assign
 from edge_moe.runtime.moe_block import MoeBlock
 from edge_moe.spec import ModelSpec
 
-_ROUTER_SPREAD = 0.02  # standard deviation of new router rows
+_ROW_DEVIATION = 0.02  # standard deviation of new router rows
 
 
 class UpcycleSettings(WindowSettings):
@@ -59,7 +59,7 @@ class UpcycleSettings(WindowSettings):
 def new_router(num_experts: int, hidden: int, layer_id: int, seed: int) -> npt.NDArray[np.float32]:
     """[E, H] small random rows: experts, which are all alike, differ by the tokens they get."""
     drawn = np.random.default_rng([seed, layer_id]).normal(size=(num_experts, hidden))
-    return (_ROUTER_SPREAD * drawn).astype(np.float32)
+    return (_ROW_DEVIATION * drawn).astype(np.float32)
 
 
 class RoutedExperts(nn.Module):

@@ -64,6 +64,8 @@ class Target(ABC):
     shared_down_factor: ClassVar[float]
     """What the shared down_proj is stored times, so that the block adds it as it is."""
     fewest_experts: ClassVar[int] = 1
+    most_experts: ClassVar[int] = 1024
+    """llama.cpp's LLAMA_MAX_EXPERTS, as llama-cpp-python 0.3.36 has it: it stops at more."""
     is_softmax: ClassVar[bool]
     """Scores are a softmax over all experts; else a sigmoid each."""
     needs_whole_shared: ClassVar[bool] = False
@@ -96,6 +98,11 @@ class Target(ABC):
             raise InputError(
                 f"{self.architecture} needs at least {self.fewest_experts} experts, not "
                 f"{shape.num_experts}: raise --experts"
+            )
+        if shape.num_experts > self.most_experts:
+            raise InputError(
+                f"--experts is {shape.num_experts}, and llama.cpp loads no model with more than "
+                f"{self.most_experts} per layer: lower it"
             )
 
     def config(self, dense: DenseModel, shape: MoeShape, *, is_tied: bool) -> dict[str, Any]:

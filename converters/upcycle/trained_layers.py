@@ -67,7 +67,7 @@ def untrained_layers(
     dense: DenseModel, shape: MoeShape, settings: UpcycleSettings
 ) -> list[MoeLayer]:
     """What `trained_layers` starts from, without a student: one matrix in memory."""
-    dtype, hidden = routed_dtype(dense, settings), dense.config.hidden_size
+    hidden = dense.config.hidden_size
 
     def matrix(source: StoredTensor, is_down: bool) -> StoredTensor:
         def read() -> FloatArray:
@@ -78,7 +78,7 @@ def untrained_layers(
             found: FloatArray = used.numpy()
             return found
 
-        return StoredTensor(TensorEntry("", dtype, source.shape), read)
+        return StoredTensor(routed_entry(source, settings), read)
 
     layers = []
     for layer_id in range(dense.config.num_layers):
@@ -90,9 +90,10 @@ def untrained_layers(
     return layers
 
 
-def routed_dtype(dense: DenseModel, settings: UpcycleSettings) -> str:
-    """What routed experts are stored in: 16 bits wherever those hold them."""
-    return "F16" if settings.is_ternary and dense.dtype == "F32" else dense.dtype
+def routed_entry(dense: StoredTensor, settings: UpcycleSettings) -> TensorEntry:
+    """How an expert's matrix that starts as `dense` is stored: 16 bits wherever those hold it."""
+    dtype = "F16" if settings.is_ternary and dense.dtype == "F32" else dense.dtype
+    return TensorEntry("", dtype, dense.shape)
 
 
 def _layer(
@@ -115,18 +116,17 @@ def _layer(
 def _expert(
     student: Student, dense: DenseModel, settings: UpcycleSettings, layer_id: int, expert_id: int
 ) -> Matrices:
-    dtype = routed_dtype(dense, settings)
-
-    def read(projection: str) -> FloatArray:
+    def read(projection: str, dtype: str) -> FloatArray:
         matrix = student.experts(layer_id).matrix(projection)
         values: FloatArray = matrix.expert(expert_id).numpy()
         if settings.is_ternary:
             require_lossless(values, settings.group, dtype)
         return values
 
+    entries = [routed_entry(matrix, settings) for matrix in dense.ffn(layer_id)]
     gate, up, down = (
-        StoredTensor(TensorEntry("", dtype, matrix.shape), partial(read, projection))
-        for projection, matrix in zip(PROJECTIONS, dense.ffn(layer_id), strict=True)
+        StoredTensor(entry, partial(read, projection, entry.dtype))
+        for projection, entry in zip(PROJECTIONS, entries, strict=True)
     )
     return gate, up, down
 

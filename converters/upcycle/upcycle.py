@@ -33,7 +33,7 @@ from edge_moe.converters.upcycle.target import MoeShape, Target, choose_target
 from edge_moe.converters.upcycle.train_text import dense_tokenizer, read_train_text
 from edge_moe.converters.upcycle.trained_layers import (
     require_rows,
-    routed_dtype,
+    routed_entry,
     ternary_forms,
     trained_layers,
     untrained_layers,
@@ -77,7 +77,7 @@ def upcycle(
 ) -> UpcycleRecord:
     """Write the MoE made of the dense checkpoint `model` to the new folder `output`.
 
-    `data` are texts as tasks are named. With no steps there is nothing to read, and the result
+    `data` are texts as tasks are named. With no steps none is read or recorded, and the result
     computes what the dense model does. Memory: `memory.student_terms`, stated on stderr.
 
     Raises:
@@ -106,7 +106,8 @@ def upcycle(
         terms = student_terms(dense, shape, chosen, window_tokens)
     state_and_require_memory(_subject(job), terms, _REMEDY)
     with build_folder(output, _fingerprint(job)) as work:
-        return _upcycle(job, work, terms, [task_label(each) for each in data], name or str(model))
+        labels = [task_label(each) for each in data] if text is not None else []
+        return _upcycle(job, work, terms, labels, name or str(model))
 
 
 def _upcycle(
@@ -145,9 +146,9 @@ def _upcycle(
         kept_step=training.best_row.step if training else 0,
         memory_terms=terms,
         total_bytes=total_bytes,
-        routed_bytes=_routed_bytes(job, routed_dtype(job.dense, job.settings).lower()),
+        routed_bytes=_stored_bytes(job),
         packed_bytes={
-            form: _routed_bytes(job, form)
+            form: _packed_bytes(job, form)
             for form in (ternary_forms(job.settings.group) if job.settings.is_ternary else [])
         },
     )
@@ -169,7 +170,15 @@ def _subject(job: _Job) -> str:
     )
 
 
-def _routed_bytes(job: _Job, form: str) -> int:
+def _stored_bytes(job: _Job) -> int:
+    """Of routed experts in the folder."""
+    layers = map(job.dense.ffn, range(job.dense.config.num_layers))
+    matrices = [routed_entry(matrix, job.settings) for layer in layers for matrix in layer]
+    return job.shape.num_experts * sum(entry.num_bytes for entry in matrices)
+
+
+def _packed_bytes(job: _Job, form: str) -> int:
+    """Of routed experts packed in `form`."""
     config, shape = job.dense.config, job.shape
     one = expert_bytes(form, config.hidden_size, shape.expert_width)
     return config.num_layers * shape.num_experts * one

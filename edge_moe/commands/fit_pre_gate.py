@@ -17,7 +17,7 @@ from edge_moe.commands.options import (
     TextWindowTokens,
     stderr,
 )
-from edge_moe.units import parse_bytes
+from edge_moe.units import MAX_SEED, parse_bytes
 
 
 def fit_pre_gate_command(
@@ -31,7 +31,9 @@ def fit_pre_gate_command(
     width: Annotated[int, typer.Option(help="Of the network's hidden layer.")] = 512,
     epochs: Annotated[int, typer.Option(help="Passes over what the routers chose.")] = 20,
     learning_rate: Annotated[float, typer.Option(help="Adam's, falling to zero.")] = 2e-3,
-    seed: Annotated[int, typer.Option(help="Of the first weights and the order of tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the first weights and the order of tokens.")
+    ] = 0,
     memory: Annotated[
         int | None,
         typer.Option(

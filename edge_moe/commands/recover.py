@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edge_moe.commands.options import Tasks, resumable, stderr
-from edge_moe.units import parse_bytes
+from edge_moe.units import MAX_SEED, parse_bytes
 
 if TYPE_CHECKING:
     from edge_moe.converters.recover import RecoveryReport
@@ -36,7 +36,9 @@ def recover_command(
     lm_weight: Annotated[
         float, typer.Option(help="Weight of the next-token loss beside the divergence.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Start of the branches, order of the text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Start of the branches, order of the text.")
+    ] = 0,
     window_tokens: Annotated[int, typer.Option(help="Tokens per window of text.")] = 256,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many windows.", show_default=False)

@@ -20,7 +20,7 @@ from edge_moe.commands.options import (
 from edge_moe.commands.this_device import measured_here
 from edge_moe.errors import InputError
 from edge_moe.plan import Device
-from edge_moe.units import parse_bytes
+from edge_moe.units import MAX_SEED, parse_bytes
 
 if TYPE_CHECKING:
     from edge_moe.measurement import SkippingCost
@@ -126,7 +126,9 @@ def simulate_command(
     foresight: Annotated[
         bool, typer.Option("--foresight", help="How many tokens must be known to hit as Belady's.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of uniform routers and shuffled tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of uniform routers and shuffled tokens.")
+    ] = 0,
     skip: Skip = None,
     skip_calibration: SkipCalibrationFile = None,
     json: Json = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from edge_moe.commands.options import Revision
 from edge_moe.commands.upcycle_add import AddOptions, add_command
 from edge_moe.commands.upcycle_split import SplitOptions, split_command
 from edge_moe.errors import InputError
+from edge_moe.units import MAX_SEED
 
 
 class ActivationsName(StrEnum):
@@ -35,6 +37,10 @@ _ADDING = (
     "checkpointing",
 )
 """Options, as the function calls them, that --split has nothing for."""
+_LEARNING = ("train", "batch", "learning_rate")
+"""Those that are about steps."""
+_READING = ("data", "seq", "max_windows")
+"""Those about text, which --split reads without steps, too."""
 
 
 def upcycle_command(
@@ -129,7 +135,9 @@ def upcycle_command(
             "file that it cannot load, `edge-moe build --target gguf` one that it can.",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Start of the routers, order of the text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Start of the routers, order of the text.")
+    ] = 0,
     revision: Revision = None,
 ) -> None:
     """Add routed experts to a dense model, which stays as the shared expert. Resumes after a kill.
@@ -140,7 +148,7 @@ def upcycle_command(
     """
     given = {name for name in context.params if _is_given(context, name)}
     if split:
-        _require_split(given, train)
+        _require_split(given, train, steps if "steps" in given else 0)
         parts = SplitOptions(
             *(experts, top_k, expert_width, steps if "steps" in given else None, batch, seq),
             *(max_windows, learning_rate if "learning_rate" in given else None),
@@ -152,6 +160,7 @@ def upcycle_command(
         return
     if expert_width is not None or train is TrainName.ROUTERS:
         raise InputError("--expert-width and --train routers are for --split: add it")
+    _require_adding(given, steps, is_ternary=ternary)
     added = AddOptions(
         experts=experts,
         top_k=top_k,
@@ -179,13 +188,35 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _require_split(given: set[str], train: TrainName) -> None:
-    """Refuse what --split has nothing for.
+def _flags(names: Sequence[str], given: set[str]) -> str:
+    """Those of the options `names` that are `given`, as they are typed."""
+    typed = {"learning_rate": "lr"}
+    return ", ".join(
+        f"--{typed.get(name, name).replace('_', '-')}" for name in names if name in given
+    )
+
+
+def _require_adding(given: set[str], steps: int, *, is_ternary: bool) -> None:
+    """Refuse what has no meaning without --split.
 
     Raises:
         InputError: names the options.
     """
-    found = [f"--{name.replace('_', '-')}" for name in _ADDING if name in given]
+    if "group" in given and not is_ternary:
+        raise InputError("--group is about the scales of ternary experts: add --ternary")
+    adding = [name for name in _ADDING if name not in ("ternary", "group")]
+    idle = _flags((*_READING, *_LEARNING, *adding), given)
+    if idle and not steps:
+        raise InputError(f"--steps 0 learns nothing: leave out {idle}, or raise --steps")
+
+
+def _require_split(given: set[str], train: TrainName, steps: int) -> None:
+    """Refuse what --split has nothing for, or not without steps.
+
+    Raises:
+        InputError: names the options.
+    """
+    found = [_flags(_ADDING, given)] if _flags(_ADDING, given) else []
     if "train" in given and train is TrainName.ROUTED:
         found.append("--train routed")
     if found:
@@ -193,3 +224,6 @@ def _require_split(given: set[str], train: TrainName) -> None:
             f"--split adds no experts, but takes the dense layers apart: leave out "
             f"{', '.join(found)}"
         )
+    idle = _flags(_LEARNING, given)
+    if idle and not steps:
+        raise InputError(f"--split without steps learns nothing: leave out {idle}, or add --steps")
