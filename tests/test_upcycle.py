@@ -51,6 +51,7 @@ from edge_moe.converters.window_training import (
     WindowSettings,
     WindowTraining,
     checked_settings,
+    state_bytes,
 )
 from edge_moe.errors import DiskSpaceError, InputError
 from edge_moe.formats import get_form, pack_expert, unpack_expert
@@ -473,6 +474,20 @@ def test_a_full_disk_at_the_end_costs_no_training(
     with monkeypatch.context() as patch:
         patch.setattr(WindowTraining, "_take_step", failing_with(AssertionError("a step")))
         assert make(dense, text, tmp_path / "moe", chosen).losses[-1].step == 4
+
+
+def test_room_for_the_output_is_asked_for_before_training(
+    dense: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(learn, "require_free_disk", lambda _, needed, __: asked.append(needed))
+    chosen = FEW.model_copy(update={"steps": 1})
+    record = make(dense, text, tmp_path / "moe", chosen)
+    weights = sum(value.numel() for value in student(dense, chosen).parameters.values())
+    sidecar, allowance = open_dense(dense).sidecar_bytes, 2**20
+    assert asked == [state_bytes(weights) + record.total_bytes + sidecar + allowance]
+    files = (tmp_path / "moe").glob("*.safetensors")
+    assert sum(path.stat().st_size for path in files) == record.total_bytes
 
 
 def failing_with(error: Exception) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from edge_moe.checkpoint import Checkpoint
 from edge_moe.cli import run
 from edge_moe.converters.recover_teacher import cache_bytes
 from edge_moe.converters.recover_text import TrainText
-from edge_moe.converters.upcycle import learn
+from edge_moe.converters.upcycle import learn, split
 from edge_moe.converters.upcycle.dense_model import open_dense
 from edge_moe.converters.upcycle.split import _fingerprint, _Job, split_dense
 from edge_moe.converters.upcycle.split_layer import SplitLayer, choose, split_layer
@@ -199,6 +199,33 @@ def test_experts_are_stored_as_their_own_neurons_are(text: Path, tmp_path: Path)
     np.testing.assert_allclose(logits(tmp_path / "moe", 4), logits(dense), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("steps", "copies"), [(0, 1), (2, 2)])
+def test_room_for_all_that_is_written_is_asked_for_first(
+    steps: int, copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, bool]] = []
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("\n".join(f"{i} and {i + 1} make {2 * i + 1}" for i in range(300)))
+
+    def ask(folder: Path, needed_bytes: int, purpose: str) -> None:
+        asked.append((needed_bytes, any(folder.glob("split_*"))))
+
+    monkeypatch.setattr(split, "require_free_disk", ask)
+    dense = make_tiny_dense(tmp_path / "dense", "llama")
+    record = split_dense(
+        dense,
+        [str(text)],
+        out,
+        num_experts=4,
+        top_k=2,
+        window_tokens=64,
+        max_windows=8,
+        distil=DistilSettings(steps=steps),
+    )
+    sidecar, allowance = open_dense(dense).sidecar_bytes, 2**20
+    assert asked == [(copies * (record.total_bytes + sidecar + allowance), False)]
+
+
 def test_a_killed_split_goes_on(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,7 +389,7 @@ def test_the_card_carries_the_licence(text: Path, tmp_path: Path) -> None:
 def test_disk_is_asked_for_the_state_too(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Predictions, and two states: a new one is written beside the last."""
+    """Predictions, two states (a new one is written beside the last), and the output."""
     stored, asked = [0], [0]
     save = WindowTraining._save
 
@@ -376,7 +403,9 @@ def test_disk_is_asked_for_the_state_too(
     distil = DistilSettings(steps=1, batch_windows=1)
     split_tiny(dense, text, tmp_path / "moe", distil=distil)
     num_predicted_tokens = 2 * 64  # of a window that is learned from and one that judges
-    states = asked[-1] - cache_bytes(num_predicted_tokens)
+    record = json.loads((tmp_path / "moe" / RECORD_NAME).read_bytes())
+    output = record["total_bytes"] + open_dense(dense).sidecar_bytes + 2**20
+    states = asked[-1] - cache_bytes(num_predicted_tokens) - output
     assert 0.95 * 2 * stored[-1] < states < 2 * stored[-1]
 
 

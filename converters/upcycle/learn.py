@@ -37,16 +37,17 @@ def learn(
     title: str,
     *,
     is_compared: bool,
+    output_bytes: int,
     log_path: Path | None = None,
 ) -> WindowTraining:
     """Train to the end; the student then holds the state that judged best.
 
     `scratch` keeps the state and the dense model's predictions, which are made only where the
-    student `is_compared` with it. `title` names the progress bar; `log_path` as `WindowTraining`
-    has it.
+    student `is_compared` with it; `output_bytes` are written to the same disk afterwards. `title`
+    names the progress bar; `log_path` as `WindowTraining` has it.
 
     Raises:
-        DiskSpaceError: too little space for state and predictions, before the work begins.
+        DiskSpaceError: too little space for state, predictions and output, before the work begins.
         InputError: a damaged state.
         CheckpointError: the dense model computes no finite logits.
     """
@@ -54,8 +55,8 @@ def learn(
     missing = teacher.missing(windows_read(text, settings)) if teacher is not None else []
     num_tokens = sum(len(text.windows[index]) for index in missing)
     num_weights = sum(value.numel() for value in student.parameters.values())
-    needed_bytes = cache_bytes(num_tokens) + state_bytes(num_weights)
-    require_free_disk(scratch, needed_bytes, "the state of the training")
+    needed_bytes = cache_bytes(num_tokens) + state_bytes(num_weights) + output_bytes
+    require_free_disk(scratch, needed_bytes, "the training, and what it writes,")
     if teacher is not None:
         with progress("the dense model predicts", len(missing)) as advance:
             teacher.fill(student, text.windows, advance, missing)  # nothing is learned yet

@@ -48,10 +48,10 @@ from edge_moe.converters.upcycle.split_shape import split_shape
 from edge_moe.converters.upcycle.split_student import DistilSettings, SplitStudent
 from edge_moe.converters.upcycle.target import MoeLayer, MoeShape, Target, choose_target
 from edge_moe.converters.upcycle.train_text import dense_tokenizer, read_train_text
-from edge_moe.converters.upcycle.write_moe import write_moe
+from edge_moe.converters.upcycle.write_moe import folder_bytes, write_moe
 from edge_moe.converters.window_training import WindowTraining
 from edge_moe.errors import InputError
-from edge_moe.files import atomic_path, require_new_output, write_text
+from edge_moe.files import atomic_path, require_free_disk, require_new_output, write_text
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
@@ -59,6 +59,7 @@ from edge_moe.tasks import MIN_WINDOW_TOKENS, task_label, task_windows, windows_
 
 _SCORE_SPREAD = 1.0  # any: rows are scaled by their bound afterwards
 _CALIBRATION_WINDOWS = 64
+_UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def _split(
     job: _Job, work: BuildFolder, terms: list[MemoryTerm], labels: list[str], source: str
 ) -> SplitRecord:
     dense, target, shape, scratch = job.dense, job.target, job.shape, work.scratch
+    _require_disk(job, scratch)
     layers = _split_all(job, scratch)
     blocks, training = split_layers(dense, target, shape, layers), None
     if job.text is not None:
@@ -183,6 +185,29 @@ def _split(
     return record
 
 
+def _require_disk(job: _Job, scratch: Path) -> None:
+    """Before hours of work: room for the folder, and for another where one is learned from.
+
+    Raises:
+        DiskSpaceError: too little.
+    """
+    num_copies = 1 if job.text is None or (scratch / _UNTRAINED).exists() else 2
+    require_free_disk(scratch, num_copies * _folder_bytes(job), "the split model")
+
+
+def _folder_bytes(job: _Job) -> int:
+    """Of layers whose neurons lie anywhere."""
+    shape, zeros = job.shape, torch.zeros
+    neurons = NeuronSplit(
+        zeros(shape.shared_width, dtype=torch.long),
+        zeros(shape.num_experts, shape.expert_width, dtype=torch.long),
+    )
+    layer = SplitLayer(neurons, zeros(shape.num_experts, job.dense.config.hidden_size), recall=0.0)
+    layers = [layer] * job.dense.config.num_layers
+    blocks = split_layers(job.dense, job.target, shape, layers)
+    return folder_bytes(job.dense, job.target, shape, blocks, keep_tied=job.keep_tied)
+
+
 def _layer_records(
     dense: DenseModel, target: Target, layers: Sequence[SplitLayer], blocks: Sequence[MoeLayer]
 ) -> list[LayerRecord]:
@@ -205,12 +230,21 @@ def _distil(
     job: _Job, text: TrainText, blocks: Sequence[MoeLayer], scratch: Path
 ) -> tuple[SplitStudent, WindowTraining]:
     """The student in its best state. It is written out once as it is, and read as one model."""
-    untrained = scratch / "untrained"
+    untrained = scratch / _UNTRAINED
     if not untrained.exists():
         with build_folder(untrained, "split") as plain:
             write_moe(*(job.dense, job.target, job.shape, blocks, plain), keep_tied=job.keep_tied)
     student = SplitStudent(untrained, job.distil.trains)
-    return student, learn(student, text, job.distil, scratch, "distilling", is_compared=True)
+    training = learn(
+        student,
+        text,
+        job.distil,
+        scratch,
+        "distilling",
+        is_compared=True,
+        output_bytes=_folder_bytes(job),
+    )
+    return student, training
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from edge_moe.converters.upcycle.trained_layers import (
     trained_layers,
     untrained_layers,
 )
-from edge_moe.converters.upcycle.write_moe import write_moe
+from edge_moe.converters.upcycle.write_moe import folder_bytes, write_moe
 from edge_moe.errors import InputError
 from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
@@ -125,6 +125,7 @@ def _upcycle(
             work.scratch,
             "training experts",
             is_compared=bool(job.settings.kl_weight),
+            output_bytes=_folder_bytes(job),
             log_path=work.path / LOG_NAME,
         )
         layers = trained_layers(student, job.dense, job.shape, job.settings)
@@ -155,6 +156,11 @@ def _upcycle(
     write_text(work.path / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
     write_text(work.path / CARD_NAME, upcycle_card(record, job.dense.location, work.output.name))
     return record
+
+
+def _folder_bytes(job: _Job) -> int:
+    layers = untrained_layers(job.dense, job.shape, job.settings)
+    return folder_bytes(job.dense, job.target, job.shape, layers, keep_tied=job.keep_tied)
 
 
 def _subject(job: _Job) -> str:

@@ -44,6 +44,21 @@ def moe_tensors(
     return found
 
 
+def folder_bytes(
+    dense: DenseModel,
+    target: Target,
+    shape: MoeShape,
+    layers: Sequence[MoeLayer],
+    *,
+    keep_tied: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Disk bytes of the folder that `write_moe` writes, known from shapes alone."""
+    tensors = moe_tensors(dense, target, shape, layers, keep_tied=keep_tied)
+    shards = split_into_shards([tensor.entry for tensor in tensors], shard_bytes)
+    return sum(map(file_bytes, shards)) + dense.sidecar_bytes + _SMALL_FILES_BYTES
+
+
 def write_moe(
     dense: DenseModel,
     target: Target,
@@ -67,10 +82,9 @@ def write_moe(
     tensors = moe_tensors(dense, target, shape, layers, keep_tied=keep_tied)
     by_name = {tensor.name: tensor for tensor in tensors}
     shards = split_into_shards([tensor.entry for tensor in tensors], shard_bytes)
-    total_bytes = sum(file_bytes(shard) for shard in shards)
-    name = f"output {work.output.name}"
-    missing_bytes = total_bytes + dense.sidecar_bytes - work.written_bytes()
-    require_free_disk(work.output.parent, missing_bytes + _SMALL_FILES_BYTES, name)
+    total_bytes = sum(map(file_bytes, shards))
+    missing_bytes = total_bytes + dense.sidecar_bytes + _SMALL_FILES_BYTES - work.written_bytes()
+    require_free_disk(work.output.parent, missing_bytes, f"output {work.output.name}")
     dense.copy_sidecar(work.path)
     config = target.config(dense, shape, is_tied=dense.config.is_tied and keep_tied)
     write_text(work.path / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
