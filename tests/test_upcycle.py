@@ -476,6 +476,23 @@ def test_a_full_disk_at_the_end_costs_no_training(
         assert make(dense, text, tmp_path / "moe", chosen).losses[-1].step == 4
 
 
+def test_the_next_command_keeps_what_was_learned(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of 64 hold no block of 256: the forms that calibrate offers by itself would round."""
+    dense, moe = str(make_tiny_dense(tmp_path / "dense", "llama", width=64)), str(tmp_path / "moe")
+    options = ["--ternary", "--group", "64", "--steps", "2", "--data", text, "--seq", "64"]
+    assert run(["upcycle", dense, *options, "--max-windows", "8", "-o", moe]) == 0
+    told = capsys.readouterr().err.replace("\n", " ")
+    command = f"edge-moe calibrate {moe} --task {text} --forms q2_0 -o stats"
+    assert f"next: {command} " in " ".join(told.split()) + " "
+    stats, plan = tmp_path / "stats", tmp_path / "plan.json"
+    assert run([*command.split()[1:-1], str(stats), "--window-tokens", "64"]) == 0
+    command = f"plan {moe} --stats {stats} --budget 10GB --no-search -o {plan}"
+    assert run(command.split()) == 0
+    assert {form for row in Plan.load(plan).forms for form in row} == {"q2_0"}
+
+
 def test_room_for_the_output_is_asked_for_before_training(
     dense: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ def add_command(
             keep_tied=options.tied,
             name=dense,
         )
-    _print_record(record, output)
+    _print_record(record, data, output)
 
 
 def _settings(options: AddOptions) -> UpcycleSettings:
@@ -92,7 +92,9 @@ def _settings(options: AddOptions) -> UpcycleSettings:
     )
 
 
-def _print_record(record: UpcycleRecord, output: Path) -> None:
+def _print_record(record: UpcycleRecord, data: Sequence[str], output: Path) -> None:
+    from edge_moe.reproduce import command_line
+
     console = stderr()
     first, kept = record.row(0), record.row(record.kept_step)
     if first and kept:
@@ -107,4 +109,6 @@ def _print_record(record: UpcycleRecord, output: Path) -> None:
             f"routed experts: {format_bytes(record.routed_bytes)} here, "
             f"{format_bytes(num_bytes)} packed as {form} without loss"
         )
-    console.print(f"next: edge-moe plan {output} --help")
+    tasks = [word for each in data or ["TASK"] for word in ("--task", each)]
+    exact = [word for form in list(record.packed_bytes)[:1] for word in ("--forms", form)]
+    console.print(f"next: {command_line('calibrate', output, *tasks, *exact, '-o', 'stats')}")

@@ -89,4 +89,6 @@ def _print_record(record: SplitRecord, output: Path) -> None:
             f"{first.heldout_divergence:.4f} -> {kept.heldout_divergence:.4f} nats per token, "
             f"kept step {kept.step}"
         )
-    console.print(f"next: edge-moe fit-pre-gate {output} --help, edge-moe plan {output} --help")
+    console.print(
+        f"next: edge-moe fit-pre-gate {output} --help, edge-moe calibrate {output} --help"
+    )
