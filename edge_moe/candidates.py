@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from edge_moe.errors import TargetError
@@ -18,7 +18,7 @@ SOURCE_FORMS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 _Classes = Mapping[str, tuple[str, ...]]
 _GGML_CLASSES: _Classes = {
-    "ternary": ("tq1_0",),
+    "ternary": ("tq1_0", "tq2_0"),
     "2-bit": ("q2_k", "q2_0"),
     "3-bit": ("q3_k",),
     "4-bit": ("q4_k", "q4_0"),
@@ -26,7 +26,8 @@ _GGML_CLASSES: _Classes = {
     "6-bit": ("q6_k",),
     "8-bit": ("q8_0",),
 }
-"""Class -> forms, preferred first; the first that fits the shapes is the candidate."""
+"""Class -> forms, preferred first; the first that fits the shapes is the candidate, unless others
+of them were measured."""
 _QMOE_CLASSES: _Classes = {
     "2-bit": ("int2_b64", "int2_b32"),
     "4-bit": ("int4_b64", "int4_b32"),
@@ -154,8 +155,12 @@ def least_expert_bytes(spec: ModelSpec, target: Target) -> int:
     return spec.num_moe_layers * spec.top_k * one_bytes
 
 
-def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> Candidates:
+def find_candidates(
+    spec: ModelSpec, target: Target, device: Device = "cpu", measured: Collection[str] = ()
+) -> Candidates:
     """The forms on offer for `target`, with a sentence for everything that is not.
+
+    One per class of bits, or those of it that were `measured`.
 
     Raises:
         TargetError: the target cannot hold this architecture at all.
@@ -183,21 +188,22 @@ def find_candidates(spec: ModelSpec, target: Target, device: Device = "cpu") -> 
     if target == "gguf" and not spec.is_gguf:
         limits += spec.family.gguf_limits
     for name, choices in classes.items():
-        form, sentences = _pick(spec, name, choices)
+        found, sentences = _pick(spec, name, choices, measured)
         limits += sentences
-        if form in _LLAMA_CPU_ONLY and target == "gguf":
+        if target == "gguf" and any(form in _LLAMA_CPU_ONLY for form in found):
             limits.append(_llama_sentence(device))
-            form = form if device == "cpu" else None
-        problem = row_problem(spec, form) if form and target == "onnx" else None
-        if problem is not None:
-            limits.append(f"{problem[0].upper()}{problem[1:]}: not offered.")
-        elif form is not None:
-            forms.append(form)
+            found = found if device == "cpu" else []
+        for form in found:
+            problem = row_problem(spec, form) if target == "onnx" else None
+            if problem is None:
+                forms.append(form)
+            else:
+                limits.append(f"{problem[0].upper()}{problem[1:]}: not offered.")
     if not spec.is_gguf:  # whose layers may be kept as they are stored, and never grow
         forms.append(_widest(spec, target))
     if target == "gguf":
         forms += [mix for mix in GGUF_MIXES if set(split_form(mix)) <= set(forms)]
-        forms.sort(key=lambda form: expert_bytes(form, *spec.expert_shape))
+    forms.sort(key=lambda form: expert_bytes(form, *spec.expert_shape))
     return Candidates(tuple(forms), tuple(limits))
 
 
@@ -261,14 +267,18 @@ def _check_onnx(spec: ModelSpec) -> None:
         )
 
 
-def _pick(spec: ModelSpec, class_name: str, names: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    """(the class's first form that fits or None, a sentence if it is not the preferred one)."""
+def _pick(
+    spec: ModelSpec, class_name: str, names: tuple[str, ...], measured: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """(the class's forms that fit and were measured, or the first that fits; a sentence if the
+    preferred one does not fit)."""
     preferred = names[0]
     widths = spec.expert_shape
-    chosen = next((name for name in names if form_fits(name, *widths)), None)
-    if chosen == preferred:
+    fitting = [name for name in names if form_fits(name, *widths)]
+    chosen = [name for name in fitting if name in measured] or fitting[:1]
+    if preferred in fitting:
         return chosen, []
-    instead = f"{class_name} is stored as {chosen}" if chosen else "not offered"
+    instead = f"{class_name} is stored as {', '.join(chosen)}" if chosen else "not offered"
     sentence = (
         f"{preferred} packs rows of {get_form(preferred).block_size}; "
         f"expert rows are {widths[0]} and {widths[1]}: {instead}."

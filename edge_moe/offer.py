@@ -46,7 +46,7 @@ def find_offer(
         TargetError: the target cannot hold this architecture.
     """
     spec = source.spec
-    candidates = find_candidates(spec, target, device)
+    candidates = find_candidates(spec, target, device, measured)
     stored = stored_forms(source)
     lossless = {*stored, EXACT}
     offered = [form for form in candidates.forms if form in measured or form in lossless]

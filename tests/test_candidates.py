@@ -41,6 +41,28 @@ def test_one_form_per_class_of_bits() -> None:
     assert wide.limits == ()
 
 
+def test_measured_forms_stand_in_for_the_preferred_of_their_class() -> None:
+    measured = ("drop", "tq2_0", "q2_0", "q2_k", "q4_0", "q8_0")
+    found = find_candidates(spec(), "native", measured=measured)
+    assert found.forms == (
+        "drop",
+        "tq2_0",
+        "q2_0",
+        "q2_k",
+        "q3_k",
+        "q4_0",
+        "q5_k",
+        "q6_k",
+        "q8_0",
+        "bf16",
+    )
+    assert found.limits == ()
+    narrow = find_candidates(spec(hidden=64, width=64), "native", measured=measured)
+    assert narrow.forms == find_candidates(spec(hidden=64, width=64), "native").forms
+    on_cuda = find_candidates(spec(), "gguf", "cuda", measured)
+    assert "tq2_0" not in on_cuda.forms and "q2_0" in on_cuda.forms
+
+
 def test_rows_that_are_no_multiple_of_256() -> None:
     found = find_candidates(spec(hidden=64, width=64), "native")
     assert found.forms == ("drop", "q2_0", "q4_0", "q8_0", "bf16")

@@ -476,11 +476,13 @@ def test_a_full_disk_at_the_end_costs_no_training(
         assert make(dense, text, tmp_path / "moe", chosen).losses[-1].step == 4
 
 
+@pytest.mark.parametrize("width", [64, 256])
 def test_the_next_command_keeps_what_was_learned(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    width: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows of 64 hold no block of 256: the forms that calibrate offers by itself would round."""
-    dense, moe = str(make_tiny_dense(tmp_path / "dense", "llama", width=64)), str(tmp_path / "moe")
+    """Runs of 64 share a scale: what calibrate prefers for rows of 256 would round."""
+    dense = str(make_tiny_dense(tmp_path / "dense", "llama", width=width))
+    moe = str(tmp_path / "moe")
     options = ["--ternary", "--group", "64", "--steps", "2", "--data", text, "--seq", "64"]
     assert run(["upcycle", dense, *options, "--max-windows", "8", "-o", moe]) == 0
     told = capsys.readouterr().err.replace("\n", " ")
