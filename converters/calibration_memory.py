@@ -14,7 +14,7 @@ from edge_moe.available_memory import available_memory_bytes
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.errors import BudgetError
 from edge_moe.formats.quantise import get_quantiser
-from edge_moe.plan import MemoryTerm, formula_terms
+from edge_moe.plan import Device, MemoryTerm, formula_terms
 from edge_moe.tensor_info import TensorInfo
 from edge_moe.units import format_bytes
 
@@ -95,9 +95,12 @@ def hidden_file_bytes(hidden_size: int, num_tokens: int) -> int:
 
 
 def state_and_require_memory(
-    subject: str, terms: Sequence[MemoryTerm], remedy: str = FEWER_WINDOWS
+    subject: str,
+    terms: Sequence[MemoryTerm],
+    remedy: str = FEWER_WINDOWS,
+    device: Device = "cpu",
 ) -> None:
-    """Say on stderr what `subject` takes at most, and refuse when that is not available.
+    """Say on stderr what `subject` takes at most, and refuse when `device` does not have that.
 
     `remedy` is what the refusal says to do.
 
@@ -105,7 +108,7 @@ def state_and_require_memory(
         BudgetError: with the bytes needed and the bytes available.
     """
     state_memory(subject, terms)
-    require_free_memory(sum(term.num_bytes for term in terms), remedy)
+    require_free_memory(sum(term.num_bytes for term in terms), remedy, device)
 
 
 def state_memory(subject: str, terms: Sequence[MemoryTerm], phase: str = "") -> None:
@@ -119,19 +122,29 @@ def state_memory(subject: str, terms: Sequence[MemoryTerm], phase: str = "") -> 
     )
 
 
-def require_free_memory(needed_bytes: int, remedy: str = FEWER_WINDOWS) -> None:
-    """Refuse what cannot fit, where the system tells how much is available.
+def require_free_memory(
+    needed_bytes: int, remedy: str = FEWER_WINDOWS, device: Device = "cpu"
+) -> None:
+    """Refuse what cannot fit, where the system tells how much of `device`'s is available.
 
     Raises:
         BudgetError: with the bytes needed and the bytes available.
     """
-    available_bytes = available_memory_bytes()
+    on_gpu = device == "cuda"
+    available_bytes = _free_gpu_bytes() if on_gpu else available_memory_bytes()
     if available_bytes is not None and needed_bytes > available_bytes:
         raise BudgetError(
-            f"this needs {format_bytes(needed_bytes)} of memory, but only "
-            f"{format_bytes(available_bytes)} is available: {remedy}",
+            f"this needs {format_bytes(needed_bytes)} of {'GPU ' if on_gpu else ''}memory, but "
+            f"only {format_bytes(available_bytes)} is available: {remedy}",
             minimum_bytes=needed_bytes,
         )
+
+
+def _free_gpu_bytes() -> int:
+    import torch
+
+    free_bytes: int = torch.cuda.mem_get_info()[0]
+    return free_bytes
 
 
 def _layer_dense_tensors(checkpoint: Checkpoint, layer_id: int) -> list[TensorInfo]:

@@ -44,6 +44,10 @@ class TeacherWindow:
     log_probs: Tensor
     """[W, K + 1] float32, normalised; the last one is the rest."""
 
+    def to(self, device: torch.device) -> TeacherWindow:
+        """The same on `device`."""
+        return TeacherWindow(self.token_ids.to(device), self.log_probs.to(device))
+
 
 class TeacherCache:
     """A folder of predictions, one file per window."""

@@ -59,6 +59,10 @@ def text_losses(
 
     `wanted` is what the original predicts there; the divergence is 0 where nobody asks.
     """
-    against = torch.zeros(()) if wanted is None else divergence(logits, wanted)
-    lm_loss = F.cross_entropy(logits[:-1].float(), torch.tensor(list(token_ids[1:])))
+    device = logits.device
+    against = (
+        torch.zeros((), device=device) if wanted is None else divergence(logits, wanted.to(device))
+    )
+    following = torch.tensor(list(token_ids[1:]), device=device)
+    lm_loss = F.cross_entropy(logits[:-1].float(), following)
     return Losses(against, lm_loss, penalty)

@@ -326,7 +326,7 @@ class WindowTraining:
         entries = [TensorEntry(name, "F32", tuple(value.shape)) for name, value in tensors.items()]
         with safetensors_file(self._state_path, entries, metadata=about) as writer:
             for name, value in tensors.items():
-                writer.write(name, [value.numpy().tobytes()])
+                writer.write(name, [value.cpu().numpy().tobytes()])
         self._saved_step = self.step
 
     def _restore(self) -> None:
@@ -348,10 +348,11 @@ class WindowTraining:
             with torch.no_grad():
                 parameter.copy_(handle.get_tensor(f"now.{name}"))
                 self._best[name].copy_(handle.get_tensor(f"best.{name}"))
-            self._optimiser.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
-                **{moment: handle.get_tensor(f"{moment}.{name}") for moment in _MOMENTS},
+            moments = {
+                moment: handle.get_tensor(f"{moment}.{name}").to(parameter.device)
+                for moment in _MOMENTS
             }
+            self._optimiser.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
 
 
 class LossLog:

@@ -89,8 +89,11 @@ def ternary(
     return output, make(dense, text, output, FEW)
 
 
-def make(dense: Path, text: str, output: Path, chosen: UpcycleSettings = FEW) -> UpcycleRecord:
-    return upcycle(dense, [text], output, settings=chosen, window_tokens=64, max_windows=40)
+def make(
+    dense: Path, text: str, output: Path, chosen: UpcycleSettings = FEW, **options: Any
+) -> UpcycleRecord:
+    sizes = {"window_tokens": 64, "max_windows": 40}
+    return upcycle(dense, [text], output, settings=chosen, **(sizes | options))
 
 
 def logits(folder: Path) -> Any:
@@ -493,6 +496,34 @@ def test_the_next_command_keeps_what_was_learned(
     command = f"plan {moe} --stats {stats} --budget 10GB --no-search -o {plan}"
     assert run(command.split()) == 0
     assert {form for row in Plan.load(plan).forms for form in row} == {"q2_0"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_checkpointing", [True, False])
+def test_a_gpu_learns_the_same(
+    dense: Path, text: str, tmp_path: Path, is_checkpointing: bool
+) -> None:
+    changes = {"kl_weight": 0.1, "steps": 8, "is_checkpointing": is_checkpointing}
+    chosen, cuda = FEW.model_copy(update=changes), torch.device("cuda")
+    whole = make(dense, text, tmp_path / "cpu", chosen)
+    other = make(dense, text, tmp_path / "cuda", chosen, device=cuda)
+    for one, two in zip(whole.losses, other.losses, strict=True):
+        assert two.heldout_loss == pytest.approx(one.heldout_loss, rel=2e-3)
+    # trits may tip over where sums are added in another order
+    np.testing.assert_allclose(logits(tmp_path / "cuda"), logits(tmp_path / "cpu"), atol=0.1)
+
+
+def test_no_gpu_is_said_before_anything_is_read(
+    dense: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    command = ["upcycle", str(dense), "--data", text, "--device", "cuda", "-o", str(tmp_path / "a")]
+    for more in ([], ["--split", "--steps", "2"]):
+        assert run([*command, *more]) == 2
+        assert "torch finds no CUDA GPU: use --device cpu" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_room_for_the_output_is_asked_for_before_training(

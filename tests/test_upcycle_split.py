@@ -418,7 +418,9 @@ def test_state_belongs_to_the_text_that_is_learned_from(tmp_path: Path) -> None:
     def fingerprint(*windows: list[int]) -> str:
         text = TrainText(windows, [True] * (len(windows) - 1) + [False])
         distil = DistilSettings(steps=2)
-        return _fingerprint(_Job(dense, target, shape, SplitSettings(), [], distil, text, False))
+        settings = SplitSettings()
+        job = _Job(dense, target, shape, settings, [], distil, text, False, torch.device("cpu"))
+        return _fingerprint(job)
 
     assert fingerprint([1, 2], [3]) == fingerprint([1, 2], [3])
     assert len({fingerprint([1, 2], [3]), fingerprint([1, 4], [3]), fingerprint([1, 2])}) == 3

@@ -15,16 +15,25 @@ from edge_moe.converters.upcycle.target import MoeShape, Target
 from edge_moe.runtime.model import fill_buffers
 from edge_moe.tensor_info import FloatArray
 
+CPU = torch.device("cpu")
 
-def empty_model(dense: DenseModel, target: Target, shape: MoeShape, *, is_tied: bool) -> Any:
-    """The model in float32, with buffers on the CPU and all weights on the meta device."""
+
+def empty_model(
+    dense: DenseModel,
+    target: Target,
+    shape: MoeShape,
+    *,
+    is_tied: bool,
+    device: torch.device = CPU,
+) -> Any:
+    """The model in float32, with buffers on `device` and all weights on the meta device."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     values = target.config(dense, shape, is_tied=is_tied)
     config = CONFIG_MAPPING[target.model_type].from_dict(values)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fill_buffers(model, torch.device("cpu"))
+    fill_buffers(model, device)
     return model.eval().requires_grad_(False)
 
 
@@ -50,6 +59,6 @@ def shared_matrix(block: Any, target: Target, projection: str) -> FloatArray:
 
 
 def array(values: Tensor) -> FloatArray:
-    """The same memory."""
-    found: FloatArray = values.detach().numpy()
+    """The same memory where that is the CPU's."""
+    found: FloatArray = values.detach().cpu().numpy()
     return found

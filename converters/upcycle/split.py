@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edge_moe import __version__
-from edge_moe.converters.calibration_memory import state_and_require_memory
+from edge_moe.converters.calibration_memory import require_free_memory, state_and_require_memory
 from edge_moe.converters.model_card import base_model
 from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.sidecar import CARD_NAME
@@ -27,6 +27,7 @@ from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
 from edge_moe.converters.upcycle.dense_stream import DenseStream
 from edge_moe.converters.upcycle.learn import learn
+from edge_moe.converters.upcycle.moe_modules import CPU
 from edge_moe.converters.upcycle.split_layer import SplitLayer, split_layer
 from edge_moe.converters.upcycle.split_layers import split_layers
 from edge_moe.converters.upcycle.split_memory import (
@@ -74,6 +75,8 @@ class _Job:
     distil: DistilSettings
     text: TrainText | None
     keep_tied: bool
+    device: torch.device
+    """Where it learns again."""
 
     @property
     def num_tokens(self) -> int:
@@ -95,13 +98,14 @@ def split_dense(
     max_windows: int | None = None,
     keep_tied: bool = False,
     name: str | None = None,
+    device: torch.device = CPU,
 ) -> SplitRecord:
     """Write the dense checkpoint `model`, split into experts, to the new folder `output`.
 
     `data` are texts as tasks are named, of which at most `max_windows` are read, and 64 calibrated
-    on. With steps to `distil`, the result then learns from the dense model. Memory is stated on
-    stderr. `name` is how `model` was named, such as its hub id. A killed run goes on where it
-    stopped when the same call is made again.
+    on. With steps to `distil`, the result then learns from the dense model, on `device`. Memory is
+    stated on stderr. `name` is how `model` was named, such as its hub id. A killed run goes on
+    where it stopped when the same call is made again.
 
     Raises:
         InputError: a model, text, shape or output that cannot be used.
@@ -119,7 +123,8 @@ def split_dense(
     distil, text = distil or DistilSettings(), None
     if distil.steps:
         text = read_train_text(dense, tokenizer, data, window_tokens, max_windows)
-    job = _Job(dense, target, shape, settings or SplitSettings(), windows, distil, text, keep_tied)
+    chosen = settings or SplitSettings()
+    job = _Job(dense, target, shape, chosen, windows, distil, text, keep_tied, device)
     terms = _state_memory(job, window_tokens)
     with build_folder(output, _fingerprint(job)) as work:
         source = base_model(name or str(model), dense.location)
@@ -139,8 +144,11 @@ def _state_memory(job: _Job, window_tokens: int) -> list[MemoryTerm]:
     dense, shape = job.dense, job.shape
     phases = [(split_terms(dense, shape, job.num_tokens), SPLIT_REMEDY)]
     if job.distil.steps:
-        phases.append((distil_terms(dense, shape, job.distil, window_tokens), DISTIL_REMEDY))
-    terms, remedy = max(phases, key=lambda phase: sum(term.num_bytes for term in phase[0]))
+        learning = distil_terms(dense, shape, job.distil, window_tokens)
+        if job.device.type == "cuda":
+            require_free_memory(_num_bytes(learning), DISTIL_REMEDY, "cuda")
+        phases.append((learning, DISTIL_REMEDY))
+    terms, remedy = max(phases, key=lambda phase: _num_bytes(phase[0]))
     state_and_require_memory(
         f"splitting {dense.config.num_layers} layers of {dense.config.ffn_width} neurons into "
         f"{shape.shared_width} always on and {shape.num_experts} experts of {shape.expert_width}",
@@ -148,6 +156,10 @@ def _state_memory(job: _Job, window_tokens: int) -> list[MemoryTerm]:
         remedy,
     )
     return terms
+
+
+def _num_bytes(terms: Sequence[MemoryTerm]) -> int:
+    return sum(term.num_bytes for term in terms)
 
 
 def _split(
@@ -234,7 +246,7 @@ def _distil(
     if not untrained.exists():
         with build_folder(untrained, "split") as plain:
             write_moe(*(job.dense, job.target, job.shape, blocks, plain), keep_tied=job.keep_tied)
-    student = SplitStudent(untrained, job.distil.trains)
+    student = SplitStudent(untrained, job.distil.trains, job.device)
     training = learn(
         student,
         text,

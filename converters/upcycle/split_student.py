@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ from torch import Tensor
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
-from edge_moe.converters.upcycle.moe_modules import array, no_loading_bar, shared_matrix
+from edge_moe.converters.upcycle.moe_modules import CPU, array, no_loading_bar, shared_matrix
 from edge_moe.converters.upcycle.stored_tensor import StoredTensor, from_values
 from edge_moe.converters.upcycle.target import Matrices, MoeLayer, MoeShape, Target
 from edge_moe.converters.window_training import WindowSettings
@@ -46,15 +46,19 @@ class DistilSettings(WindowSettings):
 class SplitStudent:
     """transformers' model of the split folder in float32, and the parameters that learn."""
 
-    def __init__(self, folder: Path, trains: Literal["routers", "all"]) -> None:
-        """Memory: `split_memory.distil_terms`."""
+    def __init__(
+        self, folder: Path, trains: Literal["routers", "all"], device: torch.device = CPU
+    ) -> None:
+        """Memory of `device`: `split_memory.distil_terms`."""
         from transformers import AutoModelForCausalLM
 
         with no_loading_bar():
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, experts_implementation="eager"
             )
+        self.model = cast("Any", loaded).to(device)
         self.model.eval().requires_grad_(False)
+        self._device = device
         spec = Checkpoint(folder).spec
         self._blocks = [MoeBlock(self.model, spec, layer_id) for layer_id in spec.moe_layer_ids]
         self._num_experts = spec.num_experts
@@ -89,14 +93,14 @@ class SplitStudent:
 
     def run(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(logits [W, V], no penalty) of one window."""
-        logits: Tensor = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
-        return logits, torch.zeros(())
+        ids = torch.tensor([list(token_ids)], device=self._device)
+        logits: Tensor = self.model(ids, use_cache=False).logits[0]
+        return logits, torch.zeros((), device=self._device)
 
     def logits(self, token_ids: Sequence[int]) -> FloatArray:
         """[W, V] with all experts chosen: the dense model's, as long as nothing has learned."""
         with torch.no_grad(), self._all_experts():
-            found: FloatArray = self.run(token_ids)[0].numpy()
-        return found
+            return array(self.run(token_ids)[0])
 
     @contextmanager
     def _all_experts(self) -> Iterator[None]:

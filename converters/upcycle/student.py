@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from edge_moe.converters.upcycle.balance import switch_loss
 from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
-from edge_moe.converters.upcycle.moe_modules import array, empty_model, shared_matrix
+from edge_moe.converters.upcycle.moe_modules import CPU, array, empty_model, shared_matrix
 from edge_moe.converters.upcycle.routed_weights import Quantiser, RoutedMatrix, round_to_int8
 from edge_moe.converters.upcycle.stored_tensor import from_values
 from edge_moe.converters.upcycle.target import MoeLayer, MoeShape, Target
@@ -103,9 +103,14 @@ class Student:
     """The MoE, its trained parameters, and what they become when they are stored."""
 
     def __init__(
-        self, dense: DenseModel, target: Target, shape: MoeShape, settings: UpcycleSettings
+        self,
+        dense: DenseModel,
+        target: Target,
+        shape: MoeShape,
+        settings: UpcycleSettings,
+        device: torch.device = CPU,
     ) -> None:
-        """Memory: `upcycle.memory.student_terms`.
+        """Memory of `device`: `upcycle.memory.student_terms`.
 
         Raises:
             CheckpointError: damaged weights.
@@ -114,7 +119,8 @@ class Student:
         self._target = target
         self._shape = shape
         self._settings = settings
-        self.model, spec = _frozen_model(dense, target, shape)
+        self._device = device
+        self.model, spec = _frozen_model(dense, target, shape, device)
         self._blocks = [MoeBlock(self.model, spec, layer) for layer in spec.moe_layer_ids]
         self._is_softmax = spec.router.score_function == "softmax"
         self._balance: list[Tensor] | None = None
@@ -126,13 +132,15 @@ class Student:
 
     def _start_layer(self, layer_id: int, block: MoeBlock) -> None:
         settings, shape = self._settings, self._shape
-        dense = [torch.from_numpy(matrix.read()) for matrix in self._dense.ffn(layer_id)]
+        dense = [
+            torch.from_numpy(matrix.read()).to(self._device) for matrix in self._dense.ffn(layer_id)
+        ]
         experts = RoutedExperts(dense, shape.num_experts, settings)
         block.module.experts = block.experts = experts
         rows = new_router(
             shape.num_experts, self._dense.config.hidden_size, layer_id, settings.seed
         )
-        block.router.weight = nn.Parameter(torch.from_numpy(rows))
+        block.router.weight = nn.Parameter(torch.from_numpy(rows).to(self._device))
         block.router.register_forward_hook(lambda *call: self._hear(*call[2]))
         trained = {"router": block.router.weight}
         for projection in PROJECTIONS:
@@ -148,15 +156,15 @@ class Student:
     def run(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(logits [W, V], weighted mean balance loss of the layers) of one window."""
         self._balance = []
-        logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+        ids = torch.tensor([list(token_ids)], device=self._device)
+        logits = self.model(ids, use_cache=False).logits[0]
         balance, self._balance = self._balance, None  # layers may run again on the way back
         return logits, self._settings.balance_weight * torch.stack(balance).mean()
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """[W, V] of one window, for whoever learns from this model."""
         with torch.no_grad():
-            found: npt.NDArray[np.float32] = self.run(token_ids)[0].float().numpy()
-        return found
+            return array(self.run(token_ids)[0].float())
 
     def begin(self) -> None:
         """Used weights follow the trained ones."""
@@ -199,17 +207,19 @@ class Student:
             self._balance.append(penalty)
 
 
-def _frozen_model(dense: DenseModel, target: Target, shape: MoeShape) -> tuple[Any, ModelSpec]:
+def _frozen_model(
+    dense: DenseModel, target: Target, shape: MoeShape, device: torch.device
+) -> tuple[Any, ModelSpec]:
     """transformers' model with all weights but routed experts and routers, float32."""
     is_tied = dense.config.is_tied
     spec = ModelSpec.from_config(
         target.config(dense, shape, is_tied=is_tied), source=str(dense.location)
     )
-    model = empty_model(dense, target, shape, is_tied=is_tied)
+    model = empty_model(dense, target, shape, is_tied=is_tied, device=device)
     empty = from_values("", "F32", np.zeros((shape.num_experts, dense.config.hidden_size), "f4"))
     layers = [MoeLayer(empty, dense.ffn(layer), []) for layer in range(dense.config.num_layers)]
     for tensor in moe_tensors(dense, target, shape, layers, keep_tied=is_tied):
-        assign(model, tensor.name, torch.from_numpy(tensor.read()))
+        assign(model, tensor.name, torch.from_numpy(tensor.read()).to(device))
     if is_tied:
         model.lm_head.weight = model.get_input_embeddings().weight
     return model, spec

@@ -10,6 +10,7 @@ import torch
 from edge_moe.converters.safetensors_writer import TensorEntry
 from edge_moe.converters.slicing import FORM_OF_DTYPE
 from edge_moe.converters.upcycle.dense_model import PROJECTIONS, DenseModel
+from edge_moe.converters.upcycle.moe_modules import array
 from edge_moe.converters.upcycle.routed_weights import Quantiser
 from edge_moe.converters.upcycle.stored_tensor import StoredTensor, from_values
 from edge_moe.converters.upcycle.student import Student, UpcycleSettings, new_router
@@ -118,7 +119,7 @@ def _expert(
 ) -> Matrices:
     def read(projection: str, dtype: str) -> FloatArray:
         matrix = student.experts(layer_id).matrix(projection)
-        values: FloatArray = matrix.expert(expert_id).numpy()
+        values = array(matrix.expert(expert_id))
         if settings.is_ternary:
             require_lossless(values, settings.group, dtype)
         return values

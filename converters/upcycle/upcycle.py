@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from edge_moe import __version__
 from edge_moe.converters.calibration_memory import state_and_require_memory
 from edge_moe.converters.recover_text import TrainText
@@ -22,6 +24,7 @@ from edge_moe.converters.staging import BuildFolder, build_folder
 from edge_moe.converters.upcycle.dense_model import DenseModel, open_dense
 from edge_moe.converters.upcycle.learn import learn
 from edge_moe.converters.upcycle.memory import student_terms, untrained_terms
+from edge_moe.converters.upcycle.moe_modules import CPU
 from edge_moe.converters.upcycle.record import (
     LOG_NAME,
     RECORD_NAME,
@@ -43,7 +46,7 @@ from edge_moe.errors import InputError
 from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
 from edge_moe.measurement import Provenance
-from edge_moe.plan import MemoryTerm
+from edge_moe.plan import Device, MemoryTerm
 from edge_moe.tasks import task_label
 
 _REMEDY = "use --checkpointing, a smaller --seq, fewer --experts, or a machine with more memory"
@@ -60,6 +63,7 @@ class _Job:
     text: TrainText | None
     window_tokens: int
     keep_tied: bool
+    device: torch.device
 
 
 def upcycle(
@@ -74,11 +78,13 @@ def upcycle(
     max_windows: int | None = None,
     keep_tied: bool = False,
     name: str | None = None,
+    device: torch.device = CPU,
 ) -> UpcycleRecord:
     """Write the MoE made of the dense checkpoint `model` to the new folder `output`.
 
     `data` are texts as tasks are named. With no steps none is read or recorded, and the result
-    computes what the dense model does. Memory: `memory.student_terms`, stated on stderr.
+    computes what the dense model does. Memory of `device`, which trains: `memory.student_terms`,
+    stated on stderr.
 
     Raises:
         InputError: a model, text, setting or output that cannot be used.
@@ -100,11 +106,12 @@ def upcycle(
     if chosen.steps:
         tokenizer = dense_tokenizer(dense)
         text = read_train_text(dense, tokenizer, data, window_tokens, max_windows)
-    job = _Job(dense, target, shape, chosen, text, window_tokens, keep_tied)
+    job = _Job(dense, target, shape, chosen, text, window_tokens, keep_tied, device)
     terms = untrained_terms(dense)
     if text is not None:
         terms = student_terms(dense, shape, chosen, window_tokens)
-    state_and_require_memory(_subject(job), terms, _REMEDY)
+    trains_on: Device = "cuda" if chosen.steps and device.type == "cuda" else "cpu"
+    state_and_require_memory(_subject(job), terms, _REMEDY, trains_on)
     with build_folder(output, _fingerprint(job)) as work:
         labels = [task_label(each) for each in data] if text is not None else []
         return _upcycle(job, work, terms, labels, name or str(model))
@@ -117,7 +124,7 @@ def _upcycle(
     if job.text is None:
         layers = untrained_layers(job.dense, job.shape, job.settings)
     else:
-        student = Student(job.dense, job.target, job.shape, job.settings)
+        student = Student(job.dense, job.target, job.shape, job.settings, job.device)
         training = learn(
             student,
             job.text,

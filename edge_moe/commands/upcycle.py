@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from edge_moe.commands.opening import runnable_path
-from edge_moe.commands.options import Revision
+from edge_moe.commands.options import DeviceName, Revision
 from edge_moe.commands.upcycle_add import AddOptions, add_command
 from edge_moe.commands.upcycle_split import SplitOptions, split_command
 from edge_moe.errors import InputError
@@ -32,12 +32,18 @@ class TrainName(StrEnum):
     ROUTERS = "routers"
 
 
+WhereToTrain = Annotated[
+    DeviceName | None,
+    typer.Option(
+        "--device", help="Where to train; else cuda where there is one.", show_default=False
+    ),
+]
 _ADDING = (
     *("ternary", "group", "activations", "kl_weight", "lm_weight", "balance_weight"),
     "checkpointing",
 )
 """Options, as the function calls them, that --split has nothing for."""
-_LEARNING = ("train", "batch", "learning_rate")
+_LEARNING = ("train", "batch", "learning_rate", "device")
 """Those that are about steps."""
 _READING = ("data", "seq", "max_windows")
 """Those about text, which --split reads without steps, too."""
@@ -138,6 +144,7 @@ def upcycle_command(
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Start of the routers, order of the text.")
     ] = 0,
+    device: WhereToTrain = None,
     revision: Revision = None,
 ) -> None:
     """Add routed experts to a dense model, which stays as the shared expert. Resumes after a kill.
@@ -155,6 +162,7 @@ def upcycle_command(
             routers_only=train is TrainName.ROUTERS,
             seed=seed,
             tied=tied,
+            device=device,
         )
         split_command(runnable_path(dense, revision), data or [], output, parts, dense)
         return
@@ -179,6 +187,7 @@ def upcycle_command(
         is_checkpointing=checkpointing,
         seed=seed,
         tied=tied,
+        device=device,
     )
     add_command(dense, revision, data or [], output, added)
 

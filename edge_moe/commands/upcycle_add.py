@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_moe.commands.opening import runnable_path
-from edge_moe.commands.options import resumable, stderr
+from edge_moe.commands.options import DeviceName, resumable, stderr
 from edge_moe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class AddOptions:
     is_checkpointing: bool
     seed: int
     tied: bool
+    device: DeviceName | None
 
 
 def add_command(
@@ -48,6 +49,7 @@ def add_command(
         InputError: a setting out of range, or what `upcycle` refuses.
     """
     from edge_moe.converters.upcycle.upcycle import upcycle
+    from edge_moe.runtime.session_setup import find_device
 
     settings = _settings(options)
     with resumable():
@@ -62,6 +64,7 @@ def add_command(
             max_windows=options.max_windows,
             keep_tied=options.tied,
             name=dense,
+            device=find_device(options.device),
         )
     _print_record(record, data, output)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_moe.commands.options import resumable, stderr
+from edge_moe.commands.options import DeviceName, resumable, stderr
 from edge_moe.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class SplitOptions:
     routers_only: bool
     seed: int
     tied: bool
+    device: DeviceName | None
 
 
 def split_command(
@@ -45,6 +46,7 @@ def split_command(
     from edge_moe.converters.upcycle.split_record import SplitSettings
     from edge_moe.converters.upcycle.split_student import DistilSettings
     from edge_moe.converters.window_training import checked_settings
+    from edge_moe.runtime.session_setup import find_device
 
     given = {"steps": options.steps, "learning_rate": options.learning_rate}
     distil = checked_settings(
@@ -68,6 +70,7 @@ def split_command(
             max_windows=options.max_windows,
             keep_tied=options.tied,
             name=name,
+            device=find_device(options.device),
         )
     _print_record(record, output)
 
