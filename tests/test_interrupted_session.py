@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Generator
+from typing import cast
 
 import pytest
 from conftest import TinyCheckpoint
 from traced_lines import at_line
 
+from edge_moe.runtime import memory
+from edge_moe.runtime.generate import Sampling
 from edge_moe.runtime.held_interrupts import HeldInterrupts
 from edge_moe.runtime.session import Session
 
@@ -61,3 +65,20 @@ def test_somebody_elses_handler_is_left_alone() -> None:
     with HeldInterrupts().hold():
         signal.raise_signal(signal.SIGINT)
         assert calls == [1]
+
+
+@pytest.mark.parametrize("is_closed_early", [True, False])
+def test_freed_memory_goes_back_after_every_answer(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, is_closed_early: bool
+) -> None:
+    """The allocator kept 15 MB after a thousand answers, beyond the budget."""
+    calls: list[int] = []
+    with Session.open(tiny_checkpoint("olmoe"), context_tokens=64) as session:
+        monkeypatch.setattr(memory, "trim", lambda: calls.append(1))
+        answer = session.new_loop().tokens(PROMPT, 8, Sampling(), set())
+        next(answer)
+        assert not calls
+        if is_closed_early:
+            cast("Generator[int]", answer).close()
+        assert len(list(answer)) == (0 if is_closed_early else 7)
+        assert len(calls) == 1
