@@ -35,6 +35,8 @@ _GGUF = "gguf"
 """Stands for a model type where llama.cpp runs it: the process is the same for all."""
 _PROBE = "edge_moe.runtime.overhead"
 _PROBE_SECONDS = 300
+_PROBE_VERSION = 2
+"""Other probes measured other numbers."""
 
 
 def runtime_overhead(model_type: str, device: Device) -> tuple[int, Source]:
@@ -134,7 +136,8 @@ def _run(command: list[str]) -> str | None:
 
 
 def _key(model_type: str, device: Device) -> str:
-    parts = [__version__, model_type, device, platform.python_version(), sys.executable]
+    parts = [__version__, f"probe {_PROBE_VERSION}", model_type, device]
+    parts += [platform.python_version(), sys.executable]
     native = ("torch", "transformers", "triton")  # see `TRITON_BYTES`
     names = ("llama-cpp-python",) if model_type == _GGUF else native
     parts += [f"{name} {_installed(name)}" for name in names]
