@@ -74,7 +74,8 @@ def made(
     """The folder of each split by its steps, made where it is not there yet."""
     folders = {}
     for count in steps:
-        folders[count] = work / f"split-{num_experts}-{top_k}-{count}"
+        sizes = f"{num_experts}-{top_k}-{max_windows}-{count}"
+        folders[count] = work / f"split-{dense.stem}-{sizes}"
         if not folders[count].exists():
             split_dense(
                 dense,
@@ -93,7 +94,7 @@ def measure(
     dense: Path, folders: dict[int, Path], work: Path, tasks: Sequence[str], num_windows: int
 ) -> SplitResult:
     """Beside the dense model, which is the one that experts were added to, untrained."""
-    whole = work / "untrained"
+    whole = work / f"untrained-{dense.stem}"
     if not whole.exists():
         upcycle(dense, [], whole, settings=UpcycleSettings(steps=0), name=dense.name)
     paths = {"dense": whole} | {str(steps): folder for steps, folder in folders.items()}

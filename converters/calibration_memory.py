@@ -107,16 +107,19 @@ def state_and_require_memory(
     Raises:
         BudgetError: with the bytes needed and the bytes available.
     """
-    state_memory(subject, terms)
+    state_memory(subject, terms, device=device)
     require_free_memory(sum(term.num_bytes for term in terms), remedy, device)
 
 
-def state_memory(subject: str, terms: Sequence[MemoryTerm], phase: str = "") -> None:
-    """Say on stderr what `subject` takes at most, in that phase of it."""
+def state_memory(
+    subject: str, terms: Sequence[MemoryTerm], phase: str = "", device: Device = "cpu"
+) -> None:
+    """Say on stderr what `subject` takes at most of `device`'s memory, in that phase of it."""
     peak_bytes = sum(term.num_bytes for term in terms)
     parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in terms)
+    whose = "GPU memory" if device == "cuda" else "memory"
     Console(stderr=True, highlight=False).print(
-        f"{subject}; memory at most {format_bytes(peak_bytes)} beside the libraries "
+        f"{subject}; {whose} at most {format_bytes(peak_bytes)} beside the libraries "
         f"({f'{phase}: ' if phase else ''}{parts})",
         soft_wrap=True,
     )

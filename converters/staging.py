@@ -4,7 +4,7 @@
     lock            held while a build runs
     progress.json   fingerprint of the build, and what is known of every finished file
     output/         becomes NAME
-    FILE            the state of a training
+    FILE            what costs most: the state of a training, layers that were split
     FOLDER/         other things that a later call need not make again: predictions, samples
 """
 
@@ -73,7 +73,7 @@ class BuildFolder:
         return bool(self.written_bytes() or unfinished_bytes(self.path))
 
     def has_state(self) -> bool:
-        """Whether a training left its state beside them."""
+        """Whether a training left its state beside them, or a split its layers."""
         names = [path.name for path in self.scratch.iterdir() if path.is_file()]
         return any(name not in (_LOCK, _PROGRESS) and not name.endswith(".tmp") for name in names)
 
@@ -110,8 +110,9 @@ def build_folder(output: Path, fingerprint: str) -> Iterator[BuildFolder]:
     """Yield the folder to build in; when the block ends well it becomes `output`.
 
     An interrupted or killed build, or one that met a full disk, stays in the hidden folder and is
-    resumed by the next call. A build that failed for its input is removed, unless a training has
-    left its state: nobody wants to train again because the last file could not be written.
+    resumed by the next call. A build that failed for its input is removed, unless there is a state
+    (a file beside the output): nobody wants to train again because the last file could not be
+    written.
 
     Raises:
         InputError: `output` exists, cannot be written, or is being built already.

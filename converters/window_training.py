@@ -171,6 +171,18 @@ def state_bytes(num_weights: int) -> int:
     return 2 * 4 * _STATE_COPIES * num_weights
 
 
+def missing_state_bytes(path: Path, num_weights: int, steps: int) -> int:
+    """Disk bytes that the state in `path` may still take, beyond what it takes already."""
+    if not path.exists():
+        return state_bytes(num_weights)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            is_over = int(handle.metadata()["step"]) >= steps
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        is_over = False  # damaged: whoever restores it says so
+    return 0 if is_over else max(0, state_bytes(num_weights) - path.stat().st_size)
+
+
 class WindowTraining:
     """Parameters, their optimiser, and the state file that survives a kill."""
 
@@ -201,12 +213,14 @@ class WindowTraining:
             lr=settings.learning_rate,
             betas=_BETAS,
             weight_decay=settings.weight_decay,
+            foreach=False,  # on CUDA it would hold all parameters once more
         )
         self._order = WindowOrder(text, settings.seed)
         self._best = {name: value.detach().clone() for name, value in parameters.items()}
         self._recent: list[float] = []
         self._seconds = 0.0
-        self._is_updating = False
+        self._is_changing = False
+        """Parameters are half new, or a judgement is half noted: no state to save."""
         self._saved_step = 0
         self.step = 0
         self.log: list[LossRow] = []
@@ -228,31 +242,27 @@ class WindowTraining:
     ) -> None:
         """Train to the end; afterwards the parameters hold the state that judged best.
 
-        The state is saved every `save_every` steps where `save_seconds` have passed since, when
-        Ctrl-C ends a step, and at the end. `advance` is called once per step.
+        The state is saved every `save_every` steps where `save_seconds` have passed since, at
+        Ctrl-C, and at the end. `advance` is called once per step.
         """
-        settings = self._settings
-        if not self.log:
-            self._judge()
         saved = time.monotonic()
-        while self.step < settings.steps:
-            start = time.perf_counter()
-            try:
+        try:
+            self._judge_where_due()
+            while self.step < self._settings.steps:
+                start = time.perf_counter()
                 self._take_step()
-            except KeyboardInterrupt:
-                if not self._is_updating and self.step > self._saved_step:
-                    self._save()  # what was learned; the step that was cut short is taken again
-                raise
-            self._seconds += time.perf_counter() - start
-            is_judged = settings.is_judged(self.step)
-            if is_judged:
-                self._judge()
-            is_due = self.step % save_every == 0 or is_judged
-            is_last = self.step == settings.steps
-            if is_due and (is_last or time.monotonic() - saved >= save_seconds):
-                self._save()
-                saved = time.monotonic()
-            advance()
+                self._seconds += time.perf_counter() - start
+                self._judge_where_due()
+                is_due = self.step % save_every == 0 or self._is_judged()
+                is_last = self.step == self._settings.steps
+                if is_due and (is_last or time.monotonic() - saved >= save_seconds):
+                    self._save()
+                    saved = time.monotonic()
+                advance()
+        except KeyboardInterrupt:
+            if not self._is_changing and self.step > self._saved_step:
+                self._save()  # what was learned; what was cut short is done again
+            raise
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(self._best[name])
@@ -260,7 +270,6 @@ class WindowTraining:
 
     def _take_step(self) -> None:
         settings = self._settings
-        self._is_updating = False
         for group in self._optimiser.param_groups:
             group["lr"] = settings.rate(self.step)
         first = self.step * settings.batch_windows
@@ -270,7 +279,7 @@ class WindowTraining:
             loss = settings.kl_weight * kl + settings.lm_weight * lm + penalty
             torch.autograd.backward(loss / settings.batch_windows)
             found.append([float(each.detach()) for each in (kl, lm, penalty)])
-        self._is_updating = True
+        self._is_changing = True
         self._objective.end()
         torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), settings.clip_norm)
         rate = settings.rate(self.step)
@@ -286,6 +295,15 @@ class WindowTraining:
             learning_rate=rate,
             seconds=round(self._seconds, 3),
         )
+        self._is_changing = False
+
+    def _is_judged(self) -> bool:
+        return bool(self.log) and self.log[-1].step == self.step
+
+    def _judge_where_due(self) -> None:
+        """Also where a run was cut short before it had judged its last step."""
+        if self._settings.is_judged(self.step) and not self._is_judged():
+            self._judge()
 
     def _judge(self) -> None:
         with torch.no_grad():
@@ -301,6 +319,7 @@ class WindowTraining:
             learning_rate=self._settings.rate(self.step),
             seconds=self._seconds,
         )
+        self._is_changing = True
         self._recent = []
         self.log.append(row)
         self._lines.add(
@@ -309,6 +328,7 @@ class WindowTraining:
         if row is self.best_row:
             for name, value in self._parameters.items():
                 self._best[name].copy_(value.detach())
+        self._is_changing = False
 
     def _save(self) -> None:
         """Memory: one tensor more than is held."""

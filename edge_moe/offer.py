@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.candidates import GGUF_MIXES, SOURCE_FORMS, find_candidates
+from edge_moe.candidates import GGUF_MIXES, SOURCE_FORMS, TARGET_RULES, find_candidates
 from edge_moe.errors import StatsError
 from edge_moe.formats import DROP, EXACT, expert_bytes, in_order, join_form
 from edge_moe.gguf_model import GgufModel
@@ -74,8 +74,22 @@ def find_offer(
         and any(may_take(form, own, candidates.forms) for own in stored)
     ]
     used = np.flatnonzero(allowed.any(axis=0))
-    limits = (*candidates.limits, *_unmeasured_limits(unmeasured))
+    limits = (
+        *candidates.limits,
+        *_unmeasured_limits(unmeasured),
+        *_unheld_limits(measured, target),
+    )
     return Offer(tuple(offered[index] for index in used), stored, allowed[:, used], limits)
+
+
+def _unheld_limits(measured: Sequence[str], target: Target) -> list[str]:
+    """A sentence about forms that were measured for nothing, where the target quantises at all."""
+    classes = TARGET_RULES[target].classes
+    held = {DROP, EXACT, *GGUF_MIXES, *(form for forms in classes.values() for form in forms)}
+    missing = ", ".join(form for form in measured if form not in held)
+    if not classes or not missing:
+        return []
+    return [f"Measured, but not held by target {target}, and so not offered: {missing}."]
 
 
 def _unmeasured_limits(forms: Sequence[str]) -> list[str]:

@@ -441,20 +441,27 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(
 def test_ctrl_c_keeps_the_steps_that_were_taken(
     dense: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a forward pass of the fifth step; and in an update, where weights are half new."""
+    """In a forward pass of the fifth step, and while the last one is judged; not in an update, where
+    weights are half new."""
     chosen = FEW.model_copy(update={"steps": 6, "num_judgements": 1})
     in_fifth_step = make(dense, text, tmp_path / "whole", chosen).num_judging_windows + 4 * 4 + 2
     whole = (tmp_path / "whole/model.safetensors").read_bytes()
-    for place, kept in ((TextObjective, "losses"), 4), ((Student, "end"), 0):
-        calls, method = itertools.count(1), getattr(*place)
+    in_second_judgement = in_fifth_step - 2 + 2 * 4 + 1
+    learning = TextObjective, "losses"
+    for place, call, kept in (
+        (learning, in_fifth_step, 4),
+        (learning, in_second_judgement, 6),
+        ((Student, "end"), 3, 0),
+    ):
+        left, method = itertools.count(call - 1, -1), getattr(*place)
 
-        def stopping(*given: Any, calls: Any = calls, method: Any = method) -> Any:
+        def stopping(*given: Any, left: Any = left, method: Any = method) -> Any:
             found = method(*given)
-            if next(calls) == {"losses": in_fifth_step, "end": 3}[method.__name__]:
+            if next(left) == 0:
                 raise KeyboardInterrupt
             return found
 
-        output = tmp_path / place[1]
+        output = tmp_path / f"{place[1]}-{kept}"
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(place[0], place[1], stopping)
             make(dense, text, output, chosen)
@@ -474,28 +481,47 @@ def test_a_full_disk_at_the_end_costs_no_training(
     with monkeypatch.context() as patch, pytest.raises(DiskSpaceError):
         patch.setattr(write_moe, "require_free_disk", failing_with(DiskSpaceError("full")))
         make(dense, text, tmp_path / "moe", chosen)
+    asked: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(WindowTraining, "_take_step", failing_with(AssertionError("a step")))
-        assert make(dense, text, tmp_path / "moe", chosen).losses[-1].step == 4
+        patch.setattr(learn, "require_free_disk", lambda _, needed, __: asked.append(needed))
+        record = make(dense, text, tmp_path / "moe", chosen)
+    assert record.losses[-1].step == 4
+    assert asked == [record.total_bytes + open_dense(dense).sidecar_bytes + 2**20]
 
 
-@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize(
+    ("width", "group", "form", "target"),
+    [(64, 64, "q2_0", "native"), (256, 64, "q2_0", "gguf"), (64, 32, "int2_b32", "onnx")],
+)
 def test_the_next_command_keeps_what_was_learned(
-    width: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    width: int,
+    group: int,
+    form: str,
+    target: str,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Runs of 64 share a scale: what calibrate prefers for rows of 256 would round."""
+    """Few weights share a scale: what calibrate prefers for rows of 256 would round."""
     dense = str(make_tiny_dense(tmp_path / "dense", "llama", width=width))
     moe = str(tmp_path / "moe")
-    options = ["--ternary", "--group", "64", "--steps", "2", "--data", text, "--seq", "64"]
+    options = ["--ternary", "--group", str(group), "--steps", "2", "--data", text, "--seq", "64"]
     assert run(["upcycle", dense, *options, "--max-windows", "8", "-o", moe]) == 0
     told = capsys.readouterr().err.replace("\n", " ")
-    command = f"edge-moe calibrate {moe} --task {text} --forms q2_0 -o stats"
+    command = f"edge-moe calibrate {moe} --task {text} --forms {form} -o stats"
     assert f"next: {command} " in " ".join(told.split()) + " "
+    assert ("--target onnx: only that holds int2_b32" in " ".join(told.split())) == (
+        target == "onnx"
+    )
     stats, plan = tmp_path / "stats", tmp_path / "plan.json"
     assert run([*command.split()[1:-1], str(stats), "--window-tokens", "64"]) == 0
     command = f"plan {moe} --stats {stats} --budget 10GB --no-search -o {plan}"
-    assert run(command.split()) == 0
-    assert {form for row in Plan.load(plan).forms for form in row} == {"q2_0"}
+    assert run([*command.split(), "--target", target]) == 0
+    assert {each for row in Plan.load(plan).forms for each in row} == {form}
+    if target == "onnx":  # says why there is nothing for it elsewhere
+        run(command.split())
+        assert "not held by target native, and so not offered: int2_b32" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

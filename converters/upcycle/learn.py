@@ -13,7 +13,7 @@ from edge_moe.converters.text_objective import TextObjective, TextStudent
 from edge_moe.converters.window_training import (
     WindowSettings,
     WindowTraining,
-    state_bytes,
+    missing_state_bytes,
     windows_read,
 )
 from edge_moe.files import require_free_disk
@@ -43,8 +43,8 @@ def learn(
     """Train to the end; the student then holds the state that judged best.
 
     `scratch` keeps the state and the dense model's predictions, which are made only where the
-    student `is_compared` with it; `output_bytes` are written to the same disk afterwards. `title`
-    names the progress bar; `log_path` as `WindowTraining` has it.
+    student `is_compared` with it; `output_bytes` are still written to the same disk afterwards.
+    `title` names the progress bar; `log_path` as `WindowTraining` has it.
 
     Raises:
         DiskSpaceError: too little space for state, predictions and output, before the work begins.
@@ -55,7 +55,8 @@ def learn(
     missing = teacher.missing(windows_read(text, settings)) if teacher is not None else []
     num_tokens = sum(len(text.windows[index]) for index in missing)
     num_weights = sum(value.numel() for value in student.parameters.values())
-    needed_bytes = cache_bytes(num_tokens) + state_bytes(num_weights) + output_bytes
+    needed_bytes = cache_bytes(num_tokens) + max(0, output_bytes)
+    needed_bytes += missing_state_bytes(scratch / STATE_NAME, num_weights, settings.steps)
     require_free_disk(scratch, needed_bytes, "the training, and what it writes,")
     if teacher is not None:
         with progress("the dense model predicts", len(missing)) as advance:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edge_moe import __version__
-from edge_moe.converters.calibration_memory import require_free_memory, state_and_require_memory
+from edge_moe.converters.calibration_memory import state_and_require_memory
 from edge_moe.converters.model_card import base_model
 from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.sidecar import CARD_NAME
@@ -146,7 +146,9 @@ def _state_memory(job: _Job, window_tokens: int) -> list[MemoryTerm]:
     if job.distil.steps:
         learning = distil_terms(dense, shape, job.distil, window_tokens)
         if job.device.type == "cuda":
-            require_free_memory(_num_bytes(learning), DISTIL_REMEDY, "cuda")
+            remedy = f"{DISTIL_REMEDY}, or --device cpu"
+            state_and_require_memory("learning again", learning, remedy, "cuda")
+            learning = [term for term in learning if term.name in ("weights", "allowance")]
         phases.append((learning, DISTIL_REMEDY))
     terms, remedy = max(phases, key=lambda phase: _num_bytes(phase[0]))
     state_and_require_memory(
@@ -166,11 +168,11 @@ def _split(
     job: _Job, work: BuildFolder, terms: list[MemoryTerm], labels: list[str], source: str
 ) -> SplitRecord:
     dense, target, shape, scratch = job.dense, job.target, job.shape, work.scratch
-    _require_disk(job, scratch)
+    _require_disk(job, work)
     layers = _split_all(job, scratch)
     blocks, training = split_layers(dense, target, shape, layers), None
     if job.text is not None:
-        student, training = _distil(job, job.text, blocks, scratch)
+        student, training = _distil(job, job.text, blocks, work)
         dense, blocks = student.outside(dense), student.layers(dense, target, shape)
     total_bytes = write_moe(dense, target, shape, blocks, work, keep_tied=job.keep_tied)
     record = SplitRecord(
@@ -197,14 +199,17 @@ def _split(
     return record
 
 
-def _require_disk(job: _Job, scratch: Path) -> None:
+def _require_disk(job: _Job, work: BuildFolder) -> None:
     """Before hours of work: room for the folder, and for another where one is learned from.
 
     Raises:
         DiskSpaceError: too little.
     """
-    num_copies = 1 if job.text is None or (scratch / _UNTRAINED).exists() else 2
-    require_free_disk(scratch, num_copies * _folder_bytes(job), "the split model")
+    num_copies = 1 if job.text is None or (work.scratch / _UNTRAINED).exists() else 2
+    begun = work.scratch.glob(f".{_UNTRAINED}.building/output/*")
+    done_bytes = work.written_bytes() + sum(path.stat().st_size for path in begun)
+    needed_bytes = max(0, num_copies * _folder_bytes(job) - done_bytes)
+    require_free_disk(work.scratch, needed_bytes, "the split model")
 
 
 def _folder_bytes(job: _Job) -> int:
@@ -239,10 +244,10 @@ def _layer_records(
 
 
 def _distil(
-    job: _Job, text: TrainText, blocks: Sequence[MoeLayer], scratch: Path
+    job: _Job, text: TrainText, blocks: Sequence[MoeLayer], work: BuildFolder
 ) -> tuple[SplitStudent, WindowTraining]:
     """The student in its best state. It is written out once as it is, and read as one model."""
-    untrained = scratch / _UNTRAINED
+    untrained = work.scratch / _UNTRAINED
     if not untrained.exists():
         with build_folder(untrained, "split") as plain:
             write_moe(*(job.dense, job.target, job.shape, blocks, plain), keep_tied=job.keep_tied)
@@ -251,10 +256,10 @@ def _distil(
         student,
         text,
         job.distil,
-        scratch,
+        work.scratch,
         "distilling",
         is_compared=True,
-        output_bytes=_folder_bytes(job),
+        output_bytes=_folder_bytes(job) - work.written_bytes(),
     )
     return student, training
 

@@ -46,7 +46,7 @@ from edge_moe.errors import InputError
 from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
 from edge_moe.measurement import Provenance
-from edge_moe.plan import Device, MemoryTerm
+from edge_moe.plan import MemoryTerm
 from edge_moe.tasks import task_label
 
 _REMEDY = "use --checkpointing, a smaller --seq, fewer --experts, or a machine with more memory"
@@ -110,8 +110,9 @@ def upcycle(
     terms = untrained_terms(dense)
     if text is not None:
         terms = student_terms(dense, shape, chosen, window_tokens)
-    trains_on: Device = "cuda" if chosen.steps and device.type == "cuda" else "cpu"
-    state_and_require_memory(_subject(job), terms, _REMEDY, trains_on)
+    on_gpu = bool(chosen.steps) and device.type == "cuda"
+    remedy = f"{_REMEDY}, or --device cpu" if on_gpu else _REMEDY
+    state_and_require_memory(_subject(job), terms, remedy, "cuda" if on_gpu else "cpu")
     with build_folder(output, _fingerprint(job)) as work:
         labels = [task_label(each) for each in data] if text is not None else []
         return _upcycle(job, work, terms, labels, name or str(model))
@@ -132,7 +133,7 @@ def _upcycle(
             work.scratch,
             "training experts",
             is_compared=bool(job.settings.kl_weight),
-            output_bytes=_folder_bytes(job),
+            output_bytes=_folder_bytes(job) - work.written_bytes(),
             log_path=work.path / LOG_NAME,
         )
         layers = trained_layers(student, job.dense, job.shape, job.settings)
