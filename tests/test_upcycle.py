@@ -441,8 +441,8 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(
 def test_ctrl_c_keeps_the_steps_that_were_taken(
     dense: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a forward pass of the fifth step, and while the last one is judged; not in an update, where
-    weights are half new."""
+    """In a forward pass of the fifth step, and while the last one is judged; not in an update,
+    where weights are half new."""
     chosen = FEW.model_copy(update={"steps": 6, "num_judgements": 1})
     in_fifth_step = make(dense, text, tmp_path / "whole", chosen).num_judging_windows + 4 * 4 + 2
     whole = (tmp_path / "whole/model.safetensors").read_bytes()
