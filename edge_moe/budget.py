@@ -24,9 +24,6 @@ PREFILL_CHUNK_TOKENS = 256
 """The native runtime feeds a prompt in pieces of this many tokens."""
 ALLOCATOR_BYTES = 6_000_000
 """Freed pieces below 1 MiB that glibc keeps: 3 to 8 MB measured after prompts of 2048 to 4096."""
-REOPENED_BYTES = 3_000_000
-"""... and more of them once sessions were opened one after the other: 2.5 MB measured after the
-first dozen, and level from there."""
 _OTHER_READING_THREADS = 2
 """The model's own thread, and the one that reads ahead."""
 _MOST_READERS = 4
@@ -253,8 +250,7 @@ def workspace_bytes(
     bounce_bytes = reading_threads(spec) * 2 * spec.expert_weights
     floats = always + max(attention, experts)
     graph_bytes = GRAPH_BYTES if device == "cuda" else 0
-    kept_bytes = ALLOCATOR_BYTES + REOPENED_BYTES
-    return FLOAT32_BYTES * floats + bounce_bytes + kept_bytes + graph_bytes
+    return FLOAT32_BYTES * floats + bounce_bytes + ALLOCATOR_BYTES + graph_bytes
 
 
 def demand_readers(spec: ModelSpec) -> int:

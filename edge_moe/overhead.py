@@ -35,7 +35,7 @@ _GGUF = "gguf"
 """Stands for a model type where llama.cpp runs it: the process is the same for all."""
 _PROBE = "edge_moe.runtime.overhead"
 _PROBE_SECONDS = 300
-_PROBE_VERSION = 2
+_PROBE_VERSION = 3
 """Other probes measured other numbers."""
 
 

@@ -13,7 +13,6 @@ from edge_moe.budget import (
     ALLOCATOR_BYTES,
     GGUF_RUNTIME_BYTES,
     GRAPH_BYTES,
-    REOPENED_BYTES,
     demand_readers,
     dense_bytes,
     describe_terms,
@@ -29,8 +28,6 @@ from edge_moe.minimal_model import minimal_config
 from edge_moe.onnx_workspace import onnx_workspace_values
 from edge_moe.plan import Device, MemoryTerm, Target
 from edge_moe.spec import ModelSpec
-
-KEPT_BYTES = ALLOCATOR_BYTES + REOPENED_BYTES
 
 
 def small_spec(**changes: Any) -> ModelSpec:
@@ -96,7 +93,7 @@ def test_runtime_is_measured_natively_and_assumed_for_llama() -> None:
 def test_workspace_by_hand() -> None:
     # 10 tokens: residual stream and norm 2 x 64, logits 100; an expert of 3 x 64 x 32 weights and
     # codes, its tokens 3 x 64 + 3 x 32 + 4; six bounce buffers of one expert at 16 bits
-    always, rest = 10 * 2 * 64 + 100, 6 * 2 * 3 * 64 * 32 + KEPT_BYTES
+    always, rest = 10 * 2 * 64 + 100, 6 * 2 * 3 * 64 * 32 + ALLOCATOR_BYTES
     experts = 3 * 64 * 32 * 7 // 6 + 10 * (3 * 64 + 3 * 32 + 4)
     assert workspace_bytes(small_spec(), 10, "cpu") == 4 * (always + experts) + rest
     # 256 tokens of 900: queries and output 2 x 16 + 64, keys and values 8 + 8, masks 5 bytes
@@ -140,7 +137,7 @@ def test_latent_attention_holds_its_scores() -> None:
     assert spec.kv_bytes_per_token(4) == 4 * 3 * (6 + 4)
     attention = 256 * (2 * 2 * 12 + 64 + 6 + 4) + 256 * 900 * 5 // 4
     attention += 256 * 900 * 2 * 12 // 5 + 900 * 2 * ((8 + 8) + (8 + 4))
-    always, rest = 256 * 2 * 64 + 100, 6 * 2 * 3 * 64 * 32 + KEPT_BYTES
+    always, rest = 256 * 2 * 64 + 100, 6 * 2 * 3 * 64 * 32 + ALLOCATOR_BYTES
     assert workspace_bytes(spec, 900, "cpu") == 4 * (always + attention) + rest
 
 
