@@ -43,7 +43,7 @@ def train_settings(**values: Any) -> TrainSettings:
     Raises:
         InputError: names the first one that is out of range.
     """
-    return checked_settings(TrainSettings, **values)
+    return checked_settings(TrainSettings, {}, **values)  # `recover` has every name in full
 
 
 class _BranchedStudent:

@@ -26,6 +26,8 @@ from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.safetensors_writer import TensorEntry, safetensors_file
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path
+from edge_moe.flags import SHORT, flag
+from edge_moe.json_files import first_problem
 from edge_moe.units import MAX_SEED
 
 _BETAS = (0.9, 0.95)
@@ -55,7 +57,8 @@ class WindowSettings(BaseModel):
         """Without either there is nothing to learn, and no state is better than another."""
         if self.steps and not self.kl_weight and not self.lm_weight:
             raise ValueError(
-                "kl_weight and lm_weight are both 0, which leaves nothing to learn from: raise one"
+                f"{flag('kl_weight')} and {flag('lm_weight')} are both 0, which leaves nothing to "
+                "learn from: raise one"
             )
         return self
 
@@ -73,8 +76,8 @@ class WindowSettings(BaseModel):
 S = TypeVar("S", bound=WindowSettings)
 
 
-def checked_settings(kind: type[S], **values: Any) -> S:
-    """Settings from options.
+def checked_settings(kind: type[S], typed: Mapping[str, str] = SHORT, /, **values: Any) -> S:
+    """Settings from options, which messages name as `flag` spells them with `typed`.
 
     Raises:
         InputError: names the first one that is out of range, or those that do not go together.
@@ -82,11 +85,12 @@ def checked_settings(kind: type[S], **values: Any) -> S:
     try:
         return kind(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = first["msg"].removeprefix("Value error, ")
+        first, problem = error.errors()[0], first_problem(error)
         if not first["loc"]:  # it is about several of them
-            raise InputError(reason) from None
-        raise InputError(f"{first['loc'][0]} is {first['input']!r}: {reason}") from None
+            raise InputError(problem) from None
+        name = str(first["loc"][0])
+        reason = problem.removeprefix(f"{name}: ")
+        raise InputError(f"{flag(name, typed)} is {first['input']!r}: {reason}") from None
 
 
 class LossRow(BaseModel):

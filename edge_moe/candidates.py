@@ -1,4 +1,7 @@
-"""Which forms an expert may take: one per class of bits, where shapes and the target allow it."""
+"""Which forms an expert may take, where shapes and the target allow it.
+
+One per class of bits, or those of a class that were measured.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def checked(
     `what` names the file in messages, `again` says how to get another.
     """
     found = raw.get("version") if isinstance(raw, dict) else None
-    if found not in versions:
+    if type(found) is not int or found not in versions:  # True and 1.0 equal 1
         read = " and ".join(map(str, versions))
         raise kind(f"{what} has version {found}, this edge-moe reads {read}: {again}")
     try:

@@ -103,7 +103,8 @@ class _Record(_Model):
             InputError: missing, damaged, or written by another version.
         """
         what, again = f"measurement {path}", "remove it and measure again"
-        raw = read_json(path, InputError, missing=f"{what} does not exist", damaged=again)
+        missing = f"{what} does not exist: write one with `run --record` or `eval --record`"
+        raw = read_json(path, InputError, missing=missing, damaged=again)
         return checked(raw, cls, what, versions=(MEASUREMENT_VERSION,), again=again)
 
     def _save(self, folder: Path, name: str) -> Path:
@@ -303,6 +304,15 @@ def this_machine(accelerator: str = "") -> Machine:
         packages={name: found for name in _PACKAGES if (found := _installed(name))},
         accelerator=accelerator,
     )
+
+
+def accelerator_name(device_type: str) -> str:
+    """Name of the GPU in use on a device of this type, `cuda` or another; else empty."""
+    if device_type != "cuda":
+        return ""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else ""
 
 
 def _cpu_model() -> str:

@@ -76,7 +76,9 @@ def _check_overlaps(tensors: Iterable[TensorInfo], path: Path) -> None:
 
 
 def data_start(path: Path) -> int:
-    """First byte of a file's data, which tensors' offsets count from.
+    """First byte of a file's data, which offsets in its JSON count from.
+
+    `TensorInfo.offset` counts from the start of the file.
 
     Raises:
         CheckpointError: no such header.

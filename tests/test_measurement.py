@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from edge_moe.errors import InputError
 from edge_moe.measurement import (
     EvalResult,
     Provenance,
     RunMeasurement,
+    accelerator_name,
     load_evals,
     load_runs,
     this_command,
@@ -106,6 +108,8 @@ def test_nothing_recorded(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"version": 99}, "has version 99, this edge-moe reads 1"),
+        ({"version": True}, "has version True, this edge-moe reads 1"),
+        ({"version": 1.0}, "has version 1.0, this edge-moe reads 1"),
         ({"perplexity": "high"}, "is damaged: perplexity"),
         ({"surprise": 1}, "is damaged: surprise"),
     ],
@@ -115,6 +119,18 @@ def test_damaged_files_are_named(tmp_path: Path, change: dict[str, Any], message
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=message):
         EvalResult.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"eval-code\.json does not exist: write one with `run"):
+        EvalResult.load(tmp_path / "eval-code.json")
+
+
+def test_a_gpu_is_named_where_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H1")
+    assert accelerator_name("cuda") == "H1"
+    assert accelerator_name("cpu") == ""
 
 
 def test_truncated_file_is_named(tmp_path: Path) -> None:

@@ -366,7 +366,7 @@ def test_bad_input_is_named(
 @pytest.mark.parametrize(
     ("options", "message", "exit_code"),
     [
-        (["--learning-rate", "0"], "learning_rate is 0", 2),
+        (["--learning-rate", "0"], "--learning-rate is 0", 2),
         (["--no-router", "--no-branches"], "nothing to recover", 2),
         (["--max-memory", "1MB"], "use smaller windows", 3),
         (["--max-memory", "much"], "memory size 'much' is not understood", 2),

@@ -17,7 +17,7 @@ from rich.console import Console
 from edge_moe.checkpoint import Checkpoint
 from edge_moe.converters.build import build
 from edge_moe.errors import InputError, PackageError
-from edge_moe.formats import FORM_NAMES
+from edge_moe.formats import DROP, FORM_NAMES, form_bits
 from edge_moe.measurement import EvalResult, Provenance, RunMeasurement
 from edge_moe.metrics import Estimate
 from edge_moe.plan import FrontierPoint, MemoryTerm, Plan, Rival, SearchRecord, SearchTrial, Target
@@ -358,3 +358,7 @@ def _browse(page: Path, profile: Path, *options: str) -> str:
 
 def test_every_form_has_a_colour() -> None:
     assert set(FORM_NAMES) <= set(charts.FORM_COLOURS)
+    assert len(set(charts.FORM_COLOURS.values())) == len(charts.FORM_COLOURS)
+    by_bits = sorted(set(charts.FORM_COLOURS) - {DROP}, key=form_bits)
+    shades = [sum(bytes.fromhex(charts.FORM_COLOURS[form][1:])) for form in by_bits]
+    assert shades == sorted(shades, reverse=True)

@@ -35,6 +35,7 @@ from edge_moe.converters.upcycle.dense_model import open_dense
 from edge_moe.converters.upcycle.memory import student_terms
 from edge_moe.converters.upcycle.record import LOG_NAME, UpcycleRecord
 from edge_moe.converters.upcycle.routed_weights import Quantiser, RoutedMatrix, round_to_int8
+from edge_moe.converters.upcycle.split import split_dense
 from edge_moe.converters.upcycle.split_student import DistilSettings
 from edge_moe.converters.upcycle.student import Student, UpcycleSettings
 from edge_moe.converters.upcycle.target import MoeShape, choose_target
@@ -534,10 +535,27 @@ def test_a_gpu_learns_the_same(
     chosen, cuda = FEW.model_copy(update=changes), torch.device("cuda")
     whole = make(dense, text, tmp_path / "cpu", chosen)
     other = make(dense, text, tmp_path / "cuda", chosen, device=cuda)
+    assert other.provenance.machine.accelerator and not whole.provenance.machine.accelerator
     for one, two in zip(whole.losses, other.losses, strict=True):
         assert two.heldout_loss == pytest.approx(one.heldout_loss, rel=2e-3)
     # trits may tip over where sums are added in another order
     np.testing.assert_allclose(logits(tmp_path / "cuda"), logits(tmp_path / "cpu"), atol=0.1)
+
+
+def test_the_record_names_the_gpu_that_trained(
+    dense: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "edge_moe.converters.upcycle.{}.accelerator_name"
+    for module in ("upcycle", "split"):
+        monkeypatch.setattr(name.format(module), lambda kind: f"name of {kind}")
+    meta, still = torch.device("meta"), FEW.model_copy(update={"steps": 0})
+    learned = make(dense, text, tmp_path / "a", FEW.model_copy(update={"steps": 1}))
+    added = make(dense, text, tmp_path / "b", still, device=meta)
+    parts: dict[str, Any]
+    parts = {"num_experts": 4, "top_k": 2, "window_tokens": 64, "max_windows": 4, "device": meta}
+    divided = split_dense(dense, [text], tmp_path / "c", **parts)
+    for record in (learned, added, divided):  # without steps, the device does nothing
+        assert record.provenance.machine.accelerator == "name of cpu"
 
 
 def test_no_gpu_is_said_before_anything_is_read(
@@ -624,10 +642,11 @@ def test_whatever_is_trained_has_numbers_and_a_loss(kind: type[WindowSettings]) 
             checked_settings(kind, **values)
         return str(caught.value)
 
-    assert "learning_rate is inf: Input should be a finite number" in said(learning_rate=math.inf)
-    assert "clip_norm is nan: Input should be a finite number" in said(clip_norm=math.nan)
-    assert "seed is -1: Input should be greater than or equal to 0" in said(seed=-1)
-    assert "seed is 4294967296: " in said(seed=2**32)
+    assert "--lr is inf: Input should be a finite number" in said(learning_rate=math.inf)
+    assert "--clip-norm is nan: Input should be a finite number" in said(clip_norm=math.nan)
+    assert "--seed is -1: Input should be greater than or equal to 0" in said(seed=-1)
+    assert "--seed is 4294967296: " in said(seed=2**32)
+    assert "--batch is 0: Input should be greater than 0" in said(batch_windows=0)
     assert said(steps=1, kl_weight=0, lm_weight=0).endswith("nothing to learn from: raise one")
     assert checked_settings(kind, steps=1, kl_weight=0, lm_weight=0.5).lm_weight == 0.5
 
@@ -657,9 +676,12 @@ def test_rows_that_no_ternary_block_fits(sizes: tuple[int, int], group: int, mes
     [
         (["--ternary"], "use --group 64"),
         (["--steps", "5"], "no text is given"),
-        (["--experts", "1025", "--steps", "0"], "no model with more than 1024 per layer: lower it"),
+        (
+            ["--experts", "1025", "--steps", "0"],
+            "1024 per layer: lower it so that the folder",
+        ),
         (["--top-k", "5", "--steps", "0"], "top_k is 5 of 4 experts"),
-        (["--lr", "0"], "learning_rate is 0.0"),
+        (["--lr", "0"], "--lr is 0.0: Input should be greater than 0"),
         (
             ["--steps", "0", "--data", "nosuch.txt", "--lr", "1", "--lm-weight", "1"],
             "--steps 0 learns nothing: leave out --data, --lr, --lm-weight, or raise --steps",
@@ -667,10 +689,11 @@ def test_rows_that_no_ternary_block_fits(sizes: tuple[int, int], group: int, mes
         (["--steps", "0", "--train", "all-moe"], "leave out --train, or raise"),
         (["--steps", "0", "--group", "64"], "--group is about the scales of ternary experts: add"),
         (["--group", "64"], "add --ternary"),
-        (["--lr", "inf"], "learning_rate is inf: Input should be a finite number"),
-        (["--kl-weight", "inf"], "kl_weight is inf: Input should be a finite number"),
-        (["--balance-weight", "nan"], "balance_weight is nan: Input should be a finite number"),
-        (["--lm-weight", "0"], "kl_weight and lm_weight are both 0, which leaves nothing to learn"),
+        (["--lr", "inf"], "--lr is inf: Input should be a finite number"),
+        (["--kl-weight", "inf"], "--kl-weight is inf: Input should be a finite number"),
+        (["--balance-weight", "nan"], "--balance-weight is nan: Input should be a finite number"),
+        (["--lm-weight", "0"], "--kl-weight and --lm-weight are both 0, which leaves nothing to"),
+        (["--split", "--steps", "1", "--data", "code", "--lr", "0"], "--lr is 0.0: Input should"),
         (["--data", "nosuch.txt"], "neither a shipped task"),
     ],
 )

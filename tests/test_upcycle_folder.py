@@ -257,6 +257,7 @@ def test_a_gguf_file_is_a_dense_model_too(
         ({"rope.scale_linear": 4.0}, r"\(llama\.rope\.scale_linear is 4\).*Hugging Face folder"),
         ({"rope.scaling.factor": 0.5}, r"\(llama\.rope\.scaling\.factor is 0\.5\)"),
         ({"rope.scaling.attn_factor": 2.0}, r"\(llama\.rope\.scaling\.attn_factor is 2\)"),
+        ({"rope.scaling.type": "none", "rope.scaling.attn_factor": 2.0}, "attn_factor is 2"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, r"scaled \(yarn\)"),
         ({"rope.dimension_count": 8}, "dimension_count is 8 of heads 16 wide.*give a model that"),
     ],
@@ -270,13 +271,18 @@ def test_positions_that_a_gguf_file_turns_otherwise_are_refused(
         open_dense(file)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope.scale_linear": 1.0, "rope.scaling.factor": 0.0},
+        {"rope.scale_linear": 2.0, "rope.scaling.factor": 4.0, "rope.scaling.type": "none"},
+    ],
+)
 def test_factors_that_stretch_nothing_are_no_scaling(
-    dense_folder: DenseFolder, tmp_path: Path
+    keys: dict[str, int | float | str], dense_folder: DenseFolder, tmp_path: Path
 ) -> None:
-    """llama.cpp takes 0 for none."""
+    """llama.cpp takes 0 for none, and no factor where the type is none."""
     pytest.importorskip("gguf")
-    keys: dict[str, int | float | str]
-    keys = {"rope.scale_linear": 1.0, "rope.scaling.factor": 0.0, "rope.scaling.type": "none"}
     file = dense_gguf(dense_folder("llama"), tmp_path / "a.gguf", "llama", "F32", keys=keys)
     assert open_dense(file).config.rope["rope_type"] == "default"
 

@@ -40,7 +40,7 @@ from edge_moe.converters.upcycle.split_student import DistilSettings, SplitStude
 from edge_moe.converters.upcycle.stored_tensor import from_values
 from edge_moe.converters.upcycle.target import Glm4MoeTarget, Qwen2MoeTarget, choose_target
 from edge_moe.converters.window_training import WindowTraining
-from edge_moe.errors import InputError
+from edge_moe.errors import CheckpointError, InputError
 from edge_moe.runtime.session import Session
 from smollm2.layer import running
 
@@ -116,6 +116,14 @@ def test_inputs_that_fix_no_router_have_one() -> None:
     equations.add(torch.tensor([[1.0, 1, 0], [2, 2, 0]]), torch.tensor([[4.0], [8]]))
     torch.testing.assert_close(equations.solve(0.0), torch.tensor([[2.0, 2, 0]]))
     assert router_rows(NormalEquations.zeros(2, 4), 0.01, 1.0).tolist() == [[0, 0]] * 4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_sums_that_are_not_finite_are_no_router_of_zeros(value: float) -> None:
+    equations = NormalEquations.zeros(2, 2)
+    equations.add(torch.tensor([[1.0, value]]), torch.tensor([[1.0, 2]]))
+    with pytest.raises(CheckpointError, match="no finite strengths.*download it again"):
+        router_rows(equations, 0.01, 1.0)
 
 
 def test_scores_by_hand() -> None:

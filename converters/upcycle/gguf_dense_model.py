@@ -48,8 +48,9 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _PAIRED = ("attn_q", "attn_k")
-_POSITION_FACTORS = ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor")
+_STRETCHING = ("rope.scaling.factor", "rope.scale_linear")
 """llama.cpp takes the second, of older files, where the first is missing."""
+_LOUDNESS = "rope.scaling.attn_factor"
 _KEPT_DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _TOKENIZER_ALLOWANCE_BYTES = 64 * 2**20
 
@@ -142,14 +143,15 @@ def _require_plain_positions(
 def _position_scaling(header: GgufHeader, infos: dict[str, GgufTensorInfo]) -> str | None:
     """What scales the rotary positions, as the message calls it; None where nothing does.
 
-    As in llama.cpp a factor counts without a type, which is linear then, and 0 is none.
+    As in llama.cpp a factor counts without a type, which is linear then, and 0 is none; a type that
+    is said to be none stretches by no factor, but what rotated heads are multiplied with counts.
     """
     if "rope_freqs.weight" in infos:
         return "rope_freqs.weight"
-    kind = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
-    if kind != "none":
+    kind = header.metadata.get(f"{header.architecture}.rope.scaling.type")
+    if kind not in (None, "none"):
         return str(kind)
-    for key in _POSITION_FACTORS:
+    for key in (_LOUDNESS,) if kind else (*_STRETCHING, _LOUDNESS):
         factor = GgufKeys(header).number(key)
         if factor not in (None, 0.0, 1.0):
             return f"{header.architecture}.{key} is {factor:g}"

@@ -53,7 +53,7 @@ from edge_moe.converters.upcycle.write_moe import folder_bytes, write_moe
 from edge_moe.converters.window_training import WindowTraining
 from edge_moe.errors import InputError
 from edge_moe.files import atomic_path, require_free_disk, require_new_output, write_text
-from edge_moe.measurement import Provenance
+from edge_moe.measurement import Provenance, accelerator_name
 from edge_moe.plan import MemoryTerm
 from edge_moe.runtime.evaluate import progress
 from edge_moe.tasks import MIN_WINDOW_TOKENS, task_label, task_windows, windows_fingerprint
@@ -175,8 +175,9 @@ def _split(
         student, training = _distil(job, job.text, blocks, work)
         dense, blocks = student.outside(dense), student.layers(dense, target, shape)
     total_bytes = write_moe(dense, target, shape, blocks, work, keep_tied=job.keep_tied)
+    gpu = accelerator_name("cpu" if job.text is None else job.device.type)
     record = SplitRecord(
-        provenance=Provenance.here(seed=job.settings.seed),
+        provenance=Provenance.here(seed=job.settings.seed, accelerator=gpu),
         source=source,
         source_fingerprint=dense.fingerprint,
         architecture=target.architecture,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edge_moe.errors import CheckpointError
+
 _LEAST_RIDGE = 1e-9
 """What float64 tells from 0 in a sum of squares."""
 
@@ -49,7 +51,8 @@ class NormalEquations:
     def spread(self, weights: Tensor) -> float:
         """Root mean square over tokens and rows of `weights` [O, N] applied to the inputs."""
         squares = torch.einsum("on,nm,om->o", weights, self.gram, weights)
-        return float((squares.mean() / self.num_tokens).sqrt())
+        mean = squares.mean().clamp(min=0)  # which rounding may leave just below
+        return float((mean / max(1, self.num_tokens)).sqrt())
 
 
 def router_rows(equations: NormalEquations, ridge: float, spread: float) -> Tensor:
@@ -59,11 +62,19 @@ def router_rows(equations: NormalEquations, ridge: float, spread: float) -> Tens
     scores have the root mean square `spread` over tokens: small, so that every softmax weight is
     nearly 1 / E and the experts' weights alone decide what they add. Where nothing tells experts
     apart, as in a layer that adds nothing, they are 0.
+
+    Raises:
+        CheckpointError: the sums are not finite.
     """
     rows = equations.solve(ridge)
     rows = rows - rows.mean(0, keepdim=True)
     found = equations.spread(rows)
-    return rows * (spread / found) if found > 0 else torch.zeros_like(rows)
+    if not math.isfinite(found):
+        raise CheckpointError(
+            "a feed-forward layer computes no finite strengths of its neurons: the dense model is "
+            "damaged: download it again"
+        )
+    return rows * (spread / found) if found else torch.zeros_like(rows)
 
 
 def score_reach(rows: Tensor, norm_weight: Tensor, *, is_softmax: bool) -> float:

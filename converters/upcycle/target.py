@@ -102,7 +102,7 @@ class Target(ABC):
         if shape.num_experts > self.most_experts:
             raise InputError(
                 f"--experts is {shape.num_experts}, and llama.cpp loads no model with more than "
-                f"{self.most_experts} per layer: lower it"
+                f"{self.most_experts} per layer: lower it so that the folder can become a GGUF file"
             )
 
     def config(self, dense: DenseModel, shape: MoeShape, *, is_tied: bool) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from edge_moe.converters.upcycle.write_moe import folder_bytes, write_moe
 from edge_moe.errors import InputError
 from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
-from edge_moe.measurement import Provenance
+from edge_moe.measurement import Provenance, accelerator_name
 from edge_moe.plan import MemoryTerm
 from edge_moe.tasks import task_label
 
@@ -139,8 +139,9 @@ def _upcycle(
         layers = trained_layers(student, job.dense, job.shape, job.settings)
     total_bytes = write_moe(job.dense, job.target, job.shape, layers, work, keep_tied=job.keep_tied)
     text = job.text or TrainText([], [])
+    gpu = accelerator_name("cpu" if job.text is None else job.device.type)
     record = UpcycleRecord(
-        provenance=Provenance.here(seed=job.settings.seed),
+        provenance=Provenance.here(seed=job.settings.seed, accelerator=gpu),
         source=name,
         source_fingerprint=job.dense.fingerprint,
         architecture=job.target.architecture,

@@ -88,13 +88,13 @@ def measure(
     session: Runnable, model: Path, text: str, *, budget_bytes: int | None, seed: int | None
 ) -> RunMeasurement:
     """The run as a record: what the memory was planned to hold, what was used, how fast."""
-    from edge_moe.measurement import Provenance, RunMeasurement
+    from edge_moe.measurement import Provenance, RunMeasurement, accelerator_name
     from edge_moe.runtime.evaluate import model_kind
     from edge_moe.runtime.memory import peak_memory_bytes
 
     timing, kind = session.timing, model_kind(model)
     return RunMeasurement(
-        provenance=Provenance.here(seed=seed, accelerator=_accelerator(session)),
+        provenance=Provenance.here(seed=seed, accelerator=accelerator_name(session.device.type)),
         model=str(model),
         model_kind=kind,
         device=session.device.type,
@@ -130,17 +130,6 @@ def _measured_terms(session: Runnable, model: Path) -> dict[str, int]:
     if runtime.source == "measured":
         found["runtime"] = probed_bytes(runtime.num_bytes, model)
     return found
-
-
-def _accelerator(session: Runnable) -> str:
-    """Name of the GPU in use, or empty."""
-    if session.device.type != "cuda":
-        return ""
-    import torch
-
-    if not torch.cuda.is_available():
-        return ""
-    return str(torch.cuda.get_device_name())
 
 
 def _kernels(session: Runnable) -> str:

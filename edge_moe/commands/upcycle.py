@@ -14,6 +14,7 @@ from edge_moe.commands.options import DeviceName, Revision
 from edge_moe.commands.upcycle_add import AddOptions, add_command
 from edge_moe.commands.upcycle_split import SplitOptions, split_command
 from edge_moe.errors import InputError
+from edge_moe.flags import flag
 from edge_moe.units import MAX_SEED
 
 
@@ -199,10 +200,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _flags(names: Sequence[str], given: set[str]) -> str:
     """Those of the options `names` that are `given`, as they are typed."""
-    typed = {"learning_rate": "lr"}
-    return ", ".join(
-        f"--{typed.get(name, name).replace('_', '-')}" for name in names if name in given
-    )
+    return ", ".join(flag(name) for name in names if name in given)
 
 
 def _require_adding(given: set[str], steps: int, *, is_ternary: bool) -> None:

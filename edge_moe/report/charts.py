@@ -22,25 +22,25 @@ TERM_COLOURS = {
     "runtime": "#cbd5e1",
 }
 INK, MUTED, BUDGET_COLOUR = "#1f2937", "#94a3b8", "#dc2626"
-# darker means more bits; a dropped expert is paper with a cross
+# darker means more bits, each form has its own; a dropped expert is paper with a cross
 FORM_COLOURS = {
     DROP: "#f5f5f4",
-    "tq1_0": "#dbeafe",
+    "tq1_0": "#e6f0ff",
     "tq2_0": "#dbeafe",
-    "q2_0": "#bfdbfe",
+    "q2_0": "#cfe3fe",
+    "int2_b64": "#c7defe",
     "q2_k": "#bfdbfe",
-    "int2_b64": "#bfdbfe",
-    "int2_b32": "#bfdbfe",
+    "int2_b32": "#b4d5fe",
     "q3_k": "#93c5fd",
-    "q4_0": "#60a5fa",
-    "q4_k": "#60a5fa",
+    "q4_0": "#70aefb",
+    "q4_k": "#68a9fb",
     "int4_b64": "#60a5fa",
-    "int4_b32": "#60a5fa",
+    "int4_b32": "#559ffa",
     "q5_k": "#4c94f8",
     "q6_k": "#3b82f6",
-    "int8_row": "#2563eb",
+    "int8_row": "#2d6cf0",
     "q8_0": "#2563eb",
-    "f16": "#1e3a8a",
+    "f16": "#21429c",
     "bf16": "#1e3a8a",
     "f32": "#0f172a",
 }
