@@ -306,15 +306,6 @@ def this_machine(accelerator: str = "") -> Machine:
     )
 
 
-def accelerator_name(device_type: str) -> str:
-    """Name of the GPU in use on a device of this type, `cuda` or another; else empty."""
-    if device_type != "cuda":
-        return ""
-    import torch
-
-    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else ""
-
-
 def _cpu_model() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

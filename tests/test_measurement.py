@@ -16,7 +16,6 @@ from edge_moe.measurement import (
     EvalResult,
     Provenance,
     RunMeasurement,
-    accelerator_name,
     load_evals,
     load_runs,
     this_command,
@@ -24,6 +23,7 @@ from edge_moe.measurement import (
 )
 from edge_moe.metrics import Comparison, Estimate
 from edge_moe.plan import MemoryTerm
+from edge_moe.runtime.session_setup import accelerator_name
 
 HERE = Provenance.here(seed=7)
 SOME = Estimate(0.5, 0.1)
