@@ -167,13 +167,6 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def accelerator_name(device_type: str) -> str:
-    """Name of the GPU in use on a device of this type, `cuda` or another; else empty."""
-    if device_type != "cuda":
-        return ""
-    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else ""
-
-
 def _rearranging(
     source: Package | Checkpoint, store: ExpertStore, options: PagingOptions
 ) -> RearrangedStore | None:

@@ -23,7 +23,7 @@ from edge_moe.measurement import (
 )
 from edge_moe.metrics import Comparison, Estimate
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.session_setup import accelerator_name
+from edge_moe.runtime.accelerator import accelerator_name
 
 HERE = Provenance.here(seed=7)
 SOME = Estimate(0.5, 0.1)

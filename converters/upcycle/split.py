@@ -55,8 +55,8 @@ from edge_moe.errors import InputError
 from edge_moe.files import atomic_path, require_free_disk, require_new_output, write_text
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
+from edge_moe.runtime.accelerator import accelerator_name
 from edge_moe.runtime.evaluate import progress
-from edge_moe.runtime.session_setup import accelerator_name
 from edge_moe.tasks import MIN_WINDOW_TOKENS, task_label, task_windows, windows_fingerprint
 
 _SCORE_SPREAD = 1.0  # any: rows are scaled by their bound afterwards

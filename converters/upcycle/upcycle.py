@@ -47,7 +47,7 @@ from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
 from edge_moe.measurement import Provenance
 from edge_moe.plan import MemoryTerm
-from edge_moe.runtime.session_setup import accelerator_name
+from edge_moe.runtime.accelerator import accelerator_name
 from edge_moe.tasks import task_label
 
 _REMEDY = "use --checkpointing, a smaller --seq, fewer --experts, or a machine with more memory"

@@ -89,9 +89,9 @@ def measure(
 ) -> RunMeasurement:
     """The run as a record: what the memory was planned to hold, what was used, how fast."""
     from edge_moe.measurement import Provenance, RunMeasurement
+    from edge_moe.runtime.accelerator import accelerator_name
     from edge_moe.runtime.evaluate import model_kind
     from edge_moe.runtime.memory import peak_memory_bytes
-    from edge_moe.runtime.session_setup import accelerator_name
 
     timing, kind = session.timing, model_kind(model)
     return RunMeasurement(
