@@ -9,7 +9,6 @@ benchmarks/results/split-NAME.json.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from upcycle import RESULTS, WINDOW_TOKENS, trained_dense
+from upcycle import DENSE, arguments_parser, heldout_scores, parsed, write_result
 
 from edge_moe import metrics
 from edge_moe.converters.upcycle.split import split_dense
@@ -26,14 +25,8 @@ from edge_moe.converters.upcycle.split_student import DistilSettings
 from edge_moe.converters.upcycle.student import UpcycleSettings
 from edge_moe.converters.upcycle.upcycle import upcycle
 from edge_moe.converters.window_training import checked_settings
-from edge_moe.demo import task_names
-from edge_moe.demo.corpus import DOMAINS, corpus_path
-from edge_moe.files import write_text
 from edge_moe.measurement import Provenance
 from edge_moe.metrics import Estimate
-from edge_moe.runtime.evaluate import open_model, progress, score_windows
-from edge_moe.runtime.heldout import heldout_windows
-from edge_moe.tasks import task_label
 
 
 class Loss(BaseModel):
@@ -46,6 +39,11 @@ class Loss(BaseModel):
     """Nats per token."""
     same_top_p: Estimate
     """Share of tokens whose most likely one stayed."""
+
+    @classmethod
+    def of(cls, scores: metrics.TokenScores) -> Loss:
+        compared = metrics.compare(scores)
+        return cls(**{name: getattr(compared, name) for name in cls.model_fields})
 
 
 class SplitResult(BaseModel):
@@ -97,23 +95,8 @@ def measure(
     whole = work / f"untrained-{dense.stem}"
     if not whole.exists():
         upcycle(dense, [], whole, settings=UpcycleSettings(steps=0), name=dense.name)
-    paths = {"dense": whole} | {str(steps): folder for steps, folder in folders.items()}
-    opened = {
-        name: open_model(path, context_tokens=WINDOW_TOKENS, kernels="exact")
-        for name, path in paths.items()
-    }
-    losses: dict[int, dict[str, Loss]] = {steps: {} for steps in folders}
-    for task in tasks:
-        windows = heldout_windows(task, opened["dense"].tokenizer, WINDOW_TOKENS, num_windows)
-        with progress(task, len(windows)) as advance:
-            scores = score_windows(opened, opened["dense"], windows, advance)
-        for steps, found in losses.items():
-            compared = metrics.compare(scores[str(steps)])
-            found[task_label(task)] = Loss(
-                **{name: getattr(compared, name) for name in Loss.model_fields}
-            )
-    for each in opened.values():
-        each.close()
+    paths = {DENSE: whole} | {str(steps): folder for steps, folder in folders.items()}
+    scores = heldout_scores(paths, tasks, num_windows)
     records = {
         steps: SplitRecord.model_validate_json((folder / RECORD_NAME).read_bytes())
         for steps, folder in folders.items()
@@ -126,7 +109,10 @@ def measure(
             steps: each.model_copy(update={"provenance": each.provenance.without_folder()})
             for steps, each in records.items()
         },
-        losses=losses,
+        losses={
+            steps: {task: Loss.of(found[str(steps)]) for task, found in scores.items()}
+            for steps in folders
+        },
     )
 
 
@@ -145,29 +131,17 @@ def print_table(result: SplitResult, console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Split a small dense model into experts.")
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
-    parser.add_argument("--dense", type=Path, default=None, help="default: trained here")
-    parser.add_argument("--dense-steps", type=int, default=3000, help="of that training")
-    parser.add_argument("--data", action="append", help="repeatable; default: the demo corpora")
-    parser.add_argument("--task", action="append", help="repeatable; default: all shipped tasks")
+    parser = arguments_parser("Split a small dense model into experts.", dense_steps=3000)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200, help="of learning again")
     parser.add_argument("--max-windows", type=int, default=600, help="windows of text read")
-    parser.add_argument("--windows", type=int, default=48, help="held-out windows per task")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    dense = args.dense or trained_dense(args.work, args.dense_steps)
-    data = args.data or [str(corpus_path(args.work, name, "train")) for name in DOMAINS]
+    args = parsed(parser)
     steps = sorted({0, args.steps})
     sizes = {"num_experts": args.experts, "top_k": args.top_k, "max_windows": args.max_windows}
-    folders = made(dense, data, args.work, steps, **sizes)
-    result = measure(dense, folders, args.work, args.task or task_names(), args.windows)
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = result.model_dump_json(indent=1).replace(str(args.work), "DIR")
-    write_text(args.output / f"split-{dense.stem}.json", text + "\n")
+    folders = made(args.dense, args.data, args.work, steps, **sizes)
+    result = measure(args.dense, folders, args.work, args.task, args.windows)
+    write_result(result, "split", args)
     print_table(result, Console(width=200))
 
 

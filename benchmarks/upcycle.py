@@ -219,21 +219,29 @@ def contenders(job: Job) -> tuple[dict[str, Contender], list[Training]]:
     return found, [of_full, of_mote]
 
 
-def measure(job: Job) -> UpcycleResult:
-    """Make and score everything on held-out text. Memory: all models at once."""
-    models, trainings = contenders(job)
+def heldout_scores(
+    paths: Mapping[str, Path], tasks: Sequence[str], num_windows: int
+) -> dict[str, dict[str, metrics.TokenScores]]:
+    """By task and model, each beside `DENSE`, one of them. Memory: all models at once."""
     opened = {
-        name: open_model(each.path, context_tokens=WINDOW_TOKENS, kernels="exact")
-        for name, each in models.items()
+        name: open_model(path, context_tokens=WINDOW_TOKENS, kernels="exact")
+        for name, path in paths.items()
     }
-    base = opened[DENSE]
-    scores: dict[str, dict[str, metrics.TokenScores]] = {}
-    for task in job.tasks:
-        windows = heldout_windows(task, base.tokenizer, WINDOW_TOKENS, job.heldout_windows)
+    base, scores = opened[DENSE], {}
+    for task in tasks:
+        windows = heldout_windows(task, base.tokenizer, WINDOW_TOKENS, num_windows)
         with progress(task, len(windows)) as advance:
             scores[task_label(task)] = score_windows(opened, base, windows, advance)
     for each in opened.values():
         each.close()
+    return scores
+
+
+def measure(job: Job) -> UpcycleResult:
+    """Make and score everything on held-out text. Memory: all models at once."""
+    models, trainings = contenders(job)
+    paths = {name: each.path for name, each in models.items()}
+    scores = heldout_scores(paths, job.tasks, job.heldout_windows)
     dense = open_dense(job.dense)
     return UpcycleResult(
         provenance=Provenance.published(),
@@ -288,13 +296,38 @@ def print_table(result: UpcycleResult, console: Console) -> None:
     console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Upcycle a small dense model in every way.")
+def arguments_parser(description: str, dense_steps: int) -> argparse.ArgumentParser:
+    """With what says which dense model, which text and where; `dense_steps` is a default."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--dense", type=Path, default=None, help="default: trained here")
-    parser.add_argument("--dense-steps", type=int, default=4500, help="of that training")
+    parser.add_argument("--dense-steps", type=int, default=dense_steps, help="of that training")
     parser.add_argument("--data", action="append", help="repeatable; default: the demo corpora")
     parser.add_argument("--task", action="append", help="repeatable; default: all shipped tasks")
+    parser.add_argument("--windows", type=int, default=48, help="held-out windows per task")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with what is missing made: the dense model, the names of text."""
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.dense = args.dense or trained_dense(args.work, args.dense_steps)
+    args.data = args.data or [str(corpus_path(args.work, name, "train")) for name in DOMAINS]
+    args.task = args.task or task_names()
+    return args
+
+
+def write_result(result: BaseModel, kind: str, args: argparse.Namespace) -> None:
+    """`KIND-NAME.json` of the dense model, which names no folder of this machine."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    text = result.model_dump_json(indent=1).replace(str(args.work), "DIR")
+    write_text(args.output / f"{kind}-{args.dense.stem}.json", text + "\n")
+
+
+def main() -> None:
+    parser = arguments_parser("Upcycle a small dense model in every way.", dense_steps=4500)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--top-k", type=int, default=1)
     parser.add_argument("--group", type=int, default=256, help="64 for SmolLM2, whose rows are 576")
@@ -304,14 +337,10 @@ def main() -> None:
     parser.add_argument("--kl-weight", type=float, default=0.0)
     parser.add_argument("--int8", action="store_true", help="round experts' inputs in training")
     parser.add_argument("--max-windows", type=int, default=None, help="windows of text read")
-    parser.add_argument("--windows", type=int, default=48, help="held-out windows per domain")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    dense = args.dense or trained_dense(args.work, args.dense_steps)
+    args = parsed(parser)
     job = Job(
-        dense=dense,
-        data=args.data or [str(corpus_path(args.work, name, "train")) for name in DOMAINS],
+        dense=args.dense,
+        data=args.data,
         work=args.work,
         settings=checked_settings(
             UpcycleSettings,
@@ -326,13 +355,10 @@ def main() -> None:
         top_k=args.top_k,
         max_windows=args.max_windows,
         heldout_windows=args.windows,
-        tasks=args.task or task_names(),
+        tasks=args.task,
     )
     result = measure(job)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"upcycle-{dense.stem}.json"
-    text = result.model_dump_json(indent=1).replace(str(args.work), "DIR")
-    write_text(path, text + "\n")
+    write_result(result, "upcycle", args)
     console = Console(width=220)
     print_table(result, console)
     machine = result.provenance.machine

@@ -138,7 +138,8 @@ def require_free_memory(
     if available_bytes is not None and needed_bytes > available_bytes:
         raise BudgetError(
             f"this needs {format_bytes(needed_bytes)} of {'GPU ' if on_gpu else ''}memory, but "
-            f"only {format_bytes(available_bytes)} is available: {remedy}",
+            f"only {format_bytes(available_bytes)} is available: {remedy}"
+            f"{', or --device cpu' if on_gpu else ''}",
             minimum_bytes=needed_bytes,
         )
 

@@ -77,7 +77,7 @@ class _Job:
     text: TrainText | None
     keep_tied: bool
     device: torch.device
-    """Where it learns again."""
+    """Where it learns again; the CPU where it does not."""
 
     @property
     def num_tokens(self) -> int:
@@ -121,11 +121,12 @@ def split_dense(
     tokenizer = dense_tokenizer(dense)
     most = min(_CALIBRATION_WINDOWS, max_windows or _CALIBRATION_WINDOWS)
     windows = task_windows(data, "calibration", tokenizer, window_tokens, most)
-    distil, text = distil or DistilSettings(), None
+    distil, text, learns_on = distil or DistilSettings(), None, CPU
     if distil.steps:
+        learns_on = device
         text = read_train_text(dense, tokenizer, data, window_tokens, max_windows)
     chosen = settings or SplitSettings()
-    job = _Job(dense, target, shape, chosen, windows, distil, text, keep_tied, device)
+    job = _Job(dense, target, shape, chosen, windows, distil, text, keep_tied, learns_on)
     terms = _state_memory(job, window_tokens)
     with build_folder(output, _fingerprint(job)) as work:
         source = base_model(name or str(model), dense.location)
@@ -147,8 +148,7 @@ def _state_memory(job: _Job, window_tokens: int) -> list[MemoryTerm]:
     if job.distil.steps:
         learning = distil_terms(dense, shape, job.distil, window_tokens)
         if job.device.type == "cuda":
-            remedy = f"{DISTIL_REMEDY}, or --device cpu"
-            state_and_require_memory("learning again", learning, remedy, "cuda")
+            state_and_require_memory("learning again", learning, DISTIL_REMEDY, "cuda")
             learning = [term for term in learning if term.name in ("weights", "allowance")]
         phases.append((learning, DISTIL_REMEDY))
     terms, remedy = max(phases, key=lambda phase: _num_bytes(phase[0]))
@@ -176,7 +176,7 @@ def _split(
         student, training = _distil(job, job.text, blocks, work)
         dense, blocks = student.outside(dense), student.layers(dense, target, shape)
     total_bytes = write_moe(dense, target, shape, blocks, work, keep_tied=job.keep_tied)
-    gpu = accelerator_name("cpu" if job.text is None else job.device.type)
+    gpu = accelerator_name(job.device.type)
     record = SplitRecord(
         provenance=Provenance.here(seed=job.settings.seed, accelerator=gpu),
         source=source,

@@ -46,7 +46,7 @@ from edge_moe.errors import InputError
 from edge_moe.files import require_new_output, write_text
 from edge_moe.formats import expert_bytes
 from edge_moe.measurement import Provenance
-from edge_moe.plan import MemoryTerm
+from edge_moe.plan import Device, MemoryTerm
 from edge_moe.runtime.accelerator import accelerator_name
 from edge_moe.tasks import task_label
 
@@ -103,17 +103,17 @@ def upcycle(
     shape = MoeShape(num_experts, top_k, expert_width=width, shared_width=width)
     target = choose_target(dense.config)
     target.check(shape)
-    text = None
+    text, trains_on = None, CPU
     if chosen.steps:
+        trains_on = device
         tokenizer = dense_tokenizer(dense)
         text = read_train_text(dense, tokenizer, data, window_tokens, max_windows)
-    job = _Job(dense, target, shape, chosen, text, window_tokens, keep_tied, device)
+    job = _Job(dense, target, shape, chosen, text, window_tokens, keep_tied, trains_on)
     terms = untrained_terms(dense)
     if text is not None:
         terms = student_terms(dense, shape, chosen, window_tokens)
-    on_gpu = bool(chosen.steps) and device.type == "cuda"
-    remedy = f"{_REMEDY}, or --device cpu" if on_gpu else _REMEDY
-    state_and_require_memory(_subject(job), terms, remedy, "cuda" if on_gpu else "cpu")
+    memory_of: Device = "cuda" if trains_on.type == "cuda" else "cpu"
+    state_and_require_memory(_subject(job), terms, _REMEDY, memory_of)
     with build_folder(output, _fingerprint(job)) as work:
         labels = [task_label(each) for each in data] if text is not None else []
         return _upcycle(job, work, terms, labels, name or str(model))
@@ -140,7 +140,7 @@ def _upcycle(
         layers = trained_layers(student, job.dense, job.shape, job.settings)
     total_bytes = write_moe(job.dense, job.target, job.shape, layers, work, keep_tied=job.keep_tied)
     text = job.text or TrainText([], [])
-    gpu = accelerator_name("cpu" if job.text is None else job.device.type)
+    gpu = accelerator_name(job.device.type)
     record = UpcycleRecord(
         provenance=Provenance.here(seed=job.settings.seed, accelerator=gpu),
         source=name,
