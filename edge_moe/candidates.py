@@ -77,6 +77,11 @@ class TargetRules:
     limits: tuple[str, ...] = ()
     """What it cannot express, in sentences."""
 
+    @property
+    def packed_forms(self) -> frozenset[str]:
+        """All forms of its classes."""
+        return frozenset(form for forms in self.classes.values() for form in forms)
+
 
 TARGET_RULES: dict[Target, TargetRules] = {
     "native": TargetRules(scope="expert", classes=_GGML_CLASSES),

@@ -84,10 +84,10 @@ def find_offer(
 
 def _unheld_limits(measured: Sequence[str], target: Target) -> list[str]:
     """A sentence about forms that were measured for nothing, where the target quantises at all."""
-    classes = TARGET_RULES[target].classes
-    held = {DROP, EXACT, *GGUF_MIXES, *(form for forms in classes.values() for form in forms)}
+    packed = TARGET_RULES[target].packed_forms
+    held = {DROP, EXACT, *GGUF_MIXES, *packed}
     missing = ", ".join(form for form in measured if form not in held)
-    if not classes or not missing:
+    if not packed or not missing:
         return []
     return [f"Measured, but not held by target {target}, and so not offered: {missing}."]
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from edge_moe import __version__
 from edge_moe.converters.calibration_memory import state_and_require_memory
 from edge_moe.converters.model_card import base_model
+from edge_moe.converters.recover_memory import total_bytes
 from edge_moe.converters.recover_text import TrainText
 from edge_moe.converters.sidecar import CARD_NAME
 from edge_moe.converters.staging import BuildFolder, build_folder
@@ -151,7 +152,7 @@ def _state_memory(job: _Job, window_tokens: int) -> list[MemoryTerm]:
             state_and_require_memory("learning again", learning, DISTIL_REMEDY, "cuda")
             learning = [term for term in learning if term.name in ("weights", "allowance")]
         phases.append((learning, DISTIL_REMEDY))
-    terms, remedy = max(phases, key=lambda phase: _num_bytes(phase[0]))
+    terms, remedy = max(phases, key=lambda phase: total_bytes(phase[0]))
     state_and_require_memory(
         f"splitting {dense.config.num_layers} layers of {dense.config.ffn_width} neurons into "
         f"{shape.shared_width} always on and {shape.num_experts} experts of {shape.expert_width}",
@@ -159,10 +160,6 @@ def _state_memory(job: _Job, window_tokens: int) -> list[MemoryTerm]:
         remedy,
     )
     return terms
-
-
-def _num_bytes(terms: Sequence[MemoryTerm]) -> int:
-    return sum(term.num_bytes for term in terms)
 
 
 def _split(
@@ -175,7 +172,7 @@ def _split(
     if job.text is not None:
         student, training = _distil(job, job.text, blocks, work)
         dense, blocks = student.outside(dense), student.layers(dense, target, shape)
-    total_bytes = write_moe(dense, target, shape, blocks, work, keep_tied=job.keep_tied)
+    written_bytes = write_moe(dense, target, shape, blocks, work, keep_tied=job.keep_tied)
     gpu = accelerator_name(job.device.type)
     record = SplitRecord(
         provenance=Provenance.here(seed=job.settings.seed, accelerator=gpu),
@@ -194,7 +191,7 @@ def _split(
         losses=training.log if training else [],
         kept_step=training.best_row.step if training else 0,
         memory_terms=terms,
-        total_bytes=total_bytes,
+        total_bytes=written_bytes,
     )
     write_text(work.path / RECORD_NAME, record.model_dump_json(indent=1) + "\n")
     write_text(work.path / CARD_NAME, split_card(record, dense.location, work.output.name))

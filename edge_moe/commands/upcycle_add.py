@@ -114,9 +114,9 @@ def _print_record(record: UpcycleRecord, data: Sequence[str], output: Path) -> N
             f"{format_bytes(num_bytes)} packed as {form} without loss"
         )
     tasks = [word for each in data or ["TASK"] for word in ("--task", each)]
-    every = {form for forms in TARGET_RULES["native"].classes.values() for form in forms}
-    held = [form for form in record.packed_bytes if form in every] or [*record.packed_bytes]
+    native = TARGET_RULES["native"].packed_forms
+    held = [form for form in record.packed_bytes if form in native] or [*record.packed_bytes]
     exact = [word for form in held[:1] for word in ("--forms", form)]
     console.print(f"next: {command_line('calibrate', output, *tasks, *exact, '-o', 'stats')}")
-    if held and held[0] not in every:
+    if held and held[0] not in native:
         console.print(f"      and plan with --target onnx: only that holds {held[0]}")
